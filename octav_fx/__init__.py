@@ -1,0 +1,23 @@
+"""octav_fx: quantization-aware training at float speed, for anyone's PyTorch model, in one line."""
+
+from octav_fx.config import Config
+from octav_fx.errors import OctavError
+from octav_fx.numeric import fake_quantize, optimal_clip
+from octav_fx.quantize import float_mode, quantize
+from octav_fx.report import Coverage, Row, coverage, rows, table
+from octav_fx.version import __version__
+
+__all__ = [
+    "Config",
+    "Coverage",
+    "OctavError",
+    "Row",
+    "__version__",
+    "coverage",
+    "fake_quantize",
+    "float_mode",
+    "optimal_clip",
+    "quantize",
+    "rows",
+    "table",
+]

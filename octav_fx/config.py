@@ -1,0 +1,107 @@
+"""Config: how finely each operand is quantized. Plain values, JSON both ways."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from octav_fx.errors import OctavError
+from octav_fx.graph.rules import Role
+from octav_fx.ops import Spec
+from octav_fx.passes import Place
+from octav_fx.quant.gradient import GRADIENTS
+from octav_fx.quant.solver import METHODS
+
+_BITS: Final = range(2, 9)
+# What an override may set for a node.
+_OVERRIDABLE: Final = ("weight_bits", "activation_bits", "clip", "weight_gradient", "activation_gradient")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the paper's recipe: 4 bits, 8 at the edge, MAD for weights and PWL for activations (MPH)."""
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    # Bits of the first convolutions and last linear layers; None: no exception for them.
+    edge_bits: int | None = 8
+    # "octav" (eq. 6), "octav-grid" (the same step on the grid itself) or "max" (no clipping).
+    clip: str = "octav"
+    # "mad", "pwl" or "ste": quant/gradient.py.
+    weight_gradient: str = "mad"
+    activation_gradient: str = "pwl"
+    # "operands": q, k and v of a fused attention are quantized, its softmax output is not.
+    attention: str = "operands"
+    # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/fold_batchnorm.py.
+    fold_batchnorm: bool = False
+    # Node name or glob -> fields to change there, or None to leave the node float. Exact name > last matching glob.
+    overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "edge_bits"):
+            value = getattr(self, name)
+            if not (name == "edge_bits" and value is None):
+                _check_bits(name, value)
+        _check_choice("clip", self.clip, METHODS)
+        _check_choice("weight_gradient", self.weight_gradient, GRADIENTS)
+        _check_choice("activation_gradient", self.activation_gradient, GRADIENTS)
+        _check_choice("attention", self.attention, ("operands",))
+        if not isinstance(self.overrides, Mapping):
+            raise OctavError(f"overrides: a dict of node name or glob to settings, not {self.overrides!r}")
+        for pattern, settings in self.overrides.items():
+            if settings is None:
+                continue
+            if not isinstance(settings, Mapping) or (unknown := sorted(set(settings) - set(_OVERRIDABLE))):
+                detail = (
+                    f"unknown {unknown}" if isinstance(settings, Mapping) else f"{settings!r} is not a dict or None"
+                )
+                raise OctavError(f"overrides[{pattern!r}]: {detail}; a node can set {', '.join(_OVERRIDABLE)}")
+            # The settings have to be valid by themselves, whatever they are laid over.
+            Config(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; from_dict is the way back."""
+        return dataclasses.asdict(dataclasses.replace(self, overrides=dict(self.overrides)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """A Config from to_dict's values; a key that is not a field is an OctavError."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(fields)):
+            raise OctavError(f"Config has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+        return cls(**values)
+
+    def pattern_for(self, site: str) -> str | None:
+        """The override that holds for a node: its exact name, else the last glob that matches."""
+        if site in self.overrides:
+            return site
+        return next((p for p in reversed(list(self.overrides)) if fnmatch.fnmatchcase(site, p)), None)
+
+    def choose(self, place: Place) -> Spec | str:
+        """The Spec of an operand, or why it stays float."""
+        pattern = self.pattern_for(place.site)
+        settings = {} if pattern is None else self.overrides[pattern]
+        if settings is None:
+            return f"override {pattern!r}: None"
+        is_weight = place.role is Role.WEIGHT
+        bits_name = "weight_bits" if is_weight else "activation_bits"
+        default = self.edge_bits if place.edge and self.edge_bits is not None else getattr(self, bits_name)
+        gradient_name = "weight_gradient" if is_weight else "activation_gradient"
+        return Spec(
+            bits=settings.get(bits_name, default),
+            signed=place.signed,
+            dim=place.dim,
+            method=settings.get("clip", self.clip),
+            gradient=settings.get(gradient_name, getattr(self, gradient_name)),
+        )
+
+
+def _check_bits(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in _BITS:
+        raise OctavError(f"{name}={value!r}: whole bits from {_BITS.start} to {_BITS.stop - 1}")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise OctavError(f"{name}={value!r}: one of {', '.join(repr(choice) for choice in choices)}")

@@ -1,0 +1,1 @@
+"""Reading and editing fx graphs. Knows no pass."""

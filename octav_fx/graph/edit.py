@@ -1,0 +1,50 @@
+"""What a pass did, and the few ways in which passes change a graph."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from octav_fx.graph.rules import Operand
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One thing a pass did, or declined to do and why. The list of them is the report."""
+
+    node: str
+    verb: str
+    detail: str
+    # The operand it is about, if it is about one.
+    operand: str | None = None
+
+    @property
+    def declined(self) -> bool:
+        """Whether the graph is as it was."""
+        return self.verb == "skip"
+
+
+def skip(node: fx.Node | str, reason: str, operand: str | None = None) -> Edit:
+    """A refusal: the graph is as it was, and the user's table says why."""
+    return Edit(node if isinstance(node, str) else site_of(node), "skip", reason, operand)
+
+
+def site_of(node: fx.Node) -> str:
+    """The name a user knows a node by: its module's path, set by canonicalize; else the name of the node."""
+    return str(node.meta.get("site", node.name))
+
+
+def operand_of(node: fx.Node, operand: Operand) -> Any:
+    """The current value of an operand of a canonical node."""
+    return node.args[operand.index]
+
+
+def set_operand(node: fx.Node, operand: Operand, value: fx.Node) -> None:
+    """Replace one operand, by position: replace_input_with would change both inputs of matmul(x, x)."""
+    node.update_arg(operand.index, value)
+
+
+def copy_meta(source: fx.Node, target: fx.Node) -> fx.Node:
+    """What is known of a node's value holds for the node that replaces it."""
+    target.meta = dict(source.meta)
+    return target

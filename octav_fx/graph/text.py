@@ -1,0 +1,36 @@
+"""A graph as stable text, for tests and for people."""
+
+from typing import Any
+
+from torch import fx
+
+
+def graph_text(graph: fx.Graph) -> str:
+    """One line for each node that is not a placeholder or the output: name = target(arguments)."""
+    lines = []
+    for node in graph.nodes:
+        arguments = [_text(arg) for arg in node.args] + [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
+        match node.op:
+            case "placeholder":
+                continue
+            case "output":
+                lines.append(f"return {arguments[0]}")
+            case "get_attr":
+                lines.append(f"{node.name} = self.{node.target}")
+            case "call_module":
+                lines.append(f"{node.name} = self.{node.target}({', '.join(arguments)})")
+            case "call_method":
+                lines.append(f"{node.name} = {arguments[0]}.{node.target}({', '.join(arguments[1:])})")
+            case _:
+                name = getattr(node.target, "__name__", str(node.target))
+                lines.append(f"{node.name} = {name}({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
+def _text(argument: Any) -> str:
+    if isinstance(argument, fx.Node):
+        return argument.name
+    if isinstance(argument, (list, tuple)):
+        inner = ", ".join(map(_text, argument))
+        return f"[{inner}]" if isinstance(argument, list) else f"({inner})"
+    return repr(argument)

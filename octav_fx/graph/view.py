@@ -1,0 +1,38 @@
+"""The graph as networkx sees it: nodes, and an edge wherever tensors flow."""
+
+from collections.abc import Iterable
+
+import networkx as nx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+
+def holds_tensor(node: fx.Node) -> bool:
+    """Whether the value of a captured node is or contains a tensor; sizes and flags do not."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("value")))
+
+
+def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
+    """A directed graph of fx nodes with the edges that carry tensors, so that a shared shape links nothing."""
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from(
+        (source, node) for node in graph.nodes for source in node.all_input_nodes if holds_tensor(source)
+    )
+    return flow
+
+
+def downstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that is computed from one of the nodes, without the nodes that only start a path."""
+    return {reached for node in nodes for reached in nx.descendants(flow, node)}
+
+
+def upstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that one of the nodes is computed from."""
+    return {reached for node in nodes for reached in nx.ancestors(flow, node)}
+
+
+def static(flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
+    """The nodes computed from parameters, buffers and constants alone."""
+    inputs = [node for node in flow if node.op == "placeholder"]
+    return set(flow) - set(inputs) - downstream(flow, inputs)

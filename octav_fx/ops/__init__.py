@@ -1,0 +1,18 @@
+"""torch.ops.octav.*: importing this package registers the ops. One folder per op.
+
+reference.py is the definition in pure torch, kernel.cpp the CPU passes, op.py the schema, shapes and gradient.
+"""
+
+from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
+from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
+from octav_fx.ops.fake_quantizer import FakeQuantizer, Spec
+from octav_fx.ops.optimal_clip.op import optimal_clip
+
+__all__ = [
+    "FakeQuantizer",
+    "Spec",
+    "dynamic_fake_quantize",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "optimal_clip",
+]

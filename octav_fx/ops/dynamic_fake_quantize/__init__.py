@@ -1,0 +1,1 @@
+"""torch.ops.octav.dynamic_fake_quantize."""

@@ -1,0 +1,38 @@
+"""torch.ops.octav.dynamic_fake_quantize: find the clip and round to its grid; the one node of a live quantizer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octav_fx.ops import native
+from octav_fx.ops.fake_quantize.op import gradient_of_x, save_for_backward
+from octav_fx.quant.axis import clip_shape
+
+
+@torch.library.custom_op("octav::dynamic_fake_quantize", mutates_args=(), tags=native.LAYOUT_AGNOSTIC)
+def dynamic_fake_quantize(
+    x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, gradient: str
+) -> tuple[Tensor, Tensor]:
+    """See reference.py. Composed of the two ops, so that each device runs the kernels it has."""
+    clip = torch.ops.octav.optimal_clip(x, hint, bits, signed, dim, method)
+    return torch.ops.octav.fake_quantize(x, clip, bits, signed, dim, gradient), clip
+
+
+@dynamic_fake_quantize.register_fake
+def _(
+    x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, gradient: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(clip_shape(x, dim), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, _, signed, dim, _, gradient = inputs
+    clip = output[1]
+    ctx.mark_non_differentiable(clip)
+    save_for_backward(ctx, x, clip, signed, dim, gradient)
+
+
+dynamic_fake_quantize.register_autograd(
+    lambda ctx, grad, _: (gradient_of_x(ctx, grad), None, None, None, None, None, None), setup_context=_save
+)

@@ -1,0 +1,30 @@
+"""fake_quantize and its gradient, in pure torch: the definition."""
+
+import torch
+from torch import Tensor
+
+from octav_fx.quant.axis import along
+from octav_fx.quant.gradient import GRADIENTS
+from octav_fx.quant.grid import Grid
+
+
+def fake_quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
+    """X [...], clip [] or [C] in the units of x -> [...], the dtype of x: the nearest level, ties to the even code.
+
+    A clip of 0 sends every value to 0. Values that are not finite stay what they are, so that they are not hidden.
+    """
+    grid = Grid(bits, signed)
+    value = x.to(torch.promote_types(x.dtype, torch.float32))
+    step = grid.step(along(clip, x, dim).to(value.dtype))
+    # Not a multiplication by steps / clip: that rounds twice and moves ties.
+    code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
+    return torch.where(x.isfinite(), (code * step).to(x.dtype), x)
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str
+) -> Tensor:
+    """Grad and x [...], clip [] or [C] -> the gradient of x [...], the dtype of grad."""
+    value = x.to(torch.promote_types(x.dtype, torch.float32))
+    factor = GRADIENTS[gradient](value, along(clip, x, dim).to(value.dtype), signed)
+    return (grad.to(value.dtype) * factor).to(grad.dtype)

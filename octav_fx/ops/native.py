@@ -1,0 +1,115 @@
+"""The CPU passes (ops/*/kernel.cpp): built once with the machine's C++ compiler, called through ctypes.
+
+Each build lies in the user's cache folder under the hash of its sources and flags. Without a compiler the references
+run instead, three to ten times slower; a warning says so, once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
+LAYOUT_AGNOSTIC: Final = (torch.Tag.flexible_layout,)
+
+# Named extensions, not -march=native: a cache folder shared by unlike machines must never hold what one cannot run.
+_ARCHITECTURE: Final = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"),
+}
+# No -ffast-math: inf and NaN must be seen. These two only say that nobody reads errno or traps.
+_FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: Final = {
+    "octav_optimal_clip": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
+    "octav_fake_quantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
+    "octav_fake_quantize_backward": (*(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None (and a warning) where they cannot be built; OCTAV_FX_NATIVE=0 asks for None."""
+    if os.environ.get("OCTAV_FX_NATIVE") == "0":
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        warnings.warn(f"octav_fx: no C++ kernels, quantizers on the CPU will be slow: {detail}", stacklevel=2)
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def _built() -> Path:
+    """The shared library for these sources and this machine, compiled if it is not in the cache yet."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler found; install one or set CXX")
+    sources = sorted(Path(__file__).parent.glob("*/kernel.cpp"))
+    flags = [*_FLAGS, *_ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), ()), *_openmp()]
+    identity = hashlib.sha256(" ".join([compiler, *flags]).encode())
+    for source in sources:
+        identity.update(source.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octav_fx"
+    target = folder / f"kernels-{identity.hexdigest()[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            objects = [str(Path(scratch) / f"{source.parent.name}.o") for source in sources]
+            for source, output in zip(sources, objects, strict=True):
+                command = [compiler, *flags, "-c", str(source), "-o", output]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+            # Linked without an OpenMP runtime: the symbols come from the one that torch has loaded, so that there is
+            # one pool of threads in the process and not two that spin against each other.
+            built = Path(scratch) / target.name
+            undefined = ["-undefined", "dynamic_lookup"] if os.uname().sysname == "Darwin" else []
+            command = [compiler, "-shared", *undefined, *objects, "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            # Another process may be building the same: whoever is last replaces an equal file.
+            built.replace(target)
+    return target
+
+
+def _openmp() -> tuple[str, ...]:
+    """-fopenmp where torch's own OpenMP runtime is visible to later libraries, else one thread per pass."""
+    try:
+        ctypes.CDLL(None).GOMP_parallel  # noqa: B018
+    except (AttributeError, OSError):
+        return ()
+    return ("-fopenmp",)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of x fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
+    expected = 1
+    for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def channel_layout(x: Tensor, dim: int | None) -> tuple[int, int, int] | None:
+    """How a dense x lies in memory: (outer, channels, inner), the channel index in the middle; None if not dense."""
+    if not is_dense(x):
+        return None
+    if dim is None:
+        return 1, 1, x.numel()
+    channels = x.shape[dim]
+    inner = x.stride(dim) if channels > 1 else 1
+    return (x.numel() // (channels * inner) if channels * inner else 0), channels, inner

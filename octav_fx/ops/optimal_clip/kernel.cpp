@@ -1,0 +1,160 @@
+// The fixed point of both recursions over rows of floats. quant/solver.py is the definition; the bracket and the
+// restart are the same, but here the iteration stops when it stands still: on a CPU that costs no synchronisation.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+// Sums run in float over a chunk, whose partial results are then added in double and in order: the result does not
+// depend on the number of threads.
+constexpr int64_t CHUNK = 1024;
+constexpr int MAX_STEPS = 64;
+constexpr int64_t PARALLEL_FROM = 1 << 16;
+
+struct Sums {
+  double numerator = 0, denominator = 0;
+};
+struct Start {
+  double sum = 0;
+  int64_t count = 0;
+};
+struct Grid {
+  double steps, noise, k;
+  bool is_signed;
+};
+
+template <bool SIGNED>
+inline float magnitude(float x) {
+  return SIGNED ? std::fabs(x) : x;
+}
+
+// FINITE: leave out infinities. NaN fails every comparison by itself.
+template <bool SIGNED, bool FINITE>
+inline bool takes_part(float m) {
+  return FINITE ? m > 0 && m <= FLT_MAX : m > 0;
+}
+
+template <bool SIGNED, bool FINITE>
+Start start_of(const float* x, int64_t n) {
+  float sum = 0;
+  int32_t count = 0;
+#pragma omp simd reduction(+ : sum, count)
+  for (int64_t i = 0; i < n; i++) {
+    const float m = magnitude<SIGNED>(x[i]);
+    const bool part = takes_part<SIGNED, FINITE>(m);
+    sum += part ? m : 0.f;
+    count += part;
+  }
+  return {sum, count};
+}
+
+// arXiv 2206.06501, eq. 6. `nonzero` of the chunk is not known here: the caller adds noise * nonzero.
+template <bool SIGNED, bool FINITE>
+Sums octav_step(const float* x, int64_t n, float clip, const Grid& grid) {
+  float sum = 0;
+  int32_t count = 0;
+#pragma omp simd reduction(+ : sum, count)
+  for (int64_t i = 0; i < n; i++) {
+    const float m = magnitude<SIGNED>(x[i]);
+    const bool clipped = FINITE ? m >= clip && m <= FLT_MAX : m >= clip;
+    sum += clipped ? m : 0.f;
+    count += clipped;
+  }
+  return {sum, (1 - grid.noise) * count};
+}
+
+template <bool SIGNED, bool FINITE>
+Sums octav_grid_step(const float* x, int64_t n, float clip, const Grid& grid) {
+  const float top = float(grid.k * clip), step = float(clip / grid.steps);
+  const float quarter = step / 4, half = step / 2, three_quarters = step * 3 / 4;
+  float sum_above = 0, sum_below = 0;
+  int32_t count_above = 0, count_below = 0, noisy = 0;
+#pragma omp simd reduction(+ : sum_above, sum_below, count_above, count_below, noisy)
+  for (int64_t i = 0; i < n; i++) {
+    const float m = magnitude<SIGNED>(x[i]);
+    const bool finite = FINITE ? m <= FLT_MAX : true;
+    const bool above = finite & (x[i] >= top);
+    const bool below = SIGNED ? finite & (x[i] <= -clip) : false;
+    sum_above += above ? m : 0.f;
+    count_above += above;
+    sum_below += below ? m : 0.f;
+    count_below += below;
+    noisy += int(finite & (m > half) & !above & !below) + int((m > quarter) & (m <= three_quarters));
+  }
+  return {sum_below + grid.k * sum_above, grid.noise * noisy + count_below + grid.k * grid.k * count_above};
+}
+
+template <class Result, class Pass>
+std::vector<Result> chunks(int64_t n, int threads, Pass pass) {
+  const int64_t parts = (n + CHUNK - 1) / CHUNK;
+  std::vector<Result> results(parts);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n >= PARALLEL_FROM)
+  for (int64_t part = 0; part < parts; part++) results[part] = pass(part * CHUNK, std::min(CHUNK, n - part * CHUNK));
+  return results;
+}
+
+template <bool SIGNED, bool ON_GRID, bool FINITE>
+float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads) {
+  Start start;
+  for (const Start& part : chunks<Start>(n, threads, [&](int64_t at, int64_t length) {
+         return start_of<SIGNED, FINITE>(x + at, length);
+       })) {
+    start.sum += part.sum;
+    start.count += part.count;
+  }
+  // An infinity, or sums beyond float: again, without the values that cannot take part.
+  if (!FINITE && !std::isfinite(start.sum)) return solve<SIGNED, ON_GRID, true>(x, n, hint, grid, threads);
+  if (start.count == 0) return 0;
+  const float mean = float(start.sum / double(start.count));
+  float clip = hint > 0 && hint <= FLT_MAX ? hint : mean, low = 0, high = INFINITY;
+  for (int i = 0; i < MAX_STEPS; i++) {
+    Sums sums;
+    for (const Sums& part : chunks<Sums>(n, threads, [&](int64_t at, int64_t length) {
+           return ON_GRID ? octav_grid_step<SIGNED, FINITE>(x + at, length, clip, grid)
+                          : octav_step<SIGNED, FINITE>(x + at, length, clip, grid);
+         })) {
+      sums.numerator += part.numerator;
+      sums.denominator += part.denominator;
+    }
+    if (!ON_GRID) sums.denominator += grid.noise * double(start.count);
+    const float target = sums.numerator > 0 ? float(sums.numerator / sums.denominator) : 0.f;
+    if (target == clip) break;
+    (target > clip ? low : high) = clip;
+    if (target > low && target < high) {
+      clip = target;
+    } else if (sums.numerator == 0 && mean < high) {
+      clip = mean;
+    } else {
+      const float middle = low + (high - low) / 2;
+      if (middle == low || middle == high) break;
+      clip = middle;
+    }
+  }
+  return clip;
+}
+
+template <bool SIGNED, bool ON_GRID>
+void solve_rows(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, const Grid& grid, int threads) {
+  if (rows == 1) {
+    clip[0] = solve<SIGNED, ON_GRID, false>(x, n, hint[0], grid, threads);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * n >= PARALLEL_FROM)
+  for (int64_t row = 0; row < rows; row++)
+    clip[row] = solve<SIGNED, ON_GRID, false>(x + row * n, n, hint[row], grid, 1);
+}
+
+}  // namespace
+
+// x: [rows, n] contiguous. hint, clip: [rows]. on_grid: 0 = "octav", 1 = "octav-grid".
+extern "C" void octav_optimal_clip(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, int bits,
+                                   int is_signed, int on_grid, int threads) {
+  const double steps = double(1 << (is_signed ? bits - 1 : bits));
+  const Grid grid{steps, 1 / (12 * steps * steps), 1 - 1 / steps, bool(is_signed)};
+  const auto run = is_signed ? (on_grid ? solve_rows<true, true> : solve_rows<true, false>)
+                             : (on_grid ? solve_rows<false, true> : solve_rows<false, false>);
+  run(x, rows, n, hint, clip, grid, threads);
+}

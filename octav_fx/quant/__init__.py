@@ -1,0 +1,1 @@
+"""Quantizer maths on plain tensors. Imports torch and nothing else."""

@@ -1,0 +1,59 @@
+"""Models by name: torchvision's builders, or any "package.module:callable"."""
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from octav_fx.errors import OctavError
+
+
+def torchvision() -> Any:
+    """The torchvision package, importable beside a CPU-only torch too.
+
+    Its wheels want CUDA libraries for the binary ops; without them the import fails on the missing schemas of two
+    detection ops, which are declared here first.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        raise OctavError("torchvision is not installed: pip install 'octav_fx[models]'") from error
+    except RuntimeError:
+        _declare_missing_ops()
+        return importlib.import_module("torchvision")
+
+
+def load(name: str, **options: Any) -> nn.Module:
+    """A new model with random weights: "resnet18", "fcn_resnet50" (torchvision) or "package.module:callable"."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            builder = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise OctavError(f"no model {name!r}: {error}") from error
+        model = builder(**options)
+        if not isinstance(model, nn.Module):
+            raise OctavError(f"{name} returned {type(model).__name__}, not an nn.Module")
+        return model
+    models = torchvision().models
+    if name not in models.list_models():
+        raise OctavError(f"torchvision has no model {name!r}; it has {', '.join(models.list_models())}")
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    if "weights_backbone" in takes:
+        # The default downloads.
+        options.setdefault("weights_backbone", None)
+    built: nn.Module = models.get_model(name, weights=None, **options)
+    return built
+
+
+def _declare_missing_ops() -> None:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for op in ("nms", "qnms"):
+        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    # A library takes its definitions along when it is collected.
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []

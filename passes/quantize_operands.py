@@ -1,0 +1,152 @@
+"""Put a fake-quantizer before every operand that a rule names.
+
+    conv2d(x, w, b, ...)  ->  conv2d(quantizers.site_input(x), quantizers.site_weight(w), b, ...)
+    matmul(x, y)          ->  matmul(quantizers.site_input(x), quantizers.site_other(y))
+
+A value that is computed from parameters alone is a weight wherever a rule allows both: signed, one clip per output
+channel. An activation gets one clip, on an unsigned grid if it cannot be negative. What stays float is an edit with
+its reason, whether a rule, the configuration or a missing rule decided it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from octav_fx.errors import OctavError
+from octav_fx.graph.edges import edge_nodes
+from octav_fx.graph.edit import Edit, operand_of, set_operand, site_of, skip
+from octav_fx.graph.module import QUANTIZERS
+from octav_fx.graph.ops import module_of, op_of
+from octav_fx.graph.rules import RULES, Operand, Role, Rule
+from octav_fx.graph.signedness import nonnegative
+from octav_fx.graph.view import static, tensor_flow
+from octav_fx.ops import FakeQuantizer, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Everything about one operand that decides how it is quantized."""
+
+    site: str
+    op: str
+    operand: str
+    # WEIGHT or ACTIVATION.
+    role: Role
+    # One of the first convolutions or last linear layers.
+    edge: bool
+    signed: bool
+    # The channel axis, counted from the front; None: per tensor.
+    dim: int | None
+
+
+# A Spec, or the reason why the operand stays float.
+Choose = Callable[[Place], Spec | str]
+
+
+def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
+    """See the module's docstring."""
+    edits: list[Edit] = []
+    flow = tensor_flow(gm.graph)
+    parameters, edges, unsigned = static(flow), edge_nodes(flow), nonnegative(gm.graph)
+    for node in list(gm.graph.nodes):
+        op = op_of(node)
+        rule = RULES.get(op.name) if op is not None else None
+        if op is None or rule is None:
+            if node.meta.get("macs"):
+                edits.append(skip(_name(node), f"no rule for {_kind(node)}"))
+            continue
+        if node.op != "call_function" or node.target is not op.target or "out" in node.kwargs:
+            # canonicalize has said why.
+            continue
+        for operand in _operands(node, rule):
+            value = operand_of(node, operand)
+            if _is_quantized(value):
+                continue
+            place = _place(node, operand, value, value in parameters, node in edges, value not in unsigned)
+            choice = choose(place)
+            if isinstance(choice, str):
+                edits.append(skip(node, choice, operand.name))
+                continue
+            with gm.graph.inserting_before(node):
+                quantizer = gm.graph.call_module(_add(gm, place, choice, value), (value,))
+            set_operand(node, operand, quantizer)
+            edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
+    return edits
+
+
+def _operands(node: fx.Node, rule: Rule) -> list[Operand]:
+    """The operands of this very call; a contraction of one operand is none (einsum as a transpose or a sum)."""
+    if not rule.variadic:
+        return list(rule.operands)
+    first = rule.operands[0]
+    count = len(node.args) - first.index
+    return [replace(first, index=first.index + i, name=f"{first.name}{i}") for i in range(count)] if count > 1 else []
+
+
+def _is_quantized(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "call_module" and isinstance(module_of(value), FakeQuantizer)
+
+
+def _place(node: fx.Node, operand: Operand, value: Any, is_static: bool, edge: bool, signed: bool) -> Place:
+    fake = value.meta.get("value") if isinstance(value, fx.Node) else value
+    site, op = site_of(node), op_of(node)
+    assert op is not None
+    if not isinstance(fake, Tensor):
+        raise OctavError(f"{site}: {operand.name} is {fake!r}, not a tensor whose shape is known at capture")
+    if not fake.is_floating_point():
+        raise OctavError(
+            f"{site}: {operand.name} has dtype {fake.dtype} and shape {tuple(fake.shape)}, only floating point can be "
+            f"quantized; convert it in the model, or leave the node float with overrides={{{site!r}: None}}"
+        )
+    is_weight = operand.role is Role.WEIGHT or (operand.role is Role.EITHER and is_static)
+    # A vector has no channel axis besides the one that is summed over.
+    channel = operand.channel if is_weight and fake.dim() > 1 else None
+    return Place(
+        site=site,
+        op=op.name,
+        operand=operand.name,
+        role=Role.WEIGHT if is_weight else Role.ACTIVATION,
+        edge=edge,
+        signed=signed or is_weight,
+        dim=None if channel is None else channel % fake.dim(),
+    )
+
+
+def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node) -> str:
+    """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
+    quantizers = gm.get_submodule(QUANTIZERS)
+    fake = value.meta["value"]
+    channels = None if spec.dim is None else fake.shape[spec.dim]
+    base = f"{place.site}_{place.operand}".replace(".", "_").replace(":", "_")
+    name, count = base, 0
+    used = {node.target for node in gm.graph.nodes if node.op == "call_module"}
+    while hasattr(quantizers, name):
+        existing = getattr(quantizers, name)
+        same = existing.spec == spec and existing.hint.numel() == (channels or 1)
+        if same and f"{QUANTIZERS}.{name}" not in used:
+            return f"{QUANTIZERS}.{name}"
+        count += 1
+        name = f"{base}_{count}"
+    quantizers.add_module(name, FakeQuantizer(spec, channels, fake.device))
+    return f"{QUANTIZERS}.{name}"
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else site_of(node)
+
+
+def _kind(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(module_of(node)).__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def remove_unused(gm: fx.GraphModule, graphs: list[fx.Graph]) -> None:
+    """Drop the quantizers that no graph calls any more."""
+    used = {node.target for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    quantizers: nn.Module = gm.get_submodule(QUANTIZERS)
+    for name, _ in list(quantizers.named_children()):
+        if f"{QUANTIZERS}.{name}" not in used:
+            delattr(quantizers, name)
