@@ -2,15 +2,15 @@
 
 import argparse
 
-from benchmarks import step
+from benchmarks import demo, readme, step
 
-_BENCHMARKS = {"step": step.main}
+_BENCHMARKS = {"demo": demo.main, "readme": readme.main, "step": step.main}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev bench", description="Run a benchmark.")
     parser.add_argument("name", choices=_BENCHMARKS)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, for step (default 5)")
     arguments = parser.parse_args()
     _BENCHMARKS[arguments.name](arguments.rounds)
 

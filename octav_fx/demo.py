@@ -31,6 +31,16 @@ class Data:
     test_labels: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Shares of the test images classified right, and median milliseconds of a training step."""
+
+    float_accuracy: float
+    quantized_accuracy: float
+    float_ms: float
+    quantized_ms: float
+
+
 def digits(seed: int) -> Data:
     """scikit-learn's 1797 digits of 8 x 8 pixels, scaled up, three equal channels; a quarter is for testing."""
     source = _optional("sklearn.datasets").load_digits()
@@ -75,7 +85,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return float((found == data.test_labels).float().mean())
 
 
-def main(epochs: int = 4, seed: int = 0) -> dict[str, float]:
+def main(epochs: int = 4, seed: int = 0) -> Outcome:
     """Train, quantize, train again; print the table, both accuracies and step times, and return them."""
     torch.manual_seed(seed)
     data = digits(seed)
@@ -96,12 +106,7 @@ def main(epochs: int = 4, seed: int = 0) -> dict[str, float]:
         ["4 bits, trained", f"{quantized_accuracy:.2%}", f"{quantized_ms:.1f}", f"{quantized_ms / float_ms:.2f}"],
     ]
     print(tabulate(rows, ["ResNet-18 on digits", "accuracy", "ms / step", "ratio"], disable_numparse=True))
-    return {
-        "float_accuracy": float_accuracy,
-        "quantized_accuracy": quantized_accuracy,
-        "float_ms": float_ms,
-        "quantized_ms": quantized_ms,
-    }
+    return Outcome(float_accuracy, quantized_accuracy, float_ms, quantized_ms)
 
 
 def _optional(module: str) -> Any:

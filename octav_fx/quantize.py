@@ -43,10 +43,9 @@ def quantize(
     args, kwargs = _as_call(example_inputs)
     arguments = _bind(model, args, kwargs)
     float_module = _copy(model)
-    graphs, missing = _graphs(float_module, arguments)
+    graphs, missing, notes = _graphs(float_module, arguments)
     quantized = QuantizedModule(float_module, graphs, {})
     found: dict[bool, list[Record]] = {}
-    notes = [missing] if missing else []
     for mode in quantized.modes:
         quantized.graph = graphs[mode]
         edits = run(quantized, _passes(config))
@@ -128,8 +127,8 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _graphs(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[dict[bool, fx.Graph], str | None]:
-    """A graph for each mode, and why there is none of the other mode, if it needs its own and cannot be captured."""
+def _graphs(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
+    """A graph for each mode; why the other mode has none, if it needs its own and cannot be captured; notes."""
     mode = module.training
     captured = _capture(module, arguments, mode)
     graphs = {mode: captured.graph, (not mode): captured.graph}
@@ -139,8 +138,9 @@ def _graphs(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[dict[bool,
         except OctavError as error:
             # Often inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
             del graphs[not mode]
-            return graphs, f"{'eval' if mode else 'training'} mode is not captured: {error}"
-    return graphs, None
+            missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
+            return graphs, missing, [*captured.notes, missing]
+    return graphs, None, list(captured.notes)
 
 
 def _capture(module: nn.Module, arguments: Mapping[str, Any], mode: bool) -> Capture:

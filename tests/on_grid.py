@@ -15,7 +15,9 @@ _ATTENTIONS = (
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
 )
-# Enough channels to find a float weight, few enough to look at models of 600 M parameters.
+# Of larger operands that many elements, evenly spaced: enough to find a float one, few enough to look at every operand
+# of models of 600 M parameters.
+_ELEMENTS = 2**18
 _CHANNELS = 64
 
 
@@ -45,21 +47,28 @@ class OnGrid(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _see(self, func: Any, x: Tensor, channel: int | None) -> None:
-        if has_at_most(x.reshape(1, -1), self.levels):
+        if has_at_most(spaced(x.reshape(1, -1), _ELEMENTS), self.levels):
             return
         if channel is not None:
             rows = x.movedim(channel, 0).flatten(1)
-            if rows.numel() > 10**6:
+            if rows.numel() > _ELEMENTS:
                 rows = rows[:: max(1, len(rows) // _CHANNELS)]
+                rows = spaced(rows, max(_ELEMENTS // len(rows), 16 * self.levels))
             if has_at_most(rows, self.levels):
                 return
         self.off_grid.append((str(func), tuple(x.shape)))
 
 
+def spaced(rows: Tensor, count: int) -> Tensor:
+    """About count columns of [R, N], at an odd distance so that no power of two of a layout hides the rest."""
+    distance = rows.shape[1] // count
+    return rows if distance < 2 else rows[:, :: distance | 1]
+
+
 def has_at_most(rows: Tensor, levels: int) -> bool:
     """Whether each row [R, N] has at most that many distinct values."""
     # A float tensor shows itself at once.
-    if len(rows) == 1 and len(rows[0, :4096].unique()) > levels:
+    if any(len(row.unique()) > levels for row in rows[:1, : 16 * levels]):
         return False
     if len(rows) == 1:
         left = rows.flatten()

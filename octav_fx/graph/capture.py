@@ -38,8 +38,11 @@ _TRANSPARENT: Final = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-# Factories refuse proxies as sizes or devices; while tracing they become nodes when they are given one.
-_FACTORIES: Final = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+# Factories refuse proxies as sizes or devices, and what is drawn at capture would stay drawn: they become nodes.
+_FACTORIES: Final = (
+    *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tril_indices", "triu_indices"),
+    *("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"),
+)
 # Facts about a tensor that no input of the same kind changes.
 _STATIC_ATTRIBUTES: Final = frozenset(
     {"ndim", "layout", "requires_grad", "is_nested", "is_sparse", "is_cuda", "is_meta"}
@@ -66,6 +69,8 @@ class Capture:
     graph: fx.Graph
     # Modules whose Python code branches on self.training: the graph holds for one mode only.
     depends_on_training: tuple[str, ...]
+    # What the user has to know about this capture.
+    notes: tuple[str, ...]
 
 
 def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
@@ -81,7 +86,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
         for name, module in root.named_modules():
             # A plain attribute to nn.Module as well; only the tracer sees a flag instead of a bool.
             module.__dict__["training"] = _TrainingFlag(tracer, f"{name}.training".lstrip("."), module.training)
-        with _symbolic_factories():
+        with _symbolic_factories(tracer), _symbolic_isinstance(root):
             graph = tracer.trace(root)
     except OctavError:
         raise
@@ -98,7 +103,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
         node.meta.pop("is_wrapped", None)
-    return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)))
+    return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)), tuple(tracer.notes))
 
 
 class _ValueProxy(fx.Proxy):
@@ -109,11 +114,6 @@ class _ValueProxy(fx.Proxy):
     @property
     def value(self) -> Any:
         return self.node.meta["value"]
-
-    @property  # type: ignore[misc]  # object.__class__ can be set, this cannot
-    def __class__(self) -> type:
-        # isinstance(x, Tensor) chooses branches in user code.
-        return Tensor if isinstance(self.value, Tensor) else type(self)
 
     def __getattr__(self, name: str) -> Any:
         value = self.value
@@ -164,7 +164,7 @@ class _ValueProxy(fx.Proxy):
     def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", _setitem, (self, index, item), {})
 
-    # Defining __class__ and __eq__ does not change what a proxy is: hashed by identity.
+    # fx.Proxy defines __eq__; a proxy is still hashed by identity.
     __hash__ = object.__hash__
 
 
@@ -185,6 +185,9 @@ class _AttributeProxy(_ValueProxy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.__dict__["name"], (self.__dict__["owner"], *args), kwargs)
+
+
+_PROXIES: Final = (_ValueProxy, _AttributeProxy)
 
 
 def _setitem(target: Any, index: Any, item: Any) -> Any:
@@ -225,6 +228,7 @@ class _Mark:
 class _Tracer(fx.Tracer):
     arguments: Mapping[str, Any]
     branched_on: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     checked: set[tuple[fx.Node, Any]] = field(default_factory=set)
     evaluating: bool = False
     proxy_buffer_attributes = True
@@ -266,8 +270,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) in (_ValueProxy, _AttributeProxy):
-            # Before anything asks isinstance(a, Tensor).
+        if type(a) in _PROXIES:
             return a.node
         if isinstance(a, Tensor) and id(a) in self.attributes:
             return self._attribute(self.attributes[id(a)]).node
@@ -299,11 +302,13 @@ class _Tracer(fx.Tracer):
         if self.evaluating or m not in (self.submodule_paths or ()):
             # A module made inside forward has no name to call it by; its forward is traced through.
             return forward(*args, **kwargs)
-        mark = self._mark()
+        mark, path = self._mark(), self.path_of_module(m)
+        if (m._forward_hooks or m._forward_pre_hooks) and not self.is_leaf_module(m, path):
+            self.notes.append(f"{path}: hooks were traced once; what they do besides computing tensors is not repeated")
         result = super().call_module(m, forward, args, kwargs)
         if _is_stateless(m) and self._is_random(mark):
             self._go_back(mark)
-            return super().create_proxy("call_module", self.path_of_module(m), args, kwargs)
+            return super().create_proxy("call_module", path, args, kwargs)
         return result
 
     def _inline(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -311,10 +316,10 @@ class _Tracer(fx.Tracer):
         mark = self._mark()
         try:
             result = function(*args, **kwargs)
-            if type(result) in (_ValueProxy, _AttributeProxy) and not self._is_random(mark):
+            if type(result) in _PROXIES and not self._is_random(mark):
                 return result
-        except (OctavError, fx.proxy.TraceError):
-            # It was wrapped for a reason. The call stays, and its multiplications show up as one float row.
+        except Exception:
+            # It was wrapped for a reason, whatever that is. The call stays, and what it multiplies is a float row.
             pass
         self._go_back(mark)
         return super().create_proxy("call_function", function, args, kwargs)
@@ -376,34 +381,31 @@ class _Tracer(fx.Tracer):
 
     def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
         """What a node computes on fake tensors, and the multiply-accumulates it takes."""
+        outer, self.evaluating = self.evaluating, True
+        try:
+            return self._evaluate_inside(node)
+        finally:
+            self.evaluating = outer
+
+    def _evaluate_inside(self, node: fx.Node) -> tuple[Any, int]:
         if node.op == "placeholder":
             value = self.arguments[str(node.target).lstrip("*")]
             return pytree.tree_map_only(Tensor, self.fake_mode.from_tensor, value), 0
         if node.op == "get_attr":
             value = self.root
             for atom in str(node.target).split("."):
-                value = inspect.getattr_static(value, atom) if atom == "training" else self._plain_getattr(value, atom)
+                value = getattr(value, atom)
             value = value.value if isinstance(value, _TrainingFlag) else value
             return (self.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value), 0
         args, kwargs = _mutable(fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"]))
         if any(value is UNKNOWN for value in pytree.tree_leaves((args, kwargs))):
             return UNKNOWN, 0
-        outer, self.evaluating = self.evaluating, True
         try:
             with _plain_training(self._called(node)), self.fake_mode, torch.no_grad(), MacCounter() as counter:
                 value = self._call(node, args, kwargs)
             return value, counter.macs
         except (DataDependentOutputException, DynamicOutputShapeException):
             return UNKNOWN, 0
-        finally:
-            self.evaluating = outer
-
-    def _plain_getattr(self, owner: Any, name: str) -> Any:
-        outer, self.evaluating = self.evaluating, True
-        try:
-            return getattr(owner, name)
-        finally:
-            self.evaluating = outer
 
     def _called(self, node: fx.Node) -> nn.Module | None:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -458,15 +460,14 @@ def _plain_training(module: nn.Module | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _symbolic_factories() -> Iterator[None]:
+def _symbolic_factories(tracer: _Tracer) -> Iterator[None]:
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def symbolic(original: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                if type(leaf) in (_ValueProxy, _AttributeProxy):
-                    return leaf.tracer.create_proxy("call_function", original, args, kwargs)
-            return original(*args, **kwargs)
+            if tracer.evaluating:
+                return original(*args, **kwargs)
+            return tracer.create_proxy("call_function", original, args, kwargs)
 
         return factory
 
@@ -477,6 +478,31 @@ def _symbolic_factories() -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def _symbolic_isinstance(root: nn.Module) -> Iterator[None]:
+    """isinstance(x, Tensor) is True of a proxy for a tensor, in the files where the modules' forward methods are.
+
+    Shadowed in those files rather than answered by the proxy: torch's C++ would take such a proxy for a tensor.
+    """
+
+    def symbolic(x: Any, kinds: Any) -> bool:
+        return isinstance(x, kinds) or (type(x) in _PROXIES and isinstance(x.value, kinds))
+
+    files = {id(names): names for m in root.modules() if not _is_torch(names := type(m).forward.__globals__)}
+    shadowed = [names for names in files.values() if "isinstance" not in names]
+    try:
+        for names in shadowed:
+            names["isinstance"] = symbolic
+        yield
+    finally:
+        for names in shadowed:
+            del names["isinstance"]
+
+
+def _is_torch(names: Mapping[str, Any]) -> bool:
+    return str(names.get("__name__")).partition(".")[0] == "torch"
 
 
 def _remove_unused(graph: fx.Graph) -> None:

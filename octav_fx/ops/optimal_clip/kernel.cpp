@@ -128,9 +128,14 @@ float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads
     } else if (sums.numerator == 0 && mean < high) {
       clip = mean;
     } else {
+      // The crossing lies at a value of x, where the counts jump. Its lower side is the clip: the greatest number that
+      // its own step does not lower, whichever way the bracket was found.
       const float middle = low + (high - low) / 2;
-      if (middle == low || middle == high) break;
       clip = middle;
+      if (middle == low || middle == high) {
+        clip = low > 0 ? low : high;
+        break;
+      }
     }
   }
   return clip;
