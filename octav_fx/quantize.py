@@ -14,7 +14,7 @@ from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.graph.capture import Capture, capture
 from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import has_data, run_once
+from octav_fx.graph.observe import difference, has_data, run_once, without_quantizers
 from octav_fx.graph.pipeline import Pass, run
 from octav_fx.graph.record import Record, records
 from octav_fx.passes import PREPARE, fold_batchnorm, quantize_operands
@@ -65,6 +65,7 @@ def quantize(
     if strict:
         _check_strict(found[model.training])
     if has_data(quantized, (args, kwargs)):
+        _check_captured(quantized, args, kwargs)
         run_once(quantized, args, kwargs)
     return quantized
 
@@ -153,6 +154,19 @@ def _capture(module: nn.Module, arguments: Mapping[str, Any], mode: bool) -> Cap
     finally:
         for m, training in modes.items():
             m.training = training
+
+
+def _check_captured(quantized: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The rewritten graph without its quantizers has to compute what the float model computes."""
+    with quantized.as_float():
+        expected = run_once(quantized, args, kwargs)
+    with without_quantizers(quantized):
+        found = run_once(quantized, args, kwargs)
+    if detail := difference(expected, found):
+        raise OctavError(
+            f"the captured graph does not compute what the model's forward does: {detail}. Python code in forward may "
+            "look at something a graph does not have, such as the identity of a dtype; make it explicit there"
+        )
 
 
 def _check_overrides(config: Config, found: Mapping[bool, list[Record]]) -> None:

@@ -8,6 +8,7 @@ attention with shape checks, loops over a list of features, functions hidden beh
 import contextlib
 import inspect
 import itertools
+import logging
 import operator
 import os
 import sys
@@ -38,11 +39,13 @@ _TRANSPARENT: Final = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-# Factories refuse proxies as sizes or devices, and what is drawn at capture would stay drawn: they become nodes.
+# What these make belongs to one call of forward: made at capture, it would keep what was drawn or written then.
 _FACTORIES: Final = (
     *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tril_indices", "triu_indices"),
-    *("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"),
+    *("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "tensor", "as_tensor"),
 )
+# These want the number itself, or a dtype, and refuse a proxy for it.
+_OF_PROXY: Final = ("finfo", "iinfo")
 # Facts about a tensor that no input of the same kind changes.
 _STATIC_ATTRIBUTES: Final = frozenset(
     {"ndim", "layout", "requires_grad", "is_nested", "is_sparse", "is_cuda", "is_meta"}
@@ -50,6 +53,7 @@ _STATIC_ATTRIBUTES: Final = frozenset(
 _TORCH: Final = str(Path(torch.__file__).parent) + os.sep
 _HERE: Final = str(Path(__file__).parent.parent) + os.sep
 _PLAIN: Final = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_LITERAL: Final = (*_PLAIN, complex, torch.layout, torch.memory_format, torch.Generator)
 
 
 class _Unknown:
@@ -86,7 +90,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
         for name, module in root.named_modules():
             # A plain attribute to nn.Module as well; only the tracer sees a flag instead of a bool.
             module.__dict__["training"] = _TrainingFlag(tracer, f"{name}.training".lstrip("."), module.training)
-        with _symbolic_factories(tracer), _symbolic_isinstance(root):
+        with _symbolic_torch(tracer), _symbolic_isinstance(root), _quiet():
             graph = tracer.trace(root)
     except OctavError:
         raise
@@ -157,6 +161,15 @@ class _ValueProxy(fx.Proxy):
         if isinstance(value, Tensor):
             return (self[i] for i in range(len(self)))
         return super().__iter__()
+
+    def __round__(self, *digits: Any) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __divmod__(self, divisor: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (self, divisor), {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.clone() if isinstance(self.value, Tensor) else self
 
     def __contains__(self, item: Any) -> bool:
         return item in self.value if isinstance(self.value, Mapping) else any(item is x or item == x for x in self)
@@ -460,24 +473,51 @@ def _plain_training(module: nn.Module | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _symbolic_factories(tracer: _Tracer) -> Iterator[None]:
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+def _symbolic_torch(tracer: _Tracer) -> Iterator[None]:
+    """Functions of torch that refuse proxies, or that must run anew with the graph, as nodes while tracing."""
 
-    def symbolic(original: Callable[..., Any]) -> Callable[..., Any]:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            if tracer.evaluating:
+    def factory(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves = pytree.tree_leaves((args, kwargs))
+            if tracer.evaluating or not all(isinstance(leaf, _LITERAL) or type(leaf) in _PROXIES for leaf in leaves):
                 return original(*args, **kwargs)
             return tracer.create_proxy("call_function", original, args, kwargs)
 
-        return factory
+        return call
 
+    def of_proxy(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if any(type(arg) in _PROXIES for arg in args):
+                return tracer.create_proxy("call_function", original, args, {})
+            return original(*args)
+
+        return call
+
+    def is_tensor(x: Any) -> bool:
+        return isinstance(x.value if type(x) in _PROXIES else x, Tensor)
+
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_OF_PROXY, "is_tensor")}
+    patched = {name: factory(originals[name]) for name in _FACTORIES}
+    patched |= {name: of_proxy(originals[name]) for name in _OF_PROXY}
+    patched["is_tensor"] = is_tensor
     try:
-        for name, original in originals.items():
-            setattr(torch, name, symbolic(original))
+        for name, function in patched.items():
+            setattr(torch, name, function)
         yield
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Shape errors reach the user as one OctavError; torch would log a traceback of each besides."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 @contextlib.contextmanager
