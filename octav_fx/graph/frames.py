@@ -1,0 +1,34 @@
+"""Where in the user's files the Python interpreter is."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Final
+
+import torch
+
+TORCH: Final = str(Path(torch.__file__).parent) + os.sep
+_HERE: Final = str(Path(__file__).parent.parent) + os.sep
+
+
+def caller() -> str:
+    """file:line of the nearest frame outside of fx and this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_HERE, TORCH + "fx")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+def user_line(error: BaseException) -> str:
+    """file:line of the innermost frame of a traceback that is the user's code."""
+    line = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith((_HERE, TORCH)):
+            line = f"{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line

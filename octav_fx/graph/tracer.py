@@ -1,0 +1,277 @@
+"""ValueTracer: fx.Tracer whose proxies have values, whose branches leave checks, and that sees through wrappers."""
+
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from octav_fx.errors import OctavError
+from octav_fx.graph.frames import TORCH, caller
+from octav_fx.graph.macs import MacCounter
+from octav_fx.graph.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
+from octav_fx.graph.seen_through import PLAIN, plain_training
+from octav_fx.graph.specialize import check_captured
+
+# torch.nn modules are leaves: they are what rules speak of, and their checks on shapes are torch's own business.
+# These are made of other modules, some of which multiply matrices, so they are traced into.
+_TRANSPARENT: Final = (
+    nn.Sequential,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+@dataclass
+class _Mark:
+    """A place in the graph to go back to."""
+
+    last: fx.Node
+    branches: int
+
+
+@dataclass(eq=False)
+class ValueTracer(fx.Tracer):
+    """One trace. What it overrides of fx.Tracer and why is said at each method."""
+
+    # Example values by argument name.
+    arguments: Mapping[str, Any]
+    # Modes that Python code asked for, and what else the user has to know.
+    branched_on: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checked: set[tuple[fx.Node, Any]] = field(default_factory=set)
+    evaluating: bool = False
+    # Read by fx: buffers become proxies, not constants.
+    proxy_buffer_attributes = True
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.attributes: dict[int, str] = {}
+        self.attribute_nodes: dict[str, fx.Node] = {}
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Learn the names of parameters and buffers first."""
+        # The first name of a tied tensor is its name: readers of either read one node.
+        named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        for name, tensor in reversed(named):
+            self.attributes[id(tensor)] = name
+        return super().trace(root)
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        """Proxies have values."""
+        return ValueProxy(node, self)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Arguments without tensors are Python values, with a check."""
+        root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return root_fn, [self._concrete(arg) if isinstance(arg, ValueProxy) else arg for arg in args]
+
+    def _concrete(self, proxy: ValueProxy) -> Any:
+        """A placeholder without tensors in it is a Python value that code branches on, None above all."""
+        value = proxy.value
+        if not isinstance(value, PLAIN):
+            return proxy
+        self._check(proxy.node, value, f"argument {proxy.node.target}")
+        return value
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Nodes carry what they compute for the example inputs."""
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind != "output":
+            node.meta["value"], node.meta["macs"] = self._evaluate(node)
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Parameters and buffers are found by identity, by their first name."""
+        if type(a) in PROXIES:
+            return a.node
+        if isinstance(a, Tensor) and id(a) in self.attributes:
+            return self._attribute(self.attributes[id(a)]).node
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        """Calls of wrapped functions are traced through."""
+        if kind == "call_function" and target is F.multi_head_attention_forward:
+            return self._inline_attention(args, kwargs)
+        if kind == "call_function" and _is_user_function(target):
+            return self._inline(target, args, kwargs)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """self.weight in forward is a get_attr node; so is a buffer, which plain fx bakes into what is computed."""
+        if not self.evaluating and isinstance(attr_val, Tensor) and id(attr_val) in self.attributes:
+            return self._attribute(self.attributes[id(attr_val)])
+        return attr_val
+
+    def _attribute(self, name: str) -> ValueProxy:
+        if name not in self.attribute_nodes:
+            self.attribute_nodes[name] = self.create_node("get_attr", name, (), {})
+        return self.proxy(self.attribute_nodes[name])
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's modules and a subclass that keeps their forward; scripted modules have no Python code."""
+        if isinstance(m, torch.jit.ScriptModule):
+            return True
+        return type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Stochastic depth and its like stay calls: traced through, they would be on or off for good."""
+        if self.evaluating or m not in (self.submodule_paths or ()):
+            # A module made inside forward has no name to call it by; its forward is traced through.
+            return forward(*args, **kwargs)
+        mark, path = self._mark(), self.path_of_module(m)
+        if (m._forward_hooks or m._forward_pre_hooks) and not self.is_leaf_module(m, path):
+            self.notes.append(f"{path}: hooks were traced once; what they do besides computing tensors is not repeated")
+        result = super().call_module(m, forward, args, kwargs)
+        if _is_stateless(m) and self._is_random(mark):
+            self._go_back(mark)
+            return super().create_proxy("call_module", path, args, kwargs)
+        return result
+
+    def _inline(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace through a function that its author hid with fx.wrap; keep the call where that is not possible."""
+        mark = self._mark()
+        try:
+            result = function(*args, **kwargs)
+            if type(result) in PROXIES and not self._is_random(mark):
+                return result
+        except Exception:
+            # It was wrapped for a reason, whatever that is. The call stays, and what it multiplies is a float row.
+            pass
+        self._go_back(mark)
+        return super().create_proxy("call_function", function, args, kwargs)
+
+    def _inline_attention(self, args: Any, kwargs: Any) -> Any:
+        """Run torch's own Python code of multi_head_attention_forward on proxies, past its dispatch to them."""
+        source = F.multi_head_attention_forward
+        names = {**vars(F), "has_torch_function": lambda operands: False}
+        inner = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+        bound = inspect.signature(source).bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["dropout_p"] == 0:
+            bound.arguments["training"] = False
+        elif isinstance(flag := bound.arguments["training"], TrainingFlag):
+            self.branched_on.append(flag.target)
+            bound.arguments["training"] = flag.value
+        return inner(*bound.args, **bound.kwargs)
+
+    def _mark(self) -> _Mark:
+        return _Mark(next(iter(reversed(self.graph.nodes))), len(self.branched_on))
+
+    def _is_random(self, mark: _Mark) -> bool:
+        """Whether what was traced since then is an on/off of training (stochastic depth) and multiplies nothing."""
+        return len(self.branched_on) > mark.branches and not any(node.meta["macs"] for node in self._since(mark))
+
+    def _since(self, mark: _Mark) -> list[fx.Node]:
+        nodes = []
+        node = mark.last.next
+        while node.op != "root":
+            nodes.append(node)
+            node = node.next
+        return nodes
+
+    def _go_back(self, mark: _Mark) -> None:
+        nodes = self._since(mark)
+        for node in reversed(nodes):
+            self.graph.erase_node(node)
+        self.attribute_nodes = {name: node for name, node in self.attribute_nodes.items() if node not in set(nodes)}
+        self.checked = {(node, expected) for node, expected in self.checked if node not in set(nodes)}
+        del self.branched_on[mark.branches :]
+
+    def decide(self, proxy: ValueProxy, kind: type) -> Any:
+        """The Python value of a proxy, remembered as a fact of this graph."""
+        value, where = proxy.value, caller()
+        if value is UNKNOWN or isinstance(value, Tensor):
+            raise OctavError(
+                f"{where}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a tensor; "
+                "a graph cannot follow that. Compute it outside of forward, or quantize the submodules around it"
+            )
+        if not where.startswith(TORCH):
+            # torch's own code asks to validate arguments or to choose a fast path; both stay right without a check.
+            self._check(proxy.node, kind(value), where)
+        return value
+
+    def _check(self, node: fx.Node, expected: Any, where: str) -> None:
+        if (node, expected) not in self.checked:
+            self.checked.add((node, expected))
+            self.create_node("call_function", check_captured, (node, expected, where), {})
+
+    def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
+        """What a node computes on fake tensors, and the multiply-accumulates it takes."""
+        outer, self.evaluating = self.evaluating, True
+        try:
+            return self._evaluate_inside(node)
+        finally:
+            self.evaluating = outer
+
+    def _evaluate_inside(self, node: fx.Node) -> tuple[Any, int]:
+        if node.op == "placeholder":
+            value = self.arguments[str(node.target).lstrip("*")]
+            return pytree.tree_map_only(Tensor, self.fake_mode.from_tensor, value), 0
+        if node.op == "get_attr":
+            value = self.root
+            for atom in str(node.target).split("."):
+                value = getattr(value, atom)
+            value = value.value if isinstance(value, TrainingFlag) else value
+            return (self.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value), 0
+        args, kwargs = _mutable(fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"]))
+        if any(value is UNKNOWN for value in pytree.tree_leaves((args, kwargs))):
+            return UNKNOWN, 0
+        try:
+            with plain_training(self._called(node)), self.fake_mode, torch.no_grad(), MacCounter() as counter:
+                value = self._call(node, args, kwargs)
+            return value, counter.macs
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return UNKNOWN, 0
+
+    def _called(self, node: fx.Node) -> nn.Module | None:
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        match node.op:
+            case "call_function":
+                # A check holds by construction here, and setitem_ on fake values of shapes only.
+                assert callable(node.target)
+                return None if node.target is check_captured else node.target(*args, **kwargs)
+            case "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            case _:
+                module = self._called(node)
+                assert module is not None
+                # With fake state: FakeTensorMode would count num_batches_tracked up for real.
+                state = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+                fake: dict[str, Tensor] = {name: self.fake_mode.from_tensor(tensor) for name, tensor in state.items()}
+                return torch.func.functional_call(module, fake, args, kwargs)
+
+
+def _mutable(argument: Any) -> Any:
+    """Lists and dicts of a node are immutable; a function may write into what it is given."""
+    if isinstance(argument, list):
+        return [_mutable(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: _mutable(item) for key, item in argument.items()}
+    return tuple(map(_mutable, argument)) if type(argument) is tuple else argument
+
+
+def _is_user_function(target: Any) -> bool:
+    if not isinstance(target, types.FunctionType) or target in (check_captured, setitem_):
+        return False
+    return (target.__module__ or "torch").partition(".")[0] not in ("torch", "math", "operator", "builtins")
+
+
+def _is_stateless(module: nn.Module) -> bool:
+    return not any(True for held in (module.children(), module.parameters(), module.buffers()) for _ in held)
