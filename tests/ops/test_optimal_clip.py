@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octav_fx.ops import native, optimal_clip
+from octav_fx.ops.optimal_clip import reference
+from octav_fx.quant.axis import clip_shape, to_rows
+from octav_fx.quant.solver import METHODS
+from tests.ops.strategies import DTYPES, axes, filled_with_nan, tensors
+from tests.quant.samples import SAMPLES, SIGNS, fixed_point, least_error, squared_error
+
+COLD = torch.tensor(0.0)
+NEWTON = ["octav", "octav-grid"]
+# What kernel and reference may differ by: both end within a few roundings (2**-24 = 6e-8 each) of one fixed point.
+CLOSE = {"rtol": 1e-6, "atol": 0}
+
+
+def cold(x, dim):
+    return torch.zeros(clip_shape(x, dim))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("name", "signed"), SIGNS)
+def test_the_kernel_finds_the_fixed_point_from_any_hint(kernels, name, signed, bits):
+    x = SAMPLES[name](20_000)
+    expected = fixed_point(x, bits, signed)
+    for factor in (0, 1.05, 0.95, 100, 0.01):
+        clip = optimal_clip(x, torch.tensor(expected * factor), bits, signed, None, "octav")
+        # Chunks of 1024 are summed in float, in 16 lanes or fewer, and added in double: 64 roundings of 2**-24 at most
+        # if all went the same way, which they do not.
+        assert clip.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("elements", [9, 64])
+def test_the_kernel_is_near_the_least_error_on_short_rows(kernels, elements):
+    x = torch.randn(1000, elements)
+    clip = optimal_clip(x, torch.zeros(1000), 4, True, 0, "octav-grid")
+    assert squared_error(x, clip, 4, True).sum() < 1.2 * least_error(x, 4, True, candidates=300).sum()
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_kernel_finds_what_the_reference_finds(kernels, data):
+    x = data.draw(tensors(DTYPES))
+    # Their sums are beyond float32; see quant/solver.py for what takes part.
+    x = torch.where(x.abs() > 1e10, math.nan, x)
+    dim = data.draw(axes(x))
+    bits, signed = data.draw(st.integers(2, 8)), data.draw(st.booleans())
+    hint = data.draw(st.sampled_from([0.0, 0.1, 1.0, 50.0, math.inf, math.nan])) + cold(x, dim)
+    with filled_with_nan():
+        clip = optimal_clip(x, hint, bits, signed, dim, "octav")
+    expected = reference.optimal_clip(x, hint, bits, signed, dim, "octav")
+    assert clip.dtype is torch.float32
+    torch.testing.assert_close(clip, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("shape", "dim"), [((64, 3, 7, 7), 0), ((40, 65, 10), 1), ((3, 70_001), None)])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernel_finds_what_the_reference_finds_on_the_grid(kernels, shape, dim, signed, bits):
+    x = torch.randn(shape)
+    hint = cold(x, dim)
+    clip = optimal_clip(x, hint, bits, signed, dim, "octav-grid")
+    torch.testing.assert_close(clip, reference.optimal_clip(x, hint, bits, signed, dim, "octav-grid"), **CLOSE)
+    warm = optimal_clip(x, clip * 1.01, bits, signed, dim, "octav-grid")
+    expected = reference.optimal_clip(x, clip * 1.01, bits, signed, dim, "octav-grid")
+    torch.testing.assert_close(warm, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", NEWTON)
+@pytest.mark.parametrize(("shape", "dim"), [((100_003,), None), ((37, 2003), 0), ((5, 301, 50), 1)])
+def test_the_number_of_threads_changes_no_bit(kernels, threads, method, shape, dim):
+    x, clips = torch.randn(shape), []
+    for count in (1, 2, 3):
+        threads(count)
+        clips.append(optimal_clip(x, cold(x, dim), 4, True, dim, method))
+    assert torch.equal(clips[0], clips[1])
+    assert torch.equal(clips[0], clips[2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [None, 0, 1, 2, 3])
+def test_memory_layout_does_not_matter(method, dim):
+    x = torch.randn(4, 6, 8, 10)
+    expected = optimal_clip(x, cold(x, dim), 4, True, dim, method)
+    assert torch.equal(optimal_clip(x, cold(x, dim), 4, True, dim, method), expected)
+    wide = torch.randn(4, 6, 8, 20)
+    wide[..., ::2] = x
+    for same in (x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)):
+        # Summed in another order.
+        torch.testing.assert_close(optimal_clip(same, cold(x, dim), 4, True, dim, method), expected, **CLOSE)
+    assert torch.equal(optimal_clip(wide[..., ::2], cold(x, dim), 4, True, dim, method), expected)
+
+
+@pytest.mark.parametrize("method", NEWTON)
+def test_a_part_of_a_tensor_is_solved_from_where_it_starts(method):
+    x = torch.randn(10, 100) * torch.arange(10).unsqueeze(-1)
+    assert torch.equal(
+        optimal_clip(x[7], COLD, 4, True, None, method), optimal_clip(x[7].clone(), COLD, 4, True, None, method)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_solved_in_float32(method, dtype):
+    # 70 000 numbers of about 1: float16 cannot hold their sum, bfloat16 cannot count past 256.
+    x = torch.randn(70_000).to(dtype)
+    clip = optimal_clip(x, COLD, 4, True, None, method)
+    assert clip.dtype is torch.float32
+    assert torch.equal(clip, optimal_clip(x.float(), COLD, 4, True, None, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_inf_and_nan_take_no_part(method, signed):
+    x = torch.randn(10_000)
+    bad = torch.cat([x, torch.tensor([math.inf, -math.inf, math.nan])])[torch.randperm(10_003)]
+    expected = optimal_clip(x, COLD, 4, signed, None, method)
+    torch.testing.assert_close(optimal_clip(bad, COLD, 4, signed, None, method), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", [[], [0.0, -0.0], [math.nan, math.inf, -math.inf], [0.0] * 9 + [math.nan]])
+def test_nothing_to_clip_is_a_clip_of_zero(method, signed, dtype, values):
+    x = torch.tensor(values, dtype=dtype)
+    assert optimal_clip(x, torch.tensor(1.0), 4, signed, None, method).item() == 0
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((0, 3), 0), ((0, 3), 1), ((3, 0), 0), ((2, 0, 4), 2), ((0,), 0)])
+@pytest.mark.parametrize("method", METHODS)
+def test_empty_channels(method, shape, dim):
+    x = torch.empty(shape)
+    assert optimal_clip(x, cold(x, dim), 4, True, dim, method).tolist() == [0] * shape[dim]
+
+
+@pytest.mark.parametrize("hint", [0.0, 0.2, 0.7, 1e6])
+@pytest.mark.parametrize("values", [[0.7] * 100, [-0.7] * 100, [0.0, 0.7, 0.0], [-0.7]])
+def test_one_magnitude_is_its_own_clip(hint, values):
+    clip = optimal_clip(torch.tensor(values), torch.tensor(hint), 4, True, None, "octav")
+    # 0.7 rounded, and a mean of 100 of it.
+    assert clip.item() == pytest.approx(0.7, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_number_has_a_clip(method):
+    clip = optimal_clip(torch.tensor(-0.7), COLD, 4, True, None, method)
+    assert clip.shape == ()
+    assert clip.item() == pytest.approx(0.7, rel=1e-6)
+
+
+def test_one_element_channels_are_their_own_clips():
+    x = torch.tensor([0.5, -2.0, 0.0, 1.0])
+    assert optimal_clip(x, torch.zeros(4), 4, True, 0, "octav").tolist() == [0.5, 2, 0, 1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dim", "channels_last"), [(None, False), (None, True), (0, False), (1, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(method, dim, channels_last, dtype):
+    x = torch.randn(2, 3, 4, 5, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    torch.library.opcheck(optimal_clip, (x, cold(x, dim), 4, True, dim, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [None, 1])
+def test_the_host_reads_no_value(method, dim):
+    x = torch.empty(3, 5, device="meta")
+    hint = torch.empty(clip_shape(x, dim), device="meta")
+    assert reference.optimal_clip(x, hint, 4, True, dim, method).shape == clip_shape(x, dim)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_kernels_the_reference_runs(monkeypatch, method):
+    monkeypatch.setattr(native, "library", lambda: None)
+    x = torch.randn(5, 100)
+    clip = optimal_clip(x, torch.zeros(5), 4, True, 0, method)
+    assert torch.equal(clip, reference.optimal_clip(x, torch.zeros(5), 4, True, 0, method))
+
+
+def test_rows_are_the_channels():
+    x = torch.randn(3, 4, 5) * torch.tensor([1.0, 10, 100, 1000]).reshape(1, 4, 1)
+    clip = optimal_clip(x, torch.zeros(4), 4, True, 1, "octav")
+    for channel, row in enumerate(to_rows(x, 1)):
+        assert clip[channel].item() == pytest.approx(fixed_point(row, 4, True), rel=1e-6)

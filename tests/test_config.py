@@ -1,0 +1,157 @@
+"""Config: what it accepts, which override wins, JSON both ways."""
+
+import dataclasses
+import json
+
+import pytest
+
+from octav_fx import Config, OctavError
+from octav_fx.graph.rules import Role
+from octav_fx.passes import Place
+
+
+def place(site: str, role: Role = Role.WEIGHT, edge: bool = False, signed: bool = True) -> Place:
+    return Place(site, "linear", "weight", role, edge, signed, 0 if role is Role.WEIGHT else None)
+
+
+def test_the_defaults_are_the_papers_recipe():
+    weight, activation = Config().choose(place("fc")), Config().choose(place("fc", Role.ACTIVATION, signed=False))
+    assert (weight.bits, weight.method, weight.gradient, weight.dim, weight.signed) == (4, "octav", "mad", 0, True)
+    assert (activation.bits, activation.gradient, activation.dim, activation.signed) == (4, "pwl", None, False)
+    assert Config().choose(place("fc", edge=True)).bits == 8
+
+
+def test_edge_bits_none_is_no_exception():
+    assert Config(edge_bits=None, weight_bits=3).choose(place("fc", edge=True)).bits == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bits"),
+    [
+        ({}, 4),
+        ({"layer1.0.conv": {"weight_bits": 2}}, 2),
+        ({"layer1.*": {"weight_bits": 2}}, 2),
+        ({"*": {"weight_bits": 2}, "layer1.*": {"weight_bits": 3}}, 3),
+        ({"layer1.*": {"weight_bits": 3}, "*": {"weight_bits": 2}}, 2),
+        # An exact name wins, whatever comes after it.
+        ({"layer1.0.conv": {"weight_bits": 5}, "*": {"weight_bits": 2}}, 5),
+        # Only the winner counts: what it does not set is the default, not the loser's.
+        ({"*": {"weight_bits": 2}, "layer1.*": {"activation_bits": 3}}, 4),
+        ({"layer?.[0-3].conv": {"weight_bits": 6}}, 6),
+        ({"LAYER1.*": {"weight_bits": 6}}, 4),
+        ({"layer1": {"weight_bits": 6}}, 4),
+    ],
+)
+def test_exact_name_then_last_matching_glob_then_default(overrides, bits):
+    assert Config(overrides=overrides).choose(place("layer1.0.conv")).bits == bits
+
+
+def test_an_override_wins_over_the_edge():
+    config = Config(overrides={"fc": {"weight_bits": 3}})
+    assert config.choose(place("fc", edge=True)).bits == 3
+    assert config.choose(place("fc", Role.ACTIVATION, edge=True)).bits == 8
+
+
+def test_none_leaves_a_node_float_and_says_which_pattern_did():
+    assert Config(overrides={"*": {}, "layer1.*": None}).choose(place("layer1.0.conv")) == "override 'layer1.*': None"
+    assert Config(overrides={"layer1.*": None, "layer1.0.conv": {}}).choose(place("layer1.0.conv")).bits == 4
+
+
+@pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "edge_bits"])
+@pytest.mark.parametrize("value", [0, 1, 9, -4, 4.0, 4.5, "4", True])
+def test_bits_outside_of_two_to_eight(name, value):
+    message = rf"{name}={value!r}: whole bits from 2 to 8"
+    with pytest.raises(OctavError, match=message):
+        Config(**{name: value})
+    if name != "edge_bits":
+        with pytest.raises(OctavError, match=message):
+            Config(overrides={"fc": {name: value}})
+
+
+@pytest.mark.parametrize("name", ["weight_bits", "activation_bits"])
+def test_bits_have_to_be_given(name):
+    with pytest.raises(OctavError, match=f"{name}=None"):
+        Config(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("clip", ("octav", "octav-grid", "max")),
+        ("weight_gradient", ("ste", "pwl", "mad")),
+        ("activation_gradient", ("ste", "pwl", "mad")),
+        ("attention", ("operands",)),
+    ],
+)
+def test_choices(name, allowed):
+    for value in allowed:
+        assert getattr(Config(**{name: value}), name) == value
+    for value in ("OCTAV", "", None, 4):
+        with pytest.raises(OctavError, match=f"{name}={value!r}: one of '{allowed[0]}'"):
+            Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"fc": {"bits": 4}},
+            r"overrides\['fc'\]: unknown \['bits'\]; a node can set weight_bits, activation_bits, clip",
+        ),
+        ({"fc": {"edge_bits": 4}}, r"unknown \['edge_bits'\]"),
+        ({"fc": {"overrides": {}}}, r"unknown \['overrides'\]"),
+        ({"fc": {"clip": "none"}}, "clip='none': one of"),
+        ({"fc": {"weight_gradient": "none"}}, "weight_gradient='none': one of"),
+        ({"fc": 4}, "4 is not a dict or None"),
+        ({"fc": "float"}, "'float' is not a dict or None"),
+        ([("fc", None)], "overrides: a dict of node name or glob to settings"),
+        (None, "overrides: a dict"),
+    ],
+)
+def test_bad_overrides(overrides, message):
+    with pytest.raises(OctavError, match=message):
+        Config(overrides=overrides)
+
+
+def test_json_both_ways():
+    config = Config(
+        weight_bits=3,
+        edge_bits=None,
+        clip="octav-grid",
+        weight_gradient="ste",
+        fold_batchnorm=True,
+        overrides={"layer4.*": {"weight_bits": 2, "clip": "max"}, "fc": None},
+    )
+    text = json.dumps(config.to_dict())
+    assert Config.from_dict(json.loads(text)) == config
+    assert Config.from_dict(Config().to_dict()) == Config()
+    assert Config.from_dict({"weight_bits": 3}) == Config(weight_bits=3)
+    # The order of globs decides, so it has to survive.
+    assert list(json.loads(text)["overrides"]) == ["layer4.*", "fc"]
+
+
+def test_a_key_that_is_no_field_is_an_error():
+    with pytest.raises(OctavError, match="Config has no field bits; it has weight_bits, activation_bits, edge_bits"):
+        Config.from_dict({"bits": 4})
+
+
+def test_frozen_and_apart_from_its_dict():
+    config = Config(overrides={"fc": {"weight_bits": 3}})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.weight_bits = 5
+    config.to_dict()["overrides"]["fc"]["weight_bits"] = 7
+    assert config.choose(place("fc")).bits == 3
+
+
+def test_fields_are_the_promised_ones():
+    assert {field.name: field.default for field in dataclasses.fields(Config) if field.name != "overrides"} == {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "edge_bits": 8,
+        "clip": "octav",
+        "weight_gradient": "mad",
+        "activation_gradient": "pwl",
+        "attention": "operands",
+        "fold_batchnorm": False,
+    }
+    assert Config().overrides == {}

@@ -1,0 +1,179 @@
+"""Imports go down only: quant < ops < graph < passes < octav_fx/*.py, and optional packages stay in their one file."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {"quant": 0, "ops": 1, "graph": 2, "passes": 3}
+# Modules of the top folder that stand on another floor than the fourth.
+LOW = {"octav_fx.errors": 0, "octav_fx.version": 0}
+TOP = 4
+# Third-party package -> the files that may import it; None: any.
+ALLOWED = {
+    "torch": None,
+    "networkx": None,
+    "tabulate": None,
+    "triton": "octav_fx.ops.*.kernel",
+    "onnx": "octav_fx.export",
+    "torchvision": "octav_fx.zoo",
+    "sklearn": "octav_fx.demo",
+    "tqdm": "octav_fx.demo",
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    # Names taken out of it; empty for `import module`.
+    names: tuple[str, ...]
+    line: int
+
+
+def sources() -> dict[str, str]:
+    """Dotted name -> source of every module of the library; passes/ is octav_fx.passes."""
+    # The symlink octav_fx/passes is left out, whether glob follows links or not.
+    files = [path for path in (ROOT / "octav_fx").rglob("*.py") if "passes" not in path.parts[len(ROOT.parts) :]]
+    named = {dotted(path.relative_to(ROOT)): path for path in files}
+    named |= {f"octav_fx.{dotted(path.relative_to(ROOT))}": path for path in (ROOT / "passes").rglob("*.py")}
+    return {name: path.read_text() for name, path in named.items()}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(source: str) -> Iterator[Import]:
+    """Every import, in functions too, and importlib.import_module of a constant."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                yield from (Import(alias.name, (), node.lineno) for alias in node.names)
+            case ast.ImportFrom():
+                assert node.level == 0, f"line {node.lineno}: a relative import does not say which floor"
+                yield Import(str(node.module), tuple(alias.name for alias in node.names), node.lineno)
+            case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="_optional")):
+                if node.args and isinstance(node.args[0], ast.Constant):
+                    yield Import(str(node.args[0].value), (), node.lineno)
+
+
+def floor(module: str) -> int:
+    package = module.split(".")[1] if "." in module else ""
+    return LOW.get(module, FLOORS.get(package, TOP))
+
+
+def faults(name: str, source: str, modules: set[str]) -> list[str]:
+    """What is wrong with the imports of one module."""
+    found = []
+    for made in imports(source):
+        where = f"{name}:{made.line}: {made.module}"
+        package = made.module.partition(".")[0]
+        if package != "octav_fx":
+            if package not in sys.stdlib_module_names and not is_allowed(name, package):
+                found.append(f"{where}: not in this file")
+            continue
+        for target in targets(made, modules):
+            if floor(target) > floor(name):
+                found.append(f"{where}: floor {floor(target)} from floor {floor(name)}")
+        found += [f"{where}: {n} is its own" for n in made.names if n.startswith("_") and not n.startswith("__")]
+    return found
+
+
+def targets(made: Import, modules: set[str]) -> set[str]:
+    """`from octav_fx import demo` names a module, `from octav_fx.config import Config` a name in one."""
+    inside = {f"{made.module}.{n}" if f"{made.module}.{n}" in modules else made.module for n in made.names}
+    return inside or {made.module}
+
+
+def is_allowed(name: str, package: str) -> bool:
+    if package not in ALLOWED:
+        return False
+    place = ALLOWED[package]
+    if place is None:
+        return package == "torch" or floor(name) >= FLOORS["ops"]
+    return Path(name.replace(".", "/")).match(place.replace(".", "/"))
+
+
+SOURCES = sources()
+
+
+def test_all_modules_are_looked_at():
+    assert {"octav_fx", "octav_fx.__main__", "octav_fx.quant.grid", "octav_fx.ops.fake_quantize.op"} <= set(SOURCES)
+    assert {"octav_fx.graph.capture", "octav_fx.passes", "octav_fx.passes.canonicalize"} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_imports_go_down_only(name):
+    assert faults(name, SOURCES[name], set(SOURCES)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fault"),
+    [
+        ("octav_fx.quant.grid", "from octav_fx.ops import Spec", "floor 1 from floor 0"),
+        ("octav_fx.quant.grid", "import networkx", "not in this file"),
+        ("octav_fx.errors", "import octav_fx.quantize", "floor 4 from floor 0"),
+        ("octav_fx.ops.native", "def f():\n    from octav_fx.graph import rules", "floor 2 from floor 1"),
+        ("octav_fx.graph.rules", "import octav_fx.passes.canonicalize", "floor 3 from floor 2"),
+        ("octav_fx.graph.rules", "from octav_fx import passes", "floor 3 from floor 2"),
+        ("octav_fx.passes", "from octav_fx import Config", "floor 4 from floor 3"),
+        ("octav_fx.report", "from octav_fx.quantize import _check_model", "_check_model is its own"),
+        ("octav_fx.ops.native", "import triton.language as tl", "not in this file"),
+        ("octav_fx.report", "import onnx", "not in this file"),
+        ("octav_fx.demo", "import torchvision", "not in this file"),
+        ("octav_fx.demo", "import importlib\nimportlib.import_module('torchvision.models')", "not in this file"),
+        ("octav_fx.report", "import pandas", "not in this file"),
+    ],
+)
+def test_what_is_not_allowed_is_found(name, source, fault):
+    (found,) = faults(name, source, set(SOURCES))
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("octav_fx.ops.fake_quantize.kernel", "import triton.language as tl"),
+        ("octav_fx.export", "import onnx"),
+        ("octav_fx.__main__", "from octav_fx import demo, zoo"),
+        ("octav_fx.passes.canonicalize", "from octav_fx.graph.rules import RULES\nimport networkx as nx"),
+        ("octav_fx.quant.solver", "import math\nimport torch\nfrom octav_fx.quant.grid import Grid"),
+        ("octav_fx", "from octav_fx.version import __version__"),
+    ],
+)
+def test_what_is_allowed_is_not_found(name, source):
+    assert faults(name, source, set(SOURCES)) == []
+
+
+def test_quant_imports_torch_and_nothing_else():
+    for name, source in SOURCES.items():
+        if name.startswith("octav_fx.quant."):
+            outside = {made.module.partition(".")[0] for made in imports(source)} - set(sys.stdlib_module_names)
+            assert outside <= {"torch", "octav_fx"}, name
+
+
+def without_types(source: str) -> str:
+    """The source without what stands under `if TYPE_CHECKING:`, which is never run."""
+    tree = ast.parse(source)
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
+    ]
+    return ast.unparse(tree)
+
+
+def test_no_module_is_part_of_a_circle():
+    reached = {
+        name: {target for made in imports(without_types(source)) for target in targets(made, set(SOURCES))}
+        & set(SOURCES)
+        for name, source in SOURCES.items()
+    }
+    while reached:
+        leaves = {name for name, needed in reached.items() if not needed & set(reached)}
+        assert leaves, f"a circle among {sorted(reached)}"
+        reached = {name: needed for name, needed in reached.items() if name not in leaves}

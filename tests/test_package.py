@@ -1,0 +1,106 @@
+"""What is installed: the wheel's contents, the public names, and passes/ under one name only."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import octav_fx
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a copy of the sources: the build leaves nothing in the checkout, and nothing old gets in."""
+    if int(version("setuptools").partition(".")[0]) < 77:
+        pytest.skip("building without isolation takes the setuptools that pyproject.toml asks for")
+    folder = tmp_path_factory.mktemp("wheel")
+    sources = folder / "sources"
+    sources.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    for name in ("octav_fx", "passes"):
+        shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
+    made = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, str(sources), "-w", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def tracked(folder: str) -> set[str]:
+    """The files of a source folder under the names that they have once installed; links are not followed."""
+    files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    named = {str(path.relative_to(ROOT)) for path in files}
+    return {f"octav_fx/{name}" if folder == "passes" else name for name in named}
+
+
+def test_the_wheel_holds_every_source_file_once(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    inside = {name for name in names if not name.startswith(f"octav_fx-{octav_fx.__version__}.dist-info/")}
+    assert inside == tracked("octav_fx") | tracked("passes")
+    assert len(names) == len(set(names))
+    assert {"octav_fx/passes/__init__.py", "octav_fx/passes/canonicalize.py", "octav_fx/py.typed"} <= inside
+    assert {"octav_fx/ops/fake_quantize/kernel.cpp", "octav_fx/ops/optimal_clip/kernel.cpp"} <= inside
+
+
+def test_the_wheel_has_one_top_level_name_and_the_licence(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        information = f"octav_fx-{octav_fx.__version__}.dist-info"
+        assert archive.read(f"{information}/top_level.txt").decode().split() == ["octav_fx"]
+        assert f"{information}/licenses/LICENSE" in archive.namelist()
+
+
+def test_the_installed_wheel_works_without_the_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = (
+        "import octav_fx, octav_fx.passes, torch; "
+        "q = octav_fx.quantize(torch.nn.Linear(4, 2), torch.ones(1, 4)); "
+        "print(octav_fx.__file__, octav_fx.passes.__file__, octav_fx.coverage(q).quantized_macs)"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    inside = tmp_path / "octav_fx"
+    assert shown.stdout.split() == [str(inside / "__init__.py"), str(inside / "passes" / "__init__.py"), "8"]
+
+
+def test_passes_has_no_other_name():
+    shown = subprocess.run([sys.executable, "-c", "import passes"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert "ImportError: this folder is the package octav_fx.passes; import it under that name" in shown.stderr
+
+
+def test_the_link_to_passes_is_relative():
+    link = ROOT / "octav_fx" / "passes"
+    assert link.is_symlink()
+    assert str(link.readlink()) == "../passes"
+
+
+def test_the_public_names():
+    # A name that goes or comes is a decision: write it here.
+    assert octav_fx.__all__ == [
+        "Config",
+        "Coverage",
+        "OctavError",
+        "Row",
+        "__version__",
+        "coverage",
+        "fake_quantize",
+        "float_mode",
+        "optimal_clip",
+        "quantize",
+        "rows",
+        "table",
+    ]
+    assert all(hasattr(octav_fx, name) for name in octav_fx.__all__)
+    assert issubclass(octav_fx.OctavError, RuntimeError)
