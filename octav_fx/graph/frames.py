@@ -22,6 +22,14 @@ def caller() -> str:
     return "?"
 
 
+def user_caller() -> str:
+    """file:line of the nearest frame that is the user's code."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, TORCH)):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
 def user_line(error: BaseException) -> str:
     """file:line of the innermost frame of a traceback that is the user's code."""
     line = "?"

@@ -41,8 +41,6 @@ class ValueProxy(fx.Proxy):
         value = self.value
         if isinstance(value, Mapping):
             match name:
-                case "keys":
-                    return lambda: list(value)
                 case "values":
                     return lambda: [self[key] for key in value]
                 case "items":
@@ -52,6 +50,10 @@ class ValueProxy(fx.Proxy):
         if value is not UNKNOWN and not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return AttributeProxy(self, name)
+
+    def keys(self) -> Any:
+        """The keys of a dict, which fx asks the tracer for."""
+        return list(self.value) if isinstance(self.value, Mapping) else super().keys()
 
     def __getitem__(self, index: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -110,8 +111,10 @@ def symbolic_isinstance(root: nn.Module) -> Iterator[None]:
     def symbolic(x: Any, kinds: Any) -> bool:
         return isinstance(x, kinds) or (type(x) in PROXIES and isinstance(x.value, kinds))
 
-    files = {id(names): names for m in root.modules() if not _is_torch(names := type(m).forward.__globals__)}
-    shadowed = [names for names in files.values() if "isinstance" not in names]
+    # A scripted module has no Python code.
+    forwards = [type(m).forward for m in root.modules() if isinstance(type(m).forward, types.FunctionType)]
+    files = {id(forward.__globals__): forward.__globals__ for forward in forwards}
+    shadowed = [names for names in files.values() if not _is_torch(names) and "isinstance" not in names]
     try:
         for names in shadowed:
             names["isinstance"] = symbolic

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from octav_fx.errors import OctavError
-from octav_fx.graph.frames import TORCH, caller
+from octav_fx.graph.frames import TORCH, caller, user_caller
 from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
 from octav_fx.graph.seen_through import PLAIN, plain_training
@@ -197,8 +197,8 @@ class ValueTracer(fx.Tracer):
         value, where = proxy.value, caller()
         if value is UNKNOWN or isinstance(value, Tensor):
             raise OctavError(
-                f"{where}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a tensor; "
-                "a graph cannot follow that. Compute it outside of forward, or quantize the submodules around it"
+                f"{user_caller()}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a "
+                "tensor; a graph cannot follow that. Compute it outside of forward, or quantize the submodules around it"
             )
         if not where.startswith(TORCH):
             # torch's own code asks to validate arguments or to choose a fast path; both stay right without a check.
