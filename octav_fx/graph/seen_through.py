@@ -1,6 +1,7 @@
 """Python that a tracer cannot see, made visible while it runs: factories, isinstance, the training flag."""
 
 import contextlib
+import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -66,10 +67,12 @@ def symbolic_torch(tracer: "ValueTracer") -> Iterator[None]:
 @contextlib.contextmanager
 def training_flags(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
     """module.training is a flag that the tracer sees; afterwards, whatever happened, it is the bool again."""
-    modes = {module: module.training for module in root.modules()}
+    # nn.Module keeps it as a plain attribute; a scripted module does not, and has no Python code to read it.
+    modes = {module: module.training for module in root.modules() if "training" in module.__dict__}
     try:
         for name, module in root.named_modules():
-            # nn.Module keeps it as a plain attribute too.
+            if module not in modes:
+                continue
             module.__dict__["training"] = TrainingFlag(tracer, f"{name}.training".lstrip("."), module.training)
         yield
     finally:
@@ -80,7 +83,8 @@ def training_flags(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def plain_training(module: nn.Module | None) -> Iterator[None]:
     """Real bools while a leaf module is evaluated: compiled functions take nothing else."""
-    flags = {} if module is None else {m: m.__dict__["training"] for m in module.modules()}
+    modules = [] if module is None else [m for m in module.modules() if "training" in m.__dict__]
+    flags = {m: m.__dict__["training"] for m in modules}
     for m, flag in flags.items():
         m.__dict__["training"] = bool(getattr(flag, "value", flag))
     try:
@@ -112,8 +116,8 @@ def symbolic_isinstance(root: nn.Module) -> Iterator[None]:
         return isinstance(x, kinds) or (type(x) in PROXIES and isinstance(x.value, kinds))
 
     # A scripted module has no Python code.
-    forwards = [type(m).forward for m in root.modules() if isinstance(type(m).forward, types.FunctionType)]
-    files = {id(forward.__globals__): forward.__globals__ for forward in forwards}
+    forwards = (inspect.getattr_static(type(m), "forward", None) for m in root.modules())
+    files = {id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, types.FunctionType)}
     shadowed = [names for names in files.values() if not _is_torch(names) and "isinstance" not in names]
     try:
         for names in shadowed:

@@ -198,7 +198,7 @@ class ValueTracer(fx.Tracer):
         if value is UNKNOWN or isinstance(value, Tensor):
             raise OctavError(
                 f"{user_caller()}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a "
-                "tensor; a graph cannot follow that. Compute it outside of forward, or quantize the submodules around it"
+                "tensor; a graph cannot follow that. Compute it outside of forward, or quantize the modules around it"
             )
         if not where.startswith(TORCH):
             # torch's own code asks to validate arguments or to choose a fast path; both stay right without a check.
