@@ -10,6 +10,7 @@ from octav_fx.quant.gradient import GRADIENTS
 from octav_fx.quant.solver import METHODS
 
 _BITS = range(2, 9)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def optimal_clip(x: Tensor, bits: int, *, signed: bool = True, dim: int | None = None, method: str = "octav") -> Tensor:
@@ -47,9 +48,15 @@ def fake_quantize(
 
 def _check(x: Tensor, bits: int, dim: int | None) -> int | None:
     """Raises OctavError for what cannot be quantized; returns the channel axis counted from the front."""
-    if not x.is_floating_point():
-        raise OctavError(f"x has dtype {x.dtype} and shape {tuple(x.shape)}: only floating point can be quantized")
-    if bits not in _BITS:
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        raise OctavError(
+            f"x is {f'a {x.layout} tensor' if isinstance(x, Tensor) else type(x).__name__}: give a dense tensor"
+        )
+    if x.dtype not in _DTYPES:
+        raise OctavError(
+            f"x has dtype {x.dtype} and shape {tuple(x.shape)}: give one of {', '.join(map(str, _DTYPES))}"
+        )
+    if not isinstance(bits, int) or bits not in _BITS:
         raise OctavError(f"bits={bits!r}: whole bits from {_BITS.start} to {_BITS.stop - 1}")
     if dim is None:
         return None

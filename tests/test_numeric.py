@@ -164,3 +164,13 @@ def test_methods_and_gradients_have_names():
         optimal_clip(torch.randn(5), 4, method="newton")
     with pytest.raises(OctavError, match=r"gradient='STE'.*'ste', 'pwl', 'mad'"):
         fake_quantize(torch.randn(5), 1.0, 4, gradient="STE")
+
+
+def test_float8_is_refused():
+    with pytest.raises(OctavError):
+        fake_quantize(torch.randn(5).to(torch.float8_e4m3fn), 1.0, 4)
+
+
+def test_bits_are_whole_numbers():
+    with pytest.raises(OctavError):
+        fake_quantize(torch.randn(5), 1.0, 4.0)

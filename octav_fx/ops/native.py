@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
+
+from octav_fx.errors import OctavError
 
 # The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
 LAYOUT_AGNOSTIC: Final = (torch.Tag.flexible_layout,)
@@ -56,12 +59,14 @@ def library() -> ctypes.CDLL | None:
 
 def _built() -> Path:
     """The shared library for these sources and this machine, compiled if it is not in the cache yet."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    # CXX may bring a launcher or flags along.
+    compiler = shlex.split(found or "")
+    if not compiler:
         raise OSError("no C++ compiler found; install one or set CXX")
     sources = sorted(Path(__file__).parent.glob("*/kernel.cpp"))
     flags = [*_FLAGS, *_ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), ()), *_openmp()]
-    identity = hashlib.sha256(" ".join([compiler, *flags]).encode())
+    identity = hashlib.sha256(" ".join([*compiler, *flags]).encode())
     for source in sources:
         identity.update(source.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octav_fx"
@@ -71,13 +76,13 @@ def _built() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             objects = [str(Path(scratch) / f"{source.parent.name}.o") for source in sources]
             for source, output in zip(sources, objects, strict=True):
-                command = [compiler, *flags, "-c", str(source), "-o", output]
+                command = [*compiler, *flags, "-c", str(source), "-o", output]
                 subprocess.run(command, check=True, capture_output=True, text=True)
             # Linked without an OpenMP runtime: the symbols come from the one that torch has loaded, so that there is
             # one pool of threads in the process and not two that spin against each other.
             built = Path(scratch) / target.name
             undefined = ["-undefined", "dynamic_lookup"] if os.uname().sysname == "Darwin" else []
-            command = [compiler, "-shared", *undefined, *objects, "-o", str(built)]
+            command = [*compiler, "-shared", *undefined, *objects, "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             # Another process may be building the same: whoever is last replaces an equal file.
             built.replace(target)
@@ -91,6 +96,13 @@ def _openmp() -> tuple[str, ...]:
     except (AttributeError, OSError):
         return ()
     return ("-fopenmp",)
+
+
+def checked(clip: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A clip or hint as the kernels read it; one of another shape would be read beyond its end."""
+    if clip.shape != shape:
+        raise OctavError(f"a clip or hint of shape {tuple(clip.shape)} where x and dim ask for {shape}")
+    return clip.to(torch.float32).contiguous()
 
 
 def is_dense(x: Tensor) -> bool:

@@ -14,6 +14,10 @@ from octav_fx.quant.grid import Grid
 
 # Cold Newton needs 13 steps at 8 bits; the rest is for rows of a few elements, where the safeguard has to bisect.
 STEPS: Final = 24
+# What polish tries, and when it moves: for a thousandth less, so that ties do not depend on the order of sums.
+NEIGHBOURS: Final = tuple(1.25 ** (i / 4) for i in (-4, -3, -2, -1, 1, 2, 3, 4))
+BETTER: Final = 0.999
+FLOOR: Final = 1e-12
 
 NewtonStep = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
 
@@ -78,7 +82,7 @@ def newton(x: Tensor, hint: Tensor, grid: Grid, step: NewtonStep) -> Tensor:
         rises = target >= clip
         low, high = torch.where(rises, clip, low), torch.where(rises, high, clip)
         inward = ((target > low) & (target < high)) | (target == clip)
-        restart = torch.where((numerator == 0) & (mean < high), mean, (low + high) / 2)
+        restart = torch.where((numerator == 0) & (mean > low) & (mean < high), mean, (low + high) / 2)
         clip = torch.where(inward, target, restart)
     return torch.where(mean > 0, clip, 0)
 
@@ -89,8 +93,38 @@ def octav(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
 
 
 def octav_grid(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
-    """The clip for the two's-complement or unsigned grid itself."""
-    return newton(x, hint, grid, octav_grid_step)
+    """The clip for the two's-complement or unsigned grid itself: the fixed point, and the best of its neighbours.
+
+    A hint whose first cell swallows the mean magnitude belongs to another fixed point, the one that gives up the bulk
+    for a few outliers; from there the start is cold.
+    """
+    magnitude = magnitudes(x, grid)
+    mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp(min=1)
+    return polish(x, newton(x, torch.where(grid.step(hint) / 2 <= mean, hint, 0), grid, octav_grid_step), grid)
+
+
+def polish(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+    """The one of NEIGHBOURS * clip, [R], with the least squared error on the grid; the clip itself if none is better.
+
+    Where a density has a peak (the minimum of GELU) or a row is short, the error ripples as levels pass over it, and
+    the fixed point, which takes densities for smooth, can lie beside a dip: 4 % above the least error for GELU at 6
+    bits, 15 % at 8.
+    """
+    x = torch.where(x.isfinite(), x, 0)
+    # Rounding is no reason to move: errors below this are zero for float32.
+    floor = FLOOR * x.square().sum(-1)
+    best, least = clip, squared_error(x, clip, grid)
+    for ratio in NEIGHBOURS:
+        error = squared_error(x, clip * ratio, grid)
+        better = error < BETTER * least - floor
+        best, least = torch.where(better, clip * ratio, best), torch.where(better, error, least)
+    return best
+
+
+def squared_error(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+    """Sum of squared rounding and clipping errors of each row, [R]; NaN for a clip of zero."""
+    step = grid.step(clip).unsqueeze(-1)
+    return ((x / step).round().clamp(grid.low, grid.high) * step - x).square().sum(-1)
 
 
 def largest(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from octav_fx.ops import native, optimal_clip
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.quant.axis import clip_shape, to_rows
+from octav_fx.quant.grid import Grid
 from octav_fx.quant.solver import METHODS
 from tests.ops.strategies import DTYPES, axes, filled_with_nan, tensors
 from tests.quant.samples import SAMPLES, SIGNS, fixed_point, least_error, squared_error
@@ -113,6 +114,14 @@ def test_half_precision_is_solved_in_float32(method, dtype):
     assert torch.equal(clip, optimal_clip(x.float(), COLD, 4, True, None, method))
 
 
+def test_float64_is_solved_in_float64():
+    # In float32 the small ones would be zeros, and zeros take no part.
+    x = torch.cat([torch.rand(10, dtype=torch.float64), torch.full((10_000,), 1e-60, dtype=torch.float64)])
+    expected = fixed_point(x, 4, True)
+    assert optimal_clip(x, COLD, 4, True, None, "octav").item() == pytest.approx(expected, rel=1e-6)
+    assert optimal_clip(x.float(), COLD, 4, True, None, "octav").item() > 2 * expected
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("signed", [True, False])
 def test_inf_and_nan_take_no_part(method, signed):
@@ -138,7 +147,7 @@ def test_empty_channels(method, shape, dim):
     assert optimal_clip(x, cold(x, dim), 4, True, dim, method).tolist() == [0] * shape[dim]
 
 
-@pytest.mark.parametrize("hint", [0.0, 0.2, 0.7, 1e6])
+@pytest.mark.parametrize("hint", [0.0, 0.2, 0.7, 1e6, 1e30])
 @pytest.mark.parametrize("values", [[0.7] * 100, [-0.7] * 100, [0.0, 0.7, 0.0], [-0.7]])
 def test_one_magnitude_is_its_own_clip(hint, values):
     clip = optimal_clip(torch.tensor(values), torch.tensor(hint), 4, True, None, "octav")
@@ -188,3 +197,45 @@ def test_rows_are_the_channels():
     clip = optimal_clip(x, torch.zeros(4), 4, True, 1, "octav")
     for channel, row in enumerate(to_rows(x, 1)):
         assert clip[channel].item() == pytest.approx(fixed_point(row, 4, True), rel=1e-6)
+
+
+SOLVERS = {"reference": reference.optimal_clip, "kernel": optimal_clip}
+
+
+@pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("elements", [1, 3, 7])
+def test_octav_grid_of_one_value_puts_the_highest_level_on_it(solve, bits, signed, elements):
+    value = torch.rand(2000) + 0.01
+    x = value.unsqueeze(-1).expand(-1, elements).contiguous()
+    grid = Grid(bits, signed)
+    for factor in (0, 0.95, 1.05, 100):
+        clip = solve(x, value * factor, bits, signed, 0, "octav-grid")
+        torch.testing.assert_close(clip * grid.high / grid.steps, value, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("elements", [1, 4, 9])
+def test_kernel_finds_what_the_reference_finds_on_short_rows(bits, signed, elements):
+    x = torch.randn(5000, elements)
+    for hint in (torch.zeros(5000), torch.ones(5000), x.abs().amax(-1)):
+        expected = reference.optimal_clip(x, hint, bits, signed, 0, "octav-grid")
+        torch.testing.assert_close(optimal_clip(x, hint, bits, signed, 0, "octav-grid"), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("hint", [50.0, 100.0, 400.0, 500.0])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_octav_grid_returns_from_a_hint_among_the_outliers(solve, hint, bits):
+    x = torch.randn(100_000)
+    x[0] = -500
+    cold = solve(x, torch.tensor(0.0), bits, True, None, "octav-grid")
+    torch.testing.assert_close(solve(x, torch.tensor(hint), bits, True, None, "octav-grid"), cold, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("method", ["octav", "octav-grid"])
+def test_sums_beyond_float32_leave_a_clip(solve, method):
+    assert solve(torch.full((10,), 3e38), torch.tensor(0.0), 4, True, None, method).isfinite()

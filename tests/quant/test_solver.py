@@ -154,11 +154,6 @@ def test_float64_is_solved_in_float64():
     assert clip.item() == pytest.approx(fixed_point(x[0], 4, True), rel=2**-23)
 
 
-# GELU's density is infinite at its least value, -0.17. At 6 bits that value is several steps from zero, and whether it
-# falls on a level makes the error ripple by a fifth over the clip: the least error is a ripple that no density sees.
-RIPPLE = {("gelu", 6): 1.05}
-
-
 @pytest.mark.parametrize("bits", [3, 4, 6])
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name != "sparse"])
 def test_octav_grid_is_within_a_hundredth_of_the_least_error(name, bits):
@@ -166,7 +161,7 @@ def test_octav_grid_is_within_a_hundredth_of_the_least_error(name, bits):
     x = SAMPLES[name](100_000).unsqueeze(0)
     clip = solve(x, bits, signed, "octav-grid")
     least = least_error(x, bits, signed, candidates=60)
-    assert (squared_error(x, clip, bits, signed) / least).item() < RIPPLE.get((name, bits), 1.01)
+    assert (squared_error(x, clip, bits, signed) / least).item() < 1.01
 
 
 @pytest.mark.parametrize("elements", [9, 16, 25, 64])
@@ -268,11 +263,11 @@ def test_an_unusable_hint_is_a_cold_start(method, hint):
 
 
 @pytest.mark.parametrize("method", NEWTON)
-def test_a_hint_above_every_value_does_not_collapse(method):
+@pytest.mark.parametrize("factor", [1.2, 1e3, 1e12])
+def test_a_hint_above_every_value_is_a_cold_start(method, factor):
+    # Where nothing is clipped Newton goes to zero; from far above, halving would take all the steps there are.
     x = torch.randn(3, 500)
-    cold = solve(x, 4, method=method)
-    # The restart at the mean is the cold start.
-    assert torch.equal(solve(x, 4, method=method, hint=x.abs().amax(-1) * 1.001), cold)
+    assert torch.equal(solve(x, 4, method=method, hint=x.abs().amax(-1) * factor), solve(x, 4, method=method))
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from octav_fx.ops import native
 from octav_fx.ops.fake_quantize import reference
+from octav_fx.quant.axis import clip_shape
 from octav_fx.quant.grid import Grid
 
 
@@ -41,7 +42,7 @@ def _(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradien
     if library is None or layout is None or x.dtype is not torch.float32:
         return _like(x, reference.fake_quantize(x, clip, bits, signed, dim, gradient))
     out, grid = torch.empty_like(x), Grid(bits, signed)
-    clip = clip.to(torch.float32).contiguous()
+    clip = native.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize(
         x.data_ptr(), clip.data_ptr(), out.data_ptr(), *layout, grid.steps, grid.low, grid.high, torch.get_num_threads()
     )
@@ -58,7 +59,7 @@ def _(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, grad
     out = torch.empty_like(x)
     # Autograd may hand over another layout than that of x; both are then walked in the order of x.
     grad = _like(x, grad)
-    clip = clip.to(torch.float32).contiguous()
+    clip = native.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize_backward(
         grad.data_ptr(),
         x.data_ptr(),

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -37,9 +38,13 @@ inline bool takes_part(float m) {
   return FINITE ? m > 0 && m <= FLT_MAX : m > 0;
 }
 
+// Sums of FINITE passes run in double: they are the second try, after sums that went beyond float.
+template <bool FINITE>
+using Sum = std::conditional_t<FINITE, double, float>;
+
 template <bool SIGNED, bool FINITE>
 Start start_of(const float* x, int64_t n) {
-  float sum = 0;
+  Sum<FINITE> sum = 0;
   int32_t count = 0;
 #pragma omp simd reduction(+ : sum, count)
   for (int64_t i = 0; i < n; i++) {
@@ -54,7 +59,7 @@ Start start_of(const float* x, int64_t n) {
 // arXiv 2206.06501, eq. 6. `nonzero` of the chunk is not known here: the caller adds noise * nonzero.
 template <bool SIGNED, bool FINITE>
 Sums octav_step(const float* x, int64_t n, float clip, const Grid& grid) {
-  float sum = 0;
+  Sum<FINITE> sum = 0;
   int32_t count = 0;
 #pragma omp simd reduction(+ : sum, count)
   for (int64_t i = 0; i < n; i++) {
@@ -70,7 +75,7 @@ template <bool SIGNED, bool FINITE>
 Sums octav_grid_step(const float* x, int64_t n, float clip, const Grid& grid) {
   const float top = float(grid.k * clip), step = float(clip / grid.steps);
   const float quarter = step / 4, half = step / 2, three_quarters = step * 3 / 4;
-  float sum_above = 0, sum_below = 0;
+  Sum<FINITE> sum_above = 0, sum_below = 0;
   int32_t count_above = 0, count_below = 0, noisy = 0;
 #pragma omp simd reduction(+ : sum_above, sum_below, count_above, count_below, noisy)
   for (int64_t i = 0; i < n; i++) {
@@ -87,6 +92,26 @@ Sums octav_grid_step(const float* x, int64_t n, float clip, const Grid& grid) {
   return {sum_below + grid.k * sum_above, grid.noise * noisy + count_below + grid.k * grid.k * count_above};
 }
 
+struct Errors {
+  double error = 0, power = 0;
+};
+
+// Squared error on the grid of a clip, and the sum of squares.
+template <bool SIGNED, bool FINITE>
+Errors error_of(const float* x, int64_t n, float clip, const Grid& grid) {
+  const float step = float(clip / grid.steps), bottom = SIGNED ? -float(grid.steps) : 0.f, top = float(grid.steps) - 1;
+  Sum<FINITE> sum = 0, power = 0;
+#pragma omp simd reduction(+ : sum, power)
+  for (int64_t i = 0; i < n; i++) {
+    const bool finite = std::fabs(x[i]) <= FLT_MAX;
+    const float code = std::min(std::max(std::nearbyint(x[i] / step), bottom), top);
+    const Sum<FINITE> error = finite ? code * step - x[i] : 0.f, value = finite ? x[i] : 0.f;
+    sum += error * error;
+    power += value * value;
+  }
+  return {sum, power};
+}
+
 template <class Result, class Pass>
 std::vector<Result> chunks(int64_t n, int threads, Pass pass) {
   const int64_t parts = (n + CHUNK - 1) / CHUNK;
@@ -94,6 +119,27 @@ std::vector<Result> chunks(int64_t n, int threads, Pass pass) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n >= PARALLEL_FROM)
   for (int64_t part = 0; part < parts; part++) results[part] = pass(part * CHUNK, std::min(CHUNK, n - part * CHUNK));
   return results;
+}
+
+// The best of the neighbours of a fixed point, itself if none is better. The constants are those of quant/solver.py.
+template <bool SIGNED, bool FINITE>
+float polish(const float* x, int64_t n, float clip, const Grid& grid, int threads) {
+  float best = clip;
+  double least = INFINITY;
+  for (const int i : {0, -4, -3, -2, -1, 1, 2, 3, 4}) {
+    const float candidate = i == 0 ? clip : float(clip * std::pow(1.25, i / 4.0));
+    Errors errors;
+    for (const Errors& part : chunks<Errors>(n, threads, [&](int64_t at, int64_t length) {
+           return error_of<SIGNED, FINITE>(x + at, length, candidate, grid);
+         })) {
+      errors.error += part.error;
+      errors.power += part.power;
+    }
+    if (!FINITE && !(std::isfinite(errors.error) && std::isfinite(errors.power)))
+      return polish<SIGNED, true>(x, n, clip, grid, threads);
+    if (i == 0 || errors.error < 0.999 * least - 1e-12 * errors.power) least = errors.error, best = candidate;
+  }
+  return best;
 }
 
 template <bool SIGNED, bool ON_GRID, bool FINITE>
@@ -109,7 +155,8 @@ float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads
   if (!FINITE && !std::isfinite(start.sum)) return solve<SIGNED, ON_GRID, true>(x, n, hint, grid, threads);
   if (start.count == 0) return 0;
   const float mean = float(start.sum / double(start.count));
-  float clip = hint > 0 && hint <= FLT_MAX ? hint : mean, low = 0, high = INFINITY;
+  const bool usable = hint > 0 && hint <= FLT_MAX && (!ON_GRID || hint / grid.steps / 2 <= mean);
+  float clip = usable ? hint : mean, low = 0, high = INFINITY;
   for (int i = 0; i < MAX_STEPS; i++) {
     Sums sums;
     for (const Sums& part : chunks<Sums>(n, threads, [&](int64_t at, int64_t length) {
@@ -120,12 +167,12 @@ float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads
       sums.denominator += part.denominator;
     }
     if (!ON_GRID) sums.denominator += grid.noise * double(start.count);
-    const float target = sums.numerator > 0 ? float(sums.numerator / sums.denominator) : 0.f;
+    const float target = sums.numerator > 0 ? float(std::min(sums.numerator / sums.denominator, double(FLT_MAX))) : 0.f;
     if (target == clip) break;
     (target > clip ? low : high) = clip;
     if (target > low && target < high) {
       clip = target;
-    } else if (sums.numerator == 0 && mean < high) {
+    } else if (sums.numerator == 0 && mean > low && mean < high) {
       clip = mean;
     } else {
       // The crossing lies at a value of x, where the counts jump. Its lower side is the clip: the greatest number that
@@ -138,7 +185,7 @@ float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads
       }
     }
   }
-  return clip;
+  return ON_GRID ? polish<SIGNED, FINITE>(x, n, clip, grid, threads) : clip;
 }
 
 template <bool SIGNED, bool ON_GRID>

@@ -31,7 +31,7 @@ def _(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method:
     flat = dim is None and native.is_dense(x)
     rows = x.as_strided((1, x.numel()), (x.numel(), 1)) if flat else to_rows(x, dim)
     rows = rows.to(torch.float32).contiguous()
-    hint = hint.to(torch.float32).contiguous()
+    hint = native.checked(hint, clip_shape(x, dim))
     clip = torch.empty(clip_shape(x, dim), dtype=torch.float32)
     library.octav_optimal_clip(
         rows.data_ptr(),

@@ -15,5 +15,15 @@ def optimal_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | No
     """
     rows = to_rows(x, dim)
     rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-    clip = METHODS[method](rows, hint.reshape(-1), Grid(bits, signed))
-    return clip.to(torch.float32).reshape(clip_shape(x, dim))
+    scale = _power_of_two(rows)
+    clip = METHODS[method](rows / scale, hint.reshape(-1) / scale.squeeze(-1), Grid(bits, signed)) * scale.squeeze(-1)
+    # The grid of values near the end of float32 may need a clip beyond it.
+    return clip.clamp(max=torch.finfo(torch.float32).max).to(torch.float32).reshape(clip_shape(x, dim))
+
+
+def _power_of_two(rows: Tensor) -> Tensor:
+    """[R, N] -> [R, 1], near the largest finite magnitude: dividing by it is exact, and no sum over- or underflows."""
+    if rows.shape[-1] == 0:
+        return rows.new_ones(rows.shape[0], 1)
+    largest = torch.where(rows.isfinite(), rows.abs(), 0).amax(-1, keepdim=True)
+    return torch.exp2(torch.frexp(largest).exponent.clamp(-100, 100).to(rows.dtype))
