@@ -16,7 +16,7 @@ from octav_fx.errors import OctavError
 from octav_fx.quantize import quantize
 from octav_fx.report import table
 
-PIXELS = 32
+PIXELS = 64
 BATCH = 32
 LEARNING_RATE = 0.02
 
