@@ -75,8 +75,21 @@ class ValueTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Arguments without tensors are Python values, with a check."""
+        self._check_signature(root_fn)
         root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         return root_fn, [self._concrete(arg) if isinstance(arg, ValueProxy) else arg for arg in args]
+
+    @staticmethod
+    def _check_signature(root_fn: Any) -> None:
+        """Fx writes keyword-only parameters before *args, where a caller's positional arguments would land in them."""
+        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters.values()
+        collected = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+        keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if collected and keyword_only:
+            raise OctavError(
+                f"forward(*{collected[0]}, {keyword_only[0]}=...) cannot be captured with keyword-only parameters after "
+                f"*{collected[0]}: take {keyword_only[0]} out, or give it a default before *{collected[0]}"
+            )
 
     def _concrete(self, proxy: ValueProxy) -> Any:
         """A placeholder without tensors in it is a Python value that code branches on, None above all."""
@@ -123,9 +136,11 @@ class ValueTracer(fx.Tracer):
         return self.proxy(self.attribute_nodes[name])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Torch's modules and a subclass that keeps their forward; scripted modules have no Python code."""
+        """Torch's modules and a subclass that keeps their forward."""
         if isinstance(m, torch.jit.ScriptModule):
-            return True
+            raise OctavError(
+                f"{module_qualified_name} is a scripted module, without Python code to trace: use the original"
+            )
         return type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

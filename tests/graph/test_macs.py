@@ -1,0 +1,43 @@
+"""macs: multiply-accumulates by the formulas of the ops, on fake tensors."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from octav_fx.graph.macs import MacCounter
+from tests.graph.support import captured, model
+
+# forward, parts, shape of x, multiply-accumulates.
+COUNTS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...], int]] = {
+    "linear": (lambda s, x: s.a(x), {"a": nn.Linear(5, 7)}, (2, 3, 5), 2 * 3 * 5 * 7),
+    "matmul": (lambda s, x: x @ x.transpose(1, 2), {}, (2, 3, 5), 2 * 3 * 3 * 5),
+    "conv2d": (lambda s, x: s.a(x), {"a": nn.Conv2d(4, 6, 3, padding=1)}, (2, 4, 5, 5), 2 * 25 * 6 * 4 * 9),
+    "grouped": (lambda s, x: s.a(x), {"a": nn.Conv2d(4, 8, 3, padding=1, groups=4)}, (2, 4, 5, 5), 2 * 25 * 8 * 9),
+    "strided": (lambda s, x: s.a(x), {"a": nn.Conv1d(4, 6, 3, stride=2)}, (2, 4, 9), 2 * 4 * 6 * 4 * 3),
+    # Each input value meets each value of the kernel.
+    "transposed": (lambda s, x: s.a(x), {"a": nn.ConvTranspose1d(4, 6, 3)}, (2, 4, 5), 2 * 5 * 4 * 6 * 3),
+    "baddbmm": (lambda s, x: torch.baddbmm(x, x, x), {}, (2, 3, 3), 2 * 27),
+    "einsum": (lambda s, x: torch.einsum("bij,bkj->bik", x, x), {}, (2, 3, 5), 2 * 3 * 3 * 5),
+    # Scores and values.
+    "attention": (lambda s, x: F.scaled_dot_product_attention(x, x, x), {}, (2, 3, 5, 4), 2 * 2 * 3 * 5 * 5 * 4),
+    "elementwise": (lambda s, x: (x * x + x).relu().sum(), {}, (2, 3), 0),
+    "norm": (lambda s, x: s.a(x), {"a": nn.LayerNorm(3)}, (2, 3), 0),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name: str) -> None:
+    forward, parts, shape, macs = COUNTS[name]
+    gm = captured(model(forward, **parts), x=torch.randn(shape))
+    assert sum(node.meta.get("macs", 0) for node in gm.graph.nodes) == macs
+
+
+def test_a_counter_counts_what_runs_inside() -> None:
+    x = torch.randn(3, 4)
+    with MacCounter() as counter:
+        x @ x.t()
+    x @ x.t()
+    assert counter.macs == 36
