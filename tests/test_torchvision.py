@@ -45,7 +45,7 @@ def image_size(name: str) -> int:
     if name.startswith("vit_"):
         return 28 if name.endswith("14") else 32
     if name in VIDEO:
-        return 224 if name.startswith("mvit") else 193 if name == "s3d" else 32
+        return 224 if name.startswith("mvit") else 224 if name == "s3d" else 32
     return {"inception_v3": 160, "maxvit_t": 224}.get(name, 64)
 
 
@@ -53,7 +53,7 @@ def example(name: str, batch: int = 1) -> Tensor:
     size = image_size(name)
     if name not in VIDEO:
         return torch.randn(batch, 3, size, size)
-    return torch.randn(batch, 3, 16 if name.startswith("mvit") else 13 if name == "s3d" else 8, size, size)
+    return torch.randn(batch, 3, 16 if name.startswith("mvit") else 14 if name == "s3d" else 8, size, size)
 
 
 def fingerprint(model: nn.Module) -> list[Any]:

@@ -170,13 +170,7 @@ def in_place(node: fx.Node) -> bool:
             name = getattr(node.target, "__name__", "")
             named = name.endswith("_") and not name.endswith("__")
             augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
-            return (
-                named
-                or augmented
-                or name == "_setitem"
-                or bool(node.kwargs.get("inplace", False))
-                or "out" in node.kwargs
-            )
+            return named or augmented or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
     return False
 
 

@@ -94,7 +94,7 @@ class ValueProxy(fx.Proxy):
     def __contains__(self, item: Any) -> bool:
         return item in self.value if isinstance(self.value, Mapping) else any(item is x or item == x for x in self)
 
-    def _setitem___(self, index: Any, item: Any) -> None:
+    def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", setitem_, (self, index, item), {})
 
     # fx.Proxy defines __eq__; a proxy is still hashed by identity.

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -87,7 +88,7 @@ class ValueTracer(fx.Tracer):
         keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         if collected and keyword_only:
             raise OctavError(
-                f"forward(*{collected[0]}, {keyword_only[0]}=...) cannot be captured with keyword-only parameters after "
+                f"forward(*{collected[0]}, {keyword_only[0]}=...) cannot be captured: keyword-only parameters after "
                 f"*{collected[0]}: take {keyword_only[0]} out, or give it a default before *{collected[0]}"
             )
 
@@ -112,6 +113,10 @@ class ValueTracer(fx.Tracer):
         """Parameters and buffers are found by identity, by their first name."""
         if type(a) in PROXIES:
             return a.node
+        if type(a) is OrderedDict:
+            # fx would make a plain dict of it.
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
         if isinstance(a, Tensor) and id(a) in self.attributes:
             return self._attribute(self.attributes[id(a)]).node
         return super().create_arg(a)

@@ -1,6 +1,7 @@
 """capture: the graph computes what forward computes, for other inputs too, or an error says why not and where."""
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -629,3 +630,18 @@ def test_gradients_are_those_of_forward() -> None:
         torch.autograd.grad(gm(x), parameters), torch.autograd.grad(float_module(x), parameters), strict=True
     ):
         assert torch.equal(a, b)
+
+
+def test_writing_into_a_part_of_a_tensor() -> None:
+    def forward(self, x):
+        y = x.clone()
+        y[:, 1:3] = 2.0
+        y[0] += x[1]
+        return y
+
+    agrees(model(forward), rows(4, 6), rows(2, 6))
+
+
+def test_an_ordered_dict_stays_one() -> None:
+    gm = agrees(model(lambda self, x: OrderedDict(out=x * 2, aux=[x])), rows(4, 6))
+    assert type(gm(torch.ones(1))) is OrderedDict
