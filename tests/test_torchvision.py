@@ -45,7 +45,7 @@ def image_size(name: str) -> int:
     if name.startswith("vit_"):
         return 28 if name.endswith("14") else 32
     if name in VIDEO:
-        return 224 if name.startswith("mvit") else 224 if name == "s3d" else 32
+        return 224 if name.startswith("mvit") or name == "s3d" else 32
     return {"inception_v3": 160, "maxvit_t": 224}.get(name, 64)
 
 
