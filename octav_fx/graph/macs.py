@@ -1,5 +1,6 @@
 """Multiply-accumulates, counted by torch's own FlopCounterMode while a node runs on fake tensors."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,13 +11,19 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: An
     return int(sdpa_flop_count(query, key, value))
 
 
+def _trilinear(first: Any, weight: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+    """Bilinear layers: first [..., 1, I], weight [O, I, J], second [..., 1, J] after torch's expansions."""
+    return 2 * math.prod(first[:-1]) * math.prod(weight)
+
+
 class MacCounter(FlopCounterMode):
     """With MacCounter() as counter: ...; counter.macs is what matmuls and convolutions inside took."""
 
     def __init__(self) -> None:
-        # Missing from torch's table: the fused attention that a CPU runs.
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        super().__init__(display=False, custom_mapping={fused: _attention_on_cpu})
+        # Missing from torch's table: the fused attention that a CPU runs, and the product in bilinear layers.
+        aten = torch.ops.aten
+        missing = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu, aten._trilinear: _trilinear}
+        super().__init__(display=False, custom_mapping=missing)
 
     @property
     def macs(self) -> int:

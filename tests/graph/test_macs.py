@@ -41,3 +41,10 @@ def test_a_counter_counts_what_runs_inside() -> None:
         x @ x.t()
     x @ x.t()
     assert counter.macs == 36
+
+
+def test_a_bilinear_layer() -> None:
+    layer = nn.Bilinear(4, 5, 6)
+    with MacCounter() as counter:
+        layer(torch.randn(2, 3, 4), torch.randn(2, 3, 5))
+    assert counter.macs == 2 * 3 * 4 * 5 * 6
