@@ -97,6 +97,8 @@ def _check_model(model: nn.Module) -> None:
         )
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")
+    if "forward" in vars(model):
+        raise OctavError(f"forward of this {type(model).__name__} was replaced on the instance: define it in the class")
     if any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise OctavError("the model, or a part of it, is quantized already")
     for name, parameter in model.named_parameters():

@@ -69,6 +69,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
             if isinstance(choice, str):
                 edits.append(skip(node, choice, operand.name))
                 continue
+            _check_floating(place, value)
             with gm.graph.inserting_before(node):
                 quantizer = gm.graph.call_module(_add(gm, place, choice, value), (value,))
             set_operand(node, operand, quantizer)
@@ -95,11 +96,6 @@ def _place(node: fx.Node, operand: Operand, value: Any, is_static: bool, edge: b
     assert op is not None
     if not isinstance(fake, Tensor):
         raise OctavError(f"{site}: {operand.name} is {fake!r}, not a tensor whose shape is known at capture")
-    if not fake.is_floating_point():
-        raise OctavError(
-            f"{site}: {operand.name} has dtype {fake.dtype} and shape {tuple(fake.shape)}, only floating point can be "
-            f"quantized; convert it in the model, or leave the node float with overrides={{{site!r}: None}}"
-        )
     is_weight = operand.role is Role.WEIGHT or (operand.role is Role.EITHER and is_static)
     # A vector has no channel axis besides the one that is summed over.
     channel = operand.channel if is_weight and fake.dim() > 1 else None
@@ -112,6 +108,15 @@ def _place(node: fx.Node, operand: Operand, value: Any, is_static: bool, edge: b
         signed=signed or is_weight,
         dim=None if channel is None else channel % fake.dim(),
     )
+
+
+def _check_floating(place: Place, value: fx.Node) -> None:
+    fake = value.meta["value"]
+    if not fake.is_floating_point():
+        raise OctavError(
+            f"{place.site}: {place.operand} has dtype {fake.dtype} and shape {tuple(fake.shape)}, only floating point "
+            f"can be quantized; convert it in the model, or leave it float with overrides={{{place.site!r}: None}}"
+        )
 
 
 def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node) -> str:

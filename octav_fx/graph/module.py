@@ -12,6 +12,9 @@ from octav_fx.errors import OctavError
 # Where the quantizers live in the tree.
 QUANTIZERS: Final = "quantizers"
 
+# What a quantized module has besides what its class has.
+_RESERVED: Final = (QUANTIZERS, "meta", "examples")
+
 _HOOKS: Final = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
@@ -28,8 +31,8 @@ class QuantizedModule(fx.GraphModule):
     """
 
     def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
-        taken = [name for name, _ in (*float_module.named_children(), *float_module.named_parameters(recurse=False))]
-        if clash := [name for name in taken if name == QUANTIZERS or hasattr(fx.GraphModule, name)]:
+        taken = (*float_module._modules, *float_module._parameters, *float_module._buffers)
+        if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
             raise OctavError(
                 f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
             )

@@ -144,8 +144,19 @@ def op_of(node: fx.Node) -> Op | None:
     return None
 
 
+def is_altered(module: nn.Module) -> bool:
+    """Whether forward, or what the forward of a convolution calls, is not that of torch's class."""
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
+        return True
+    torch_class = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch."))
+    inherited = getattr(torch_class, "_conv_forward", None)
+    return getattr(type(module), "_conv_forward", None) is not inherited
+
+
 def op_of_module(module: nn.Module) -> Op | None:
     """The op a module computes. A subclass counts while it keeps its parent's forward."""
+    if is_altered(module):
+        return None
     for cls in type(module).__mro__:
         if cls in _MODULES:
             return _MODULES[cls] if type(module).forward is cls.forward else None

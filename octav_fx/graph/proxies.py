@@ -143,6 +143,11 @@ class TrainingFlag:
     def __fx_create_arg__(self, tracer: "ValueTracer") -> fx.Node:
         return tracer.create_node("get_attr", self.target, (), {})
 
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    __hash__ = object.__hash__
+
     def __bool__(self) -> bool:
         if caller().startswith(TORCH):
             # torch's own modules ask only to choose an inference fast path, which hides the operands.

@@ -4,11 +4,12 @@ import contextlib
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from octav_fx.graph.proxies import PROXIES, TrainingFlag
@@ -107,7 +108,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def symbolic_isinstance(root: nn.Module) -> Iterator[None]:
-    """isinstance(x, Tensor) is True of a proxy for a tensor, in the files where the modules' forward methods are.
+    """isinstance(x, Tensor) is True of a proxy for a tensor, in torch.nn.functional and the files of forward methods.
 
     Shadowed in those files rather than answered by the proxy: torch's C++ would take such a proxy for a tensor.
     """
@@ -118,7 +119,8 @@ def symbolic_isinstance(root: nn.Module) -> Iterator[None]:
     # A scripted module has no Python code.
     forwards = (inspect.getattr_static(type(m), "forward", None) for m in root.modules())
     files = {id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, types.FunctionType)}
-    shadowed = [names for names in files.values() if not _is_torch(names) and "isinstance" not in names]
+    files[id(vars(F))] = vars(F)
+    shadowed = [names for names in files.values() if "isinstance" not in names]
     try:
         for names in shadowed:
             names["isinstance"] = symbolic
@@ -126,7 +128,3 @@ def symbolic_isinstance(root: nn.Module) -> Iterator[None]:
     finally:
         for names in shadowed:
             del names["isinstance"]
-
-
-def _is_torch(names: Mapping[str, Any]) -> bool:
-    return str(names.get("__name__")).partition(".")[0] == "torch"

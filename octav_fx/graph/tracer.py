@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import os
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from octav_fx.errors import OctavError
 from octav_fx.graph.frames import TORCH, caller, user_caller
 from octav_fx.graph.macs import MacCounter
+from octav_fx.graph.ops import is_altered
 from octav_fx.graph.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
 from octav_fx.graph.seen_through import PLAIN, plain_training
 from octav_fx.graph.specialize import check_captured
@@ -32,6 +34,9 @@ _TRANSPARENT: Final = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
+
+
+_DETECTS_CAUSAL: Final = TORCH + os.path.join("nn", "modules", "transformer.py")
 
 
 @dataclass
@@ -146,7 +151,8 @@ class ValueTracer(fx.Tracer):
             raise OctavError(
                 f"{module_qualified_name} is a scripted module, without Python code to trace: use the original"
             )
-        return type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
+        own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
+        return own and not is_altered(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Stochastic depth and its like stay calls: traced through, they would be on or off for good."""
@@ -215,6 +221,9 @@ class ValueTracer(fx.Tracer):
     def decide(self, proxy: ValueProxy, kind: type) -> Any:
         """The Python value of a proxy, remembered as a fact of this graph."""
         value, where = proxy.value, caller()
+        if kind is bool and isinstance(value, Tensor) and where.startswith(_DETECTS_CAUSAL):
+            # nn.Transformer looks whether a mask happens to be causal, to leave it out. Not known is right, too.
+            return False
         if value is UNKNOWN or isinstance(value, Tensor):
             raise OctavError(
                 f"{user_caller()}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a "

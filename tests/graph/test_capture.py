@@ -645,3 +645,38 @@ def test_writing_into_a_part_of_a_tensor() -> None:
 def test_an_ordered_dict_stays_one() -> None:
     gm = agrees(model(lambda self, x: OrderedDict(out=x * 2, aux=[x])), rows(4, 6))
     assert type(gm(torch.ones(1))) is OrderedDict
+
+
+@pytest.mark.parametrize("is_causal", [None, True])
+def test_a_transformer_encoder_with_a_mask(is_causal: bool | None) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    float_module = model(lambda self, x, mask: self.encoder(x, mask=mask, is_causal=is_causal), encoder=encoder)
+    x, mask = torch.randn(2, 5, 8), nn.Transformer.generate_square_subsequent_mask(5)
+    found = captured(float_module, x=x, mask=mask)(x, mask)
+    # Without the hint that the mask is causal, attention adds it up in another order: 8 products and a softmax over 5.
+    torch.testing.assert_close(found, float_module(x, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_mode_compared_with_a_bool() -> None:
+    float_module = model(lambda self, x: x * 2 if self.training == True else x)  # noqa: E712
+    assert capture(float_module, rows(4, 6)).depends_on_training == ("training",)
+
+
+def test_layers_that_were_altered_are_traced_through() -> None:
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight * 2, bias)
+
+    replaced = nn.Linear(6, 4)
+    replaced.forward = lambda x: F.linear(x, replaced.weight) * 2
+    agrees(model(lambda self, x: self.conv(x), conv=Doubled(2, 3, 3)), {"x": torch.randn(1, 2, 6, 6)})
+    assert called(agrees(model(lambda self, x: self.fc(x), fc=replaced), rows(4, 6))) == ["linear", "mul"]
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "examples", "modes", "quantizers"])
+def test_names_that_a_quantized_module_needs(name: str) -> None:
+    float_module = model(lambda self, x: self.fc(x), fc=nn.Linear(6, 4))
+    float_module.register_buffer(name, torch.ones(1))
+    with pytest.raises(OctavError, match=rf"{name}: octav_fx needs that name"):
+        octav_fx.quantize(float_module, torch.randn(4, 6))
