@@ -2,15 +2,23 @@
 
 import argparse
 
-from benchmarks import demo, readme, step
+from benchmarks import compile, cost, demo, memory, readme, step
 
-_BENCHMARKS = {"demo": demo.main, "readme": readme.main, "step": step.main}
+_BENCHMARKS = {
+    "compile": compile.main,
+    "cost": cost.main,
+    "demo": demo.main,
+    "memory": memory.main,
+    "peers": step.peers,
+    "readme": readme.main,
+    "step": step.main,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev bench", description="Run a benchmark.")
     parser.add_argument("name", choices=_BENCHMARKS)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, for step (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     arguments = parser.parse_args()
     _BENCHMARKS[arguments.name](arguments.rounds)
 

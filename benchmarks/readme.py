@@ -18,7 +18,7 @@ def main(rounds: int) -> None:
 
 def with_tables(text: str) -> str:
     """The text with each block between "generated: NAME" and "end" made anew."""
-    for name, make in {"demo": _demo, "step": _step}.items():
+    for name, make in _TABLES.items():
         block = f"<!-- generated: {name} -->\n{make(result.read(name))}\n<!-- end -->"
         old = re.search(rf"<!-- generated: {name} -->\n.*?<!-- end -->", text, flags=re.DOTALL)
         assert old is not None, f"the README has no place for {name}"
@@ -41,13 +41,37 @@ def _demo(found: dict[str, Any]) -> str:
 
 
 def _step(found: dict[str, Any]) -> str:
-    setting = found["setting"]
-    rows = [[row["variant"], f"{row['ms']:.0f}", f"{row['ratio']:.2f}"] for row in found["rows"]]
-    table = tabulate(rows, ["eager training step", "ms (minimum)", "ratio"], "github", disable_numparse=True)
-    what = f"ResNet-18, batch {setting['batch']}, {setting['pixels']} px, one thread, {setting['rounds']} rounds"
-    return f"{_where(found)}: {what}.\n\n{table}"
+    return _by_variant(found, "ms", "ms of one training step (ratio to the faster float)")
+
+
+def _peers(found: dict[str, Any]) -> str:
+    return _by_variant(found, "ms", "ms of one training step (ratio to the faster float)")
+
+
+def _memory(found: dict[str, Any]) -> str:
+    return _by_variant(found, "mb", "MB held for backward (ratio to float eager)")
+
+
+def _compile(found: dict[str, Any]) -> str:
+    return _by_variant(found, "seconds", "seconds to compile, cold (ratio to float Inductor)")
+
+
+def _by_variant(found: dict[str, Any], unit: str, title: str) -> str:
+    """A row per variant, a column per model."""
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    variants = list(dict.fromkeys(row["variant"] for row in found["rows"]))
+    cells = {(row["variant"], row["model"]): _cell(row, unit) for row in found["rows"]}
+    rows = [[variant, *(cells[variant, model] for model in models)] for variant in variants]
+    return f"{_where(found)}.\n\n{tabulate(rows, [title, *models], 'github', disable_numparse=True)}"
+
+
+def _cell(row: dict[str, Any], unit: str) -> str:
+    return "fails" if row[unit] is None else f"{row[unit]:.0f} ({row['ratio']:.2f})"
 
 
 def _where(found: dict[str, Any]) -> str:
     environment = found["environment"]
     return f"{environment['cpu']}, torch {environment['torch']}, commit {environment['commit']}, {environment['date']}"
+
+
+_TABLES = {"demo": _demo, "step": _step, "peers": _peers, "memory": _memory, "compile": _compile}

@@ -6,8 +6,10 @@ if __name__ != "octav_fx.passes":
 from typing import Any, Final
 
 from octav_fx.passes.canonicalize import canonicalize
+from octav_fx.passes.filters_channels_last import filters_channels_last
 from octav_fx.passes.fold_batchnorm import fold_batchnorm
 from octav_fx.passes.quantize_operands import Choose, Place, quantize_operands
+from octav_fx.passes.save_codes import save_codes
 from octav_fx.passes.share_quantizers import share_quantizers
 
 # The order in which quantize() runs them.
@@ -18,12 +20,22 @@ PREPARE: Final[tuple[Any, ...]] = (
     share_quantizers,  # last: one quantizer for each value, where several operands got equal ones
 )
 
+# What the backend runs on the joint graph of forward and backward. The partitioner comes next: it decides by size and
+# by what can be recomputed what is kept between the two.
+LOWER: Final[tuple[Any, ...]] = (
+    save_codes,  # first: it splits the quantizers into the parts that the rest is about
+    filters_channels_last,  # after save_codes, whose fake_quantize of a weight it replaces
+)
+
 __all__ = [
+    "LOWER",
     "PREPARE",
     "Choose",
     "Place",
     "canonicalize",
+    "filters_channels_last",
     "fold_batchnorm",
     "quantize_operands",
+    "save_codes",
     "share_quantizers",
 ]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from octav_fx.graph.edit import Edit, copy_meta, site_of, skip
 from octav_fx.graph.ops import CONTRACTIONS, Op, module_of, op_of
 from octav_fx.graph.rules import RULES
+from octav_fx.graph.view import state_name
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -137,8 +138,9 @@ def _site(node: fx.Node, op: Op) -> str:
         return str(node.target)
     if op.name == "linear" or op.name.startswith("conv"):
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).endswith(".weight"):
-            return str(weight.target).removesuffix(".weight")
+        name = state_name(weight) if isinstance(weight, fx.Node) else None
+        if name is not None and name.endswith(".weight"):
+            return name.removesuffix(".weight")
     stack = node.meta.get("nn_module_stack") or {}
     scope = next(reversed(stack.values()))[0] if stack else ""
     return f"{scope}.{op.name}".lstrip(".")

@@ -14,14 +14,16 @@ code of a weight whose scale is positive. It is off by default in quantize(): th
 float_mode stays exact, and train() keeps updating the statistics.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.graph.aliasing import aliasing
 from octav_fx.graph.edit import Edit, copy_meta, site_of, skip
 from octav_fx.graph.ops import module_of, op_of
 from octav_fx.graph.rules import RULES
+from octav_fx.graph.view import state_name
 from octav_fx.passes.canonicalize import parameter
 from octav_fx.quant.axis import along
 
@@ -67,16 +69,9 @@ def fold_batchnorm(gm: fx.GraphModule) -> list[Edit]:
 
 def refusal(norm: fx.Node) -> str | None:
     """Why this batch norm stays, or None."""
-    if norm.op != "call_module":
-        return "not folded: a functional batch norm does not say whose statistics it uses"
-    module, feeder = module_of(norm), norm.args[0] if norm.args else None
-    assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    if module.training:
-        return "not folded: training mode"
-    if module.running_var is None:
-        return "not folded: it keeps no running statistics"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "not folded: the module has hooks"
+    if reason := _refusal_of_module(norm) if norm.op == "call_module" else _refusal_of_call(norm):
+        return reason
+    feeder = norm.args[0] if norm.args else norm.kwargs.get("input")
     op = op_of(feeder) if isinstance(feeder, fx.Node) else None
     if not isinstance(feeder, fx.Node) or op is None or op.name not in _FEEDERS or feeder.op != "call_function":
         return f"not folded: its input {feeder} is not a convolution or linear layer"
@@ -90,24 +85,78 @@ def refusal(norm: fx.Node) -> str | None:
     return None
 
 
+def _refusal_of_module(norm: fx.Node) -> str | None:
+    module = module_of(norm)
+    assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    if module.training:
+        return "not folded: training mode"
+    if module.running_var is None:
+        return "not folded: it keeps no running statistics"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "not folded: the module has hooks"
+    return None
+
+
+# Of F.batch_norm, with what stands for an argument that is not given.
+_ARGUMENTS: Final = {
+    "input": None,
+    "running_mean": None,
+    "running_var": None,
+    "weight": None,
+    "bias": None,
+    "training": False,
+    "momentum": 0.1,
+    "eps": 1e-5,
+}
+
+
+def _arguments(norm: fx.Node) -> dict[str, Any]:
+    given = dict(zip(_ARGUMENTS, norm.args, strict=False))
+    return {**_ARGUMENTS, **given, **norm.kwargs}
+
+
+def _refusal_of_call(norm: fx.Node) -> str | None:
+    if norm.target is torch.batch_norm:
+        return "not folded: torch.batch_norm takes its arguments in another order than F.batch_norm"
+    found = _arguments(norm)
+    if found["training"] is not False:
+        return "not folded: training mode"
+    if any(isinstance(found[kind], fx.Node) and state_name(found[kind]) is None for kind in _STATE):
+        return "not folded: its statistics or its scale are computed in the model"
+    memory, feeder = aliasing(norm.graph), found["input"]
+    if any(isinstance(found[kind], fx.Node) and memory.written(found[kind], feeder, norm) for kind in _STATE):
+        return f"not folded: its statistics or its scale are written after {site_of(feeder)}"
+    return None
+
+
+_STATE: Final = ("weight", "bias", "running_mean", "running_var")
+
+
+def _state(feeder: fx.Node, norm: fx.Node) -> tuple[list[fx.Node | None], float]:
+    """gamma, beta, mean and var as nodes before the feeder, and eps."""
+    if norm.op == "call_function":
+        found = _arguments(norm)
+        nodes = [found[kind] for kind in _STATE]
+        for node in nodes:
+            if node is not None and node > feeder:
+                feeder.prepend(node)
+        return nodes, found["eps"]
+    module: Any = module_of(norm)
+    values = {kind: getattr(module, kind) for kind in _STATE}
+    return [
+        None if value is None else parameter(feeder, f"{norm.target}.{kind}", value) for kind, value in values.items()
+    ], module.eps
+
+
 def _fold(feeder: fx.Node, norm: fx.Node) -> None:
     graph, op = feeder.graph, op_of(feeder)
-    module: Any = module_of(norm)
     assert op is not None
     channel = RULES[op.name].operands[1].channel
-    gamma, beta, mean, var = (
-        None if value is None else parameter(feeder, f"{norm.target}.{kind}", value)
-        for kind, value in (
-            ("weight", module.weight),
-            ("bias", module.bias),
-            ("running_mean", module.running_mean),
-            ("running_var", module.running_var),
-        )
-    )
+    (gamma, beta, mean, var), eps = _state(feeder, norm)
     weight, bias = feeder.args[1:3] if len(feeder.args) > 2 else (feeder.args[1], None)
     with graph.inserting_before(feeder):
-        new_weight = graph.call_function(folded_weight, (weight, gamma, var, module.eps, channel))
-        new_bias = graph.call_function(folded_bias, (bias, mean, var, gamma, beta, module.eps))
+        new_weight = graph.call_function(folded_weight, (weight, gamma, var, eps, channel))
+        new_bias = graph.call_function(folded_bias, (bias, mean, var, gamma, beta, eps))
     assert isinstance(weight, fx.Node) and var is not None
     copy_meta(weight, new_weight).meta.pop("site", None)
     copy_meta(var, new_bias)

@@ -1,9 +1,11 @@
 """What a pass did, and the few ways in which passes change a graph."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch._guards import detect_fake_mode
 
 from octav_fx.graph.rules import Operand
 
@@ -48,3 +50,12 @@ def copy_meta(source: fx.Node, target: fx.Node) -> fx.Node:
     """What is known of a node's value holds for the node that replaces it."""
     target.meta = dict(source.meta)
     return target
+
+
+def call_with_value(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call in an aten graph, with its fake value in meta["val"] as AOTAutograd leaves it on every node."""
+    node = graph.call_function(target, args, kwargs)
+    values = fx.node.map_arg(args, lambda argument: argument.meta["val"])
+    with detect_fake_mode(values) or contextlib.nullcontext():
+        node.meta["val"] = target(*values, **kwargs)
+    return node

@@ -65,7 +65,7 @@ OTHERS: Final = (
         (nn.Sigmoid,),
     ),
     Op("hardsigmoid", F.hardsigmoid, modules=(nn.Hardsigmoid,)),
-    Op("softmax", F.softmax, (torch.softmax,), ("softmax",), (nn.Softmax, nn.Softmax2d)),
+    Op("softmax", F.softmax, (torch.softmax, aten.softmax.int), ("softmax",), (nn.Softmax, nn.Softmax2d)),
     Op("softplus", F.softplus, modules=(nn.Softplus,)),
     Op("abs", torch.abs, (operator.abs,), ("abs", "abs_")),
     Op("exp", torch.exp, (), ("exp",)),
@@ -114,7 +114,7 @@ OTHERS: Final = (
     Op(
         "dropout",
         F.dropout,
-        (F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout),
+        (F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, aten.dropout.default),
         modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     ),
     Op("identity", torch.positive, (), (), (nn.Identity,)),

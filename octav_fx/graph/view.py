@@ -1,10 +1,19 @@
 """The graph as networkx sees it: nodes, and an edge wherever tensors flow."""
 
 from collections.abc import Iterable
+from typing import Final
 
 import networkx as nx
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+
+# On a placeholder of a Dynamo graph: the name of the parameter or buffer that it stands for.
+STATE: Final = "state"
+
+
+def state_name(node: fx.Node) -> str | None:
+    """The name of the parameter or buffer that a node reads, or None for any other node."""
+    return str(node.target) if node.op == "get_attr" else node.meta.get(STATE)
 
 
 def holds_tensor(node: fx.Node) -> bool:
@@ -34,5 +43,5 @@ def upstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.No
 
 def static(flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
     """The nodes computed from parameters, buffers and constants alone."""
-    inputs = [node for node in flow if node.op == "placeholder"]
+    inputs = [node for node in flow if node.op == "placeholder" and STATE not in node.meta]
     return set(flow) - set(inputs) - downstream(flow, inputs)

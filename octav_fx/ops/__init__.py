@@ -3,16 +3,23 @@
 reference.py is the definition in pure torch, kernel.cpp the CPU passes, op.py the schema, shapes and gradient.
 """
 
+from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
+from octav_fx.ops.fake_quantize_filters.op import fake_quantize_filters, fake_quantize_filters_backward
 from octav_fx.ops.fake_quantizer import FakeQuantizer, Spec
 from octav_fx.ops.optimal_clip.op import optimal_clip
+from octav_fx.ops.quantize.op import quantize
 
 __all__ = [
     "FakeQuantizer",
     "Spec",
+    "dequantize",
     "dynamic_fake_quantize",
     "fake_quantize",
     "fake_quantize_backward",
+    "fake_quantize_filters",
+    "fake_quantize_filters_backward",
     "optimal_clip",
+    "quantize",
 ]

@@ -21,9 +21,6 @@ from torch import Tensor
 
 from octav_fx.errors import OctavError
 
-# The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
-LAYOUT_AGNOSTIC: Final = (torch.Tag.flexible_layout,)
-
 # Named extensions, not -march=native: a cache folder shared by unlike machines must never hold what one cannot run.
 _ARCHITECTURE: Final = {
     "AVX2": ("-mavx2", "-mfma"),
@@ -32,11 +29,17 @@ _ARCHITECTURE: Final = {
 # No -ffast-math: inf and NaN must be seen. These two only say that nobody reads errno or traps.
 _FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 
-_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: Final = {
     "octav_optimal_clip": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
+    "octav_dequantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _INT),
     "octav_fake_quantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     "octav_fake_quantize_backward": (*(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),),
+    "octav_fake_quantize_filters": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
+    "octav_fake_quantize_filters_backward": (
+        *(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
+    ),
+    "octav_quantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT),
 }
 
 
@@ -67,7 +70,7 @@ def _built() -> Path:
     sources = sorted(Path(__file__).parent.glob("*/kernel.cpp"))
     flags = [*_FLAGS, *_ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), ()), *_openmp()]
     identity = hashlib.sha256(" ".join([*compiler, *flags]).encode())
-    for source in sources:
+    for source in [*sources, *Path(__file__).parent.glob("*.h")]:
         identity.update(source.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octav_fx"
     target = folder / f"kernels-{identity.hexdigest()[:16]}.so"
@@ -125,3 +128,10 @@ def channel_layout(x: Tensor, dim: int | None) -> tuple[int, int, int] | None:
     channels = x.shape[dim]
     inner = x.stride(dim) if channels > 1 else 1
     return (x.numel() // (channels * inner) if channels * inner else 0), channels, inner
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether the shapes are equal and equal indices lie at equal offsets; a stride along size 1 says nothing."""
+    return a.shape == b.shape and all(
+        i == j or size == 1 for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,3 +40,22 @@ class Grid:
     def step(self, clip: Tensor) -> Tensor:
         """The distance between levels, in the units of clip."""
         return clip / self.steps
+
+    @property
+    def below(self) -> int:
+        """What ops/quantize writes for a value below the lowest level; low - 1 is taken by zero on unsigned grids."""
+        return self.low - 1 if self.signed else self.low - 2
+
+    @property
+    def saturated(self) -> int:
+        """What an unsigned code is raised by where the value had reached the ceiling of a clamp (ops/quantize)."""
+        return 2 * self.steps
+
+    @property
+    def codes_dtype(self) -> torch.dtype:
+        """The integers that hold all codes of ops/quantize and, as their least, what is not finite.
+
+        One byte for up to 7 bits signed and 5 bits unsigned, else two.
+        """
+        greatest = self.high + 1 if self.signed else self.high + 1 + self.saturated
+        return torch.int8 if self.below > -128 and greatest <= 127 else torch.int16

@@ -14,6 +14,20 @@ def kernels():
 
 
 @pytest.fixture
+def kernel_calls(kernels, monkeypatch):
+    """The names of the kernels that the ops call, in order."""
+    calls = []
+
+    class Recorded:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(native, "library", Recorded)
+    return calls
+
+
+@pytest.fixture
 def threads():
     """Sets the number of threads for the ops; puts it back."""
     before = torch.get_num_threads()

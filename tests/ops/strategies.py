@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from octav_fx.quant.grid import Grid
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = [0, 1, 2, 3, 5, 8, 17, 33]
 # 1 / 512 is half of the smallest step for a clip of 1: multiples of it hit every tie of every grid.
@@ -59,19 +61,36 @@ def clips(draw: st.DrawFn, x: Tensor, dim: int | None) -> Tensor:
     return values[torch.randint(len(values), (x.shape[dim],), generator=generator)]
 
 
+@st.composite
+def codes(draw: st.DrawFn, grid: Grid) -> Tensor:
+    """Codes of the grid, what stands for not finite, and any other integer of their dtype; dense or strided."""
+    like = draw(tensors([torch.float32]))
+    values = torch.iinfo(grid.codes_dtype)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    near = torch.randint(grid.low - 3, grid.high + 3, like.shape, generator=generator)
+    far = torch.randint(values.min, values.max + 1, like.shape, generator=generator)
+    chosen = torch.where(torch.rand(like.shape, generator=generator) < 0.7, near, far)
+    chosen[torch.rand(like.shape, generator=generator) < 0.1] = values.min
+    # copy_ refuses memory that several elements share.
+    stored = torch.empty_strided(like.shape, like.stride(), dtype=grid.codes_dtype)
+    return stored.copy_(chosen) if 0 not in like.stride() else chosen.to(grid.codes_dtype)
+
+
 @contextmanager
 def filled_with_nan() -> Iterator[list[int]]:
-    """What torch.empty and torch.empty_like return is NaN, so an element that is never written shows; counts them."""
+    """What the allocators return is NaN or no code, so an element that is never written shows; counts their calls."""
     calls = [0]
 
     def poisoned(allocate):
         def wrapped(*args, **kwargs):
             calls[0] += 1
-            return allocate(*args, **kwargs).fill_(math.nan)
+            empty = allocate(*args, **kwargs)
+            return empty.fill_(math.nan if empty.is_floating_point() else torch.iinfo(empty.dtype).max)
 
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
         patch.setattr(torch, "empty", poisoned(torch.empty))
+        patch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
         yield calls

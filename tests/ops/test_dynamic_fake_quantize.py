@@ -10,9 +10,9 @@ from octav_fx.ops.dynamic_fake_quantize import reference
 from octav_fx.quant.axis import clip_shape
 from octav_fx.quant.gradient import GRADIENTS
 from octav_fx.quant.solver import METHODS
+from tests.ops.compare import EXACT
 from tests.ops.strategies import DTYPES, axes, filled_with_nan, tensors
 
-EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 COLD = torch.tensor(0.0)
 
 

@@ -168,12 +168,21 @@ def test_one_element_channels_are_their_own_clips():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [None, 1])
+def test_out_is_written(method, dim):
+    x = torch.randn(3, 4, 5)
+    out = torch.full(clip_shape(x, dim), math.nan)
+    assert optimal_clip(x, cold(x, dim), 4, True, dim, method, out=out) is None
+    assert torch.equal(out, optimal_clip(x, cold(x, dim), 4, True, dim, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("dim", "channels_last"), [(None, False), (None, True), (0, False), (1, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(method, dim, channels_last, dtype):
     x = torch.randn(2, 3, 4, 5, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    torch.library.opcheck(optimal_clip, (x, cold(x, dim), 4, True, dim, method))
+    torch.library.opcheck(optimal_clip.default, (x, cold(x, dim), 4, True, dim, method))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -196,14 +196,56 @@ REFUSALS = {
         nn.Sequential(nn.Linear(6, 6), nn.Flatten(1, 2), nn.Linear(6, 5), nn.BatchNorm1d(18)),
         "not folded: 2 does not have its channels in dimension 1, shape (2, 18, 5)",
     ),
-    "functional": (
+    "functional, of torch": (
         model(
-            lambda self, x: F.batch_norm(self.conv(x), self.mean, self.var),
+            lambda self, x: torch.batch_norm(
+                self.conv(x), self.mean, self.var, self.mean, self.var, False, 0.1, 1e-5, False
+            ),
             conv=nn.Conv2d(3, 4, 3),
             mean=torch.zeros(4),
             var=torch.ones(4),
         ),
-        "not folded: a functional batch norm does not say whose statistics it uses",
+        "not folded: torch.batch_norm takes its arguments in another order than F.batch_norm",
+    ),
+    "functional, training": (
+        model(
+            lambda self, x: F.batch_norm(self.conv(x), self.mean, self.var, training=True),
+            conv=nn.Conv2d(3, 4, 3),
+            mean=torch.zeros(4),
+            var=torch.ones(4),
+        ),
+        "not folded: training mode",
+    ),
+    "functional, no statistics": (
+        model(lambda self, x: F.batch_norm(self.conv(x), None, None, training=True), conv=nn.Conv2d(3, 4, 3)),
+        "not folded: training mode",
+    ),
+    "functional, statistics computed": (
+        model(
+            lambda self, x: F.batch_norm(self.conv(x), self.mean, self.var.abs()),
+            conv=nn.Conv2d(3, 4, 3),
+            mean=torch.zeros(4),
+            var=torch.ones(4),
+        ),
+        "not folded: its statistics or its scale are computed in the model",
+    ),
+    "functional, scale computed": (
+        model(
+            lambda self, x: F.batch_norm(self.conv(x), self.mean, self.var, weight=self.gain + 1),
+            conv=nn.Conv2d(3, 4, 3),
+            gain=parameter(4),
+            mean=torch.zeros(4),
+            var=torch.ones(4),
+        ),
+        "not folded: its statistics or its scale are computed in the model",
+    ),
+    "functional, first in the model": (
+        model(
+            lambda self, x: F.batch_norm(input=x, running_mean=self.mean, running_var=self.var),
+            mean=torch.zeros(3),
+            var=torch.ones(3),
+        ),
+        "not folded: its input x is not a convolution or linear layer",
     ),
 }
 
@@ -252,3 +294,132 @@ def test_a_convolution_with_hooks_keeps_its_batch_norm() -> None:
         ("1", None, "not folded: its input _0 is not a convolution or linear layer")
     ]
     assert torch.equal(gm(x), float_module(x))
+
+
+# F.batch_norm in eval mode in the spellings that people write; "norm" says what is the same as a module.
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "positions": (lambda s, y: F.batch_norm(y, s.mean, s.var, s.gamma, s.beta, False, 0.1, s.eps), {}),
+    "keywords": (
+        lambda s, y: F.batch_norm(
+            y, running_mean=s.mean, running_var=s.var, weight=s.gamma, bias=s.beta, training=False, eps=s.eps
+        ),
+        {},
+    ),
+    "input by keyword": (
+        lambda s, y: F.batch_norm(
+            eps=s.eps, bias=s.beta, weight=s.gamma, running_var=s.var, running_mean=s.mean, input=y
+        ),
+        {},
+    ),
+    "eps as it is": (lambda s, y: F.batch_norm(y, s.mean, s.var, s.gamma, s.beta), {"eps": 1e-5}),
+    "weight=None": (lambda s, y: F.batch_norm(y, s.mean, s.var, None, s.beta, eps=s.eps), {"gamma": None}),
+    "bias=None": (lambda s, y: F.batch_norm(y, s.mean, s.var, s.gamma, eps=s.eps), {"beta": None}),
+    "neither": (lambda s, y: F.batch_norm(y, s.mean, s.var, eps=s.eps), {"gamma": None, "beta": None}),
+}
+
+
+def functional(name: str) -> tuple[nn.Module, nn.Conv2d, nn.BatchNorm2d]:
+    """A convolution and a functional batch norm, and both as modules."""
+    call, differs = CALLS[name]
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=differs.get("eps", 0.1))
+    trained(nn.Sequential(conv, norm))
+    parts: dict[str, Any] = {"gamma": norm.weight, "beta": norm.bias}
+    float_module = model(
+        lambda self, x: call(self, self.conv(x)),
+        **{kind: part for kind, part in parts.items() if kind not in differs},
+        conv=conv,
+        mean=norm.running_mean,
+        var=norm.running_var,
+        eps=norm.eps,
+    )
+    if "gamma" in differs:
+        norm.weight = nn.Parameter(torch.ones(4))
+    if "beta" in differs:
+        norm.bias = nn.Parameter(torch.zeros(4))
+    return float_module, conv, norm
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_functional_batch_norm_in_eval_mode_is_folded(name: str) -> None:
+    # gamma is negative for one channel and zero for another.
+    float_module, conv, norm = functional(name)
+    x = torch.randn(2, 3, 6, 6)
+    gm = canonical(float_module, x=x)
+    assert [(edit.node, edit.verb, edit.detail) for edit in made(gm, fold_batchnorm)] == [
+        ("conv", "fold", "batch_norm")
+    ]
+    assert not any(node.target is F.batch_norm for node in gm.graph.nodes)
+    expected = float_module(x)
+    assert ((gm(x) - expected).abs() <= rounding(conv, norm, x)).all()
+    if hasattr(float_module, "gamma"):
+        assert torch.equal(gm(x)[:, 1], expected[:, 1])
+    assert list(gm.state_dict()) == list(float_module.state_dict())
+    text = graph_text(gm.graph)
+    assert made(gm, fold_batchnorm) == [] and graph_text(gm.graph) == text
+
+
+def test_golden_of_a_functional_batch_norm() -> None:
+    float_module, _, _ = functional("keywords")
+    gm = canonical(float_module, x=torch.randn(2, 3, 6, 6))
+    made(gm, fold_batchnorm)
+    assert graph_text(gm.graph) == (
+        "conv_weight = self.conv.weight\n"
+        "conv_bias = self.conv.bias\n"
+        "gamma = self.gamma\n"
+        "beta = self.beta\n"
+        "mean = self.mean\n"
+        "var = self.var\n"
+        "folded_weight = folded_weight(conv_weight, gamma, var, 0.1, 0)\n"
+        "folded_bias = folded_bias(conv_bias, mean, var, gamma, beta, 0.1)\n"
+        "conv = conv2d(x, folded_weight, folded_bias, (1, 1), (0, 0), (1, 1), 1)\n"
+        "return conv"
+    )
+
+
+def test_gradients_reach_the_parameters_of_a_functional_batch_norm() -> None:
+    float_module, _, _ = functional("positions")
+    float_module.double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    gm = canonical(float_module, x=x)
+    made(gm, fold_batchnorm)
+    parameters = list(float_module.parameters())
+    seed = torch.randn_like(gm(x))
+    folded = torch.autograd.grad(gm(x), parameters, seed)
+    unfolded = torch.autograd.grad(float_module(x), parameters, seed)
+    for a, b in zip(folded, unfolded, strict=True):
+        # Sums of at most 2 * 4 * 4 * 27 terms in fp64, in two orders.
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        assert a.abs().sum() > 0
+
+
+def test_state_that_several_functional_batch_norms_share_is_folded_at_each() -> None:
+    def forward(self, x):
+        gamma, var = self.gamma, self.var
+        return F.batch_norm(self.a(x), self.mean, var, gamma), F.batch_norm(self.b(x), self.mean, var, gamma)
+
+    first, second, norm = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    trained(nn.Sequential(norm))
+    norm.bias = nn.Parameter(torch.zeros(4))
+    float_module = model(forward, a=first, b=second, gamma=norm.weight, mean=norm.running_mean, var=norm.running_var)
+    x = torch.randn(2, 3, 6, 6)
+    gm = canonical(float_module, x=x)
+    assert len(made(gm, fold_batchnorm)) == 2
+    for found, expected, conv in zip(gm(x), float_module(x), (first, second), strict=True):
+        assert ((found - expected).abs() <= rounding(conv, norm, x)).all()
+
+
+def test_statistics_that_the_model_writes_before_they_are_read_are_not_folded() -> None:
+    def forward(self, x):
+        y = self.conv(x)
+        self.mean.mul_(2)
+        return F.batch_norm(y, self.mean, self.var)
+
+    float_module = model(forward, conv=nn.Conv2d(3, 4, 3), mean=torch.ones(4), var=torch.ones(4))
+    x = torch.randn(2, 3, 6, 6)
+    gm = canonical(float_module, x=x)
+    made(gm, fold_batchnorm)
+    float_module.mean.fill_(1)
+    expected = float_module(x)
+    float_module.mean.fill_(1)
+    # A mean that is 1 instead of 2 moves every value by 1.
+    assert (gm(x) - expected).abs().max() < 0.5

@@ -40,3 +40,21 @@ def test_dividing_by_the_number_of_steps_is_exact(grid):
     assert torch.equal(grid.step(clip) * grid.steps, clip)
     if grid.signed:
         assert torch.equal(grid.low * grid.step(clip), -clip)
+
+
+@pytest.mark.parametrize("grid", ALL_GRIDS)
+def test_codes_take_one_byte_up_to_seven_bits_signed_and_five_unsigned(grid):
+    narrow = grid.bits <= (7 if grid.signed else 5)
+    assert grid.codes_dtype is (torch.int8 if narrow else torch.int16)
+
+
+@pytest.mark.parametrize("grid", ALL_GRIDS)
+def test_every_code_is_another_number_than_that_of_what_is_not_finite(grid):
+    codes = torch.iinfo(grid.codes_dtype)
+    assert codes.min < grid.below
+    assert grid.high + 1 + (0 if grid.signed else grid.saturated) <= codes.max
+
+
+@pytest.mark.parametrize("grid", ALL_GRIDS)
+def test_raised_codes_are_other_numbers_than_codes(grid):
+    assert grid.saturated > grid.high + 1

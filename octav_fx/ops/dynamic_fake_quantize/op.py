@@ -5,13 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops import native
+from octav_fx.ops.define import LAYOUT_AGNOSTIC
 from octav_fx.ops.fake_quantize.op import gradient_of_x, save_for_backward
 from octav_fx.quant.axis import clip_shape
 
+_NAME = "octav::dynamic_fake_quantize"
 
-@torch.library.custom_op("octav::dynamic_fake_quantize", mutates_args=(), tags=native.LAYOUT_AGNOSTIC)
-def dynamic_fake_quantize(
+torch.library.define(
+    _NAME,
+    "(Tensor x, Tensor hint, int bits, bool signed, int? dim, str method, str gradient) -> (Tensor, Tensor)",
+    tags=LAYOUT_AGNOSTIC,
+)
+
+
+@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def _(
     x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, gradient: str
 ) -> tuple[Tensor, Tensor]:
     """See reference.py. Composed of the two ops, so that each device runs the kernels it has."""
@@ -19,7 +27,7 @@ def dynamic_fake_quantize(
     return torch.ops.octav.fake_quantize(x, clip, bits, signed, dim, gradient), clip
 
 
-@dynamic_fake_quantize.register_fake
+@torch.library.register_fake(_NAME)
 def _(
     x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, gradient: str
 ) -> tuple[Tensor, Tensor]:
@@ -33,6 +41,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     save_for_backward(ctx, x, clip, signed, dim, gradient)
 
 
-dynamic_fake_quantize.register_autograd(
-    lambda ctx, grad, _: (gradient_of_x(ctx, grad), None, None, None, None, None, None), setup_context=_save
+torch.library.register_autograd(
+    _NAME, lambda ctx, grad, _: (gradient_of_x(ctx, grad), None, None, None, None, None, None), setup_context=_save
 )
+
+dynamic_fake_quantize = torch.ops.octav.dynamic_fake_quantize

@@ -4,20 +4,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../stretches.h"
+
 namespace {
-
-constexpr int64_t BLOCK = 1 << 14;
-
-// Calls pass(first element, count, channel) for stretches that share one channel, in parallel.
-template <class Pass>
-void stretches(int64_t outer, int64_t channels, int64_t inner, int threads, Pass pass) {
-  const int64_t blocks = (inner + BLOCK - 1) / BLOCK, total = outer * channels * blocks;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && outer * channels * inner >= 4 * BLOCK)
-  for (int64_t i = 0; i < total; i++) {
-    const int64_t stretch = i / blocks, at = (i % blocks) * BLOCK;
-    pass(stretch * inner + at, std::min(BLOCK, inner - at), stretch % channels);
-  }
-}
 
 template <bool SIGNED, bool MAGNITUDE_AWARE>
 void backward(const float* __restrict grad, const float* __restrict x, float bound, float* __restrict out, int64_t n) {

@@ -6,59 +6,54 @@ import torch
 from torch import Tensor
 
 from octav_fx.ops import native
+from octav_fx.ops.define import define
 from octav_fx.ops.fake_quantize import reference
 from octav_fx.quant.axis import clip_shape
 from octav_fx.quant.grid import Grid
 
 
-@torch.library.custom_op("octav::fake_quantize", mutates_args=(), tags=native.LAYOUT_AGNOSTIC)
-def fake_quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
-    """See reference.py."""
-    return _like(x, reference.fake_quantize(x, clip, bits, signed, dim, gradient))
-
-
-@torch.library.custom_op("octav::fake_quantize_backward", mutates_args=(), tags=native.LAYOUT_AGNOSTIC)
-def fake_quantize_backward(
-    grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str
-) -> Tensor:
-    """See reference.py."""
-    return _like(x, reference.fake_quantize_backward(grad, x, clip, signed, dim, gradient))
-
-
-@fake_quantize.register_fake
-def _(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
+def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
     return torch.empty_like(x)
 
 
-@fake_quantize_backward.register_fake
-def _(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> Tensor:
-    return torch.empty_like(x, dtype=grad.dtype)
-
-
-@fake_quantize.register_kernel("cpu")
-def _(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
+def _cpu(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, out: Tensor) -> bool:
     layout = native.channel_layout(x, dim)
     library = native.library()
-    if library is None or layout is None or x.dtype is not torch.float32:
-        return _like(x, reference.fake_quantize(x, clip, bits, signed, dim, gradient))
-    out, grid = torch.empty_like(x), Grid(bits, signed)
+    floats = x.dtype is torch.float32 and out.dtype is torch.float32
+    if library is None or layout is None or not floats or not native.same_layout(out, x):
+        return False
+    grid = Grid(bits, signed)
     clip = native.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize(
         x.data_ptr(), clip.data_ptr(), out.data_ptr(), *layout, grid.steps, grid.low, grid.high, torch.get_num_threads()
     )
-    return out
+    return True
 
 
-@fake_quantize_backward.register_kernel("cpu")
-def _(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> Tensor:
+fake_quantize = define(
+    "fake_quantize",
+    "Tensor x, Tensor clip, int bits, bool signed, int? dim, str gradient",
+    empty=_empty,
+    reference=reference.fake_quantize,
+    cpu=_cpu,
+)
+
+
+def _empty_gradient(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> Tensor:
+    return torch.empty_like(x, dtype=grad.dtype)
+
+
+def _cpu_gradient(
+    grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str, out: Tensor
+) -> bool:
     layout = native.channel_layout(x, dim)
     library = native.library()
-    native_dtypes = x.dtype is torch.float32 and grad.dtype is torch.float32
-    if library is None or layout is None or gradient == "ste" or not native_dtypes:
-        return _like(x, reference.fake_quantize_backward(grad, x, clip, signed, dim, gradient))
-    out = torch.empty_like(x)
-    # Autograd may hand over another layout than that of x; both are then walked in the order of x.
-    grad = _like(x, grad)
+    floats = all(tensor.dtype is torch.float32 for tensor in (grad, x, out))
+    if library is None or layout is None or gradient == "ste" or not floats or not native.same_layout(out, x):
+        return False
+    if not native.same_layout(grad, x):
+        # Autograd may hand over another layout than that of x; both are then walked in the order of x.
+        grad = torch.empty_like(x).copy_(grad)
     clip = native.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize_backward(
         grad.data_ptr(),
@@ -70,14 +65,16 @@ def _(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, grad
         gradient == "mad",
         torch.get_num_threads(),
     )
-    return out
+    return True
 
 
-def _like(x: Tensor, value: Tensor) -> Tensor:
-    """The values in the memory layout that empty_like(x) has, which is what the fake kernels promise."""
-    if value.stride() == x.stride() and native.is_dense(x):
-        return value
-    return torch.empty_like(x, dtype=value.dtype).copy_(value)
+fake_quantize_backward = define(
+    "fake_quantize_backward",
+    "Tensor grad, Tensor x, Tensor clip, bool signed, int? dim, str gradient",
+    empty=_empty_gradient,
+    reference=reference.fake_quantize_backward,
+    cpu=_cpu_gradient,
+)
 
 
 def save_for_backward(ctx: Any, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> None:
@@ -106,10 +103,10 @@ def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     save_for_backward(ctx, x, clip, signed, dim, gradient)
 
 
-fake_quantize.register_autograd(
-    lambda ctx, grad: (gradient_of_x(ctx, grad), None, None, None, None, None), setup_context=_save
-)
 # The gradient is linear in grad, with the same factors: that makes second derivatives right.
-fake_quantize_backward.register_autograd(
-    lambda ctx, grad: (gradient_of_x(ctx, grad), None, None, None, None, None), setup_context=_save_factors
-)
+for _name, _setup in (("fake_quantize", _save), ("fake_quantize_backward", _save_factors)):
+    torch.library.register_autograd(
+        f"octav::{_name}",
+        lambda ctx, grad: (gradient_of_x(ctx, grad), None, None, None, None, None),
+        setup_context=_setup,
+    )

@@ -17,10 +17,12 @@ constexpr int64_t PARALLEL_FROM = 1 << 16;
 
 struct Sums {
   double numerator = 0, denominator = 0;
+  void operator+=(const Sums& other) { numerator += other.numerator, denominator += other.denominator; }
 };
 struct Start {
   double sum = 0;
   int64_t count = 0;
+  void operator+=(const Start& other) { sum += other.sum, count += other.count; }
 };
 struct Grid {
   double steps, noise, k;
@@ -94,6 +96,7 @@ Sums octav_grid_step(const float* x, int64_t n, float clip, const Grid& grid) {
 
 struct Errors {
   double error = 0, power = 0;
+  void operator+=(const Errors& other) { error += other.error, power += other.power; }
 };
 
 // Squared error on the grid of a clip, and the sum of squares.
@@ -112,13 +115,22 @@ Errors error_of(const float* x, int64_t n, float clip, const Grid& grid) {
   return {sum, power};
 }
 
+// The sum of pass(first element, count) over the chunks, in their order.
 template <class Result, class Pass>
-std::vector<Result> chunks(int64_t n, int threads, Pass pass) {
+Result total(int64_t n, int threads, Pass pass) {
   const int64_t parts = (n + CHUNK - 1) / CHUNK;
+  const auto part = [&](int64_t i) { return pass(i * CHUNK, std::min(CHUNK, n - i * CHUNK)); };
+  Result sum;
+  if (threads == 1 || n < PARALLEL_FROM) {
+    // No list of results: a weight has thousands of short rows, and allocating would take longer than adding.
+    for (int64_t i = 0; i < parts; i++) sum += part(i);
+    return sum;
+  }
   std::vector<Result> results(parts);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && n >= PARALLEL_FROM)
-  for (int64_t part = 0; part < parts; part++) results[part] = pass(part * CHUNK, std::min(CHUNK, n - part * CHUNK));
-  return results;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < parts; i++) results[i] = part(i);
+  for (const Result& result : results) sum += result;
+  return sum;
 }
 
 // The best of the neighbours of a fixed point, itself if none is better. The constants are those of quant/solver.py.
@@ -128,13 +140,9 @@ float polish(const float* x, int64_t n, float clip, const Grid& grid, int thread
   double least = INFINITY;
   for (const int i : {0, -4, -3, -2, -1, 1, 2, 3, 4}) {
     const float candidate = i == 0 ? clip : float(clip * std::pow(1.25, i / 4.0));
-    Errors errors;
-    for (const Errors& part : chunks<Errors>(n, threads, [&](int64_t at, int64_t length) {
-           return error_of<SIGNED, FINITE>(x + at, length, candidate, grid);
-         })) {
-      errors.error += part.error;
-      errors.power += part.power;
-    }
+    const Errors errors = total<Errors>(n, threads, [&](int64_t at, int64_t length) {
+      return error_of<SIGNED, FINITE>(x + at, length, candidate, grid);
+    });
     if (!FINITE && !(std::isfinite(errors.error) && std::isfinite(errors.power)))
       return polish<SIGNED, true>(x, n, clip, grid, threads);
     if (i == 0 || errors.error < 0.999 * least - 1e-12 * errors.power) least = errors.error, best = candidate;
@@ -144,13 +152,8 @@ float polish(const float* x, int64_t n, float clip, const Grid& grid, int thread
 
 template <bool SIGNED, bool ON_GRID, bool FINITE>
 float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads) {
-  Start start;
-  for (const Start& part : chunks<Start>(n, threads, [&](int64_t at, int64_t length) {
-         return start_of<SIGNED, FINITE>(x + at, length);
-       })) {
-    start.sum += part.sum;
-    start.count += part.count;
-  }
+  const Start start = total<Start>(
+      n, threads, [&](int64_t at, int64_t length) { return start_of<SIGNED, FINITE>(x + at, length); });
   // An infinity, or sums beyond float: again, without the values that cannot take part.
   if (!FINITE && !std::isfinite(start.sum)) return solve<SIGNED, ON_GRID, true>(x, n, hint, grid, threads);
   if (start.count == 0) return 0;
@@ -158,14 +161,10 @@ float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads
   const bool usable = hint > 0 && hint <= FLT_MAX && (!ON_GRID || hint / grid.steps / 2 <= mean);
   float clip = usable ? hint : mean, low = 0, high = INFINITY;
   for (int i = 0; i < MAX_STEPS; i++) {
-    Sums sums;
-    for (const Sums& part : chunks<Sums>(n, threads, [&](int64_t at, int64_t length) {
-           return ON_GRID ? octav_grid_step<SIGNED, FINITE>(x + at, length, clip, grid)
-                          : octav_step<SIGNED, FINITE>(x + at, length, clip, grid);
-         })) {
-      sums.numerator += part.numerator;
-      sums.denominator += part.denominator;
-    }
+    Sums sums = total<Sums>(n, threads, [&](int64_t at, int64_t length) {
+      return ON_GRID ? octav_grid_step<SIGNED, FINITE>(x + at, length, clip, grid)
+                     : octav_step<SIGNED, FINITE>(x + at, length, clip, grid);
+    });
     if (!ON_GRID) sums.denominator += grid.noise * double(start.count);
     const float target = sums.numerator > 0 ? float(std::min(sums.numerator / sums.denominator, double(FLT_MAX))) : 0.f;
     if (target == clip) break;

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.ops import native
+from octav_fx.ops.define import define
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.quant.axis import clip_shape, to_rows
 
@@ -11,36 +12,37 @@ from octav_fx.quant.axis import clip_shape, to_rows
 _NEWTON = ("octav", "octav-grid")
 
 
-@torch.library.custom_op("octav::optimal_clip", mutates_args=(), tags=native.LAYOUT_AGNOSTIC)
-def optimal_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
-    """See reference.py."""
-    return reference.optimal_clip(x, hint, bits, signed, dim, method)
-
-
-@optimal_clip.register_fake
-def _(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
+def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
     return x.new_empty(clip_shape(x, dim), dtype=torch.float32)
 
 
-@optimal_clip.register_kernel("cpu")
-def _(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
+def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
     library = native.library()
-    if library is None or x.dtype is torch.float64 or method not in _NEWTON:
-        return reference.optimal_clip(x, hint, bits, signed, dim, method)
+    fits = out.shape == clip_shape(x, dim) and out.dtype is torch.float32 and out.is_contiguous()
+    if library is None or x.dtype is torch.float64 or method not in _NEWTON or not fits:
+        return False
     # The order of the elements does not matter: a dense tensor is one row, as it lies in memory.
     flat = dim is None and native.is_dense(x)
     rows = x.as_strided((1, x.numel()), (x.numel(), 1)) if flat else to_rows(x, dim)
     rows = rows.to(torch.float32).contiguous()
     hint = native.checked(hint, clip_shape(x, dim))
-    clip = torch.empty(clip_shape(x, dim), dtype=torch.float32)
     library.octav_optimal_clip(
         rows.data_ptr(),
         *rows.shape,
         hint.data_ptr(),
-        clip.data_ptr(),
+        out.data_ptr(),
         bits,
         signed,
         _NEWTON.index(method),
         torch.get_num_threads(),
     )
-    return clip
+    return True
+
+
+optimal_clip = define(
+    "optimal_clip",
+    "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
+    empty=_empty,
+    reference=reference.optimal_clip,
+    cpu=_cpu,
+)

@@ -1,0 +1,59 @@
+"""How the cost of a quantizer grows: with the size of a tensor, and beside the matmul that it serves."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from benchmarks import result, worker
+from octav_fx.ops import dequantize, fake_quantize_backward, optimal_clip, quantize
+from octav_fx.quant.grid import Grid
+
+SIZES = tuple(2**power for power in range(16, 25, 2))
+WIDTHS = (128, 256, 512, 1024)
+
+
+def main(rounds: int) -> None:
+    """Measure both, and write results/cost.json."""
+    sizes = [_size(elements) for elements in SIZES]
+    widths = [_width(width, rounds) for width in WIDTHS]
+    result.write("cost", {"setting": {"threads": 1, "rounds": rounds}, "sizes": sizes, "widths": widths})
+    print(tabulate(sizes, headers="keys"), tabulate(widths, headers="keys"), sep="\n\n")
+
+
+def _size(elements: int) -> dict[str, Any]:
+    """Nanoseconds per element of each pass over an activation at 4 bits, from a hint 2 % off."""
+    torch.set_num_threads(1)
+    x = torch.randn(elements).relu()
+    clip = optimal_clip(x, torch.tensor(0.0), 4, False, None, "octav")
+    codes, y = torch.empty_like(x, dtype=Grid(4, False).codes_dtype), torch.empty_like(x)
+    passes: dict[str, Callable[[], Tensor]] = {
+        "solve": lambda: optimal_clip(x, clip * 1.02, 4, False, None, "octav"),
+        "quantize": lambda: quantize.out(x, clip, 4, False, None, out=codes),
+        "dequantize": lambda: dequantize.out(codes, clip, 4, False, None, torch.float32, out=y),
+        "gradient": lambda: fake_quantize_backward.out(x, x, clip, False, None, "pwl", out=y),
+        "copy": lambda: y.copy_(x),
+    }
+    return {"elements": elements} | {name: round(_best(run) / elements * 1e9, 3) for name, run in passes.items()}
+
+
+def _best(run: Callable[[], Tensor]) -> float:
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _width(width: int, rounds: int) -> dict[str, Any]:
+    """A step of four linear layers of one width, float and octav."""
+    best = {"float eager": float("inf"), "octav compiled": float("inf")}
+    for _ in range(rounds):
+        for variant in best:
+            best[variant] = min(best[variant], worker.run("step", f"mlp-{width}", variant)["ms"])
+    ratio = best["octav compiled"] / best["float eager"]
+    return {"width": width, **{k: round(v, 2) for k, v in best.items()}, "overhead": round(ratio - 1, 3)}

@@ -1,0 +1,81 @@
+"""The ways to train a model that are compared: what is done to it before the first step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import octav_fx
+from benchmarks.peers import PEERS
+from octav_fx.ops import FakeQuantizer, Spec
+from octav_fx.quant.axis import along, to_rows
+from octav_fx.quant.gradient import GRADIENTS
+from octav_fx.quant.grid import Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """From a float model and a batch to what is trained, its parameters included."""
+
+    prepare: Callable[[nn.Module, Tensor], nn.Module]
+    # A torch.compile backend, or None: eager.
+    backend: str | None = None
+    note: str = ""
+
+
+class _Plain(torch.autograd.Function):
+    """Eq. 6 ten times from the mean, then rounding, as one would write it first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
+        grid = Grid(spec.bits, spec.signed)
+        rows = to_rows(x, spec.dim)
+        magnitude = rows.abs()
+        clip = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp(min=1)
+        for _ in range(10):
+            above = magnitude > clip.unsqueeze(-1)
+            inside = ((magnitude > 0) & ~above).sum(-1)
+            clip = (magnitude * above).sum(-1) / (grid.noise * inside + above.sum(-1))
+        bound = along(clip if spec.dim is not None else clip.reshape(()), x, spec.dim)
+        ctx.save_for_backward(x, bound)
+        ctx.spec = spec
+        step = grid.step(bound)
+        return (x / step).round().clamp(grid.low, grid.high) * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, bound = ctx.saved_tensors
+        return grads[0] * GRADIENTS[ctx.spec.gradient](x, bound, ctx.spec.signed), None
+
+
+class _PlainQuantizer(nn.Module):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Any:
+        return _Plain.apply(x, self.spec)
+
+
+def _plain(model: nn.Module, x: Tensor) -> nn.Module:
+    quantized = octav_fx.quantize(model, x)
+    for name, module in list(quantized.named_modules()):
+        if isinstance(module, FakeQuantizer):
+            quantized.set_submodule(name, _PlainQuantizer(module.spec))
+    return quantized
+
+
+def _as_is(model: nn.Module, x: Tensor) -> nn.Module:
+    return model
+
+
+OWN = {
+    "float eager": Variant(_as_is),
+    "float Inductor": Variant(_as_is, "inductor"),
+    "octav compiled": Variant(octav_fx.quantize, "octav"),
+    "octav eager": Variant(octav_fx.quantize),
+    "ten cold Newton steps, plain PyTorch eager": Variant(_plain),
+}
+VARIANTS = {**OWN, **{name: Variant(peer.prepare, note=peer.note) for name, peer in PEERS.items()}}

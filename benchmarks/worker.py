@@ -1,0 +1,117 @@
+"""python -m benchmarks.worker QUESTION MODEL VARIANT: one measurement in a process of its own, printed as JSON."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import models
+from benchmarks.variants import VARIANTS
+
+WARM_UP, STEPS = 3, 10
+
+
+def run(question: str, model: str, variant: str, **environment: str) -> dict[str, Any]:
+    """Answer one question in a process with one thread; {"error": ...} if the variant cannot do it."""
+    command = [sys.executable, "-m", "benchmarks.worker", question, model, variant]
+    print(question, model, variant, file=sys.stderr, flush=True)
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return {"error": lines[-1] if lines else f"exit {done.returncode}"}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _prepare(model_name: str, variant_name: str) -> tuple[nn.Module, Callable[..., Tensor], Tensor, Tensor]:
+    """The module whose parameters are trained, what computes its forward, a batch, its targets."""
+    torch.set_num_threads(1)
+    model, x, target = models.load(model_name)
+    variant = VARIANTS[variant_name]
+    prepared = variant.prepare(model, x)
+    forward: Any = prepared if variant.backend is None else torch.compile(prepared, backend=variant.backend)
+    return prepared, forward, x, target
+
+
+def step(model_name: str, variant_name: str) -> dict[str, Any]:
+    """Milliseconds of the fastest training step: zero_grad, forward, backward, SGD."""
+    prepared, forward, x, target = _prepare(model_name, variant_name)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3, momentum=0.9)
+    times = []
+    for _ in range(WARM_UP + STEPS):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        F.cross_entropy(forward(x), target).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    return {"ms": 1e3 * min(times[WARM_UP:])}
+
+
+def compile_time(model_name: str, variant_name: str) -> dict[str, Any]:
+    """Seconds of the first forward and backward, which compile."""
+    _, forward, x, target = _prepare(model_name, variant_name)
+    start = time.perf_counter()
+    F.cross_entropy(forward(x), target).backward()
+    return {"seconds": time.perf_counter() - start}
+
+
+def memory(model_name: str, variant_name: str) -> dict[str, Any]:
+    """MB held for backward between forward and backward, besides parameters, buffers and the batch."""
+    prepared, forward, x, target = _prepare(model_name, variant_name)
+    # Once before: compiling, lazily made state.
+    F.cross_entropy(forward(x), target).backward()
+    present = {_storage(t) for t in (*prepared.parameters(), *prepared.buffers(), x, target)}
+    with _saved() as saved:
+        loss = F.cross_entropy(forward(x), target)
+        storages = {_storage(t): t.untyped_storage().nbytes() for t in [*saved, *_hidden(loss.grad_fn)]}
+    return {"mb": sum(size for storage, size in storages.items() if storage not in present) / 1e6}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextmanager
+def _saved() -> Iterator[list[Tensor]]:
+    """The tensors that autograd saves inside."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def _hidden(root: Any) -> list[Tensor]:
+    """What compiled functions keep besides autograd's saved tensors."""
+    found: list[Tensor] = []
+    stack, seen = [root], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [t for t in getattr(node, "_tensors_no_vc_check", None) or [] if isinstance(t, Tensor)]
+        stack += [following for following, _ in node.next_functions]
+    return found
+
+
+QUESTIONS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "step": step,
+    "compile": compile_time,
+    "memory": memory,
+}
+
+if __name__ == "__main__":
+    question, model, variant = sys.argv[1:]
+    print(json.dumps(QUESTIONS[question](model, variant)))

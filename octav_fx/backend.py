@@ -1,0 +1,146 @@
+"""torch.compile(model, backend="octav"): quantize what Dynamo captured, and lower it with Inductor."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import ShortenTraceback
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.weak import WeakIdKeyDictionary
+
+import octav_fx
+from octav_fx import lowering
+from octav_fx.config import Config
+from octav_fx.errors import OctavError
+from octav_fx.graph.dynamo import adopt, has_quantizers, hidden, lift_hints
+from octav_fx.graph.edit import Edit
+from octav_fx.graph.pipeline import run
+from octav_fx.passes import LOWER, PREPARE, fold_batchnorm, quantize_operands
+
+_log = logging.getLogger("octav_fx")
+
+# Options of the backend itself: the fields of Config, and options of Inductor under one key.
+_OPTIONS: Final = (*(field.name for field in dataclasses.fields(Config)), "inductor")
+
+
+class _Refusal(OctavError, ShortenTraceback):
+    """An OctavError that Dynamo passes on as it is, instead of wrapping it into an error of its own."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+def octav(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend. A graph with quantizers in it is lowered; any other is quantized first.
+
+    options: the fields of octav_fx.Config, which say how a float model is quantized, and "inductor", a dict of options
+    for Inductor. mode: one of Inductor's. Raises OctavError for an option or a mode that does not exist.
+    """
+    try:
+        config, patches = _settings(options, mode)
+        gm, hints = (gm, []) if has_quantizers(gm) else _quantize(gm, list(example_inputs), config)
+    except OctavError as error:
+        raise _Refusal(str(error)) from error
+    lowering.register()
+    lower = _Lower()
+    # Inductor's cache asks only the second for what the generated code depends on.
+    patches |= {"joint_custom_pre_pass": lower, "post_grad_custom_post_pass": _Identity(lower)}
+    compiled: Any = compile_fx(gm, [*example_inputs, *hints], config_patches=patches)
+    return functools.partial(_with_hints, compiled, hints) if hints else compiled
+
+
+def _with_hints(compiled: Callable[..., Any], hints: list[Tensor], *args: Any) -> Any:
+    return compiled(*args, *hints)
+
+
+def _settings(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Config, dict[str, Any]]:
+    """What to quantize with, and what to tell Inductor."""
+    options = dict(options or {})
+    if unknown := sorted(set(options) - set(_OPTIONS)):
+        raise OctavError(f"options has no {', '.join(unknown)}; backend 'octav' takes {', '.join(_OPTIONS)}")
+    patches = options.pop("inductor", {})
+    known = set(list_options())
+    if not isinstance(patches, Mapping) or (unknown := sorted(set(patches) - known)):
+        detail = f"no option {', '.join(unknown)}" if isinstance(patches, Mapping) else f"no dict but {patches!r}"
+        raise OctavError(f"options['inductor']: {detail}; torch._inductor.list_options() lists what there is")
+    modes = list_mode_options()
+    if mode is not None and mode not in modes:
+        raise OctavError(f"mode={mode!r}: one of {', '.join(modes)}")
+    # No float keys or float mode have to be kept here, and training mode is compiled by itself.
+    options.setdefault("fold_batchnorm", True)
+    return Config(**options), {**modes.get(mode or "default", {}), **patches}
+
+
+# Hints outlive a recompilation and a second compilation of the same model. They belong to it: the first parameter of a
+# graph stands for the model, and weakly, so that both can go.
+_HINTS: Final = WeakIdKeyDictionary()
+
+
+def _quantize(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Run PREPARE on a copy of a float graph; return it and its hints, which have become its last inputs."""
+    gm = adopt(gm)
+    bound: dict[Any, Any] = {quantize_operands: functools.partial(quantize_operands, choose=config.choose)}
+    passes = [bound.get(p, p) for p in PREPARE if p is not fold_batchnorm or config.fold_batchnorm]
+    _tell([*hidden(gm), *run(gm, passes)])
+    anchor = next((value for value in example_inputs if isinstance(value, torch.nn.Parameter)), None)
+    known = {} if anchor is None else _HINTS.setdefault(anchor, {})
+    hints = []
+    for name, quantizer in lift_hints(gm).items():
+        hint = known.setdefault(name, quantizer.hint)
+        if hint.shape != quantizer.hint.shape or hint.device != quantizer.hint.device:
+            hint = known[name] = quantizer.hint
+        hints.append(hint)
+    return gm, hints
+
+
+def _tell(edits: list[Edit]) -> None:
+    """What stays float, and why, goes to the log "octav_fx": a compiled model has no table."""
+    for edit in edits:
+        if not edit.declined:
+            continue
+        # Batch norm stays on purpose in training, an operand on an override: no reason to warn.
+        level = logging.INFO if edit.detail.startswith(("not folded", "override")) else logging.WARNING
+        _log.log(level, "%s stays as it is: %s", f"{edit.node} {edit.operand or ''}".strip(), edit.detail)
+
+
+class _Lower(CustomGraphPass):
+    """LOWER as Inductor calls it."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite a joint graph in place."""
+        assert graph.owning_module is not None
+        run(graph.owning_module, LOWER)
+
+    def uuid(self) -> Any:
+        """What Inductor's cache of compiled graphs is keyed with: the sources of everything that decides the code."""
+        # passes/ by itself: in a checkout it is a link, which rglob does not follow.
+        folders = [Path(str(package.__file__)).parent for package in (octav_fx, octav_fx.passes)]
+        files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+        return get_hash_for_files(tuple(map(str, sorted(files))))
+
+
+class _Identity(CustomGraphPass):
+    """Changes nothing, and says what the code depends on."""
+
+    def __init__(self, of: CustomGraphPass) -> None:
+        self._of = of
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Nothing."""
+
+    def uuid(self) -> Any:
+        """That of the other pass."""
+        return self._of.uuid()

@@ -1,0 +1,177 @@
+"""Graphs that torch.compile hands to its backends, made to look like captured ones, and back.
+
+In a Dynamo graph every parameter and buffer is a placeholder, values are in meta["example_value"], and a module's own
+state cannot be added: state comes in as one more placeholder.
+"""
+
+import contextlib
+import operator
+import re
+from typing import Any, Final
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from octav_fx.graph.edit import Edit, skip
+from octav_fx.graph.macs import MacCounter
+from octav_fx.graph.module import QUANTIZERS
+from octav_fx.graph.ops import CONTRACTIONS, module_of, op_of
+from octav_fx.graph.view import STATE
+from octav_fx.ops import FakeQuantizer
+
+# Python functions of torch that Dynamo leaves in the graph as one call, with matrix multiplications inside.
+_COMPOSITES: Final = (F.multi_head_attention_forward,)
+
+# As Dynamo writes the call, and as it is written where overloads are resolved.
+_QUANTIZERS: Final = (torch.ops.octav.dynamic_fake_quantize, torch.ops.octav.dynamic_fake_quantize.default)
+
+# L['self']._modules['layer1']._modules['0']._parameters['weight']
+_STATE_SOURCE = re.compile(r"\._(?:parameters|buffers)\['[^']*'\]$")
+_PATH = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
+
+
+def has_quantizers(gm: fx.GraphModule) -> bool:
+    """Whether the user quantized the model, or a part of it, before compiling it."""
+    return any(node.target in _QUANTIZERS for node in gm.graph.nodes)
+
+
+def adopt(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with values where passes look for them, names on parameters and buffers, and a place for quantizers."""
+    gm = _copy(gm)
+    for node in gm.graph.nodes:
+        if "example_value" in node.meta:
+            node.meta["value"] = node.meta["example_value"]
+        if node.op == "placeholder" and (name := _state_name(node)) is not None:
+            node.meta[STATE] = name
+        # L['self'].encoder.layers.0
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {k: (v[0].partition(".")[2], v[1]) for k, v in stack.items()}
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in _COMPOSITES:
+            _expand(gm.graph, node)
+    for node in gm.graph.nodes:
+        node.meta["macs"] = _macs(node)
+    gm.add_submodule(QUANTIZERS, nn.Module())
+    return gm
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo reads its own graph again after the backend, so that one must not change."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(gm.graph, copies))
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    # What AOTAutograd asks of a graph from Dynamo.
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    for original, node in copies.items():
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source
+    return copied
+
+
+def _expand(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace a call of a composite function by the aten ops that it makes."""
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
+    target: Any = node.target
+
+    def call(*values: Any) -> Any:
+        by_node = dict(zip(nodes, values, strict=True))
+        args, kwargs = pytree.tree_unflatten([by_node.get(leaf, leaf) for leaf in leaves], spec)
+        return target(*args, **kwargs)
+
+    # Before autograd and decompositions: linear layers and fused attention are still one op each.
+    body = make_fx(call, pre_dispatch=True)(*(source.meta["value"] for source in nodes)).graph
+    copies = dict(zip(body.find_nodes(op="placeholder"), nodes, strict=True))
+    with graph.inserting_before(node):
+        result = graph.graph_copy(body, copies)
+    for original, copied in copies.items():
+        if original.op == "call_function":
+            copied.meta = {"value": original.meta.get("val"), "nn_module_stack": node.meta["nn_module_stack"]}
+            copied.meta["example_value"] = copied.meta["value"]
+    for reader in list(node.users):
+        # The result is a tuple of nodes, and no node itself.
+        index: Any = reader.args[1]
+        assert reader.target is operator.getitem and isinstance(result, (tuple, list))
+        item = result[index]
+        if isinstance(item, fx.Node):
+            reader.replace_all_uses_with(item)
+        graph.erase_node(reader)
+    graph.erase_node(node)
+
+
+def _state_name(node: fx.Node) -> str | None:
+    """The name of the parameter or buffer that a placeholder stands for; None for an argument of forward."""
+    source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return ".".join(_PATH.findall(source)) if _STATE_SOURCE.search(source) else None
+
+
+def hidden(gm: fx.GraphModule) -> list[Edit]:
+    """The matrix multiplications that no pass sees, in calls that stay one node: each a refusal with its reason."""
+    edits = []
+    for node in gm.graph.nodes:
+        attributes = [getattr(gm, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
+        bodies = [value for value in attributes if isinstance(value, fx.GraphModule)]
+        if node.target is torch._transformer_encoder_layer_fwd:
+            reason = "torch's fused layer of inference; torch.backends.mha.set_fastpath_enabled(False) undoes that"
+            edits.append(skip(node, reason))
+        elif any(op_of(inner) in CONTRACTIONS for body in bodies for inner in body.graph.nodes):
+            edits.append(
+                skip(node, "a region of its own, such as a checkpoint; call octav_fx.quantize before compiling")
+            )
+    return edits
+
+
+def _macs(node: fx.Node) -> int:
+    """Multiply-accumulates of a call that no row of ops.py knows, so that it can be reported."""
+    is_call = node.op in ("call_function", "call_method")
+    if not is_call or op_of(node) is not None or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("value"))
+    # It is counted for a message only: what does not run on fake values is no reason to stop.
+    with MacCounter() as counter, detect_fake_mode(args) or contextlib.nullcontext(), contextlib.suppress(Exception):
+        run: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+        run(*(args[1:] if node.op == "call_method" else args), **kwargs)
+    return counter.macs
+
+
+def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
+    """Replace the quantizers by their op, with each hint a placeholder after all others; return them in that order.
+
+    The compiled function takes the hints as its last arguments, and writes the new ones into them.
+    """
+    graph = gm.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    lifted: dict[str, FakeQuantizer] = {}
+    mode = detect_fake_mode([node.meta.get("example_value") for node in graph.nodes])
+    for node in list(graph.nodes):
+        if node.op != "call_module" or not isinstance(quantizer := module_of(node), FakeQuantizer):
+            continue
+        name, spec = str(node.target).removeprefix(QUANTIZERS + "."), quantizer.spec
+        with graph.inserting_after(last):
+            # An argument of the generated forward: names of modules may begin with digits or have dashes.
+            hint = graph.placeholder(re.sub(r"\W", "_", f"hint_{name}"))
+        hint.meta["example_value"] = quantizer.hint if mode is None else mode.from_tensor(quantizer.hint)
+        # Its storage stays where it is: CUDA graphs need not copy it in.
+        hint.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        # No source: nothing in the user's code leads to it, so there is nothing to guard.
+        hint._dynamo_source = None
+        with graph.inserting_before(node):
+            outputs = graph.call_function(
+                torch.ops.octav.dynamic_fake_quantize.default,
+                (node.args[0], hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient),
+            )
+            y = graph.call_function(operator.getitem, (outputs, 0))
+            clip = graph.call_function(operator.getitem, (outputs, 1))
+            graph.call_method("copy_", (hint, clip))
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+        lifted[name], last = quantizer, hint
+    delattr(gm, QUANTIZERS)
+    gm.recompile()
+    return lifted

@@ -1,0 +1,48 @@
+"""torch.ops.octav.quantize: the integer codes of a tensor, which are what backward needs to keep of it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from octav_fx.ops import native
+from octav_fx.ops.define import define
+from octav_fx.ops.quantize import reference
+from octav_fx.quant.axis import clip_shape
+from octav_fx.quant.grid import Grid
+
+
+def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=Grid(bits, signed).codes_dtype)
+
+
+def _cpu(
+    x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None, *, out: Tensor
+) -> bool:
+    layout, library, grid = native.channel_layout(x, dim), native.library(), Grid(bits, signed)
+    fits = native.same_layout(out, x) and out.dtype is grid.codes_dtype
+    if library is None or layout is None or x.dtype is not torch.float32 or not fits:
+        return False
+    clip = native.checked(clip, clip_shape(x, dim))
+    library.octav_quantize(
+        x.data_ptr(),
+        clip.data_ptr(),
+        out.data_ptr(),
+        *layout,
+        grid.steps,
+        grid.low,
+        grid.high,
+        math.inf if ceiling is None or signed else ceiling,
+        out.element_size(),
+        torch.get_num_threads(),
+    )
+    return True
+
+
+quantize = define(
+    "quantize",
+    "Tensor x, Tensor clip, int bits, bool signed, int? dim, float? ceiling=None",
+    empty=_empty,
+    reference=reference.quantize,
+    cpu=_cpu,
+)

@@ -1,0 +1,30 @@
+"""quantize, in pure torch: the definition."""
+
+import torch
+from torch import Tensor
+
+from octav_fx.quant.axis import along
+from octav_fx.quant.grid import Grid
+
+
+def quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None) -> Tensor:
+    """X [...], clip [] or [C] in the units of x -> codes [...], int8 or int16 (quant/grid.py).
+
+    The nearest code, ties to even, and for backward's sake some more.
+    A value beyond the clip gets a code beyond those of the grid, high + 1 or grid.below: there the gradient is cut.
+    On an unsigned grid zero itself gets low - 1, so that codes >= 0 are the values above zero, which is what the
+    gradient of a relu asks for; and with a ceiling, that of a clamp that x comes from, the code of a value that has
+    reached it is raised by grid.saturated, which is what the gradient of a relu6 asks for.
+    inf and NaN get the least number of the dtype.
+    """
+    grid = Grid(bits, signed)
+    value = x.to(torch.promote_types(x.dtype, torch.float32))
+    bound = along(clip, x, dim).to(value.dtype)
+    step = grid.step(bound)
+    code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
+    code = torch.where(value > bound, grid.high + 1, code)
+    code = torch.where(value < (-bound if signed else 0), grid.below, code)
+    if not signed:
+        code = torch.where(value == 0, grid.low - 1, code)
+        code = torch.where(value >= (torch.inf if ceiling is None else ceiling), code + grid.saturated, code)
+    return torch.where(x.isfinite(), code, torch.iinfo(grid.codes_dtype).min).to(grid.codes_dtype)
