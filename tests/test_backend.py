@@ -331,6 +331,56 @@ def test_what_stays_float_is_logged_as_a_warning(reached, caplog):
     assert [record.getMessage() for record in caplog.records] == ["matmul stays as it is: writes into out="]
 
 
+class Region(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.second, self.first(x), use_reentrant=False)
+
+
+def test_a_region_that_no_pass_sees_is_logged_as_a_warning(reached, caplog):
+    with caplog.at_level(logging.WARNING, "octav_fx"):
+        octav(Region())(torch.randn(4, 8))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "a region of its own" in message
+    assert reached.count("dynamic_fake_quantize") == 2
+
+
+def test_the_fused_layer_of_inference_is_logged_as_a_warning(reached, caplog):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with caplog.at_level(logging.WARNING, "octav_fx"), torch.no_grad():
+        octav(layer)(torch.randn(2, 3, 8))
+    assert "set_fastpath_enabled(False)" in caplog.text
+
+
+def test_a_multiplication_without_a_rule_is_logged_as_a_warning(reached, caplog):
+    class Unruled(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensordot(self.first(x), self.second.weight, ([1], [1]))
+
+    with caplog.at_level(logging.WARNING, "octav_fx"):
+        octav(Unruled())(torch.randn(4, 8))
+    assert [record.getMessage() for record in caplog.records] == ["tensordot stays as it is: no rule for tensordot"]
+
+
+def test_numbered_layers_and_weights_of_attention_are_quantized(reached):
+    octav(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))(torch.randn(4, 8))
+    assert reached.count("dynamic_fake_quantize") == 4
+
+
+def test_the_softmax_of_attention_with_weights_is_unsigned_as_in_quantize(reached):
+    class WithWeights(Attentive):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    model, x = WithWeights(), torch.randn(2, 5, 6)
+    expected = quantize(model, x)(x)
+    torch.testing.assert_close(octav(model)(x), expected, **CLOSE)
+
+
 def test_what_was_asked_to_stay_float_is_no_warning(reached, caplog):
     with caplog.at_level(logging.INFO, "octav_fx"):
         octav(Mlp(), options={"overrides": {"first": None}})(torch.randn(4, 8))

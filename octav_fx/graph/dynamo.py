@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -134,7 +134,7 @@ def _macs(node: fx.Node) -> int:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("value"))
     # It is counted for a message only: what does not run on fake values is no reason to stop.
-    with MacCounter() as counter, detect_fake_mode(args) or contextlib.nullcontext(), contextlib.suppress(Exception):
+    with MacCounter() as counter, contextlib.suppress(Exception):
         run: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         run(*(args[1:] if node.op == "call_method" else args), **kwargs)
     return counter.macs
@@ -148,7 +148,9 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
     graph = gm.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     lifted: dict[str, FakeQuantizer] = {}
-    mode = detect_fake_mode([node.meta.get("example_value") for node in graph.nodes])
+    values = [node.meta.get("example_value") for node in graph.nodes]
+    # That of the values: the one of the tracing context, which detect_fake_mode prefers, is another.
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     for node in list(graph.nodes):
         if node.op != "call_module" or not isinstance(quantizer := module_of(node), FakeQuantizer):
             continue
