@@ -2,12 +2,13 @@
 
 import argparse
 
-from benchmarks import compile, cost, demo, memory, readme, step
+from benchmarks import compile, cost, demo, graphs, memory, readme, step
 
 _BENCHMARKS = {
     "compile": compile.main,
     "cost": cost.main,
     "demo": demo.main,
+    "graphs": graphs.main,
     "memory": memory.main,
     "peers": step.peers,
     "readme": readme.main,

@@ -1,0 +1,66 @@
+"""Whether every torchvision classification model compiles to one graph, once: no graph break, no recompilation.
+
+On the meta device: Dynamo traces and the backend quantizes as always, only nothing is computed, and the graph runs as
+it is instead of through Inductor. Three training steps; after the first, recompiling is an error.
+"""
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tabulate import tabulate
+from torch._dynamo.utils import counters
+
+import octav_fx
+from benchmarks import result
+from octav_fx import backend, zoo
+
+# Smaller inputs than these models' own are too small for one of their poolings, or not what their position codes fit.
+_PIXELS = {"inception_v3": 299, "swin": 224, "maxvit_t": 224, "vit": 224, "vit_h_14": 224}
+
+
+def main(rounds: int) -> None:
+    """Try every model, quantized first and quantized by the backend, and write results/graphs.json."""
+    models = zoo.torchvision().models
+    rows = [_row(name) for name in models.list_models(module=models)]
+    result.write("graphs", {"rows": rows})
+    print(tabulate(rows, headers="keys"))
+
+
+def _row(name: str) -> dict[str, Any]:
+    pixels = next((size for prefix, size in _PIXELS.items() if name.startswith(prefix)), 96)
+    with torch.device("meta"):
+        x, model = torch.randn(2, 3, pixels, pixels), zoo.load(name)
+        quantized = octav_fx.quantize(model, x)
+    row = {"model": name, "quantized": _graphs(quantized, x), "float": _graphs(model, x)}
+    print(row, flush=True)
+    return row
+
+
+def _graphs(model: torch.nn.Module, x: torch.Tensor) -> int | str:
+    """How many graphs three training steps took, or why they failed."""
+    torch.compiler.reset()
+    counters.clear()
+    made = []
+
+    def count(gm: Any, inputs: Any, **options: Any) -> Any:
+        made.append(gm)
+        return gm
+
+    compiled = torch.compile(model, backend="octav", fullgraph=True)
+    try:
+        with patch.object(backend, "compile_fx", count):
+            _step(compiled, x)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                _step(compiled, x)
+                _step(compiled, x)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return len(made)
+
+
+def _step(compiled: Any, x: torch.Tensor) -> None:
+    output = compiled(x)
+    # inception and googlenet return an auxiliary output too.
+    outputs = output if isinstance(output, tuple) else (output,)
+    torch.stack([out.sum() for out in outputs]).sum().backward()
