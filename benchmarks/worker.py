@@ -5,8 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import models
+from benchmarks.saved import saved_for_backward
 from benchmarks.variants import VARIANTS
 
 WARM_UP, STEPS = 3, 10
@@ -69,41 +69,13 @@ def memory(model_name: str, variant_name: str) -> dict[str, Any]:
     # Once before: compiling, lazily made state.
     F.cross_entropy(forward(x), target).backward()
     present = {_storage(t) for t in (*prepared.parameters(), *prepared.buffers(), x, target)}
-    with _saved() as saved:
-        loss = F.cross_entropy(forward(x), target)
-        storages = {_storage(t): t.untyped_storage().nbytes() for t in [*saved, *_hidden(loss.grad_fn)]}
+    _, saved = saved_for_backward(lambda: F.cross_entropy(forward(x), target))
+    storages = {_storage(t): t.untyped_storage().nbytes() for t in saved}
     return {"mb": sum(size for storage, size in storages.items() if storage not in present) / 1e6}
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-@contextmanager
-def _saved() -> Iterator[list[Tensor]]:
-    """The tensors that autograd saves inside."""
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield saved
-
-
-def _hidden(root: Any) -> list[Tensor]:
-    """What compiled functions keep besides autograd's saved tensors."""
-    found: list[Tensor] = []
-    stack, seen = [root], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found += [t for t in getattr(node, "_tensors_no_vc_check", None) or [] if isinstance(t, Tensor)]
-        stack += [following for following, _ in node.next_functions]
-    return found
 
 
 QUESTIONS: dict[str, Callable[[str, str], dict[str, Any]]] = {

@@ -22,7 +22,7 @@ from octav_fx.errors import OctavError
 from octav_fx.graph.dynamo import adopt, has_quantizers, hidden, lift_hints
 from octav_fx.graph.edit import Edit
 from octav_fx.graph.pipeline import run
-from octav_fx.passes import LOWER, PREPARE, fold_batchnorm, quantize_operands
+from octav_fx.passes import LOWER
 
 _log = logging.getLogger("octav_fx")
 
@@ -92,9 +92,7 @@ _HINTS: Final = WeakIdKeyDictionary()
 def _quantize(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> tuple[fx.GraphModule, list[Tensor]]:
     """Run PREPARE on a copy of a float graph; return it and its hints, which have become its last inputs."""
     gm = adopt(gm)
-    bound: dict[Any, Any] = {quantize_operands: functools.partial(quantize_operands, choose=config.choose)}
-    passes = [bound.get(p, p) for p in PREPARE if p is not fold_batchnorm or config.fold_batchnorm]
-    _tell([*hidden(gm), *run(gm, passes)])
+    _tell([*hidden(gm), *run(gm, config.passes())])
     anchor = next((value for value in example_inputs if isinstance(value, torch.nn.Parameter)), None)
     known = {} if anchor is None else _HINTS.setdefault(anchor, {})
     hints = []

@@ -2,14 +2,16 @@
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from octav_fx.errors import OctavError
+from octav_fx.graph.pipeline import Pass
 from octav_fx.graph.rules import Role
 from octav_fx.ops import Spec
-from octav_fx.passes import Place
+from octav_fx.passes import PREPARE, Place, fold_batchnorm, quantize_operands
 from octav_fx.quant.gradient import GRADIENTS
 from octav_fx.quant.solver import METHODS
 
@@ -77,6 +79,11 @@ class Config:
         if site in self.overrides:
             return site
         return next((p for p in reversed(list(self.overrides)) if fnmatch.fnmatchcase(site, p)), None)
+
+    def passes(self) -> list[Pass]:
+        """PREPARE with this configuration bound to the passes that take one."""
+        bound: dict[Any, Pass] = {quantize_operands: functools.partial(quantize_operands, choose=self.choose)}
+        return [bound.get(p, p) for p in PREPARE if p is not fold_batchnorm or self.fold_batchnorm]
 
     def choose(self, place: Place) -> Spec | str:
         """The Spec of an operand, or why it stays float."""

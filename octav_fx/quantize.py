@@ -1,7 +1,6 @@
 """quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
 
 import copy
-import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,9 +14,8 @@ from octav_fx.errors import OctavError
 from octav_fx.graph.capture import Capture, capture
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.graph.observe import difference, has_data, run_once, without_quantizers
-from octav_fx.graph.pipeline import Pass, run
+from octav_fx.graph.pipeline import run
 from octav_fx.graph.record import Record, records
-from octav_fx.passes import PREPARE, fold_batchnorm, quantize_operands
 from octav_fx.passes.quantize_operands import remove_unused
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -48,7 +46,7 @@ def quantize(
     found: dict[bool, list[Record]] = {}
     for mode in quantized.modes:
         quantized.graph = graphs[mode]
-        edits = run(quantized, _passes(config))
+        edits = run(quantized, config.passes())
         found[mode] = records(graphs[mode], edits)
         notes += [f"{edit.node}: {edit.detail}" for edit in edits if edit.declined and edit.detail.startswith("not ")]
     quantized.graph = graphs[model.training]
@@ -80,12 +78,6 @@ def float_mode(q: nn.Module) -> Iterator[None]:
         for module in quantized:
             stack.enter_context(module.as_float())
         yield
-
-
-def _passes(config: Config) -> list[Pass]:
-    """PREPARE with the configuration bound to the passes that take one."""
-    bound: dict[Any, Pass] = {quantize_operands: functools.partial(quantize_operands, choose=config.choose)}
-    return [bound.get(p, p) for p in PREPARE if p is not fold_batchnorm or config.fold_batchnorm]
 
 
 def _check_model(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
+from benchmarks.saved import saved_for_backward
 from octav_fx.graph.edit import Edit
 from octav_fx.graph.pipeline import run
 from octav_fx.graph.text import graph_text
@@ -402,34 +403,12 @@ class Small(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def held(root: Any) -> list[Tensor]:
-    """What the functions behind a result keep for backward in the graph."""
-    found: list[Tensor] = []
-    stack, seen = [root], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found += [t for t in getattr(node, "_tensors_no_vc_check", None) or [] if isinstance(t, Tensor)]
-        stack += [following for following, _ in node.next_functions]
-    return found
-
-
 def test_a_compiled_model_holds_no_float_copy_of_what_it_quantized() -> None:
     torch.compiler.reset()
     float_module, x = Small(), torch.randn(4, 3, 6, 6).to(memory_format=torch.channels_last)
     compiled = torch.compile(float_module, backend="octav", options={"edge_bits": None})
     compiled(x)
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = compiled(x)
-        saved += held(y.grad_fn)
+    y, saved = saved_for_backward(lambda: compiled(x))
     present = {t.untyped_storage().data_ptr() for t in (*float_module.parameters(), *float_module.buffers(), x)}
     own = {t.untyped_storage().data_ptr(): t for t in saved if t.untyped_storage().data_ptr() not in present}
     # The quantized activations are [4, 8, 6, 6], of which codes are kept; batch norm keeps its two inputs as they are.
