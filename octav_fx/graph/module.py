@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import fx, nn
 
-from octav_fx.errors import OctavError
+from octav_fx.errors import NotCaptured, OctavError
 
 # Where the quantizers live in the tree.
 QUANTIZERS: Final = "quantizers"
@@ -33,7 +33,7 @@ class QuantizedModule(fx.GraphModule):
     def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
         taken = (*float_module._modules, *float_module._parameters, *float_module._buffers)
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
-            raise OctavError(
+            raise NotCaptured(
                 f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
             )
         super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
@@ -53,6 +53,16 @@ class QuantizedModule(fx.GraphModule):
         self._graphs = dict(graphs)
         self.meta = dict(meta)
         self.graph = self._graphs[self.training]
+
+    @property
+    def records(self) -> list[Any]:
+        """What became of each operand, in the graph of the present mode: Records."""
+        return list(self.all_records[self.training])
+
+    @property
+    def all_records(self) -> Mapping[bool, list[Any]]:
+        """The records of each mode."""
+        return self.meta["octav"]["records"]
 
     @property
     def modes(self) -> tuple[bool, ...]:

@@ -1,15 +1,27 @@
 """Running a model once without leaving a trace."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.module import QUANTIZERS
 from octav_fx.ops import FakeQuantizer
+
+_PLAIN: Final = (bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def has_data(module: nn.Module, inputs: Any) -> bool:
@@ -47,6 +59,83 @@ def without_quantizers(module: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             del quantizer.__dict__["forward"]
+
+
+def work(root: nn.Module, call: Call) -> list[tuple[str, int]]:
+    """Which modules multiply, the innermost each, in the order in which they do: (path, multiply-accumulates)."""
+    found: list[tuple[str, int]] = []
+    inside = [""]
+    counted = 0
+
+    def settle() -> None:
+        nonlocal counted
+        if counter.macs > counted:
+            found.append((inside[-1], counter.macs - counted))
+            counted = counter.macs
+
+    def enter(path: str) -> None:
+        settle()
+        inside.append(path)
+
+    def leave() -> None:
+        settle()
+        inside.pop()
+
+    with MacCounter() as counter, _hooked(dict(root.named_modules()), lambda path, _: enter(path), leave):
+        run_once(root, call.args, call.kwargs)
+        settle()
+    return found
+
+
+def calls_of(module: nn.Module, call: Call, children: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
+    """How a module calls its children: the first Call of each kind (is_alike) that its example leads to."""
+    found: dict[str, list[Call]] = {name: [] for name in children}
+
+    def record(name: str, made: Call) -> None:
+        if not any(is_alike(made, known) for known in found[name]):
+            # What is called may write into its inputs.
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (made.args, dict(made.kwargs)))
+            found[name].append(Call(args, kwargs))
+
+    with _hooked(children, record, lambda: None):
+        run_once(module, call.args, call.kwargs)
+    return found
+
+
+def is_alike(a: Call, b: Call) -> bool:
+    """Whether two calls differ in the contents of tensors only."""
+    (one, one_spec), (two, two_spec) = (pytree.tree_flatten((call.args, dict(call.kwargs))) for call in (a, b))
+    return one_spec == two_spec and all(map(_is_alike, one, two))
+
+
+def _is_alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
+
+
+@contextmanager
+def _hooked(
+    modules: Mapping[str, nn.Module], enter: Callable[[str, Call], None], leave: Callable[[], None]
+) -> Iterator[None]:
+    """Inside, enter(path, call) runs before each call of the modules, and leave() after it."""
+    handles = []
+    for path, module in modules.items():
+        if path and not isinstance(module, torch.jit.ScriptModule):
+
+            def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                enter(path, Call(args, kwargs))
+
+            def after(_: nn.Module, args: Any, result: Any) -> None:
+                leave()
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def difference(expected: Any, found: Any) -> str | None:
