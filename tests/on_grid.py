@@ -9,7 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
 # Op -> positions of its operands.
-_MATMULS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
+_MATMULS = {
+    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten._grouped_mm.default), (0, 1)),
+    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), (1, 2)),
+}
 _ATTENTIONS = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,

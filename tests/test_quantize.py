@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import numpy as np
 import pytest
@@ -499,10 +500,20 @@ def test_integer_operands_are_named():
         quantize(Integers(), (torch.randn(2, 8), torch.ones(3, 3, dtype=torch.long)))
 
 
-def test_a_branch_on_data_is_an_error_with_its_line():
-    model = Function(lambda m, x: m.a(x) if x.sum() > 0 else m.b(x))
-    with pytest.raises(OctavError, match=r"test_quantize\.py:\d+: forward needs bool\(gt\), which depends on the data"):
-        quantize(model, torch.randn(2, 8))
+def test_a_branch_on_data_is_quantized_in_parts_and_its_line_is_told():
+    model, x = Function(lambda m, x: m.a(x) if x.sum() > 0 else m.b(x)), torch.ones(2, 8)
+    q = quantize(model, x)
+    why = r"test_quantize\.py:\d+: forward needs bool\(gt\), which depends on the data"
+    assert re.search("the model: in parts, because .*" + why, octav_fx.table(q))
+    with octav_fx.float_mode(q):
+        for values in (x, -x):
+            assert torch.equal(q(values), model(values))
+    # The side that the example does not take.
+    assert [(row.node, row.reason) for row in octav_fx.rows(q) if row.bits is None] == [
+        ("b", "not called for the example inputs")
+    ]
+    with pytest.raises(OctavError, match="b : not called for the example inputs"):
+        quantize(model, x, strict=True)
 
 
 def test_a_branch_on_a_size_is_checked_when_the_model_runs():
@@ -515,7 +526,7 @@ def test_a_branch_on_a_size_is_checked_when_the_model_runs():
         q(torch.randn(5, 8))
 
 
-def test_names_that_the_quantized_module_needs():
+def test_names_that_a_graph_module_needs():
     class Clash(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -524,8 +535,13 @@ def test_names_that_the_quantized_module_needs():
         def forward(self, x: Tensor) -> Tensor:
             return self.quantizers(x)
 
-    with pytest.raises(OctavError, match=r"Clash\.quantizers: octav_fx needs that name; rename the attribute"):
-        quantize(Clash(), torch.randn(2, 8))
+    model, x = Clash(), torch.randn(2, 8)
+    q = quantize(model, x, strict=True)
+    assert "the model: in parts, because Clash.quantizers: octav_fx needs that name" in octav_fx.table(q)
+    assert list(q.state_dict()) == ["quantizers.weight", "quantizers.bias"]
+    assert bits_by_site(q) == {("quantizers", "input"): 8, ("quantizers", "weight"): 8}
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))
 
 
 def test_a_model_that_cannot_be_copied():

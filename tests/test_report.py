@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -330,10 +331,55 @@ def test_inside_of_a_module_of_the_users():
     q = quantize(Tiny(), x)
     outer = nn.Sequential(q, nn.Softmax(-1))
     assert (table(outer), rows(outer), coverage(outer)) == (table(q), rows(q), coverage(q))
-    for none_or_two, count in ((nn.Linear(2, 2), 0), (nn.ModuleList([q, copy.deepcopy(q)]), 2)):
+    for none_or_two, count in ((nn.Linear(2, 2), "no module"), (nn.ModuleList([q, copy.deepcopy(q)]), "2 modules")):
         for report in (table, rows, coverage):
-            with pytest.raises(OctavError, match=f"holds {count} modules that octav_fx.quantize returned"):
+            with pytest.raises(OctavError, match=rf"holds {count} that octav_fx\.quantize returned"):
                 report(none_or_two)
+
+
+class InParts(nn.Module):
+    """What no graph holds: a branch on data around a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.idle = nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.body(x)
+        return self.head(y @ y.t() @ y) if y.sum() < 1e9 else self.idle(y)
+
+
+def test_a_model_in_parts_names_the_graph_of_each_row():
+    q = quantize(InParts(), torch.randn(4, 8))
+    assert [(row.node, row.operand, row.graph, row.bits, row.macs) for row in rows(q)] == [
+        ("body", "input", "body", 4, 4 * 64),
+        ("body", "weight", "body", 4, 4 * 64),
+        ("head.1", "input", "head", 8, 4 * 16),
+        ("head.1", "weight", "head", 8, 4 * 16),
+        ("forward", "", None, None, 2 * 4 * 4 * 8),
+        ("idle", "", None, None, 0),
+    ]
+    assert sum(row.share for row in rows(q) if row.operand in ("input", "")) == pytest.approx(1)
+    text = table(q)
+    header, _, *lines = text.splitlines()
+    place = header.index("graph")
+    assert [line[place:].split()[0] for line in lines[2:4]] == ["head", "head"]
+    assert lines[6] == "" and lines[7] == "quantized: 55.56% of 576 MACs; 2 nodes keep float operands"
+    assert re.fullmatch(r"the model: in parts, because .*test_report\.py:\d+: forward needs bool\(lt\).*", lines[8])
+    assert len(lines) == 9
+
+
+def test_a_model_in_one_graph_has_no_column_of_graphs():
+    q = quantize(Tiny(), tiny_input())
+    assert {row.graph for row in rows(q)} == {""}
+    assert " graph" not in table(q).splitlines()[0]
+
+
+def test_a_model_in_parts_is_measured_on_other_inputs():
+    q, x = quantize(InParts(), torch.randn(4, 8)), torch.randn(4, 8)
+    measured = rows(q, 2 * x)
+    assert measured[0].max_abs == 2 * float(x.abs().max())
+    assert measured[2].sqnr is not None and measured[4].sqnr is None
 
 
 def test_rows_of_a_shared_quantizer_agree():

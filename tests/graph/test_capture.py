@@ -675,8 +675,12 @@ def test_layers_that_were_altered_are_traced_through() -> None:
 
 
 @pytest.mark.parametrize("name", ["meta", "graph", "examples", "modes", "quantizers"])
-def test_names_that_a_quantized_module_needs(name: str) -> None:
-    float_module = model(lambda self, x: self.fc(x), fc=nn.Linear(6, 4))
+def test_a_buffer_of_a_name_that_a_graph_module_needs_stays_and_the_model_is_quantized_in_parts(name: str) -> None:
+    float_module, x = model(lambda self, x: self.fc(x), fc=nn.Linear(6, 4)), torch.randn(4, 6)
     float_module.register_buffer(name, torch.ones(1))
-    with pytest.raises(OctavError, match=rf"{name}: octav_fx needs that name"):
-        octav_fx.quantize(float_module, torch.randn(4, 6))
+    q = octav_fx.quantize(float_module, x)
+    assert list(q.state_dict()) == list(float_module.state_dict())
+    assert torch.equal(getattr(q, name), torch.ones(1))
+    assert f"the model: in parts, because Model.{name}: octav_fx needs that name" in octav_fx.table(q)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), float_module(x))

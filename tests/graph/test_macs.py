@@ -48,3 +48,47 @@ def test_a_bilinear_layer() -> None:
     with MacCounter() as counter:
         layer(torch.randn(2, 3, 4), torch.randn(2, 3, 5))
     assert counter.macs == 2 * 3 * 4 * 5 * 6
+
+
+# Each: the layer, its input, and the multiply-accumulates of all its steps and directions.
+RECURRENT: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
+    # Four gates, each from 4 inputs and from 3 outputs before.
+    "LSTM": (nn.LSTM(4, 3), (5, 2, 4), 5 * 2 * 4 * 3 * (4 + 3)),
+    "two layers, both ways": (
+        nn.LSTM(4, 3, 2, bidirectional=True),
+        (5, 2, 4),
+        5 * 2 * 2 * 4 * 3 * ((4 + 3) + (6 + 3)),
+    ),
+    "batch first, without a bias": (nn.LSTM(4, 3, batch_first=True, bias=False), (2, 5, 4), 5 * 2 * 4 * 3 * 7),
+    # Its outputs go through a matrix of 2 x 3.
+    "projected": (nn.LSTM(4, 3, proj_size=2), (5, 2, 4), 5 * 2 * (4 * 3 * (4 + 2) + 3 * 2)),
+    "GRU": (nn.GRU(4, 3), (5, 2, 4), 5 * 2 * 3 * 3 * (4 + 3)),
+    "RNN": (nn.RNN(4, 3), (5, 2, 4), 5 * 2 * 3 * (4 + 3)),
+    "LSTM cell": (nn.LSTMCell(4, 3), (2, 4), 2 * 4 * 3 * (4 + 3)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_on_data_and_in_a_capture(name: str, training: bool) -> None:
+    layer, shape, macs = RECURRENT[name]
+    layer.train(training)
+    with MacCounter() as counter:
+        layer(torch.randn(shape))
+    assert counter.macs == macs
+    with MacCounter() as counter, torch.no_grad():
+        layer(torch.randn(shape))
+    assert counter.macs == macs
+    gm = captured(model(lambda s, x: s.a(x)[0], a=layer), x=torch.randn(shape))
+    assert sum(node.meta.get("macs", 0) for node in gm.graph.nodes) == macs
+
+
+def test_rows_sorted_by_expert_meet_one_expert_each() -> None:
+    x, weights = torch.randn(6, 4), torch.randn(3, 4, 8)
+    ends = torch.tensor([1, 5, 6], dtype=torch.int32)
+    with MacCounter() as counter:
+        F.grouped_mm(x, weights, offs=ends)
+    assert counter.macs == 6 * 4 * 8
+    with MacCounter() as counter:
+        F.grouped_mm(x.view(3, 2, 4), weights)
+    assert counter.macs == 6 * 4 * 8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
-from octav_fx.errors import OctavError
+from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.graph.ops import CONTRACTIONS
 from tests.graph.support import model, run_alike
@@ -239,12 +239,16 @@ RESERVED = ["quantizers", "graph", "code", "recompile", "print_readable", "to_fo
 
 
 @pytest.mark.parametrize("name", RESERVED)
-def test_a_child_or_parameter_of_a_reserved_name_is_an_error(name: str) -> None:
-    words = rf"Model\.{name}: octav_fx needs that name; rename the attribute"
-    with pytest.raises(OctavError, match=words):
-        octav_fx.quantize(model(lambda self, x: getattr(self, name)(x), **{name: nn.Linear(6, 2)}), X)
-    with pytest.raises(OctavError, match=words):
-        octav_fx.quantize(model(lambda self, x: x * getattr(self, name), **{name: nn.Parameter(torch.ones(6))}), X)
+def test_a_child_or_parameter_of_a_reserved_name_cannot_be_in_a_graph_module(name: str) -> None:
+    for part in (nn.Linear(6, 2), nn.Parameter(torch.ones(6))):
+        with pytest.raises(NotCaptured, match=rf"Model\.{name}: octav_fx needs that name; rename the attribute"):
+            QuantizedModule(model(lambda self, x: x, **{name: part}), {}, {})
+    float_module = model(lambda self, x: getattr(self, name)(x), **{name: nn.Linear(6, 2)})
+    q = octav_fx.quantize(float_module, X, strict=True)
+    assert isinstance(getattr(q, name), QuantizedModule)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(X), float_module(X))
+    assert not torch.equal(q(X), float_module(X))
 
 
 def test_plain_attributes_are_those_of_the_float_module_and_methods_are_not() -> None:

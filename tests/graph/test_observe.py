@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import octav_fx
-from octav_fx.graph.observe import difference, has_data, run_once, without_quantizers
+from octav_fx.graph.observe import Call, calls_of, difference, has_data, is_alike, run_once, without_quantizers, work
 from tests.graph.support import model
 
 
@@ -101,3 +101,97 @@ def test_no_difference(expected: Any, found: Any) -> None:
 )
 def test_a_difference_is_named(expected: Any, found: Any, words: str) -> None:
     assert re.search(words, difference(expected, found))
+
+
+class Parts(nn.Module):
+    """Multiplies in its own code, in a leaf, and in a part of a part; one part it calls in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner, self.idle = (
+            nn.Conv1d(4, 4, 1),
+            nn.Sequential(nn.Linear(5, 5), nn.ReLU()),
+            nn.Linear(5, 5),
+        )
+        self.scaled = Scaled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(self.conv(x)) @ x.transpose(1, 2)
+        return self.scaled(y) + self.scaled(y, factor=2) + self.scaled(y + 1) + self.inner[0](x).sum()
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        return x.mul_(factor)
+
+
+def test_work_is_by_the_innermost_module_in_the_order_of_the_run() -> None:
+    module, x = Parts(), torch.randn(2, 4, 5)
+    assert work(module, Call((x,))) == [
+        ("conv", 2 * 5 * 4 * 4),
+        ("inner.0", 2 * 4 * 5 * 5),
+        ("", 2 * 4 * 4 * 5),
+        ("inner.0", 2 * 4 * 5 * 5),
+    ]
+    assert sum(macs for _, macs in work(module, Call((), {"x": x}))) == 2 * (80 + 100 + 80 + 100)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
+
+
+def test_work_after_an_error_leaves_no_hooks() -> None:
+    module = Parts()
+    with pytest.raises(RuntimeError):
+        work(module, Call((torch.randn(2, 3, 5),)))
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
+
+
+def test_calls_of_children_each_kind_once_and_what_they_were_given() -> None:
+    module, x = Parts(), torch.randn(2, 4, 5)
+    names = dict(module.named_children()) | {"inner.0": module.inner[0]}
+    found = calls_of(module, Call((x,)), names)
+    assert {name: len(calls) for name, calls in found.items()} == {
+        "conv": 1,
+        "inner": 1,
+        "inner.0": 1,
+        "idle": 0,
+        "scaled": 2,
+    }
+    assert [dict(call.kwargs) for call in found["scaled"]] == [{}, {"factor": 2}]
+    assert torch.equal(found["conv"][0].args[0], x)
+    # What a call wrote into its input afterwards is not in what was recorded.
+    y = module.inner(module.conv(x)) @ x.transpose(1, 2)
+    assert torch.equal(found["scaled"][1].args[0], y)
+
+
+ALIKE = [
+    (Call((torch.ones(2),)), Call((torch.zeros(2),)), True),
+    (Call((torch.ones(2),)), Call((torch.ones(3),)), False),
+    (Call((torch.ones(2),)), Call((torch.ones(2).double(),)), False),
+    (Call((torch.ones(2),)), Call((torch.ones(2, device="meta"),)), False),
+    (Call((1, "a", None)), Call((1, "a", None)), True),
+    (Call((1,)), Call((True,)), False),
+    (Call((1,)), Call((2,)), False),
+    (Call((1,)), Call((torch.ones(()),)), False),
+    (Call((), {"a": 1}), Call((), {"b": 1}), False),
+    (Call((), {"a": 1}), Call((1,)), False),
+    (Call(([torch.ones(1)],)), Call(((torch.ones(1),),)), False),
+    (Call((X.dtype,)), Call((torch.float32,)), True),
+    # Of an object it does not know it says no, so that each call of it is looked at.
+    (Call((Parts,)), Call((object(),)), False),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "expected"), ALIKE)
+def test_calls_that_differ_in_the_contents_of_tensors_only_are_alike(one: Call, other: Call, expected: bool) -> None:
+    assert is_alike(one, other) is is_alike(other, one) is expected
+
+
+def test_buffers_and_attributes_that_forward_replaces_are_as_before() -> None:
+    def forward(self, x):
+        self.count = self.count + 1
+        self.last = x
+        return x * self.count
+
+    float_module = model(forward, count=torch.zeros(()), last=None)
+    first, second = (run_once(float_module, (torch.ones(2),), {}) for _ in range(2))
+    assert torch.equal(first, second)
+    assert float_module.count == 0 and float_module.last is None

@@ -53,6 +53,8 @@ def sum_of_products(target: Any, shapes: list[tuple[int, ...]], *names: str, nam
 
 
 MATRICES, BATCHES = ((3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5))
+# Rows of 16 bytes.
+GROUPS = ((2, 3, 4), (2, 4, 8))
 MATRIX_VECTOR, VECTORS = ((3, 4), (4,)), ((4,), (4,))
 ADDMM, ADDMV = [(3, 5), (3, 4), (4, 5)], [(3,), (3, 4), (4,)]
 ADDBMM, BADDBMM = [(3, 5), (2, 3, 4), (2, 4, 5)], [(2, 3, 5), (2, 3, 4), (2, 4, 5)]
@@ -88,6 +90,9 @@ FUNCTIONS = [
     sum_of_products(aten.addbmm.default, ADDBMM, "self", "batch1", "batch2"),
     sum_of_products(torch.baddbmm, BADDBMM, "input", "batch1", "batch2"),
     sum_of_products(aten.baddbmm.default, BADDBMM, "self", "batch1", "batch2"),
+    product(F.grouped_mm, *GROUPS, "mat_a", "mat_b"),
+    product(torch._grouped_mm, *GROUPS, "input", "mat2"),
+    product(aten._grouped_mm.default, *GROUPS, "self", "mat2"),
     Spelling(F.scaled_dot_product_attention, HEADS, {"scale": 0.3}),
     Spelling(aten.scaled_dot_product_attention.default, HEADS, {"scale": 0.3}),
 ]

@@ -160,6 +160,20 @@ CASES = {
             {"x": (2, 4, 5), "w": (2, 3, 4), "b": (5,)},
         )
     ],
+    "grouped_mm": [
+        Case(
+            F.grouped_mm,
+            ("r", "w"),
+            {0: ("mat_a", A, False, None), 1: ("mat_b", W, True, 2)},
+            {"x": (2, 3, 4), "w": (2, 4, 8)},
+        ),
+        Case(
+            F.grouped_mm,
+            ("w", "x"),
+            {0: ("mat_a", W, True, 1), 1: ("mat_b", A, True, None)},
+            {"x": (2, 4, 8), "w": (2, 3, 4)},
+        ),
+    ],
     "einsum": [
         Case(
             torch.einsum,
@@ -374,6 +388,57 @@ def test_a_contraction_that_canonicalize_left_is_left() -> None:
     gm = canonical(float_module, input=torch.randn(2, 4))
     text = graph_text(gm.graph)
     assert made(gm, quantize_with(four_bits)) == [] and graph_text(gm.graph) == text
+
+
+# Forward functions of x [2, 3], frequencies f [4] and a table [3, 4] as buffers, w a parameter [3, 4].
+CONSTANT = {
+    "positions times frequencies": lambda s, x: (
+        x + torch.outer(torch.arange(2.0), s.f)[:, :3] + (torch.arange(2.0)[:, None] @ s.f[None])[:, :3]
+    ),
+    "buffers alone": lambda s, x: x + (s.table @ s.table.t())[:2],
+    "an integer input": lambda s, x, i: x + (i[:, None].float() @ s.f[None])[:, :3],
+}
+VALUED = {
+    "a parameter": lambda s, x: x + (s.table @ s.w.t())[:2],
+    "an input and a buffer": lambda s, x: x @ s.table,
+    "an embedding": lambda s, i: s.embedding(i) @ s.table,
+}
+PARTS = {"f": torch.randn(4), "table": torch.randn(3, 4), "w": parameter(3, 4), "embedding": nn.Embedding(5, 3)}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_product_of_integers_and_buffers_stays_float_with_its_reason(name: str) -> None:
+    i = {"i": torch.tensor([1, 4])} if "integer" in name else {}
+    gm = canonical(model(CONSTANT[name], **PARTS), x=torch.randn(2, 3), **i)
+    text = graph_text(gm.graph)
+    edits = quantize_operands(gm, four_bits)
+    assert [(e.node, e.verb, e.detail) for e in edits] == [
+        ("matmul", "skip", "computed from integers and constants, nothing is learned or measured here")
+    ]
+    assert graph_text(gm.graph) == text
+    assert {r.reason for r in records(gm.graph, edits)} == {edits[0].detail}
+
+
+@pytest.mark.parametrize("name", VALUED)
+def test_a_product_that_a_parameter_or_an_input_reaches_is_quantized(name: str) -> None:
+    arguments = {"i": torch.tensor([1, 4])} if "embedding" in name else {"x": torch.randn(2, 3)}
+    gm = canonical(model(VALUED[name], **PARTS), **arguments)
+    assert [place.operand for place in places(gm)] == ["input", "other"]
+
+
+def test_rows_sorted_by_expert_times_their_experts_weights() -> None:
+    def forward(self, x, ends):
+        return F.grouped_mm(x, self.w, offs=ends)
+
+    float_module, x = model(forward, w=parameter(3, 4, 8)), torch.randn(6, 4)
+    ends = torch.tensor([1, 5, 6], dtype=torch.int32)
+    gm = canonical(float_module, x=x, ends=ends)
+    made(gm, quantize_with(four_bits))
+    by_hand = F.grouped_mm(on_grid(x, True, None), on_grid(float_module.w, True, 2), offs=ends)
+    assert torch.equal(gm(x, ends), by_hand)
+    assert not torch.equal(by_hand, float_module(x, ends))
+    # Each row meets the weights of one expert.
+    assert {r.macs for r in records(gm.graph, [])} == {6 * 4 * 8}
 
 
 def test_einsum_of_one_operand_multiplies_nothing() -> None:
