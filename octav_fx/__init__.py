@@ -1,7 +1,9 @@
 """octav_fx: quantization-aware training at float speed, for anyone's PyTorch model, in one line."""
 
 from octav_fx.config import Config
+from octav_fx.convert import convert
 from octav_fx.errors import OctavError
+from octav_fx.freeze import calibrate, freeze, unfreeze
 from octav_fx.numeric import fake_quantize, optimal_clip
 from octav_fx.quantize import float_mode, quantize
 from octav_fx.report import Coverage, Row, coverage, rows, table
@@ -13,11 +15,15 @@ __all__ = [
     "OctavError",
     "Row",
     "__version__",
+    "calibrate",
+    "convert",
     "coverage",
     "fake_quantize",
     "float_mode",
+    "freeze",
     "optimal_clip",
     "quantize",
     "rows",
     "table",
+    "unfreeze",
 ]

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.graph.capture import Capture, capture
-from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import difference, has_data, run_once, without_quantizers
+from octav_fx.graph.module import QuantizedModule, quantized_modules
+from octav_fx.graph.observe import as_call, difference, has_data, run_once, without_quantizers
 from octav_fx.graph.pipeline import run
 from octav_fx.graph.record import Record, records
 from octav_fx.passes.quantize_operands import remove_unused
@@ -38,7 +38,7 @@ def quantize(
     """
     config = Config() if config is None else config
     _check_model(model)
-    args, kwargs = _as_call(example_inputs)
+    args, kwargs = as_call(example_inputs)
     arguments = _bind(model, args, kwargs)
     float_module = _copy(model)
     graphs, missing, notes = _graphs(float_module, arguments)
@@ -71,11 +71,8 @@ def quantize(
 @contextmanager
 def float_mode(q: nn.Module) -> Iterator[None]:
     """Inside, q and every quantized module in it compute what the float model computes, bit for bit."""
-    quantized = [module for module in q.modules() if isinstance(module, QuantizedModule)]
-    if not quantized:
-        raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
     with ExitStack() as stack:
-        for module in quantized:
+        for module in quantized_modules(q):
             stack.enter_context(module.as_float())
         yield
 
@@ -96,12 +93,6 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise OctavError(f"{name} has no shape yet: run the model once before quantizing it")
-
-
-def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
 
 
 def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

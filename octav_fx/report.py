@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from octav_fx.errors import OctavError
 from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import has_data, run_once
+from octav_fx.graph.observe import as_call, has_data, run_once
 from octav_fx.graph.record import Record
 from octav_fx.ops import FakeQuantizer
 from octav_fx.quant.axis import along
@@ -146,12 +146,7 @@ def _total(found: list[Record]) -> int:
 
 def _measure(q: QuantizedModule, example_inputs: Any) -> dict[str, _Statistics]:
     """Statistics by quantizer path, from one forward; empty where there is nothing to run on."""
-    if example_inputs is None:
-        call = q.examples
-    elif isinstance(example_inputs, Mapping):
-        call = ((), dict(example_inputs))
-    else:
-        call = (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+    call = q.examples if example_inputs is None else as_call(example_inputs)
     if call is None or not has_data(q, call):
         return {}
     found: dict[str, _Statistics] = {}
@@ -173,7 +168,7 @@ def _measure(q: QuantizedModule, example_inputs: Any) -> dict[str, _Statistics]:
 
 
 def _statistics(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> _Statistics:
-    spec, clip = quantizer.spec, quantizer.hint
+    spec, clip = quantizer.spec, quantizer.used
     finite = x.isfinite()
     grid = Grid(spec.bits, spec.signed)
     bound = along(clip, x, spec.dim)

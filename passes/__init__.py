@@ -8,9 +8,12 @@ from typing import Any, Final
 from octav_fx.passes.canonicalize import canonicalize
 from octav_fx.passes.filters_channels_last import filters_channels_last
 from octav_fx.passes.fold_batchnorm import fold_batchnorm
+from octav_fx.passes.fold_statistics import fold_statistics
 from octav_fx.passes.quantize_operands import Choose, Place, quantize_operands
 from octav_fx.passes.save_codes import save_codes
 from octav_fx.passes.share_quantizers import share_quantizers
+from octav_fx.passes.static_quantizers import static_quantizers
+from octav_fx.passes.store_codes import store_codes
 
 # The order in which quantize() runs them.
 PREPARE: Final[tuple[Any, ...]] = (
@@ -27,7 +30,15 @@ LOWER: Final[tuple[Any, ...]] = (
     filters_channels_last,  # after save_codes, whose fake_quantize of a weight it replaces
 )
 
+# What convert() runs on the eval graph of a frozen model.
+CONVERT: Final[tuple[Any, ...]] = (
+    store_codes,  # first: it tells weights from activations by what their quantizers read
+    static_quantizers,  # the quantizers that are left
+    fold_statistics,  # any time: no code depends on it
+)
+
 __all__ = [
+    "CONVERT",
     "LOWER",
     "PREPARE",
     "Choose",
@@ -35,7 +46,10 @@ __all__ = [
     "canonicalize",
     "filters_channels_last",
     "fold_batchnorm",
+    "fold_statistics",
     "quantize_operands",
     "save_codes",
     "share_quantizers",
+    "static_quantizers",
+    "store_codes",
 ]

@@ -94,13 +94,17 @@ def test_the_public_names():
         "OctavError",
         "Row",
         "__version__",
+        "calibrate",
+        "convert",
         "coverage",
         "fake_quantize",
         "float_mode",
+        "freeze",
         "optimal_clip",
         "quantize",
         "rows",
         "table",
+        "unfreeze",
     ]
     assert all(hasattr(octav_fx, name) for name in octav_fx.__all__)
     assert issubclass(octav_fx.OctavError, RuntimeError)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from octav_fx.graph.module import QUANTIZERS
+from octav_fx.graph.module import QuantizedModule
 from octav_fx.ops import FakeQuantizer
 
 
@@ -18,12 +18,20 @@ def has_data(module: nn.Module, inputs: Any) -> bool:
     return not any(isinstance(t, Tensor) and t.is_meta for t in tensors)
 
 
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of arguments or a dict of keyword arguments as (args, kwargs)."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
 def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The outputs of one forward in the module's own mode; statistics, random states and inputs are as before.
 
     Only the hints of quantizers change.
     """
-    buffers = {b: b.clone() for name, b in module.named_buffers() if not name.startswith(QUANTIZERS + ".")}
+    hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
+    buffers = {b: b.clone() for b in module.buffers() if b not in hints}
     # Forward may write into its inputs.
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
     devices = {t.device.index for t in (*module.parameters(), *buffers) if t.device.type == "cuda"}
@@ -34,6 +42,21 @@ def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         with torch.no_grad():
             for buffer, before in buffers.items():
                 buffer.copy_(before)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in the mode it was in, frozen BatchNorms too."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, training in modes.items():
+            if isinstance(m, QuantizedModule):
+                m.train(training)
+        for m, training in modes.items():
+            m.training = training
 
 
 @contextmanager

@@ -1,8 +1,15 @@
 """A graph as stable text, for tests and for people."""
 
+import hashlib
 from typing import Any
 
 from torch import fx
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """A hash of what a graph computes from its inputs and the state under its names."""
+    inputs = [f"{node.name} {node.target}" for node in graph.find_nodes(op="placeholder")]
+    return hashlib.sha256("\n".join([*inputs, graph_text(graph)]).encode()).hexdigest()
 
 
 def graph_text(graph: fx.Graph) -> str:
