@@ -53,8 +53,7 @@ def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
     if not count:
         raise OctavError("calibrate got no batches: give at least one like the example inputs of quantize")
     for quantizer, total in sums.items():
-        assert quantizer.mean is not None
-        quantizer.mean.copy_(total / calls[quantizer])
+        quantizer.average = total / calls[quantizer]
     return q
 
 
@@ -120,9 +119,8 @@ def _clips(module: QuantizedModule) -> dict[FakeQuantizer, Tensor]:
 
 def _seen(quantizer: FakeQuantizer) -> Tensor | None:
     """What calibration or training left, else the clip of an earlier freeze, else None."""
-    if quantizer.mean is not None and not quantizer.mean.isnan().any():
-        return quantizer.mean
-    return quantizer.clip
+    average = quantizer.average
+    return quantizer.clip if average is None else average
 
 
 def _quantizer_calls(module: QuantizedModule, graph: fx.Graph) -> list[tuple[fx.Node, FakeQuantizer]]:

@@ -131,7 +131,7 @@ def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node, *, runnin
     while hasattr(quantizers, name):
         existing = getattr(quantizers, name)
         same = existing.spec == spec and existing.hint.numel() == (channels or 1)
-        same = same and (existing.mean is not None) == running
+        same = same and (existing.mean is not None) is running
         if same and f"{QUANTIZERS}.{name}" not in used:
             return f"{QUANTIZERS}.{name}"
         count += 1
