@@ -3,6 +3,7 @@
 from octav_fx.config import Config
 from octav_fx.convert import convert
 from octav_fx.errors import OctavError
+from octav_fx.export import export_onnx
 from octav_fx.freeze import calibrate, freeze, unfreeze
 from octav_fx.numeric import fake_quantize, optimal_clip
 from octav_fx.quantize import float_mode, quantize
@@ -18,6 +19,7 @@ __all__ = [
     "calibrate",
     "convert",
     "coverage",
+    "export_onnx",
     "fake_quantize",
     "float_mode",
     "freeze",

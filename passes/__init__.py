@@ -8,6 +8,7 @@ from typing import Any, Final
 from octav_fx.passes.canonicalize import canonicalize
 from octav_fx.passes.filters_channels_last import filters_channels_last
 from octav_fx.passes.fold_batchnorm import fold_batchnorm
+from octav_fx.passes.fold_factors import fold_factors
 from octav_fx.passes.fold_statistics import fold_statistics
 from octav_fx.passes.quantize_operands import Choose, Place, quantize_operands
 from octav_fx.passes.save_codes import save_codes
@@ -37,8 +38,14 @@ CONVERT: Final[tuple[Any, ...]] = (
     fold_statistics,  # any time: no code depends on it
 )
 
+# What export_onnx() runs on the converted model.
+EXPORT: Final[tuple[Any, ...]] = (
+    fold_factors,  # runtimes fuse a convolution with what follows only where nothing stands between them
+)
+
 __all__ = [
     "CONVERT",
+    "EXPORT",
     "LOWER",
     "PREPARE",
     "Choose",
@@ -46,6 +53,7 @@ __all__ = [
     "canonicalize",
     "filters_channels_last",
     "fold_batchnorm",
+    "fold_factors",
     "fold_statistics",
     "quantize_operands",
     "save_codes",

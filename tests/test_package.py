@@ -97,6 +97,7 @@ def test_the_public_names():
         "calibrate",
         "convert",
         "coverage",
+        "export_onnx",
         "fake_quantize",
         "float_mode",
         "freeze",

@@ -1,0 +1,298 @@
+"""export_onnx(): the converted model as standard ONNX, with QuantizeLinear and DequantizeLinear around every operand.
+
+PyTorch's exporter translates everything but the quantizers. Those are one node each while it works, with the name of
+their module, and are written here: integers and their scales as initializers of their own types.
+"""
+
+import importlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from octav_fx.convert import convert
+from octav_fx.errors import OctavError
+from octav_fx.graph.module import IntegerModule
+from octav_fx.graph.observe import as_call
+from octav_fx.graph.pipeline import run
+from octav_fx.ops import IntegerWeight, StaticQuantizer
+from octav_fx.passes import EXPORT
+from octav_fx.passes.fold_factors import NOTHING
+from octav_fx.quant.codes import pack
+from octav_fx.quant.grid import Grid
+
+OPSET: Final = 21
+# The domain of the nodes that stand for quantizers while PyTorch's exporter works.
+_DOMAIN: Final = "octav"
+# QuantizeLinear saturates at the ends of its integer type, so other widths are clipped before.
+_WIDTHS: Final = (4, 8)
+
+
+def export_onnx(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = True) -> None:
+    """Write a frozen model as ONNX (opset 21, QDQ) that computes what convert(q) computes.
+
+    Weights are int4 or int8 initializers behind a DequantizeLinear for each channel; activations pass QuantizeLinear
+    and DequantizeLinear with static scales, int4, uint4, int8 or uint8. A factor of a batch norm is in the weight's
+    scale, its sign, where negative, in a Mul behind the convolution. example_inputs: as for quantize(). With
+    dynamic_batch the first axis of every input that has the size of the first one's is free.
+    The file is written whole or not at all. Raises OctavError for a model that is not frozen or is not float32, for an
+    op that ONNX lacks, and for a path that cannot be written.
+    """
+    onnx = _optional("onnx")
+    _optional("onnxscript")
+    target = Path(path)
+    with _temporary(target) as draft:
+        converted = convert(q)
+        _check_float32(converted)
+        for module in converted.modules():
+            if isinstance(module, IntegerModule):
+                run(module, EXPORT)
+        quantizers = _stand_ins(converted)
+        model = _translated(converted, example_inputs, dynamic_batch)
+        _write_quantizers(onnx, model, quantizers)
+        _strip(model)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise OctavError(f"the exported model is not valid ONNX, a defect of octav_fx: {error}") from error
+        draft.write_bytes(model.SerializeToString())
+
+
+def run_onnx(model: str | os.PathLike[str] | bytes, example_inputs: Any) -> dict[str, Tensor]:
+    """The outputs of an ONNX file, or of its bytes, by name, computed by onnxruntime on the CPU."""
+    runtime = _optional("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    args, kwargs = as_call(example_inputs)
+    names = [value.name for value in session.get_inputs()]
+    given = {**dict(zip(names, pytree.tree_leaves(args), strict=False)), **kwargs}
+    outputs = session.run(None, {name: given[name].detach().cpu().numpy() for name in names})
+    return {value.name: torch.from_numpy(found) for value, found in zip(session.get_outputs(), outputs, strict=True)}
+
+
+class _temporary:
+    """A file beside the target that takes its place when all went well, and is gone when not."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def __enter__(self) -> Path:
+        target = self._target
+        if target.is_dir():
+            raise OctavError(f"{target} is a folder: give the path of a file to write")
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        except OSError as error:
+            raise OctavError(
+                f"{target} cannot be written: {error.strerror}; give a path in a folder that can"
+            ) from error
+        os.close(handle)
+        self._draft = Path(name)
+        return self._draft
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._draft.unlink()
+            return
+        # mkstemp gives no one else a right to read.
+        mask = os.umask(0)
+        os.umask(mask)
+        self._draft.chmod(0o666 & ~mask)
+        self._draft.replace(self._target)
+
+
+def _check_float32(module: nn.Module) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    tensors += [
+        (name, torch.empty(0, dtype=m.dtype)) for name, m in module.named_modules() if isinstance(m, IntegerWeight)
+    ]
+    for name, value in tensors:
+        if value.is_floating_point() and value.dtype is not torch.float32:
+            raise OctavError(
+                f"{name} is {value.dtype}; ONNX is written in float32: call q.float() before octav_fx.freeze"
+            )
+
+
+class _Weight(nn.Module):
+    """The node octav::Weight in place of an IntegerWeight."""
+
+    def __init__(self, key: str, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.key, self.shape = key, list(shape)
+
+    def forward(self) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::Weight", (), {"key": self.key}, dtype=torch.float32, shape=self.shape, version=1
+        )
+
+
+class _Activation(nn.Module):
+    """The node octav::Activation in place of a StaticQuantizer."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::Activation", (x,), {"key": self.key}, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+
+def _stand_ins(module: nn.Module) -> dict[str, IntegerWeight | StaticQuantizer]:
+    """Put stand-ins in the places of the quantizers; return the quantizers by path."""
+    found: dict[str, IntegerWeight | StaticQuantizer] = {}
+    for name, part in list(module.named_modules()):
+        if isinstance(part, (IntegerWeight, StaticQuantizer)):
+            stand_in = _Weight(name, part.shape) if isinstance(part, IntegerWeight) else _Activation(name)
+            module.set_submodule(name, stand_in, strict=True)
+            found[name] = part
+    return found
+
+
+def _translated(module: nn.Module, example_inputs: Any, dynamic_batch: bool) -> Any:
+    """The model as PyTorch's exporter writes it."""
+    args, kwargs = as_call(example_inputs)
+    dynamic = None
+    if dynamic_batch:
+        args, kwargs = pytree.tree_map_only(Tensor, _at_least_two, (args, kwargs))
+        sizes = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        batch = torch.export.Dim("batch")
+
+        def axes(leaf: Any) -> dict[int, Any] | None:
+            is_batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == sizes[0]
+            return {0: batch} if is_batched else None
+
+        dynamic = pytree.tree_map(axes, kwargs or args)
+    try:
+        program = torch.onnx.export(
+            module, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
+        )
+    except Exception as error:
+        raise OctavError(_why(error, dynamic_batch)) from error
+    assert program is not None
+    return program.model_proto
+
+
+def _at_least_two(x: Tensor) -> Tensor:
+    """A size of one would be taken for a constant."""
+    return torch.cat([x, x]) if x.dim() and len(x) == 1 else x
+
+
+def _why(error: BaseException, dynamic_batch: bool) -> str:
+    """The innermost cause, which names the op; the exporter's own messages are pages long."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "; if the model is for one batch size only, export it with dynamic_batch=False" if dynamic_batch else ""
+    return (
+        f"PyTorch's exporter cannot write this model as ONNX: {detail}. Replace the op in the model by others that ONNX "
+        f"has{hint}"
+    )
+
+
+def _write_quantizers(onnx: Any, model: Any, quantizers: Mapping[str, IntegerWeight | StaticQuantizer]) -> None:
+    """Replace the nodes of octav by standard ones and their initializers."""
+    graph, written = model.graph, set[str]()
+    nodes = []
+    for node in graph.node:
+        if node.domain != _DOMAIN:
+            nodes.append(node)
+            continue
+        key = next(a.s.decode() for a in node.attribute if a.name == "key")
+        part = quantizers[key]
+        make = _weight if isinstance(part, IntegerWeight) else _activation
+        made, initializers = make(onnx, key, part, list(node.input), node.output[0])
+        # A module that is called twice has one set of initializers.
+        graph.initializer.extend([] if key in written else initializers)
+        written.add(key)
+        nodes += made
+    del graph.node[:]
+    graph.node.extend(nodes)
+    kept = [entry for entry in model.opset_import if entry.domain != _DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _weight(onnx: Any, key: str, weight: IntegerWeight, inputs: list[str], output: str) -> tuple[list[Any], list[Any]]:
+    codes = weight.integers()
+    narrow = weight.bits <= 4
+    kind = onnx.TensorProto.INT4 if narrow else onnx.TensorProto.INT8
+    data = (pack(codes) if narrow else codes).contiguous().numpy().tobytes()
+    stored = onnx.helper.make_tensor(f"{key}.codes", kind, list(codes.shape), data, raw=True)
+    # Zero where a channel is all zeros; runtimes want scales to be positive.
+    scale = _floats(onnx, f"{key}.scale", torch.where(weight.scale > 0, weight.scale, NOTHING))
+    axis = {} if weight.dim is None else {"axis": weight.dim}
+    node = onnx.helper.make_node("DequantizeLinear", [stored.name, scale.name], [output], f"{key}.dequantize", **axis)
+    return [node], [stored, scale]
+
+
+def _activation(
+    onnx: Any, key: str, quantizer: StaticQuantizer, inputs: list[str], output: str
+) -> tuple[list[Any], list[Any]]:
+    make, signed, bits = onnx.helper.make_node, quantizer.signed, quantizer.bits
+    names = (("UINT4", "INT4") if bits <= 4 else ("UINT8", "INT8"))[signed]
+    # A quantizer may be called for several tensors; each call has its own names.
+    call = f"{key}/{output}"
+    zero = onnx.helper.make_tensor(
+        f"{key}.zero", getattr(onnx.TensorProto, names), _shape(quantizer), [0] * quantizer.scale.numel()
+    )
+    scale = _floats(onnx, f"{key}.scale", quantizer.scale)
+    axis = {} if quantizer.dim is None else {"axis": quantizer.dim}
+    nodes, initializers, source = [], [scale, zero], inputs[0]
+    if bits not in _WIDTHS:
+        if quantizer.dim is not None:
+            raise OctavError(
+                f"{key}: {bits} bits with a scale for each channel of data have no place in ONNX; use 4 or 8 bits there"
+            )
+        grid = Grid(bits, signed)
+        ends = {end: level * quantizer.scale for end, level in (("low", grid.low), ("high", grid.high))}
+        initializers += [_floats(onnx, f"{key}.{end}", value) for end, value in ends.items()]
+        nodes.append(make("Clip", [source, f"{key}.low", f"{key}.high"], [f"{call}.clipped"], f"{call}.clip"))
+        source = f"{call}.clipped"
+    nodes.append(make("QuantizeLinear", [source, scale.name, zero.name], [f"{call}.codes"], f"{call}.quantize", **axis))
+    nodes.append(
+        make("DequantizeLinear", [f"{call}.codes", scale.name, zero.name], [output], f"{call}.dequantize", **axis)
+    )
+    return nodes, initializers
+
+
+def _shape(quantizer: StaticQuantizer) -> list[int]:
+    return list(quantizer.scale.shape)
+
+
+def _floats(onnx: Any, name: str, value: Tensor) -> Any:
+    data = value.detach().to(torch.float32).cpu().contiguous().numpy().tobytes()
+    return onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, list(value.shape), data, raw=True)
+
+
+def _strip(model: Any) -> None:
+    """Drop where each node comes from: it names files of the machine that exported, and takes more room than weights."""
+    for part in (model, model.graph, *_described(model.graph)):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _described(graph: Any) -> Iterator[Any]:
+    yield from graph.node
+    yield from graph.initializer
+    yield from (*graph.input, *graph.output, *graph.value_info)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield inner
+                yield from _described(inner)
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise OctavError(f"exporting needs {error.name}: pip install 'octav_fx[onnx]'") from error
