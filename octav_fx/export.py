@@ -90,9 +90,7 @@ class _temporary:
         try:
             handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         except OSError as error:
-            raise OctavError(
-                f"{target} cannot be written: {error.strerror}; give a path in a folder that can"
-            ) from error
+            raise OctavError(f"{target} cannot be written: {error.strerror}; give another path") from error
         os.close(handle)
         self._draft = Path(name)
         return self._draft
@@ -109,15 +107,11 @@ class _temporary:
 
 
 def _check_float32(module: nn.Module) -> None:
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    tensors += [
-        (name, torch.empty(0, dtype=m.dtype)) for name, m in module.named_modules() if isinstance(m, IntegerWeight)
-    ]
-    for name, value in tensors:
-        if value.is_floating_point() and value.dtype is not torch.float32:
-            raise OctavError(
-                f"{name} is {value.dtype}; ONNX is written in float32: call q.float() before octav_fx.freeze"
-            )
+    dtypes = {name: value.dtype for name, value in (*module.named_parameters(), *module.named_buffers())}
+    dtypes |= {name: part.dtype for name, part in module.named_modules() if isinstance(part, IntegerWeight)}
+    for name, dtype in dtypes.items():
+        if dtype.is_floating_point and dtype is not torch.float32:
+            raise OctavError(f"{name} is {dtype}, ONNX is written in float32: call q.float() before octav_fx.freeze")
 
 
 class _Weight(nn.Module):
@@ -192,10 +186,7 @@ def _why(error: BaseException, dynamic_batch: bool) -> str:
         error = error.__cause__
     detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = "; if the model is for one batch size only, export it with dynamic_batch=False" if dynamic_batch else ""
-    return (
-        f"PyTorch's exporter cannot write this model as ONNX: {detail}. Replace the op in the model by others that ONNX "
-        f"has{hint}"
-    )
+    return f"PyTorch's exporter cannot write this model as ONNX: {detail}. Write the op that it names with others{hint}"
 
 
 def _write_quantizers(onnx: Any, model: Any, quantizers: Mapping[str, IntegerWeight | StaticQuantizer]) -> None:
@@ -204,12 +195,14 @@ def _write_quantizers(onnx: Any, model: Any, quantizers: Mapping[str, IntegerWei
     nodes = []
     for node in graph.node:
         if node.domain != _DOMAIN:
-            nodes.append(node)
+            nodes += _clip_by_two(onnx, node) if node.op_type == "Clip" else [node]
             continue
         key = next(a.s.decode() for a in node.attribute if a.name == "key")
         part = quantizers[key]
-        make = _weight if isinstance(part, IntegerWeight) else _activation
-        made, initializers = make(onnx, key, part, list(node.input), node.output[0])
+        if isinstance(part, IntegerWeight):
+            made, initializers = _weight(onnx, key, part, node.output[0])
+        else:
+            made, initializers = _activation(onnx, key, part, node.input[0], node.output[0])
         # A module that is called twice has one set of initializers.
         graph.initializer.extend([] if key in written else initializers)
         written.add(key)
@@ -221,8 +214,8 @@ def _write_quantizers(onnx: Any, model: Any, quantizers: Mapping[str, IntegerWei
     model.opset_import.extend(kept)
 
 
-def _weight(onnx: Any, key: str, weight: IntegerWeight, inputs: list[str], output: str) -> tuple[list[Any], list[Any]]:
-    codes = weight.integers()
+def _weight(onnx: Any, key: str, weight: IntegerWeight, output: str) -> tuple[list[Any], list[Any]]:
+    codes = weight.integers().cpu()
     narrow = weight.bits <= 4
     kind = onnx.TensorProto.INT4 if narrow else onnx.TensorProto.INT8
     data = (pack(codes) if narrow else codes).contiguous().numpy().tobytes()
@@ -235,37 +228,43 @@ def _weight(onnx: Any, key: str, weight: IntegerWeight, inputs: list[str], outpu
 
 
 def _activation(
-    onnx: Any, key: str, quantizer: StaticQuantizer, inputs: list[str], output: str
+    onnx: Any, key: str, quantizer: StaticQuantizer, source: str, output: str
 ) -> tuple[list[Any], list[Any]]:
-    make, signed, bits = onnx.helper.make_node, quantizer.signed, quantizer.bits
-    names = (("UINT4", "INT4") if bits <= 4 else ("UINT8", "INT8"))[signed]
-    # A quantizer may be called for several tensors; each call has its own names.
-    call = f"{key}/{output}"
-    zero = onnx.helper.make_tensor(
-        f"{key}.zero", getattr(onnx.TensorProto, names), _shape(quantizer), [0] * quantizer.scale.numel()
-    )
+    make, bits, shape = onnx.helper.make_node, quantizer.bits, list(quantizer.scale.shape)
+    kind = f"{'' if quantizer.signed else 'U'}INT{bits if bits in _WIDTHS else 8}"
+    zeros = [0] * quantizer.scale.numel()
+    zero = onnx.helper.make_tensor(f"{key}.zero", getattr(onnx.TensorProto, kind), shape, zeros)
     scale = _floats(onnx, f"{key}.scale", quantizer.scale)
     axis = {} if quantizer.dim is None else {"axis": quantizer.dim}
-    nodes, initializers, source = [], [scale, zero], inputs[0]
+    nodes, initializers = [], [scale, zero]
+    # A quantizer may be called for several tensors; each call has its own names.
+    call = f"{key}/{output}"
     if bits not in _WIDTHS:
         if quantizer.dim is not None:
             raise OctavError(
                 f"{key}: {bits} bits with a scale for each channel of data have no place in ONNX; use 4 or 8 bits there"
             )
-        grid = Grid(bits, signed)
-        ends = {end: level * quantizer.scale for end, level in (("low", grid.low), ("high", grid.high))}
-        initializers += [_floats(onnx, f"{key}.{end}", value) for end, value in ends.items()]
-        nodes.append(make("Clip", [source, f"{key}.low", f"{key}.high"], [f"{call}.clipped"], f"{call}.clip"))
+        grid = Grid(bits, quantizer.signed)
+        ends = [_floats(onnx, f"{key}.{level}", level * quantizer.scale) for level in (grid.low, grid.high)]
+        initializers += ends
+        nodes.append(make("Clip", [source, *(end.name for end in ends)], [f"{call}.clipped"], f"{call}.clip"))
         source = f"{call}.clipped"
-    nodes.append(make("QuantizeLinear", [source, scale.name, zero.name], [f"{call}.codes"], f"{call}.quantize", **axis))
-    nodes.append(
-        make("DequantizeLinear", [f"{call}.codes", scale.name, zero.name], [output], f"{call}.dequantize", **axis)
-    )
+    codes, parameters = f"{call}.codes", [scale.name, zero.name]
+    nodes.append(make("QuantizeLinear", [source, *parameters], [codes], f"{call}.quantize", **axis))
+    nodes.append(make("DequantizeLinear", [codes, *parameters], [output], f"{call}.dequantize", **axis))
     return nodes, initializers
 
 
-def _shape(quantizer: StaticQuantizer) -> list[int]:
-    return list(quantizer.scale.shape)
+def _clip_by_two(onnx: Any, clip: Any) -> list[Any]:
+    """Clip as Max and Min: onnxruntime 1.31 does not load a Clip before a QuantizeLinear of 4 bits."""
+    (source, *bounds), output = clip.input, clip.output[0]
+    steps = [(kind, bound) for kind, bound in zip(("Max", "Min"), bounds, strict=False) if bound]
+    nodes = []
+    for i, (kind, bound) in enumerate(steps):
+        result = output if i == len(steps) - 1 else f"{output}.{kind}"
+        nodes.append(onnx.helper.make_node(kind, [source, bound], [result], result))
+        source = result
+    return nodes or [clip]
 
 
 def _floats(onnx: Any, name: str, value: Tensor) -> Any:
@@ -274,7 +273,7 @@ def _floats(onnx: Any, name: str, value: Tensor) -> Any:
 
 
 def _strip(model: Any) -> None:
-    """Drop where each node comes from: it names files of the machine that exported, and takes more room than weights."""
+    """Drop where each node comes from: it names files of the machine that exported, and takes room."""
     for part in (model, model.graph, *_described(model.graph)):
         del part.metadata_props[:]
         part.doc_string = ""
