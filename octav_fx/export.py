@@ -29,8 +29,8 @@ from octav_fx.quant.grid import Grid
 OPSET: Final = 21
 # The domain of the nodes that stand for quantizers while PyTorch's exporter works.
 _DOMAIN: Final = "octav"
-# QuantizeLinear saturates at the ends of its integer type, so other widths are clipped before.
-_WIDTHS: Final = (4, 8)
+# onnxruntime moves a QuantizeLinear before these.
+_MOVERS: Final = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Expand", "Identity")
 
 
 def export_onnx(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = True) -> None:
@@ -192,6 +192,7 @@ def _why(error: BaseException, dynamic_batch: bool) -> str:
 def _write_quantizers(onnx: Any, model: Any, quantizers: Mapping[str, IntegerWeight | StaticQuantizer]) -> None:
     """Replace the nodes of octav by standard ones and their initializers."""
     graph, written = model.graph, set[str]()
+    makers = {output: node for node in graph.node for output in node.output}
     nodes = []
     for node in graph.node:
         if node.domain != _DOMAIN:
@@ -202,7 +203,9 @@ def _write_quantizers(onnx: Any, model: Any, quantizers: Mapping[str, IntegerWei
         if isinstance(part, IntegerWeight):
             made, initializers = _weight(onnx, key, part, node.output[0])
         else:
-            made, initializers = _activation(onnx, key, part, node.input[0], node.output[0])
+            made, initializers = _activation(
+                onnx, key, part, node.input[0], node.output[0], _type_bits(part, makers.get(node.input[0]), makers)
+            )
         # A module that is called twice has one set of initializers.
         graph.initializer.extend([] if key in written else initializers)
         written.add(key)
@@ -228,10 +231,10 @@ def _weight(onnx: Any, key: str, weight: IntegerWeight, output: str) -> tuple[li
 
 
 def _activation(
-    onnx: Any, key: str, quantizer: StaticQuantizer, source: str, output: str
+    onnx: Any, key: str, quantizer: StaticQuantizer, source: str, output: str, type_bits: int
 ) -> tuple[list[Any], list[Any]]:
     make, bits, shape = onnx.helper.make_node, quantizer.bits, list(quantizer.scale.shape)
-    kind = f"{'' if quantizer.signed else 'U'}INT{bits if bits in _WIDTHS else 8}"
+    kind = f"{'' if quantizer.signed else 'U'}INT{type_bits}"
     zeros = [0] * quantizer.scale.numel()
     zero = onnx.helper.make_tensor(f"{key}.zero", getattr(onnx.TensorProto, kind), shape, zeros)
     scale = _floats(onnx, f"{key}.scale", quantizer.scale)
@@ -239,7 +242,8 @@ def _activation(
     nodes, initializers = [], [scale, zero]
     # A quantizer may be called for several tensors; each call has its own names.
     call = f"{key}/{output}"
-    if bits not in _WIDTHS:
+    if bits != type_bits:
+        # QuantizeLinear saturates at the ends of its integer type only.
         if quantizer.dim is not None:
             raise OctavError(
                 f"{key}: {bits} bits with a scale for each channel of data have no place in ONNX; use 4 or 8 bits there"
@@ -253,6 +257,19 @@ def _activation(
     nodes.append(make("QuantizeLinear", [source, *parameters], [codes], f"{call}.quantize", **axis))
     nodes.append(make("DequantizeLinear", [codes, *parameters], [output], f"{call}.dequantize", **axis))
     return nodes, initializers
+
+
+def _type_bits(quantizer: StaticQuantizer, maker: Any, makers: Mapping[str, Any]) -> int:
+    """The width of the integer type for codes: 4 or 8.
+
+    Moved before a MaxPool, which has no 4-bit kernel, a QuantizeLinear of 4 bits makes a model that onnxruntime 1.31
+    does not load; a Clip before one of 8 bits keeps it in its place.
+    """
+    while maker is not None and maker.op_type in _MOVERS:
+        if maker.op_type == "MaxPool":
+            return 8
+        maker = makers.get(maker.input[0])
+    return 4 if quantizer.bits == 4 else 8
 
 
 def _clip_by_two(onnx: Any, clip: Any) -> list[Any]:

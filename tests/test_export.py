@@ -16,20 +16,18 @@ from tests.deployed import LANGUAGE, Case, Seen, check_codes, frozen, images, mo
 
 def shortened() -> dict[str, Case]:
     """Every kind of block of the large models, fewer times: exporting takes a time for each node."""
-    resnet, mobile, efficient = models.resnet, models.mobilenet, models.efficientnet
-    expanded = mobile.mobilenetv2
+    resnet, efficient = models.resnet, models.efficientnet
+
     blocks = [efficient.MBConvConfig(*row) for row in ((1, 3, 1, 32, 16, 1), (6, 5, 2, 16, 40, 2))]
     return {
         "resnet18": named("resnet18"),
         "resnet50": Case(lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10), images),
         "mobilenet_v2": Case(
-            lambda: expanded.MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]), images
+            lambda: models.MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]), images
         ),
-        "mobilenet_v3": Case(lambda: mobile.mobilenetv3.MobileNetV3(_settings(), 64, num_classes=10), images),
+        "mobilenet_v3": Case(lambda: models.MobileNetV3(_settings(), 64, num_classes=10), images),
         "efficientnet_b0": Case(lambda: efficient.EfficientNet(blocks, 0.2, num_classes=10), images),
-        "swin_t": Case(
-            lambda: models.swin_transformer.SwinTransformer([4, 4], 24, [2, 2], [3, 6], [4, 4], num_classes=10), images
-        ),
+        "swin_t": Case(lambda: models.SwinTransformer([4, 4], 24, [2, 2], [3, 6], [4, 4], num_classes=10), images),
         "vit_b_16": Case(
             lambda: models.vision_transformer.VisionTransformer(32, 16, 2, 4, 64, 128, num_classes=10), images
         ),
