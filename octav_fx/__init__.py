@@ -2,6 +2,7 @@
 
 from octav_fx.config import Config
 from octav_fx.convert import convert
+from octav_fx.deployment import DeployedRow, Deployment, deployment
 from octav_fx.errors import OctavError
 from octav_fx.export import export_onnx
 from octav_fx.freeze import calibrate, freeze, unfreeze
@@ -13,12 +14,15 @@ from octav_fx.version import __version__
 __all__ = [
     "Config",
     "Coverage",
+    "DeployedRow",
+    "Deployment",
     "OctavError",
     "Row",
     "__version__",
     "calibrate",
     "convert",
     "coverage",
+    "deployment",
     "export_onnx",
     "fake_quantize",
     "float_mode",

@@ -7,7 +7,7 @@
     bias                = (b * factor + offset) * sign     [C]
     sign                = -1 where factor < 0, else 1      [C, 1, ..]
 
-This is what runtimes look for, which have a scale for each output channel and want it positive. A channel with a factor
+Runtimes have a scale for each output channel and want it positive. A channel with a factor
 of zero gets a scale so small that nothing of the product is left beside the bias.
 """
 

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from octav_fx import Config, calibrate, export_onnx, freeze, quantize
+from octav_fx import Config, OctavError, calibrate, convert, export_onnx, freeze, quantize, unfreeze
 from octav_fx.export import run_onnx
 from tests.deployed import LANGUAGE, Case, Seen, check_codes, frozen, images, models, named, observed, relative
 
@@ -45,21 +45,37 @@ CASES = shortened()
 
 
 def with_given_activations(path: Path) -> tuple[bytes, list[tuple[str, str]]]:
-    """The model with every activation's levels as an output, and read from an input; (quantizer, output) in order."""
+    """The model with every activation read from an input, and what it would have been an output: (quantizer, output).
+
+    What is given is rounded again, to itself: the pattern that runtimes fuse stays whole.
+    """
     model = onnx.load(path)
     graph, found = model.graph, []
-    # <quantizer>/<value>.dequantize; of a weight there is no value.
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and "/" in node.name:
-            found.append((node.name.partition("/")[0], node.output[0]))
-    cut = {output for _, output in found}
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in cut:
-                node.input[i] = f"{name}.given"
-    for output in cut:
+    makers = {output: node for node in graph.node for output in node.output}
+    for dequantize in list(graph.node):
+        # <quantizer>/<value>.dequantize; of a weight there is no value.
+        if dequantize.op_type != "DequantizeLinear" or "/" not in dequantize.name:
+            continue
+        quantize_ = makers[dequantize.input[0]]
+        clip = makers.get(quantize_.input[0])
+        chain = [
+            node
+            for node in (clip, quantize_, dequantize)
+            if node is not None and node.name.startswith(quantize_.name.removesuffix("quantize"))
+        ]
+        output = dequantize.output[0]
+        previous = chain[0].input[0]
+        for node in chain:
+            copied = onnx.NodeProto()
+            copied.CopyFrom(node)
+            copied.name += ".seen"
+            copied.input[0], copied.output[0] = previous, f"{node.output[0]}.seen"
+            previous = copied.output[0]
+            graph.node.append(copied)
+        chain[0].input[0] = f"{output}.given"
         graph.input.append(helper.make_tensor_value_info(f"{output}.given", TensorProto.FLOAT, None))
-        graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
+        graph.output.append(helper.make_tensor_value_info(previous, TensorProto.FLOAT, None))
+        found.append((dequantize.name.partition("/")[0], output))
     return model.SerializeToString(), found
 
 
@@ -78,7 +94,7 @@ def computed(
     outputs = run_onnx(model, feed)
     found: dict[str, list[Tensor]] = {}
     for name, output in calls:
-        found.setdefault(name, []).append(outputs[output])
+        found.setdefault(name, []).append(outputs[f"{output}.seen"])
     return next(iter(outputs.values())), found
 
 
@@ -112,3 +128,138 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
         # Every code is the same from equal operands: then so is the whole model, unless rounding adds up to a tie.
         total = sum(seen.y.numel() for calls in activations.values() for seen in calls)
         assert moved <= math.ceil(1e-4 * total)
+
+
+def test_the_whole_model_computes_the_same_and_classifies_alike(tmp_path):
+    torch.manual_seed(1)
+    q, x = ready()
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    images = torch.randn(64, 3, 8, 8)
+    (found,) = run_onnx(path, images).values()
+    with torch.no_grad():
+        expected = q(images)
+    # No value of these images comes so near to a tie that another order of sums moves it.
+    assert relative(found, expected) < 1e-4
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("extra", [(), (nn.ReLU6(),), (nn.Hardtanh(),), (nn.MaxPool2d(1), nn.Flatten(2))])
+def test_every_width_behind_every_kind_of_clamp(bits, extra, tmp_path):
+    config = Config(weight_bits=bits, activation_bits=bits, edge_bits=None)
+    q, x = ready(small(*extra), config)
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    # Beyond the clips too.
+    for given in (x, 10 * x):
+        out, activations, _ = observed(q, (given,))
+        ours, found = computed(path, (given,), activations)
+        check_codes(activations, found)
+        assert relative(ours, out) < 1e-4
+        (whole,) = run_onnx(path, given).values()
+        assert relative(whole, out) < 1e-4
+
+
+def test_ties_go_to_the_even_code(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 2)).eval()
+    x = torch.arange(-8, 8).reshape(2, 8) + 0.5
+    q = freeze(calibrate(quantize(model, x, Config(edge_bits=None)), [x]))
+    q.get_submodule("quantizers.0_input").clip.fill_(8)
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    _, activations, _ = observed(q, (x,))
+    _, found = computed(path, (x,), activations)
+    expected = [-8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 7]
+    assert found["quantizers.0_input"][0].flatten().tolist() == expected
+
+
+def test_weights_are_stored_as_integers_with_positive_scales(tmp_path):
+    model = small()
+    with torch.no_grad():
+        model[1].weight[0], model[1].weight[1], model[0].weight[2] = -2, 0, 0
+    q, x = ready(model, Config(edge_bits=None))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    stored, c = initializers(path), convert(q)
+    for name in ("quantizers.0_weight", "quantizers.4_weight"):
+        codes, part = stored[f"{name}.codes"], c.get_submodule(name)
+        assert codes.data_type == TensorProto.INT4
+        assert tuple(codes.dims) == part.shape
+        assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(codes).astype("int8")), part.integers())
+        assert (onnx.numpy_helper.to_array(stored[f"{name}.scale"]) > 0).all()
+    ops = [node.op_type for node in onnx.load(path).graph.node]
+    # The sign of the batch norm's first channel stands alone; all else of it is in scale and bias.
+    assert ops.count("Mul") == 1
+    assert "BatchNormalization" not in ops
+    with torch.no_grad():
+        assert relative(next(iter(run_onnx(path, x).values())), q(x)) < 1e-4
+
+
+def test_the_file_is_standard_small_and_says_nothing_of_this_machine(tmp_path):
+    q, x = ready()
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    model = onnx.load(path)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)]
+    onnx.checker.check_model(model, full_check=True)
+    assert str(Path(__file__).parent.parent).encode() not in path.read_bytes()
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_one_example_and_one_batch_size(tmp_path):
+    q, x = ready()
+    export_onnx(q, x[:1], tmp_path / "free.onnx")
+    export_onnx(q, {"input": x[:1]}, tmp_path / "fixed.onnx", dynamic_batch=False)
+    for name, dim in (("free", "batch"), ("fixed", 1)):
+        (first, *_) = onnx.load(tmp_path / f"{name}.onnx").graph.input[0].type.tensor_type.shape.dim
+        assert dim in (first.dim_param, first.dim_value)
+
+
+# Errors.
+
+
+class Unsupported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.i0e(self.fc(x))
+
+
+def test_an_op_that_onnx_lacks(tmp_path):
+    x = torch.randn(2, 4)
+    q = freeze(calibrate(quantize(Unsupported().eval(), x), [x]))
+    with pytest.raises(OctavError, match=r"cannot write this model as ONNX: .*i0e"):
+        export_onnx(q, x, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_file_outlives_a_failure(tmp_path):
+    x, path = torch.randn(2, 4), tmp_path / "model.onnx"
+    path.write_bytes(b"older")
+    q = freeze(calibrate(quantize(Unsupported().eval(), x), [x]))
+    with pytest.raises(OctavError):
+        export_onnx(q, x, path)
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    q, x = ready()
+    with pytest.raises(OctavError, match=r"no_such_folder.model\.onnx cannot be written: No such file or directory"):
+        export_onnx(q, x, tmp_path / "no_such_folder" / "model.onnx")
+    with pytest.raises(OctavError, match=r"is a folder: give the path of a file"):
+        export_onnx(q, x, tmp_path)
+
+
+def test_models_that_are_not_ready(tmp_path):
+    q, x = ready()
+    unfreeze(q)
+    with pytest.raises(OctavError, match=r"call octav_fx\.calibrate .* octav_fx\.freeze"):
+        export_onnx(q, x, tmp_path / "model.onnx")
+    q, x = ready()
+    with pytest.raises(OctavError, match=r"is torch\.float64, ONNX is written in float32: call q\.float\(\)"):
+        export_onnx(q.double(), x.double(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
