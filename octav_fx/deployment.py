@@ -38,7 +38,7 @@ class DeployedRow:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The rows, sizes in bytes, and the largest difference of the outputs over the largest output, each to the frozen."""
+    """The rows, sizes in bytes, and the largest differences to the frozen model's outputs, over the largest output."""
 
     rows: list[DeployedRow]
     float_bytes: int
