@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from octav_fx import Config, OctavError, calibrate, convert, export_onnx, freeze, quantize, unfreeze
+from octav_fx.demo import accuracy, digits
 from octav_fx.export import run_onnx
 from tests.deployed import LANGUAGE, Case, Seen, check_codes, frozen, images, models, named, observed, relative
 
@@ -142,6 +143,28 @@ def test_the_whole_model_computes_the_same_and_classifies_alike(tmp_path):
     # No value of these images comes so near to a tie that another order of sums moves it.
     assert relative(found, expected) < 1e-4
     assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
+def test_a_trained_model_is_as_accurate(tmp_path):
+    data = digits(0)
+    model = nn.Sequential(
+        *(nn.AvgPool2d(4), nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(512, 10)),
+    )
+    q = quantize(model, data.train_images[:64])
+    optimizer = torch.optim.SGD(q.parameters(), lr=0.05, momentum=0.9)
+    for chosen in torch.randperm(len(data.train_images))[:1280].split(64):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(q(data.train_images[chosen]), data.train_labels[chosen]).backward()
+        optimizer.step()
+    # With the running mean that training kept.
+    freeze(q.eval())
+    export_onnx(q, data.test_images[:2], tmp_path / "model.onnx")
+    (found,) = run_onnx(tmp_path / "model.onnx", data.test_images).values()
+    right = float((found.argmax(1) == data.test_labels).float().mean())
+    assert right == accuracy(q, data)
+    assert right > 0.8
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
