@@ -8,6 +8,7 @@ import importlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,7 +47,7 @@ def export_onnx(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str],
     onnx = _optional("onnx")
     _optional("onnxscript")
     target = Path(path)
-    with _temporary(target) as draft:
+    with _replacing(target) as draft:
         converted = convert(q)
         _check_float32(converted)
         for module in converted.modules():
@@ -84,33 +85,28 @@ def run_onnx(model: str | os.PathLike[str] | bytes, example_inputs: Any) -> dict
     return {value.name: torch.from_numpy(found) for value, found in zip(session.get_outputs(), outputs, strict=True)}
 
 
-class _temporary:
-    """A file beside the target that takes its place when all went well, and is gone when not."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> Path:
-        target = self._target
-        if target.is_dir():
-            raise OctavError(f"{target} is a folder: give the path of a file to write")
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        except OSError as error:
-            raise OctavError(f"{target} cannot be written: {error.strerror}; give another path") from error
-        os.close(handle)
-        self._draft = Path(name)
-        return self._draft
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._draft.unlink()
-            return
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new file beside the target; it takes the target's place when all went well inside, and is gone when not."""
+    if target.is_dir():
+        raise OctavError(f"{target} is a folder: give the path of a file to write")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    except OSError as error:
+        raise OctavError(f"{target} cannot be written: {error.strerror}; give another path") from error
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
         # mkstemp gives no one else a right to read.
         mask = os.umask(0)
         os.umask(mask)
-        self._draft.chmod(0o666 & ~mask)
-        self._draft.replace(self._target)
+        draft.chmod(0o666 & ~mask)
+        draft.replace(target)
+    except OSError as error:
+        raise OctavError(f"{target} cannot be written: {error.strerror}; give another path") from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _check_float32(module: nn.Module) -> None:

@@ -232,11 +232,12 @@ def test_the_file_is_standard_small_and_says_nothing_of_this_machine(tmp_path):
 
 def test_one_example_and_one_batch_size(tmp_path):
     q, x = ready()
-    export_onnx(q, x[:1], tmp_path / "free.onnx")
+    export_onnx(q, {"input": x[:1]}, tmp_path / "free.onnx")
     export_onnx(q, {"input": x[:1]}, tmp_path / "fixed.onnx", dynamic_batch=False)
     for name, dim in (("free", "batch"), ("fixed", 1)):
         (first, *_) = onnx.load(tmp_path / f"{name}.onnx").graph.input[0].type.tensor_type.shape.dim
         assert dim in (first.dim_param, first.dim_value)
+    assert next(iter(run_onnx(tmp_path / "free.onnx", {"input": x}).values())).shape == (2, 4)
 
 
 # Errors.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octav_fx import Config, OctavError, calibrate, float_mode, freeze, optimal_clip, quantize, table, unfreeze
+from octav_fx import Config, OctavError, calibrate, float_mode, freeze, optimal_clip, quantize, rows, table, unfreeze
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.ops import FakeQuantizer
 
@@ -165,6 +165,14 @@ def test_a_frozen_model_computes_with_its_clips_and_unfreezing_is_the_way_back()
     # The same fixed point, from another hint.
     torch.testing.assert_close(q(x), dynamic, rtol=1e-5, atol=1e-6)
     assert q.state_dict().keys() == Net().state_dict().keys()
+
+
+def test_a_table_shows_the_static_clips():
+    q, x = quantized()
+    freeze(calibrate(q, [images(3)]))
+    shown = {f"{row.node}_{row.operand}": row.clip for row in rows(q, x)}
+    assert shown["conv_input"] == float(q.quantizers.conv_input.clip)
+    assert shown["fc_weight"] == float(q.quantizers.fc_weight.clip.mean())
 
 
 def test_frozen_clips_give_the_gradient_of_the_spec():
