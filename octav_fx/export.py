@@ -159,15 +159,7 @@ def _translated(module: nn.Module, example_inputs: Any, dynamic_batch: bool) -> 
     args, kwargs = as_call(example_inputs)
     dynamic = None
     if dynamic_batch:
-        args, kwargs = pytree.tree_map_only(Tensor, _at_least_two, (args, kwargs))
-        sizes = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-        batch = torch.export.Dim("batch")
-
-        def axes(leaf: Any) -> dict[int, Any] | None:
-            is_batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == sizes[0]
-            return {0: batch} if is_batched else None
-
-        dynamic = pytree.tree_map(axes, kwargs or args)
+        args, kwargs, dynamic = _free_batch(args, kwargs)
     try:
         program = torch.onnx.export(
             module, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
@@ -178,9 +170,18 @@ def _translated(module: nn.Module, example_inputs: Any, dynamic_batch: bool) -> 
     return program.model_proto
 
 
-def _at_least_two(x: Tensor) -> Tensor:
-    """A size of one would be taken for a constant."""
-    return torch.cat([x, x]) if x.dim() and len(x) == 1 else x
+def _free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """The inputs with a batch of at least two, as a size of one would be taken for a constant; their free axes."""
+    sizes = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+    axis = {0: torch.export.Dim("batch")}
+
+    def is_batched(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == sizes[0]
+
+    dynamic = pytree.tree_map(lambda leaf: axis if is_batched(leaf) else None, kwargs or args)
+    if sizes[:1] == [1]:
+        args, kwargs = pytree.tree_map(lambda x: torch.cat([x, x]) if is_batched(x) else x, (args, kwargs))
+    return args, kwargs, dynamic
 
 
 def _why(error: BaseException, dynamic_batch: bool) -> str:

@@ -209,6 +209,12 @@ def test_casting_keeps_scales_and_codes():
     assert weight.codes.dtype is torch.uint8
 
 
+def test_copies_of_a_frozen_model_convert_alike():
+    q, x = ready()
+    for copied in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert torch.equal(convert(copied)(x), convert(q)(x))
+
+
 # Errors.
 
 
