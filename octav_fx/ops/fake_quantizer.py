@@ -50,7 +50,7 @@ class FakeQuantizer(nn.Module):
         shape = () if channels is None else (channels,)
         self.register_buffer("hint", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("mean", torch.zeros_like(self.hint) if running else None, persistent=False)
-        steps = torch.zeros((), dtype=torch.int64, device=device) if running else None
+        steps = torch.zeros((), dtype=torch.float32, device=device) if running else None
         self.register_buffer("steps", steps, persistent=False)
         self.register_buffer("clip", None)
 
@@ -92,8 +92,7 @@ class FakeQuantizer(nn.Module):
         had_data = not self.hint.is_meta
         super()._apply(fn, recurse)
         # .half() and .to(bfloat16) convert floating-point buffers; a clip is float32 whatever the model is.
-        for name in ("hint", "mean", "clip"):
-            value = self._buffers[name]
+        for name, value in self._buffers.items():
             self._buffers[name] = None if value is None else value.to(torch.float32)
         if not had_data and not self.hint.is_meta and self.mean is not None and self.steps is not None:
             # What to_empty() leaves must not pass for a mean.
