@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octav_fx import demo, zoo
 from octav_fx.config import Config
@@ -13,7 +13,6 @@ from octav_fx.deployment import deployment
 from octav_fx.errors import OctavError
 from octav_fx.export import export_onnx
 from octav_fx.freeze import calibrate, freeze
-from octav_fx.graph.module import QuantizedModule
 from octav_fx.quantize import quantize
 from octav_fx.report import table
 
@@ -58,7 +57,7 @@ def _export(options: argparse.Namespace) -> None:
     print(deployment(q, x, options.onnx))
 
 
-def _quantized(options: argparse.Namespace) -> tuple[QuantizedModule, Tensor]:
+def _quantized(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     try:
         shape = [int(size) for size in options.input.split("x")]
     except ValueError:

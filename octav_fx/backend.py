@@ -19,7 +19,7 @@ import octav_fx
 from octav_fx import lowering
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
-from octav_fx.graph.dynamo import adopt, has_quantizers, hidden, lift_hints
+from octav_fx.graph.dynamo import adopt, has_quantizers, hidden, lift_hints, within_quantized
 from octav_fx.graph.edit import Edit
 from octav_fx.graph.pipeline import run
 from octav_fx.passes import LOWER
@@ -51,7 +51,8 @@ def octav(
     """
     try:
         config, patches = _settings(options, mode)
-        gm, hints = (gm, []) if has_quantizers(gm) else _quantize(gm, list(example_inputs), config)
+        is_quantized = has_quantizers(gm) or within_quantized()
+        gm, hints = (gm, []) if is_quantized else _quantize(gm, list(example_inputs), config)
     except OctavError as error:
         raise _Refusal(str(error)) from error
     lowering.register()

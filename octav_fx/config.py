@@ -11,7 +11,7 @@ from octav_fx.errors import OctavError
 from octav_fx.graph.pipeline import Pass
 from octav_fx.graph.rules import Role
 from octav_fx.ops import Spec
-from octav_fx.passes import PREPARE, Place, fold_batchnorm, quantize_operands
+from octav_fx.passes import PREPARE, Choose, Place, fold_batchnorm, quantize_operands, split_attention
 from octav_fx.quant.gradient import GRADIENTS
 from octav_fx.quant.solver import METHODS
 
@@ -33,7 +33,8 @@ class Config:
     # "mad", "pwl" or "ste": quant/gradient.py.
     weight_gradient: str = "mad"
     activation_gradient: str = "pwl"
-    # "operands": q, k and v of a fused attention are quantized, its softmax output is not.
+    # "operands": q, k and v of a fused attention are quantized, its softmax output is not. "full": the attention is
+    # taken apart (passes/split_attention.py) and the softmax output quantized too, as in the paper.
     attention: str = "operands"
     # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/fold_batchnorm.py.
     fold_batchnorm: bool = False
@@ -48,7 +49,7 @@ class Config:
         _check_choice("clip", self.clip, METHODS)
         _check_choice("weight_gradient", self.weight_gradient, GRADIENTS)
         _check_choice("activation_gradient", self.activation_gradient, GRADIENTS)
-        _check_choice("attention", self.attention, ("operands",))
+        _check_choice("attention", self.attention, ("operands", "full"))
         if not isinstance(self.overrides, Mapping):
             raise OctavError(f"overrides: a dict of node name or glob to settings, not {self.overrides!r}")
         for pattern, settings in self.overrides.items():
@@ -80,10 +81,11 @@ class Config:
             return site
         return next((p for p in reversed(list(self.overrides)) if fnmatch.fnmatchcase(site, p)), None)
 
-    def passes(self) -> list[Pass]:
-        """PREPARE with this configuration bound to the passes that take one."""
-        bound: dict[Any, Pass] = {quantize_operands: functools.partial(quantize_operands, choose=self.choose)}
-        return [bound.get(p, p) for p in PREPARE if p is not fold_batchnorm or self.fold_batchnorm]
+    def passes(self, choose: Choose | None = None) -> list[Pass]:
+        """PREPARE with this configuration, or another choice for each operand, bound to the passes that take one."""
+        bound: dict[Any, Pass] = {quantize_operands: functools.partial(quantize_operands, choose=choose or self.choose)}
+        left_out = {fold_batchnorm: not self.fold_batchnorm, split_attention: self.attention != "full"}
+        return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
     def choose(self, place: Place) -> Spec | str:
         """The Spec of an operand, or why it stays float."""

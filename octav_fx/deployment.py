@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from octav_fx.convert import convert, size_of
 from octav_fx.errors import OctavError
 from octav_fx.export import export_onnx, run_onnx
+from octav_fx.graph.call import as_call
 from octav_fx.graph.module import QuantizedModule, quantized_modules
-from octav_fx.graph.observe import as_call, evaluating, run_once
+from octav_fx.graph.observe import evaluating, run_once
 from octav_fx.graph.record import Record
 from octav_fx.ops import FakeQuantizer, IntegerWeight, StaticQuantizer
 

@@ -6,3 +6,7 @@ class OctavError(RuntimeError):
 
     The message names the node or argument, its shape or value, and what to do about it.
     """
+
+
+class NotCaptured(OctavError):
+    """A module whose forward no graph can hold; its children are quantized one by one instead."""

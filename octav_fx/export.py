@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from octav_fx.convert import convert
 from octav_fx.errors import OctavError
+from octav_fx.graph.call import as_call
 from octav_fx.graph.module import IntegerModule
-from octav_fx.graph.observe import as_call
 from octav_fx.graph.pipeline import run
 from octav_fx.ops import IntegerWeight, StaticQuantizer
 from octav_fx.passes import EXPORT

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.errors import OctavError
+from octav_fx.graph.call import as_call
 from octav_fx.graph.module import QuantizedModule, quantized_modules
-from octav_fx.graph.observe import as_call, evaluating, run_once
+from octav_fx.graph.observe import evaluating, run_once
 from octav_fx.graph.text import fingerprint
 from octav_fx.graph.view import constants, value_of
 from octav_fx.ops import FakeQuantizer

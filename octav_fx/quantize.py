@@ -1,22 +1,22 @@
 """quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
-from octav_fx.graph.capture import Capture, capture
+from octav_fx.graph.call import as_call
+from octav_fx.graph.descended import floats
 from octav_fx.graph.module import QuantizedModule, quantized_modules
-from octav_fx.graph.observe import as_call, difference, has_data, run_once, without_quantizers
-from octav_fx.graph.pipeline import run
-from octav_fx.graph.record import Record, records
-from octav_fx.passes.quantize_operands import remove_unused
+from octav_fx.graph.observe import has_data, run_once
+from octav_fx.graph.record import Record
+from octav_fx.ladder import quantized_by_parts
+from octav_fx.whole import arguments_of
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -27,44 +27,29 @@ def quantize(
     config: Config | None = None,
     *,
     strict: bool = False,
-) -> QuantizedModule:
+) -> nn.Module:
     """A copy of the model with a fake-quantizer before every matmul and convolution operand, ready to train.
 
     example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; a batch like those to come. It
     decides which way Python branches go, fills the hints, and is what table() measures; it is run once.
-    Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value.
-    Raises OctavError for a model that cannot be captured (with the file and line that stopped it), for operands that
-    are not floating point, and with strict=True if any multiply-accumulate stays float.
+    Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
+    where no single graph holds the model's Python code, a module of the model's own class whose children are such
+    GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
+    Raises OctavError for a model of which nothing can be captured, for operands that are not floating point, and with
+    strict=True if any multiply-accumulate stays float.
     """
     config = Config() if config is None else config
     _check_model(model)
-    args, kwargs = as_call(example_inputs)
-    arguments = _bind(model, args, kwargs)
-    float_module = _copy(model)
-    graphs, missing, notes = _graphs(float_module, arguments)
-    quantized = QuantizedModule(float_module, graphs, {})
-    found: dict[bool, list[Record]] = {}
-    for mode in quantized.modes:
-        quantized.graph = graphs[mode]
-        edits = run(quantized, config.passes())
-        found[mode] = records(graphs[mode], edits)
-        notes += [f"{edit.node}: {edit.detail}" for edit in edits if edit.declined and edit.detail.startswith("not ")]
-    quantized.graph = graphs[model.training]
-    quantized.meta["octav"] = {
-        "config": config.to_dict(),
-        "records": {mode: found.get(mode, found[model.training]) for mode in graphs},
-        "notes": list(dict.fromkeys(notes)),
-        "missing": missing,
-    }
-    quantized.examples = (args, kwargs)
-    _check_overrides(config, found)
-    remove_unused(quantized, list(graphs.values()))
-    _drop_values(graphs)
+    example = as_call(example_inputs)
+    # Wrong arguments are the caller's error, not something to descend from.
+    arguments_of(model, example)
+    quantized = quantized_by_parts(_copy(model), example, config)
+    graphs = quantized_modules(quantized)
+    _check_overrides(config, [row for part in graphs for mode in part.all_records.values() for row in mode])
     if strict:
-        _check_strict(found[model.training])
-    if has_data(quantized, (args, kwargs)):
-        _check_captured(quantized, args, kwargs)
-        run_once(quantized, args, kwargs)
+        _check_strict([*floats(quantized), *(row for part in graphs for row in part.records)])
+    if has_data(quantized, example):
+        run_once(quantized, *example)
     return quantized
 
 
@@ -95,15 +80,6 @@ def _check_model(model: nn.Module) -> None:
             raise OctavError(f"{name} has no shape yet: run the model once before quantizing it")
 
 
-def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise OctavError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -113,49 +89,8 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _graphs(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
-    """A graph for each mode; why the other mode has none, if it needs its own and cannot be captured; notes."""
-    mode = module.training
-    captured = _capture(module, arguments, mode)
-    graphs = {mode: captured.graph, (not mode): captured.graph}
-    if captured.depends_on_training:
-        try:
-            graphs[not mode] = _capture(module, arguments, not mode).graph
-        except OctavError as error:
-            # Often inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
-            del graphs[not mode]
-            missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
-            return graphs, missing, [*captured.notes, missing]
-    return graphs, None, list(captured.notes)
-
-
-def _capture(module: nn.Module, arguments: Mapping[str, Any], mode: bool) -> Capture:
-    """Capture in one mode; afterwards each module is in the mode it was in, frozen BatchNorms too."""
-    modes = {m: m.training for m in module.modules()}
-    if module.training != mode:
-        module.train(mode)
-    try:
-        return capture(module, arguments)
-    finally:
-        for m, training in modes.items():
-            m.training = training
-
-
-def _check_captured(quantized: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The rewritten graph without its quantizers has to compute what the float model computes."""
-    with quantized.as_float():
-        expected = run_once(quantized, args, kwargs)
-    with without_quantizers(quantized):
-        found = run_once(quantized, args, kwargs)
-    if detail := difference(expected, found):
-        raise OctavError(
-            f"the captured graph does not compute what the model's forward does: {detail}. Python code in forward may "
-            "look at something a graph does not have, such as the identity of a dtype; make it explicit there"
-        )
-
-
-def _check_overrides(config: Config, found: Mapping[bool, list[Record]]) -> None:
-    sites = {record.site for rows in found.values() for record in rows}
+def _check_overrides(config: Config, found: list[Record]) -> None:
+    sites = {record.site for record in found}
     matched = {config.pattern_for(site) for site in sites}
     for pattern in config.overrides:
         # A glob may lose every node to a later or exact one; a pattern that fits no node at all is a typing error.
@@ -165,13 +100,6 @@ def _check_overrides(config: Config, found: Mapping[bool, list[Record]]) -> None
 
 def _fits(site: str, pattern: str) -> bool:
     return Config(overrides={pattern: None}).pattern_for(site) is not None
-
-
-def _drop_values(graphs: Mapping[bool, fx.Graph]) -> None:
-    """Fake tensors were for the passes; kept, they would stand in the way of copying and pickling."""
-    for graph in graphs.values():
-        for node in graph.nodes:
-            node.meta = {"site": node.meta["site"]} if "site" in node.meta else {}
 
 
 def _check_strict(rows: list[Record]) -> None:

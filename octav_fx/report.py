@@ -9,9 +9,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from octav_fx.errors import OctavError
-from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import as_call, has_data, run_once
+from octav_fx.graph.call import as_call
+from octav_fx.graph.descended import by_parts, example_of, floats, outermost
+from octav_fx.graph.module import QuantizedModule, quantized_modules
+from octav_fx.graph.observe import has_data, run_once
 from octav_fx.graph.record import Record
 from octav_fx.ops import FakeQuantizer
 from octav_fx.quant.axis import along
@@ -45,6 +46,8 @@ class Row:
     # Multiply-accumulates of the node and their share of the model's; the same in each row of a node.
     macs: int
     share: float
+    # The module whose graph holds the node, "" for the whole model; None where no graph does.
+    graph: str | None
     reason: str | None
 
 
@@ -73,17 +76,18 @@ def rows(q: nn.Module, example_inputs: Any = None) -> list[Row]:
     Measures one forward in q's mode on example_inputs, by default those given to quantize(); parameters, statistics
     and random states stay as they are.
     """
-    quantized = _quantized(q)
+    quantized = outermost(q)
     statistics = _measure(quantized, example_inputs)
     found = _records(quantized)
-    total = _total(found)
-    return [_row(quantized, record, statistics, total) for record in found]
+    total = _total([record for _, record in found])
+    names = {module: name for name, module in quantized.named_modules()}
+    return [_row(part, record, statistics, total, names) for part, record in found]
 
 
 def coverage(q: nn.Module) -> Coverage:
     """How much of the model's work is quantized, and what is not."""
     nodes: dict[str, list[Record]] = {}
-    for record in _records(_quantized(q)):
+    for _, record in _records(outermost(q)):
         nodes.setdefault(record.site, []).append(record)
     skipped = []
     quantized = total = 0
@@ -113,52 +117,47 @@ def table(q: nn.Module, example_inputs: Any = None) -> str:
             "max|x|",
             "clipped %",
         ),
-        *("zeros %", "SQNR dB", "gain dB", "MACs", "MACs %", "reason"),
+        *("zeros %", "SQNR dB", "gain dB", "MACs", "MACs %", "graph", "reason"),
     )
     lines: list[tuple[str, ...]] = [_cells(row) for row in rows(q, example_inputs)]
-    if not any(line[-1] for line in lines):
-        headers, lines = headers[:-1], [line[:-1] for line in lines]
+    # Empty for most models: one graph holds all of it, and nothing stays float.
+    used = [
+        i for i, header in enumerate(headers) if header not in ("graph", "reason") or any(line[i] for line in lines)
+    ]
+    headers, lines = tuple(headers[i] for i in used), [tuple(line[i] for i in used) for line in lines]
     text = tabulate(lines, headers, disable_numparse=True, colalign=_alignment(headers) if lines else None)
     covered = coverage(q)
     share = covered.quantized_macs / covered.total_macs if covered.total_macs else 0.0
     text += f"\n\nquantized: {share:.2%} of {_si(covered.total_macs)} MACs"
     if covered.skipped:
         text += f"; {len(covered.skipped)} nodes keep float operands"
-    return "\n".join([text, *_quantized(q).meta["octav"]["notes"]])
+    quantized = outermost(q)
+    own = [note for part in quantized_modules(quantized) for note in part.meta["octav"]["notes"]]
+    return "\n".join([text, *by_parts(quantized), *dict.fromkeys(own)])
 
 
-def _quantized(q: nn.Module) -> QuantizedModule:
-    found = [module for module in q.modules() if isinstance(module, QuantizedModule)]
-    if len(found) != 1:
-        raise OctavError(
-            f"{type(q).__name__} holds {len(found)} modules that octav_fx.quantize returned, a table shows one"
-        )
-    return found[0]
-
-
-def _records(q: QuantizedModule) -> list[Record]:
-    return list(q.meta["octav"]["records"][q.training])
+def _records(quantized: nn.Module) -> list[tuple[QuantizedModule | None, Record]]:
+    """Each record and the graph it is of; None for what no graph holds."""
+    found = [(part, record) for part in quantized_modules(quantized) for record in part.records]
+    return [*found, *((None, record) for record in floats(quantized))]
 
 
 def _total(found: list[Record]) -> int:
     return sum({record.site: record.macs for record in found}.values())
 
 
-def _measure(q: QuantizedModule, example_inputs: Any) -> dict[str, _Statistics]:
-    """Statistics by quantizer path, from one forward; empty where there is nothing to run on."""
-    call = q.examples if example_inputs is None else as_call(example_inputs)
+def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
+    """Statistics by quantizer, from one forward; empty where there is nothing to run on."""
+    call = example_of(q) if example_inputs is None else as_call(example_inputs)
     if call is None or not has_data(q, call):
         return {}
-    found: dict[str, _Statistics] = {}
-    handles = []
-    for name, module in q.named_modules():
-        if isinstance(module, FakeQuantizer):
+    found: dict[nn.Module, _Statistics] = {}
 
-            def record(m: nn.Module, args: tuple[Tensor], y: Tensor, name: str = name) -> None:
-                assert isinstance(m, FakeQuantizer)
-                found[name] = _statistics(m, args[0], y)
+    def record(m: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        assert isinstance(m, FakeQuantizer)
+        found[m] = _statistics(m, args[0], y)
 
-            handles.append(module.register_forward_hook(record))
+    handles = [m.register_forward_hook(record) for m in q.modules() if isinstance(m, FakeQuantizer)]
     try:
         run_once(q, *call)
     finally:
@@ -201,13 +200,18 @@ def _decibel(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _row(q: QuantizedModule, record: Record, statistics: Mapping[str, _Statistics], total: int) -> Row:
-    spec = None
-    if record.quantizer is not None:
-        quantizer = q.get_submodule(record.quantizer)
+def _row(
+    part: QuantizedModule | None,
+    record: Record,
+    statistics: Mapping[nn.Module, _Statistics],
+    total: int,
+    names: Mapping[nn.Module, str],
+) -> Row:
+    spec = measured = None
+    if part is not None and record.quantizer is not None:
+        quantizer = part.get_submodule(record.quantizer)
         assert isinstance(quantizer, FakeQuantizer)
-        spec = quantizer.spec
-    measured = statistics.get(record.quantizer or "")
+        spec, measured = quantizer.spec, statistics.get(quantizer)
     clip = measured.clip if measured is not None and measured.clip.numel() else None
     return Row(
         node=record.site,
@@ -227,6 +231,7 @@ def _row(q: QuantizedModule, record: Record, statistics: Mapping[str, _Statistic
         gain=measured.gain if measured else None,
         macs=record.macs,
         share=record.macs / total if total else 0.0,
+        graph=None if part is None else names[part],
         reason=record.reason,
     )
 
@@ -250,12 +255,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row.gain, "+.2f"),
         _si(row.macs),
         f"{100 * row.share:.2f}",
+        row.graph or "",
         row.reason or "",
     )
 
 
 def _alignment(headers: tuple[str, ...]) -> tuple[str, ...]:
-    words = ("node", "op", "operand", "signed", "granularity", "clip range", "reason")
+    words = ("node", "op", "operand", "signed", "granularity", "clip range", "graph", "reason")
     return tuple("left" if header in words else "right" for header in headers)
 
 

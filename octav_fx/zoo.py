@@ -5,7 +5,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octav_fx.errors import OctavError
 
@@ -22,7 +22,10 @@ def torchvision() -> Any:
         raise OctavError("torchvision is not installed: pip install 'octav_fx[models]'") from error
     except RuntimeError:
         _declare_missing_ops()
-        return importlib.import_module("torchvision")
+        found = importlib.import_module("torchvision")
+        # It looks for its library of binary ops before it calls nms, which is there by now without it.
+        found.ops.boxes._assert_has_ops = lambda: None
+        return found
 
 
 def load(name: str, **options: Any) -> nn.Module:
@@ -52,8 +55,23 @@ def _declare_missing_ops() -> None:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for op in ("nms", "qnms"):
         library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.impl("nms", _nms, "CPU")
     # A library takes its definitions along when it is collected.
     _LIBRARIES.append(library)
+
+
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Boxes [N, 4] (x1, y1, x2, y2) -> the indices of those that no better one covers, best first."""
+    left = scores.argsort(descending=True, stable=True)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    kept = []
+    while left.numel():
+        best, left = left[0], left[1:]
+        kept.append(best)
+        overlap = torch.minimum(boxes[best, 2:], boxes[left, 2:]) - torch.maximum(boxes[best, :2], boxes[left, :2])
+        shared = overlap.clamp(min=0).prod(1)
+        left = left[shared <= iou_threshold * (area[best] + area[left] - shared)]
+    return torch.stack(kept) if kept else scores.new_empty(0, dtype=torch.long)
 
 
 _LIBRARIES: list[torch.library.Library] = []

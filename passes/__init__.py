@@ -13,12 +13,14 @@ from octav_fx.passes.fold_statistics import fold_statistics
 from octav_fx.passes.quantize_operands import Choose, Place, quantize_operands
 from octav_fx.passes.save_codes import save_codes
 from octav_fx.passes.share_quantizers import share_quantizers
+from octav_fx.passes.split_attention import split_attention
 from octav_fx.passes.static_quantizers import static_quantizers
 from octav_fx.passes.store_codes import store_codes
 
 # The order in which quantize() runs them.
 PREPARE: Final[tuple[Any, ...]] = (
     canonicalize,  # one spelling for each op; everything below matches on it
+    split_attention,  # before quantizing, if asked for: its matmuls are then operands like any
     fold_batchnorm,  # before quantizing, if asked for: the folded weight is the one to clip
     quantize_operands,  # one quantizer before each operand
     share_quantizers,  # last: one quantizer for each value, where several operands got equal ones
@@ -58,6 +60,7 @@ __all__ = [
     "quantize_operands",
     "save_codes",
     "share_quantizers",
+    "split_attention",
     "static_quantizers",
     "store_codes",
 ]

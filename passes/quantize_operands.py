@@ -4,8 +4,8 @@
     matmul(x, y)          ->  matmul(quantizers.site_input(x), quantizers.site_other(y))
 
 A value that is computed from parameters alone is a weight wherever a rule allows both: signed, one clip per output
-channel. An activation gets one clip, on an unsigned grid if it cannot be negative. What stays float is an edit with
-its reason, whether a rule, the configuration or a missing rule decided it.
+channel. An activation gets one clip, on an unsigned grid if it cannot be negative. A product of constants stays as it
+is. What stays float is an edit with its reason, whether a rule, the configuration or a missing rule decided it.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from octav_fx.graph.module import QUANTIZERS
 from octav_fx.graph.ops import module_of, op_of
 from octav_fx.graph.rules import RULES, Operand, Role, Rule
 from octav_fx.graph.signedness import nonnegative
-from octav_fx.graph.view import constants, static, tensor_flow
+from octav_fx.graph.view import brings_in_values, constants, downstream, static, tensor_flow
 from octav_fx.ops import FakeQuantizer, Spec
 
 
@@ -51,6 +51,8 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     flow = tensor_flow(gm.graph)
     parameters, edges, unsigned = static(flow), edge_nodes(flow), nonnegative(gm.graph)
     known = constants(gm.graph)
+    sources = [node for node in flow if brings_in_values(node, gm)]
+    valued = {*sources, *downstream(flow, sources)}
     for node in list(gm.graph.nodes):
         op = op_of(node)
         rule = RULES.get(op.name) if op is not None else None
@@ -60,6 +62,10 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
             continue
         if node.op != "call_function" or node.target is not op.target or "out" in node.kwargs:
             # canonicalize has said why.
+            continue
+        if node not in valued and all(_is_floating(operand_of(node, o)) for o in _operands(node, rule)):
+            # Rotary embeddings multiply positions by frequencies: rounded, positions would be others.
+            edits.append(skip(node, "computed from integers and constants, nothing is learned or measured here"))
             continue
         for operand in _operands(node, rule):
             value = operand_of(node, operand)
@@ -85,6 +91,11 @@ def _operands(node: fx.Node, rule: Rule) -> list[Operand]:
     first = rule.operands[0]
     count = len(node.args) - first.index
     return [replace(first, index=first.index + i, name=f"{first.name}{i}") for i in range(count)] if count > 1 else []
+
+
+def _is_floating(value: Any) -> bool:
+    fake = value.meta.get("value") if isinstance(value, fx.Node) else value
+    return isinstance(fake, Tensor) and fake.is_floating_point()
 
 
 def _is_quantized(value: Any) -> bool:

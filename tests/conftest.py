@@ -1,10 +1,16 @@
-"""One thread and one seed: what a test computes depends neither on the other tests nor on the machine's cores."""
+"""One thread, one seed, own caches: no test depends on another, on the machine's cores, or on an earlier run."""
+
+import os
+import tempfile
 
 import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+# A compiler that was killed leaves half a library in the user's cache of Inductor, where every later run would find it.
+_CACHE = tempfile.TemporaryDirectory(prefix="octav_fx_tests_")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 # Cores are shared with other processes: how long one example takes says nothing.
 settings.register_profile("octav_fx", deadline=None)
 settings.load_profile("octav_fx")

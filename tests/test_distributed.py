@@ -44,6 +44,8 @@ def _start(rank: int, worker, port: int, *args) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     try:
         worker(rank, *args)
+        # The first to leave would take its connections away from the other, which gloo answers with an abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from octav_fx.errors import OctavError
+from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.graph.frames import user_line
+from octav_fx.graph.regions import regions
 from octav_fx.graph.seen_through import quiet, symbolic_isinstance, symbolic_torch, training_flags
-from octav_fx.graph.specialize import check_captured
 from octav_fx.graph.tracer import ValueTracer
+from octav_fx.graph.written import unwritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +29,34 @@ class Capture:
     depends_on_training: tuple[str, ...]
     # What the user has to know about this capture.
     notes: tuple[str, ...]
+    # Attributes that forward sets on its modules, and the graph does not.
+    stored: tuple[str, ...]
 
 
 def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
     """Trace root.forward for these arguments by name; root is in the mode to be captured.
 
-    Tensor constants that forward makes on the way become non-persistent buffers of root. Raises OctavError with the
-    user's file and line where the Python code needs data to go on.
+    Tensor constants that forward makes on the way become non-persistent buffers of root. Raises NotCaptured with
+    the user's file and line where the Python code needs data to go on.
     """
     tracer = ValueTracer(arguments)
     before = set(root.__dict__)
     try:
-        with training_flags(tracer, root), symbolic_torch(tracer), symbolic_isinstance(root), quiet():
+        with (
+            unwritten(tracer, root),
+            training_flags(tracer, root),
+            symbolic_torch(tracer),
+            symbolic_isinstance(root),
+            regions(tracer),
+            quiet(),
+        ):
             graph = tracer.trace(root)
-    except OctavError:
-        raise
     except Exception as error:
-        raise OctavError(f"capture stopped at {user_line(error)}: {type(error).__name__}: {error}") from error
+        for name in set(root.__dict__) - before:
+            delattr(root, name)
+        if isinstance(error, OctavError):
+            raise NotCaptured(str(error)) from error
+        raise NotCaptured(f"capture stopped at {user_line(error)}: {type(error).__name__}: {error}") from error
     for name in set(root.__dict__) - before:
         if isinstance(constant := root.__dict__[name], Tensor):
             delattr(root, name)
@@ -53,13 +65,13 @@ def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
         node.meta.pop("is_wrapped", None)
-    return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)), tuple(tracer.notes))
+    return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)), tuple(tracer.notes), tuple(tracer.stored))
 
 
 def _remove_unused(graph: fx.Graph) -> None:
     """Shape arithmetic and attributes that only a branch needed. Nothing that touches tensors: it could be in place."""
     for node in reversed(graph.nodes):
-        if node.users or node.op in ("placeholder", "output", "call_module") or node.target is check_captured:
+        if node.users or node.op in ("placeholder", "output", "call_module") or node.is_impure():
             continue
         if node.op == "get_attr" or not any(
             isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta["value"])

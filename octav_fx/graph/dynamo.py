@@ -11,16 +11,18 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from octav_fx.graph.descended import Descended
 from octav_fx.graph.edit import Edit, skip
 from octav_fx.graph.macs import MacCounter
-from octav_fx.graph.module import QUANTIZERS
+from octav_fx.graph.module import QUANTIZERS, QuantizedModule
 from octav_fx.graph.ops import CONTRACTIONS, module_of, op_of
-from octav_fx.graph.view import STATE
+from octav_fx.graph.view import PARAMETER, STATE
 from octav_fx.ops import FakeQuantizer
 
 # Python functions of torch that Dynamo leaves in the graph as one call, with matrix multiplications inside.
@@ -43,6 +45,16 @@ def has_quantizers(gm: fx.GraphModule) -> bool:
     return any(node.target in _QUANTIZERS for node in gm.graph.nodes)
 
 
+def within_quantized() -> bool:
+    """Whether the code that Dynamo compiles runs a quantized module: what is float there is so on purpose.
+
+    Where the user's Python breaks the graph, pieces of it have no quantizer in them.
+    """
+    local = InstructionTranslator.current_tx().output.root_tx.f_locals.values()
+    modules = [module for value in local if isinstance(value, nn.Module) for module in value.modules()]
+    return any(isinstance(module, (QuantizedModule, Descended)) for module in modules)
+
+
 def adopt(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with values where passes look for them, names on parameters and buffers, and a place for quantizers."""
     gm = _copy(gm)
@@ -51,6 +63,7 @@ def adopt(gm: fx.GraphModule) -> fx.GraphModule:
             node.meta["value"] = node.meta["example_value"]
         if node.op == "placeholder" and (name := _state_name(node)) is not None:
             node.meta[STATE] = name
+            node.meta[PARAMETER] = "._parameters[" in node._dynamo_source.name
         # L['self'].encoder.layers.0
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {k: (v[0].partition(".")[2], v[1]) for k, v in stack.items()}
@@ -150,7 +163,9 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
     The compiled function takes the hints as its last arguments, and writes the new ones into them.
     """
     graph = gm.graph
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    inputs = graph.find_nodes(op="placeholder")
+    # A graph of constants has no inputs.
+    last = inputs[-1] if inputs else graph._root
     lifted: dict[str, FakeQuantizer] = {}
     values = [node.meta.get("example_value") for node in graph.nodes]
     # That of the values: the one of the tracing context, which detect_fake_mode prefers, is another.

@@ -4,9 +4,13 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
+from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.rules import Operand
 
 
@@ -50,6 +54,18 @@ def copy_meta(source: fx.Node, target: fx.Node) -> fx.Node:
     """What is known of a node's value holds for the node that replaces it."""
     target.meta = dict(source.meta)
     return target
+
+
+def captured_call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call of a function, or of a method by its name, with its fake value and its work as a capture leaves them."""
+    node = graph.call_method(target, args) if isinstance(target, str) else graph.call_function(target, args)
+    values = fx.node.map_arg(args, lambda argument: argument.meta["value"])
+    # That of the values: in a backend the tracing context has another.
+    mode = next((leaf.fake_mode for leaf in pytree.tree_leaves(values) if isinstance(leaf, FakeTensor)), None)
+    with mode or contextlib.nullcontext(), torch.no_grad(), MacCounter() as counter:
+        node.meta["value"] = (getattr(torch.Tensor, target) if isinstance(target, str) else target)(*values)
+    node.meta["macs"] = counter.macs
+    return node
 
 
 def call_with_value(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

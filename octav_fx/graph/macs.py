@@ -1,31 +1,74 @@
-"""Multiply-accumulates, counted by torch's own FlopCounterMode while a node runs on fake tensors."""
+"""Multiply-accumulates, counted while code runs; the work of most ops is what torch's own flop counter says."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+aten = torch.ops.aten
 
 
-def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _trilinear(first: Any, weight: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+def _trilinear(first: Tensor, weight: Tensor, second: Tensor, *_: Any, **__: Any) -> int:
     """Bilinear layers: first [..., 1, I], weight [O, I, J], second [..., 1, J] after torch's expansions."""
-    return 2 * math.prod(first[:-1]) * math.prod(weight)
+    return 2 * math.prod(first.shape[:-1]) * weight.numel()
 
 
-class MacCounter(FlopCounterMode):
-    """With MacCounter() as counter: ...; counter.macs is what matmuls and convolutions inside took."""
+def _lstm_layer(x: Tensor, weight: Tensor, recurrent_weight: Tensor, *_: Any, **__: Any) -> int:
+    """One layer and direction: both weights meet each of the [T, B] vectors."""
+    return 2 * math.prod(x.shape[:-1]) * (weight.numel() + recurrent_weight.numel())
+
+
+def _grouped(mat_a: Tensor, mat_b: Tensor, *_: Any, **__: Any) -> int:
+    """Rows [S, I] times their expert's weights [E, I, O], or a batch of products [G, S, I], [G, I, O]."""
+    return 2 * mat_a.numel() * mat_b.shape[-1]
+
+
+# Missing from torch's table.
+_OURS: Final[dict[Any, Callable[..., int]]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
+    aten._trilinear: _trilinear,
+    aten.mkldnn_rnn_layer: _lstm_layer,
+    aten._grouped_mm: _grouped,
+}
+
+
+class MacCounter(TorchDispatchMode):
+    """With MacCounter() as counter: ...; counter.macs is what matmuls and convolutions inside took.
+
+    Not torch's FlopCounterMode itself, which follows modules by gradient hooks that expanded parameters cannot have.
+    """
 
     def __init__(self) -> None:
-        # Missing from torch's table: the fused attention that a CPU runs, and the product in bilinear layers.
-        aten = torch.ops.aten
-        missing = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu, aten._trilinear: _trilinear}
-        super().__init__(display=False, custom_mapping=missing)
+        super().__init__()
+        self._operations = 0
 
     @property
     def macs(self) -> int:
         """One multiply-accumulate is two operations."""
-        return int(self.get_total_flops()) // 2
+        return self._operations // 2
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op and add its work; an op without an entry counts by what it is made of."""
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet not in _OURS and packet not in flop_registry and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if packet in _OURS:
+            self._operations += _OURS[packet](*args, **kwargs)
+        elif packet in flop_registry:
+            self._operations += int(flop_registry[packet](*args, **kwargs, out_val=result))
+        return result

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from torch import fx, nn
 
-from octav_fx.errors import OctavError
+from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.graph.call import Call
 
 # Where the quantizers live in the tree.
 QUANTIZERS: Final = "quantizers"
@@ -33,7 +34,7 @@ class QuantizedModule(fx.GraphModule):
     def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
         taken = (*float_module._modules, *float_module._parameters, *float_module._buffers)
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
-            raise OctavError(
+            raise NotCaptured(
                 f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
             )
         super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
@@ -49,12 +50,22 @@ class QuantizedModule(fx.GraphModule):
             setattr(self, name, getattr(float_module, name))
         self.training = float_module.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
-        self.examples: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.examples: Call | None = None
         self._graphs = dict(graphs)
         for graph in self._graphs.values():
             graph.owning_module = self
         self.meta = dict(meta)
         self.graph = self._graphs[self.training]
+
+    @property
+    def records(self) -> list[Any]:
+        """What became of each operand, in the graph of the present mode: Records."""
+        return list(self.all_records[self.training])
+
+    @property
+    def all_records(self) -> Mapping[bool, list[Any]]:
+        """The records of each mode."""
+        return self.meta["octav"]["records"]
 
     @property
     def modes(self) -> tuple[bool, ...]:

@@ -1,6 +1,6 @@
 """Running a model once without leaving a trace."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from octav_fx.graph.call import Call, is_alike
+from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.ops import FakeQuantizer
 
@@ -16,13 +18,6 @@ def has_data(module: nn.Module, inputs: Any) -> bool:
     """Whether nothing is on the meta device, so that the module can run."""
     tensors = [*module.parameters(), *module.buffers(), *pytree.tree_leaves(inputs)]
     return not any(isinstance(t, Tensor) and t.is_meta for t in tensors)
-
-
-def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple of arguments or a dict of keyword arguments as (args, kwargs)."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -70,6 +65,71 @@ def without_quantizers(module: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             del quantizer.__dict__["forward"]
+
+
+def work(root: nn.Module, call: Call) -> list[tuple[str, int]]:
+    """Which modules multiply, the innermost each, in the order in which they do: (path, multiply-accumulates)."""
+    found: list[tuple[str, int]] = []
+    inside = [""]
+    counted = 0
+
+    def settle() -> None:
+        nonlocal counted
+        if counter.macs > counted:
+            found.append((inside[-1], counter.macs - counted))
+            counted = counter.macs
+
+    def enter(path: str) -> None:
+        settle()
+        inside.append(path)
+
+    def leave() -> None:
+        settle()
+        inside.pop()
+
+    with MacCounter() as counter, _hooked(dict(root.named_modules()), lambda path, _: enter(path), leave):
+        run_once(root, *call)
+        settle()
+    return found
+
+
+def calls_of(module: nn.Module, call: Call, children: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
+    """How a module calls its children: the first Call of each kind (is_alike) that its example leads to."""
+    found: dict[str, list[Call]] = {name: [] for name in children}
+
+    def record(name: str, made: Call) -> None:
+        if not any(is_alike(made, known) for known in found[name]):
+            # What is called may write into its inputs.
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (made.args, dict(made.kwargs)))
+            found[name].append(Call(args, kwargs))
+
+    with _hooked(children, record, lambda: None):
+        run_once(module, *call)
+    return found
+
+
+@contextmanager
+def _hooked(
+    modules: Mapping[str, nn.Module], enter: Callable[[str, Call], None], leave: Callable[[], None]
+) -> Iterator[None]:
+    """Inside, enter(path, call) runs before each call of the modules, and leave() after it."""
+    handles = []
+    for path, module in modules.items():
+        if path and not isinstance(module, torch.jit.ScriptModule):
+
+            def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                enter(path, Call(args, kwargs))
+
+            def after(_: nn.Module, args: Any, result: Any) -> None:
+                leave()
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def difference(expected: Any, found: Any) -> str | None:

@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from octav_fx.graph.attention import attention_weights
+
 aten = torch.ops.aten
 
 
@@ -48,6 +50,7 @@ CONTRACTIONS: Final = (
     Op("addmv", torch.addmv, (aten.addmv.default,), ("addmv",)),
     Op("addbmm", torch.addbmm, (aten.addbmm.default,), ("addbmm",)),
     Op("baddbmm", torch.baddbmm, (aten.baddbmm.default,), ("baddbmm",)),
+    Op("grouped_mm", F.grouped_mm, (torch._grouped_mm, aten._grouped_mm.default)),
     Op("einsum", torch.einsum, (torch.functional.einsum,)),
     Op("attention", F.scaled_dot_product_attention, (aten.scaled_dot_product_attention.default,)),
 )
@@ -65,7 +68,13 @@ OTHERS: Final = (
         (nn.Sigmoid,),
     ),
     Op("hardsigmoid", F.hardsigmoid, modules=(nn.Hardsigmoid,)),
-    Op("softmax", F.softmax, (torch.softmax, aten.softmax.int), ("softmax",), (nn.Softmax, nn.Softmax2d)),
+    Op(
+        "softmax",
+        F.softmax,
+        (torch.softmax, attention_weights, aten.softmax.int),
+        ("softmax",),
+        (nn.Softmax, nn.Softmax2d),
+    ),
     Op("softplus", F.softplus, modules=(nn.Softplus,)),
     Op("abs", torch.abs, (operator.abs,), ("abs", "abs_")),
     Op("exp", torch.exp, (), ("exp",)),

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import Tensor, fx
 
 from octav_fx.graph.frames import TORCH, caller
@@ -47,6 +48,9 @@ class ValueProxy(fx.Proxy):
                     return lambda: [(key, self[key]) for key in value]
         if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
             return getattr(value, name)
+        if isinstance(value, torch.device) and name == "type":
+            # Regions of autocast take nothing but a str.
+            return self.tracer.decide(AttributeProxy(self, name), str)
         if value is not UNKNOWN and not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return AttributeProxy(self, name)

@@ -81,6 +81,8 @@ RULES: Final = table(
     Rule("addmv", (either(1, "mat", -2), either(2, "vec", None))),
     Rule("addbmm", (either(1, "batch1", -2), either(2, "batch2", -1))),
     Rule("baddbmm", (either(1, "batch1", -2), either(2, "batch2", -1))),
+    # [rows, in] sorted by expert times [experts, in, out]: channel j of every expert shares a clip.
+    Rule("grouped_mm", (either(0, "mat_a", -2, "self", "input"), either(1, "mat_b", -1, "mat2"))),
     # The equation names no output-channel axis that every operand has.
     Rule("einsum", (either(1, "operand", None),), variadic=True),
     # The softmax output inside of a fused attention stays float; the mask is not an operand.

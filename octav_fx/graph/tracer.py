@@ -5,23 +5,26 @@ import itertools
 import os
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.amp import autocast_mode
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from octav_fx.errors import OctavError
 from octav_fx.graph.frames import TORCH, caller, user_caller
 from octav_fx.graph.macs import MacCounter
-from octav_fx.graph.ops import is_altered
+from octav_fx.graph.ops import in_place, is_altered
 from octav_fx.graph.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
+from octav_fx.graph.rebuild import is_built_around_proxies, rebuild, skeleton_of
 from octav_fx.graph.seen_through import PLAIN, plain_training
 from octav_fx.graph.specialize import check_captured
+from octav_fx.graph.view import brings_in_values, holds_tensor
 
 # torch.nn modules are leaves: they are what rules speak of, and their checks on shapes are torch's own business.
 # These are made of other modules, some of which multiply matrices, so they are traced into.
@@ -56,7 +59,11 @@ class ValueTracer(fx.Tracer):
     # Modes that Python code asked for, and what else the user has to know.
     branched_on: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    checked: set[tuple[fx.Node, Any]] = field(default_factory=set)
+    # Attributes that forward sets.
+    stored: list[str] = field(default_factory=list)
+    checked: set[tuple[fx.Node, str]] = field(default_factory=set)
+    # Whether what a node computes would get a gradient.
+    gradients: dict[fx.Node, bool] = field(default_factory=dict)
     evaluating: bool = False
     # Read by fx: buffers become proxies, not constants.
     proxy_buffer_attributes = True
@@ -80,15 +87,57 @@ class ValueTracer(fx.Tracer):
         return ValueProxy(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Arguments without tensors are Python values, with a check."""
-        self._check_signature(root_fn)
-        root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return root_fn, [self._concrete(arg) if isinstance(arg, ValueProxy) else arg for arg in args]
+        """A placeholder for each parameter of forward; arguments without tensors are Python values, with a check."""
+        # Decorators hide the parameters, and fx itself patches the code of the outermost, which has none of them.
+        parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
+        self._check_signature(parameters)
+        takes_keywords = _has(inspect.signature(root_fn, follow_wrapped=False).parameters.values(), "VAR_KEYWORD")
+        by_keyword = takes_keywords and not _has(parameters, "VAR_POSITIONAL")
+
+        def call(root: nn.Module, *values: Any) -> Any:
+            positional: list[Any] = []
+            keywords: dict[str, Any] = {}
+            for parameter, value in zip(parameters, values, strict=True):
+                match parameter.kind.name:
+                    case "VAR_POSITIONAL":
+                        positional.extend(value)
+                    case "VAR_KEYWORD":
+                        keywords |= self._further_keywords(value)
+                    case "POSITIONAL_ONLY":
+                        positional.append(value)
+                    case "POSITIONAL_OR_KEYWORD" if not by_keyword:
+                        positional.append(value)
+                    case _:
+                        keywords[parameter.name] = value
+            return root_fn(root, *positional, **keywords)
+
+        return call, [self.root, *map(self._placeholder, parameters)]
+
+    def _placeholder(self, parameter: inspect.Parameter) -> Any:
+        stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
+        default = () if stars or parameter.default is parameter.empty else (parameter.default,)
+        annotation = parameter.annotation
+        # Written into the generated code, where only names of torch and of Python are sure to be found.
+        is_known = isinstance(annotation, type) and annotation.__module__.partition(".")[0] in ("torch", "builtins")
+        proxy = self.create_proxy(
+            "placeholder",
+            stars + parameter.name,
+            default,
+            {},
+            type_expr=annotation if is_known and annotation is not parameter.empty else None,
+        )
+        return proxy if stars else self._concrete(proxy)
+
+    def _further_keywords(self, collected: Any) -> dict[str, Any]:
+        """What **kwargs held in the example call, and a check that it holds the same keywords later."""
+        keys = list(collected.value)
+        found = self.create_proxy("call_function", list, (collected,), {})
+        self._check(found.node, keys, f"further keywords of {type(self.root).__name__}.forward")
+        return {key: self._concrete(collected[key]) for key in keys}
 
     @staticmethod
-    def _check_signature(root_fn: Any) -> None:
+    def _check_signature(parameters: list[inspect.Parameter]) -> None:
         """Fx writes keyword-only parameters before *args, where a caller's positional arguments would land in them."""
-        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters.values()
         collected = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
         keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         if collected and keyword_only:
@@ -124,7 +173,17 @@ class ValueTracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (pairs,), {})
         if isinstance(a, Tensor) and id(a) in self.attributes:
             return self._attribute(self.attributes[id(a)]).node
+        if is_built_around_proxies(a):
+            return self._rebuilt(a)
         return super().create_arg(a)
+
+    def _rebuilt(self, a: Any) -> fx.Node:
+        """An object with tensors in it (a cache, a dataclass): its own copy of it in each call of the graph."""
+        skeleton, proxies = skeleton_of(a)
+        name = next(f"octav_object_{i}" for i in itertools.count() if not hasattr(self.root, f"octav_object_{i}"))
+        setattr(self.root, name, skeleton)
+        constant = self.create_node("get_attr", name, (), {})
+        return self.create_node("call_function", rebuild, (constant, [proxy.node for proxy in proxies]), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         """Calls of wrapped functions are traced through."""
@@ -132,7 +191,29 @@ class ValueTracer(fx.Tracer):
             return self._inline_attention(args, kwargs)
         if kind == "call_function" and _is_user_function(target):
             return self._inline(target, args, kwargs)
-        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        return proxy if torch.is_grad_enabled() else self._without_gradient(proxy)
+
+    def _without_gradient(self, proxy: Any) -> Any:
+        """What is computed under no_grad is a constant to autograd; so is what is detached: a graph has no modes."""
+        node, value = proxy.node, proxy.value
+        if not (isinstance(value, Tensor) and value.is_floating_point() and self._has_gradient(node)):
+            return proxy
+        if self._writes(node):
+            raise OctavError(f"{user_caller()}: forward writes into {node.args[0]} under no_grad; use detach() instead")
+        return super().create_proxy("call_method", "detach", (proxy,), {})
+
+    def _has_gradient(self, node: fx.Node) -> bool:
+        if node not in self.gradients:
+            is_cut = not holds_tensor(node) or (node.op == "call_method" and node.target == "detach")
+            self.gradients[node] = not is_cut and (
+                brings_in_values(node, self.root) or any(map(self._has_gradient, node.all_input_nodes))
+            )
+        return self.gradients[node]
+
+    def _writes(self, node: fx.Node) -> bool:
+        called = self._called(node)
+        return in_place(node) if called is None else bool(getattr(called, "inplace", False))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """self.weight in forward is a get_attr node; so is a buffer, which plain fx bakes into what is computed."""
@@ -215,7 +296,7 @@ class ValueTracer(fx.Tracer):
         for node in reversed(nodes):
             self.graph.erase_node(node)
         self.attribute_nodes = {name: node for name, node in self.attribute_nodes.items() if node not in set(nodes)}
-        self.checked = {(node, expected) for node, expected in self.checked if node not in set(nodes)}
+        self.checked = {(node, expected) for node, expected in self.checked if node not in nodes}
         del self.branched_on[mark.branches :]
 
     def decide(self, proxy: ValueProxy, kind: type) -> Any:
@@ -235,8 +316,8 @@ class ValueTracer(fx.Tracer):
         return value
 
     def _check(self, node: fx.Node, expected: Any, where: str) -> None:
-        if (node, expected) not in self.checked:
-            self.checked.add((node, expected))
+        if (key := (node, repr(expected))) not in self.checked:
+            self.checked.add(key)
             self.create_node("call_function", check_captured, (node, expected, where), {})
 
     def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
@@ -273,9 +354,10 @@ class ValueTracer(fx.Tracer):
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         match node.op:
             case "call_function":
-                # A check holds by construction here, and setitem_ on fake values of shapes only.
                 assert callable(node.target)
-                return None if node.target is check_captured else node.target(*args, **kwargs)
+                return (
+                    None if node.target in _NOT_EVALUATED else _STAND_INS.get(node.target, node.target)(*args, **kwargs)
+                )
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             case _:
@@ -285,6 +367,18 @@ class ValueTracer(fx.Tracer):
                 state = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
                 fake: dict[str, Tensor] = {name: self.fake_mode.from_tensor(tensor) for name, tensor in state.items()}
                 return torch.func.functional_call(module, fake, args, kwargs)
+
+
+def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
+    """Shape and work of rows [S, I] sorted by expert times weights [E, I, O], or of a batch of products."""
+    return torch.bmm(mat_a, mat_b) if mat_a.dim() == 3 else mat_a @ mat_b[0]
+
+
+# A check holds by construction, and regions have been entered by the code that is traced.
+_NOT_EVALUATED: Final = (check_captured, autocast_mode._enter_autocast, autocast_mode._exit_autocast)
+
+# What evaluates a function on fake tensors in its place: torch's own for this one takes bfloat16 only, kernels do not.
+_STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, torch._grouped_mm: _grouped_mm}
 
 
 def _mutable(argument: Any) -> Any:
@@ -297,9 +391,13 @@ def _mutable(argument: Any) -> Any:
 
 
 def _is_user_function(target: Any) -> bool:
-    if not isinstance(target, types.FunctionType) or target in (check_captured, setitem_):
+    if not isinstance(target, types.FunctionType) or target in (check_captured, setitem_, rebuild):
         return False
     return (target.__module__ or "torch").partition(".")[0] not in ("torch", "math", "operator", "builtins")
+
+
+def _has(parameters: Iterable[inspect.Parameter], kind: str) -> bool:
+    return any(parameter.kind.name == kind for parameter in parameters)
 
 
 def _is_stateless(module: nn.Module) -> bool:

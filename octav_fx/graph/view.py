@@ -13,6 +13,8 @@ from octav_fx.graph.ops import in_place, op_of
 
 # On a placeholder of a Dynamo graph: the name of the parameter or buffer that it stands for.
 STATE: Final = "state"
+# And whether it is a parameter.
+PARAMETER: Final = "parameter"
 
 # What these return may share memory with their first input; so may what an op of no row returns.
 _VIEWS: Final = frozenset(
@@ -31,6 +33,22 @@ def state_name(node: fx.Node) -> str | None:
 def holds_tensor(node: fx.Node) -> bool:
     """Whether the value of a captured node is or contains a tensor; sizes and flags do not."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("value")))
+
+
+def brings_in_values(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node is a parameter, a module with parameters, or an input of floating point."""
+    match node.op:
+        case "placeholder" if STATE in node.meta:
+            return bool(node.meta[PARAMETER])
+        case "placeholder":
+            leaves = pytree.tree_leaves(node.meta.get("value"))
+            return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+        case "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return name in root.get_submodule(owner)._parameters
+        case "call_module":
+            return next(root.get_submodule(str(node.target)).parameters(), None) is not None
+    return False
 
 
 def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":

@@ -82,6 +82,32 @@ def test_the_number_of_threads_changes_no_bit(kernels, threads, method, shape, d
     assert torch.equal(clips[0], clips[2])
 
 
+LONG_ROWS = {
+    "gaussian": lambda: torch.randn(70_003),
+    "two magnitudes, one of them rare": lambda: torch.cat([torch.full((70_000,), 0.5), torch.full((5,), 3e4)]),
+    "one magnitude": lambda: torch.full((9_001,), 0.7),
+    "few levels": lambda: torch.randn(20_011).round(decimals=1),
+    "ascending": lambda: torch.linspace(-1, 1, 66_001),
+    "with infinities": lambda: torch.cat([torch.randn(9_000), torch.tensor([math.inf, -math.inf, math.nan])]),
+    "beyond float": lambda: torch.randn(9_000) * 1e38,
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("kind", LONG_ROWS)
+def test_a_long_row_has_the_same_clip_to_the_bit_from_every_hint(kernels, threads, kind, signed, bits):
+    x = LONG_ROWS[kind]()
+    threads(1)
+    clip = optimal_clip(x, COLD, bits, signed, None, "octav")
+    expected = reference.optimal_clip(x.double(), COLD, bits, signed, None, "octav").float()
+    torch.testing.assert_close(clip, expected, **CLOSE)
+    for count in (1, 3):
+        threads(count)
+        for factor in (1e-9, 0.01, 0.5, 0.76, 0.95, 1, 1.05, 1.3, 100, 1e9):
+            assert torch.equal(optimal_clip(x, clip * factor, bits, signed, None, "octav"), clip), (count, factor)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dim", [None, 0, 1, 2, 3])
 def test_memory_layout_does_not_matter(method, dim):

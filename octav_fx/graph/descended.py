@@ -1,0 +1,93 @@
+"""A module that runs its own Python, over children that are quantized."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from octav_fx.errors import OctavError
+from octav_fx.graph.call import Call
+from octav_fx.graph.module import QuantizedModule
+from octav_fx.graph.record import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """What is known of a descended module."""
+
+    # Why no graph holds its forward, with the file and line that stopped the capture.
+    reason: str
+    # What its own code and its float children multiply.
+    records: tuple[Record, ...]
+    # Of the outermost one: what the whole model was quantized with. Not pickled.
+    example: Call | None = None
+
+
+class Descended:
+    """Marks such a module: descend() makes its class a subclass of its own and of this one.
+
+    isinstance, attributes, methods and keys stay those of the user's class; Dynamo's graphs name the class, by which
+    the backend sees that what is float here is so on purpose.
+    """
+
+    octav_descent: Descent
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The subclass has no name to be pickled by.
+        state = {**vars(self), "octav_descent": replace(self.octav_descent, example=None)}
+        return _restore, (type(self).__mro__[2], state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "octav_descent"}, memo))
+        copied.__dict__["octav_descent"] = self.octav_descent
+        return copied
+
+
+def outermost(q: nn.Module) -> nn.Module:
+    """The module that quantize() returned, in whatever it is wrapped. Raises OctavError unless there is exactly one."""
+    found = [module for module in q.modules() if isinstance(module, (QuantizedModule, Descended))]
+    if not found:
+        raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
+    inside = set(found[0].modules())
+    if others := sum(module not in inside for module in found):
+        raise OctavError(
+            f"{type(q).__name__} holds {others + 1} modules that octav_fx.quantize returned, a table shows one"
+        )
+    return found[0]
+
+
+def example_of(quantized: nn.Module) -> Call | None:
+    """The inputs that quantize() was given."""
+    if isinstance(quantized, QuantizedModule):
+        return quantized.examples
+    return quantized.octav_descent.example if isinstance(quantized, Descended) else None
+
+
+def floats(quantized: nn.Module) -> list[Record]:
+    """What descended modules multiply in float, each once."""
+    found = [r for m in quantized.modules() if isinstance(m, Descended) for r in m.octav_descent.records]
+    return list(dict.fromkeys(found))
+
+
+def by_parts(quantized: nn.Module) -> list[str]:
+    """A line for each module that runs its own Python, and why."""
+    found = {name: m for name, m in quantized.named_modules() if isinstance(m, Descended)}
+    return [f"{name or 'the model'}: in parts, because {m.octav_descent.reason}" for name, m in found.items()]
+
+
+def descend(module: nn.Module, descent: Descent) -> nn.Module:
+    """The same module, marked."""
+    kind = type(module)
+    if not isinstance(module, Descended):
+        module.__class__ = type(kind.__name__, (Descended, kind), {"__module__": kind.__module__})
+    module.__dict__["octav_descent"] = descent
+    return module
+
+
+def _restore(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = kind.__new__(kind)
+    module.__dict__.update({k: v for k, v in state.items() if k != "octav_descent"})
+    return descend(module, state["octav_descent"])

@@ -1,0 +1,195 @@
+"""Capture that does not give up: a module in one graph; else its children, each by the same ladder.
+
+What no rung reaches stays float, runs as it did, and is a record with its reason.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from octav_fx.config import Config
+from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.graph.call import Call
+from octav_fx.graph.descended import Descended, Descent, descend
+from octav_fx.graph.module import QuantizedModule, quantized_modules
+from octav_fx.graph.observe import calls_of, difference, run_once, without_quantizers, work
+from octav_fx.graph.ops import CONTRACTIONS, op_of_module
+from octav_fx.graph.record import Record
+from octav_fx.ops import FakeQuantizer
+from octav_fx.whole import Position, check_captured, whole
+
+
+@dataclass
+class Ladder:
+    """One climb: what holds for the whole model, and what was found on the way."""
+
+    config: Config
+    # Which modules multiply and how much, in the order in which they do; known from the first descent on.
+    work: list[tuple[str, int]] = field(default_factory=list)
+    # By identity of the float module: one that is reached by two ways is quantized once.
+    done: dict[int, nn.Module] = field(default_factory=dict)
+
+    def climb(self, module: nn.Module, calls: list[Call], path: str = "") -> nn.Module:
+        """The module quantized for these calls, the first of which is the example; itself, changed, after a descent.
+
+        Raises NotCaptured where not one multiplication below the module could be quantized.
+        """
+        if id(module) not in self.done:
+            try:
+                self.done[id(module)] = self._whole(module, calls, path)
+            except NotCaptured as reason:
+                self.done[id(module)] = self._descend(module, calls, path, str(reason))
+        return self.done[id(module)]
+
+    def _whole(self, module: nn.Module, calls: list[Call], path: str) -> QuantizedModule:
+        position = Position()
+        if self.work:
+            is_op, first, last = op_of_module(module) is not None, self.work[0][0], self.work[-1][0]
+            position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
+        quantized = whole(module, calls[0], self.config, position)
+        for call in calls:
+            check_captured(quantized, call)
+        return quantized
+
+    def _descend(self, module: nn.Module, calls: list[Call], path: str, reason: str) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotCaptured(reason)
+        if not self.work:
+            try:
+                self.work = work(module, calls[0])
+            except Exception as error:
+                raise NotCaptured(f"{reason}; the model itself fails on these inputs, too: {error}") from error
+        expected = [run_once(module, *call) for call in calls]
+        children = self._children(module, calls[0], path)
+        floats: list[Record] = []
+        placed: list[str] = []
+        for name, (child, its_calls) in children.items():
+            below = _join(path, name)
+            try:
+                quantized = self.climb(child, its_calls, below)
+                _check_quantizes(quantized)
+                _set(module, name, quantized)
+                placed.append(name)
+            except NotCaptured as why:
+                self.done.pop(id(child), None)
+                floats.append(Record(below, type(child).__name__, None, (), self._macs(below), None, str(why)))
+        if _fault(module, calls, expected) is not None:
+            floats += self._replace_misfits(module, {name: children[name] for name in placed}, calls, expected, path)
+        if not any(isinstance(m, FakeQuantizer) for m in module.modules()):
+            raise NotCaptured(reason)
+        if own := sum(macs for at, macs in self.work if at == path):
+            floats.insert(0, Record(path or "forward", type(module).__name__, None, (), own, None, reason))
+        return descend(module, Descent(reason, tuple(floats)))
+
+    def _replace_misfits(
+        self,
+        module: nn.Module,
+        children: dict[str, tuple[nn.Module, list[Call]]],
+        calls: list[Call],
+        expected: list[Any],
+        path: str,
+    ) -> list[Record]:
+        """Only the call of a child is captured, and the code around it may use more: then its own children have to do.
+
+        Returns records of what stays float because of that.
+        """
+        for name, (child, _) in children.items():
+            _set(module, name, child)
+        floats = []
+        for name, (child, its_calls) in children.items():
+            below, quantized = _join(path, name), self.done.pop(id(child))
+            _set(module, name, quantized)
+            if (fault := _fault(module, calls, expected)) is None:
+                self.done[id(child)] = quantized
+                continue
+            _set(module, name, child)
+            try:
+                if quantized is not child:
+                    self.done[id(child)] = self._descend(child, its_calls, below, f"the code around it: {fault}")
+                if fault := _fault(module, calls, expected):
+                    raise OctavError(f"{below}: with its parts quantized, the code around it fails: {fault}")
+            except NotCaptured as why:
+                floats.append(Record(below, type(child).__name__, None, (), self._macs(below), None, str(why)))
+        return floats
+
+    def _children(self, module: nn.Module, call: Call, path: str) -> dict[str, tuple[nn.Module, list[Call]]]:
+        """The children that multiply, by name, and their calls; of a mere container, its children (`blocks.0`)."""
+
+        def working(within: str, parent: nn.Module) -> dict[str, nn.Module]:
+            named = {_join(within, name): child for name, child in parent.named_children()}
+            return {name: child for name, child in named.items() if self._macs(_join(path, name))}
+
+        children = working("", module)
+        while True:
+            calls = calls_of(module, call, children)
+            containers = [name for name in children if not calls[name]]
+            if not containers:
+                return {name: (child, calls[name]) for name, child in children.items()}
+            for name in containers:
+                children |= working(name, children.pop(name))
+
+    def _macs(self, path: str) -> int:
+        return sum(macs for at, macs in self.work if _is_at(at, path))
+
+
+def quantized_by_parts(model: nn.Module, example: Call, config: Config) -> nn.Module:
+    """The model, one graph where one holds all of it; raises OctavError where nothing of it can be quantized."""
+    ladder = Ladder(config)
+    contractions = _contractions(model)
+    quantized = ladder.climb(model, [example])
+    if isinstance(quantized, QuantizedModule):
+        quantized.examples = example
+        return quantized
+    _tie(quantized, ladder.done)
+    assert isinstance(quantized, Descended)
+    descent = quantized.octav_descent
+    ran = {path for path, _ in ladder.work}
+    why = "not called for the example inputs"
+    idle = [Record(path, kind, None, (), 0, None, why) for path, kind in contractions.items() if path not in ran]
+    return descend(quantized, Descent(descent.reason, (*descent.records, *idle), example))
+
+
+def _contractions(model: nn.Module) -> dict[str, str]:
+    """The modules that are a matmul or a convolution: path -> class."""
+    return {path: type(m).__name__ for path, m in model.named_modules() if op_of_module(m) in CONTRACTIONS}
+
+
+def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
+    """Put the quantized module wherever its float one is: a module may have several parents."""
+    for parent in list(root.modules()):
+        if not isinstance(parent, QuantizedModule):
+            for name, child in parent._modules.items():
+                if child is not None and id(child) in done:
+                    parent._modules[name] = done[id(child)]
+
+
+def _check_quantizes(quantized: nn.Module) -> None:
+    if not any(isinstance(m, FakeQuantizer) for m in quantized.modules()):
+        why = next(record.reason for part in quantized_modules(quantized) for record in part.records)
+        raise NotCaptured(str(why))
+
+
+def _fault(module: nn.Module, calls: list[Call], expected: list[Any]) -> str | None:
+    """How a module with quantized children, its quantizers aside, differs from the float one; None if it does not."""
+    try:
+        with without_quantizers(module):
+            found = [run_once(module, *call) for call in calls]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return next((detail for e, f in zip(expected, found, strict=True) if (detail := difference(e, f))), None)
+
+
+def _set(module: nn.Module, path: str, child: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    module.get_submodule(owner)._modules[name] = child
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _is_at(path: str, place: str) -> bool:
+    return not place or path == place or path.startswith(place + ".")
