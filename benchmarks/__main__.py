@@ -21,9 +21,10 @@ def main() -> None:
     parser.add_argument("name", choices=sorted([*_BENCHMARKS, "zoo"]))
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--limit", type=float, help="seconds of a batch of the zoo (default: all of it at once)")
+    parser.add_argument("--only", default="*", help="glob of library/name in the zoo, such as 'timm/test_*'")
     arguments = parser.parse_args()
     if arguments.name == "zoo":
-        zoo.main(arguments.limit)
+        zoo.main(arguments.limit, arguments.only)
     else:
         _BENCHMARKS[arguments.name](arguments.rounds)
 

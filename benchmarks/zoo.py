@@ -4,6 +4,7 @@ A process and a time limit for each model. Each result is kept at once, and what
 octav_fx or passes change, so that a run can be stopped anywhere and goes on where it was.
 """
 
+import fnmatch
 import hashlib
 import re
 import time
@@ -25,17 +26,24 @@ _LIBRARIES = ("transformers", "timm", "torchvision")
 Row = dict[str, Any]
 
 
-def main(limit: float | None) -> None:
-    """Measure what is not in results/zoo.json yet, starting nothing that might take longer than limit seconds."""
+def main(limit: float | None, only: str = "*") -> None:
+    """Measure what is not in results/zoo.json yet, starting nothing that might take longer than limit seconds.
+
+    only: a glob of "library/name".
+    """
     end = float("inf") if limit is None else time.monotonic() + limit
-    sources, entries = _sources(), zoo_models.entries()
-    rows = {(row["library"], row["name"]): row for row in _kept() if row["sources"] == sources}
+    sources, entries, kept = _sources(), zoo_models.entries(), _kept()
+    # Of a library that is not installed here, rows and version stay.
+    versions = {**kept["versions"], **{library: version(library) for library in {e.library for e in entries}}}
+    rows = {(row["library"], row["name"]): row for row in kept["rows"] if row["sources"] == sources}
     left = [entry for entry in entries if (entry.library, entry.name) not in rows]
-    while left and time.monotonic() + MODEL_LIMIT <= end:
-        entry = left.pop(0)
+    chosen = [entry for entry in left if fnmatch.fnmatch(f"{entry.library}/{entry.name}", only)]
+    while chosen and time.monotonic() + MODEL_LIMIT <= end:
+        left.remove(entry := chosen.pop(0))
         rows[entry.library, entry.name] = row = measured(entry, sources)
         print(row["library"], row["name"], row.get("captured"), row.get("stopped", ""), flush=True)
-        _write([rows[e.library, e.name] for e in entries if (e.library, e.name) in rows])
+        setting = {"bits": 4, "seconds per model": MODEL_LIMIT}
+        result.write("zoo", {"setting": setting, "versions": versions, "rows": list(rows.values())})
     show(list(rows.values()))
     if left:
         print(f"\n{len(left)} of {len(entries)} models are left: run it again")
@@ -118,10 +126,5 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
 
-def _kept() -> list[Row]:
-    return list(result.read("zoo")["rows"]) if (result.RESULTS / "zoo.json").exists() else []
-
-
-def _write(rows: list[Row]) -> None:
-    versions = {library: version(library) for library in sorted({row["library"] for row in rows})}
-    result.write("zoo", {"setting": {"bits": 4, "seconds per model": MODEL_LIMIT}, "versions": versions, "rows": rows})
+def _kept() -> dict[str, Any]:
+    return result.read("zoo") if (result.RESULTS / "zoo.json").exists() else {"versions": {}, "rows": []}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 MODELS: Final = {
     "beit": ("beit_base_patch16_224", 224),
-    "byoanet": ("halonet_h1", 128),
+    "byoanet": ("halonet_h1", 256),
     "byobnet": ("test_byobnet", 128),
     "cait": ("cait_xxs24_224", 224),
     "coat": ("coat_tiny", 224),
