@@ -3,7 +3,7 @@
 What no rung reaches stays float, runs as it did, and is a record with its reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,6 @@ class Ladder:
 def quantized_by_parts(model: nn.Module, example: Call, config: Config) -> nn.Module:
     """The model, one graph where one holds all of it; raises OctavError where nothing of it can be quantized."""
     ladder = Ladder(config)
-    contractions = _contractions(model)
     quantized = ladder.climb(model, [example])
     if isinstance(quantized, QuantizedModule):
         quantized.examples = example
@@ -147,14 +146,20 @@ def quantized_by_parts(model: nn.Module, example: Call, config: Config) -> nn.Mo
     assert isinstance(quantized, Descended)
     descent = quantized.octav_descent
     ran = {path for path, _ in ladder.work}
-    why = "not called for the example inputs"
-    idle = [Record(path, kind, None, (), 0, None, why) for path, kind in contractions.items() if path not in ran]
+    idle = [
+        Record(path, type(module).__name__, None, (), 0, None, "not called for the example inputs")
+        for path, module in _outside(quantized)
+        if path not in ran and op_of_module(module) in CONTRACTIONS
+    ]
     return descend(quantized, Descent(descent.reason, (*descent.records, *idle), example))
 
 
-def _contractions(model: nn.Module) -> dict[str, str]:
-    """The modules that are a matmul or a convolution: path -> class."""
-    return {path: type(m).__name__ for path, m in model.named_modules() if op_of_module(m) in CONTRACTIONS}
+def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules below that no graph holds, with their paths."""
+    for name, child in module.named_children():
+        if not isinstance(child, QuantizedModule):
+            yield _join(path, name), child
+            yield from _outside(child, _join(path, name))
 
 
 def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:

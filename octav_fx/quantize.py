@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
@@ -81,8 +82,11 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    # What forward has left on a trained model, a table with its history, cannot be copied as it is.
+    kept = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise OctavError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy), and quantize changes only a copy: {error}"
