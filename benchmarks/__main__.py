@@ -2,9 +2,10 @@
 
 import argparse
 
-from benchmarks import compile, cost, demo, graphs, memory, readme, step, zoo
+from benchmarks import capture, compile, cost, demo, graphs, memory, readme, step, zoo
 
 _BENCHMARKS = {
+    "capture": capture.main,
     "compile": compile.main,
     "cost": cost.main,
     "demo": demo.main,
