@@ -2,9 +2,10 @@
 
 import argparse
 
-from benchmarks import compile, cost, demo, graphs, memory, readme, step
+from benchmarks import capture, compile, cost, demo, graphs, memory, readme, step, zoo
 
 _BENCHMARKS = {
+    "capture": capture.main,
     "compile": compile.main,
     "cost": cost.main,
     "demo": demo.main,
@@ -18,10 +19,15 @@ _BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev bench", description="Run a benchmark.")
-    parser.add_argument("name", choices=_BENCHMARKS)
+    parser.add_argument("name", choices=sorted([*_BENCHMARKS, "zoo"]))
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--limit", type=float, help="seconds of a batch of the zoo (default: all of it at once)")
+    parser.add_argument("--only", default="*", help="glob of library/name in the zoo, such as 'timm/test_*'")
     arguments = parser.parse_args()
-    _BENCHMARKS[arguments.name](arguments.rounds)
+    if arguments.name == "zoo":
+        zoo.main(arguments.limit, arguments.only)
+    else:
+        _BENCHMARKS[arguments.name](arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """octav_fx: quantization-aware training at float speed, for anyone's PyTorch model, in one line."""
 
 from octav_fx.config import Config
+from octav_fx.convert import convert
+from octav_fx.deployment import DeployedRow, Deployment, deployment
 from octav_fx.errors import OctavError
+from octav_fx.export import export_onnx
+from octav_fx.freeze import calibrate, freeze, unfreeze
 from octav_fx.numeric import fake_quantize, optimal_clip
 from octav_fx.quantize import float_mode, quantize
 from octav_fx.report import Coverage, Row, coverage, rows, table
@@ -10,14 +14,22 @@ from octav_fx.version import __version__
 __all__ = [
     "Config",
     "Coverage",
+    "DeployedRow",
+    "Deployment",
     "OctavError",
     "Row",
     "__version__",
+    "calibrate",
+    "convert",
     "coverage",
+    "deployment",
+    "export_onnx",
     "fake_quantize",
     "float_mode",
+    "freeze",
     "optimal_clip",
     "quantize",
     "rows",
     "table",
+    "unfreeze",
 ]

@@ -5,10 +5,14 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 
 from octav_fx import demo, zoo
 from octav_fx.config import Config
+from octav_fx.deployment import deployment
 from octav_fx.errors import OctavError
+from octav_fx.export import export_onnx
+from octav_fx.freeze import calibrate, freeze
 from octav_fx.quantize import quantize
 from octav_fx.report import table
 
@@ -32,16 +36,28 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--seed", type=int, default=0)
     shown.set_defaults(run=lambda options: demo.main(options.epochs, options.seed))
     tabled = commands.add_parser("table", help="print the table of a model with random weights on random inputs")
-    tabled.add_argument("model", help='a torchvision name ("resnet18") or "package.module:callable"')
-    tabled.add_argument("--input", default="1x3x224x224", help="shape of the input (default 1x3x224x224)")
-    tabled.add_argument("--weight-bits", type=int, default=4)
-    tabled.add_argument("--activation-bits", type=int, default=4)
-    tabled.add_argument("--clip", default="octav")
-    tabled.set_defaults(run=_table)
+    tabled.set_defaults(run=lambda options: print(table(_quantized(options)[0])))
+    exported = commands.add_parser("export", help="write a model as integers in ONNX, and compare what it computes")
+    exported.add_argument("--onnx", required=True, metavar="PATH", help="the file to write")
+    exported.set_defaults(run=_export)
+    for command in (tabled, exported):
+        command.add_argument("model", help='a torchvision name ("resnet18") or "package.module:callable"')
+        command.add_argument("--input", default="1x3x224x224", help="shape of the input (default 1x3x224x224)")
+        command.add_argument("--weight-bits", type=int, default=4)
+        command.add_argument("--activation-bits", type=int, default=4)
+        command.add_argument("--clip", default="octav")
     return parser
 
 
-def _table(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> None:
+    """Clips are static, of the same random inputs: a trained model is calibrated in Python, or built by a callable."""
+    q, x = _quantized(options)
+    freeze(calibrate(q, [x]))
+    export_onnx(q, x, options.onnx)
+    print(deployment(q, x, options.onnx))
+
+
+def _quantized(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     try:
         shape = [int(size) for size in options.input.split("x")]
     except ValueError:
@@ -49,7 +65,8 @@ def _table(options: argparse.Namespace) -> None:
     config = Config(weight_bits=options.weight_bits, activation_bits=options.activation_bits, clip=options.clip)
     torch.manual_seed(0)
     model = zoo.load(options.model).eval()
-    print(table(quantize(model, torch.randn(shape), config)))
+    x = torch.randn(shape)
+    return quantize(model, x, config), x
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 What no rung reaches stays float, runs as it did, and is a record with its reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.graph.descended import Descended, Descent, descend, parts
-from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import Call, calls_of, difference, run_once, without_quantizers, work
+from octav_fx.graph.call import Call
+from octav_fx.graph.descended import Descended, Descent, descend
+from octav_fx.graph.module import QuantizedModule, quantized_modules
+from octav_fx.graph.observe import calls_of, difference, run_once, without_quantizers, work
 from octav_fx.graph.ops import CONTRACTIONS, op_of_module
 from octav_fx.graph.record import Record
 from octav_fx.ops import FakeQuantizer
@@ -61,7 +62,7 @@ class Ladder:
                 self.work = work(module, calls[0])
             except Exception as error:
                 raise NotCaptured(f"{reason}; the model itself fails on these inputs, too: {error}") from error
-        expected = [run_once(module, call.args, call.kwargs) for call in calls]
+        expected = [run_once(module, *call) for call in calls]
         children = self._children(module, calls[0], path)
         floats: list[Record] = []
         placed: list[str] = []
@@ -137,23 +138,28 @@ class Ladder:
 def quantized_by_parts(model: nn.Module, example: Call, config: Config) -> nn.Module:
     """The model, one graph where one holds all of it; raises OctavError where nothing of it can be quantized."""
     ladder = Ladder(config)
-    contractions = _contractions(model)
     quantized = ladder.climb(model, [example])
     if isinstance(quantized, QuantizedModule):
-        quantized.examples = (example.args, dict(example.kwargs))
+        quantized.examples = example
         return quantized
     _tie(quantized, ladder.done)
     assert isinstance(quantized, Descended)
     descent = quantized.octav_descent
     ran = {path for path, _ in ladder.work}
-    why = "not called for the example inputs"
-    idle = [Record(path, kind, None, (), 0, None, why) for path, kind in contractions.items() if path not in ran]
+    idle = [
+        Record(path, type(module).__name__, None, (), 0, None, "not called for the example inputs")
+        for path, module in _outside(quantized)
+        if path not in ran and op_of_module(module) in CONTRACTIONS
+    ]
     return descend(quantized, Descent(descent.reason, (*descent.records, *idle), example))
 
 
-def _contractions(model: nn.Module) -> dict[str, str]:
-    """The modules that are a matmul or a convolution: path -> class."""
-    return {path: type(m).__name__ for path, m in model.named_modules() if op_of_module(m) in CONTRACTIONS}
+def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules below that no graph holds, with their paths."""
+    for name, child in module.named_children():
+        if not isinstance(child, QuantizedModule):
+            yield _join(path, name), child
+            yield from _outside(child, _join(path, name))
 
 
 def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
@@ -167,7 +173,7 @@ def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
 
 def _check_quantizes(quantized: nn.Module) -> None:
     if not any(isinstance(m, FakeQuantizer) for m in quantized.modules()):
-        why = next(record.reason for part in parts(quantized) for record in part.records)
+        why = next(record.reason for part in quantized_modules(quantized) for record in part.records)
         raise NotCaptured(str(why))
 
 
@@ -175,7 +181,7 @@ def _fault(module: nn.Module, calls: list[Call], expected: list[Any]) -> str | N
     """How a module with quantized children, its quantizers aside, differs from the float one; None if it does not."""
     try:
         with without_quantizers(module):
-            found = [run_once(module, call.args, call.kwargs) for call in calls]
+            found = [run_once(module, *call) for call in calls]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return next((detail for e, f in zip(expected, found, strict=True) if (detail := difference(e, f))), None)

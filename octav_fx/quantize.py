@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
-from octav_fx.graph.descended import floats, parts
-from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import Call, has_data, run_once
+from octav_fx.graph.call import as_call
+from octav_fx.graph.descended import floats
+from octav_fx.graph.module import QuantizedModule, quantized_modules
+from octav_fx.graph.observe import has_data, run_once
 from octav_fx.graph.record import Record
 from octav_fx.ladder import quantized_by_parts
 from octav_fx.whole import arguments_of
@@ -39,26 +41,24 @@ def quantize(
     """
     config = Config() if config is None else config
     _check_model(model)
-    example = _as_call(example_inputs)
+    example = as_call(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
     quantized = quantized_by_parts(_copy(model), example, config)
-    graphs = parts(quantized)
+    graphs = quantized_modules(quantized)
     _check_overrides(config, [row for part in graphs for mode in part.all_records.values() for row in mode])
     if strict:
         _check_strict([*floats(quantized), *(row for part in graphs for row in part.records)])
-    if has_data(quantized, (example.args, example.kwargs)):
-        run_once(quantized, example.args, example.kwargs)
+    if has_data(quantized, example):
+        run_once(quantized, *example)
     return quantized
 
 
 @contextmanager
 def float_mode(q: nn.Module) -> Iterator[None]:
     """Inside, q and every quantized module in it compute what the float model computes, bit for bit."""
-    if not parts(q):
-        raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
     with ExitStack() as stack:
-        for module in parts(q):
+        for module in quantized_modules(q):
             stack.enter_context(module.as_float())
         yield
 
@@ -81,15 +81,12 @@ def _check_model(model: nn.Module) -> None:
             raise OctavError(f"{name} has no shape yet: run the model once before quantizing it")
 
 
-def _as_call(example_inputs: Any) -> Call:
-    if isinstance(example_inputs, Mapping):
-        return Call((), dict(example_inputs))
-    return Call(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,))
-
-
 def _copy(model: nn.Module) -> nn.Module:
+    # What forward has left on a trained model, a table with its history, cannot be copied as it is.
+    kept = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise OctavError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy), and quantize changes only a copy: {error}"

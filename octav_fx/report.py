@@ -9,9 +9,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from octav_fx.graph.descended import by_parts, example_of, floats, outermost, parts
-from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import Call, has_data, run_once
+from octav_fx.graph.call import as_call
+from octav_fx.graph.descended import by_parts, example_of, floats, outermost
+from octav_fx.graph.module import QuantizedModule, quantized_modules
+from octav_fx.graph.observe import has_data, run_once
 from octav_fx.graph.record import Record
 from octav_fx.ops import FakeQuantizer
 from octav_fx.quant.axis import along
@@ -130,13 +131,14 @@ def table(q: nn.Module, example_inputs: Any = None) -> str:
     text += f"\n\nquantized: {share:.2%} of {_si(covered.total_macs)} MACs"
     if covered.skipped:
         text += f"; {len(covered.skipped)} nodes keep float operands"
-    notes = [*by_parts(outermost(q)), *(n for part in parts(outermost(q)) for n in part.meta["octav"]["notes"])]
-    return "\n".join([text, *dict.fromkeys(notes)])
+    quantized = outermost(q)
+    own = [note for part in quantized_modules(quantized) for note in part.meta["octav"]["notes"]]
+    return "\n".join([text, *by_parts(quantized), *dict.fromkeys(own)])
 
 
 def _records(quantized: nn.Module) -> list[tuple[QuantizedModule | None, Record]]:
     """Each record and the graph it is of; None for what no graph holds."""
-    found = [(part, record) for part in parts(quantized) for record in part.records]
+    found = [(part, record) for part in quantized_modules(quantized) for record in part.records]
     return [*found, *((None, record) for record in floats(quantized))]
 
 
@@ -146,13 +148,8 @@ def _total(found: list[Record]) -> int:
 
 def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
     """Statistics by quantizer, from one forward; empty where there is nothing to run on."""
-    if example_inputs is None:
-        call = example_of(q)
-    elif isinstance(example_inputs, Mapping):
-        call = Call((), example_inputs)
-    else:
-        call = Call(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
-    if call is None or not has_data(q, (call.args, call.kwargs)):
+    call = example_of(q) if example_inputs is None else as_call(example_inputs)
+    if call is None or not has_data(q, call):
         return {}
     found: dict[nn.Module, _Statistics] = {}
 
@@ -162,7 +159,7 @@ def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
 
     handles = [m.register_forward_hook(record) for m in q.modules() if isinstance(m, FakeQuantizer)]
     try:
-        run_once(q, call.args, call.kwargs)
+        run_once(q, *call)
     finally:
         for handle in handles:
             handle.remove()
@@ -170,7 +167,7 @@ def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
 
 
 def _statistics(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> _Statistics:
-    spec, clip = quantizer.spec, quantizer.hint
+    spec, clip = quantizer.spec, quantizer.used
     finite = x.isfinite()
     grid = Grid(spec.bits, spec.signed)
     bound = along(clip, x, spec.dim)

@@ -9,9 +9,10 @@ from torch import fx, nn
 
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.graph.call import Call
 from octav_fx.graph.capture import Capture, capture
 from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import Call, difference, has_data, run_once, without_quantizers
+from octav_fx.graph.observe import difference, has_data, run_once, without_quantizers
 from octav_fx.graph.pipeline import run
 from octav_fx.graph.record import records
 from octav_fx.ops import Spec
@@ -79,13 +80,13 @@ def check_captured(quantized: QuantizedModule, call: Call) -> None:
 
     Raises NotCaptured where it does not; does nothing without data (meta device).
     """
-    if not has_data(quantized, (call.args, call.kwargs)):
+    if not has_data(quantized, call):
         return
     with quantized.as_float():
-        expected = run_once(quantized, call.args, call.kwargs)
+        expected = run_once(quantized, *call)
     try:
         with without_quantizers(quantized):
-            found = run_once(quantized, call.args, call.kwargs)
+            found = run_once(quantized, *call)
     except OctavError as error:
         raise NotCaptured(str(error)) from error
     if detail := difference(expected, found):
@@ -109,9 +110,9 @@ def _graphs(module: nn.Module, example: Call) -> tuple[dict[bool, fx.Graph], str
     """A graph for each mode; why the other mode has none, if it needs its own and cannot be captured; notes."""
     mode = module.training
     captured = _capture(module, example, mode)
-    if captured.stored and has_data(module, (example.args, example.kwargs)):
+    if captured.stored and has_data(module, example):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        run_once(module, example.args, example.kwargs)
+        run_once(module, *example)
         captured = _capture(module, example, mode)
     notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
     graphs = {mode: captured.graph, (not mode): captured.graph}

@@ -8,10 +8,14 @@ from typing import Any, Final
 from octav_fx.passes.canonicalize import canonicalize
 from octav_fx.passes.filters_channels_last import filters_channels_last
 from octav_fx.passes.fold_batchnorm import fold_batchnorm
+from octav_fx.passes.fold_factors import fold_factors
+from octav_fx.passes.fold_statistics import fold_statistics
 from octav_fx.passes.quantize_operands import Choose, Place, quantize_operands
 from octav_fx.passes.save_codes import save_codes
 from octav_fx.passes.share_quantizers import share_quantizers
 from octav_fx.passes.split_attention import split_attention
+from octav_fx.passes.static_quantizers import static_quantizers
+from octav_fx.passes.store_codes import store_codes
 
 # The order in which quantize() runs them.
 PREPARE: Final[tuple[Any, ...]] = (
@@ -29,7 +33,21 @@ LOWER: Final[tuple[Any, ...]] = (
     filters_channels_last,  # after save_codes, whose fake_quantize of a weight it replaces
 )
 
+# What convert() runs on the eval graph of a frozen model.
+CONVERT: Final[tuple[Any, ...]] = (
+    store_codes,  # first: it tells weights from activations by what their quantizers read
+    static_quantizers,  # the quantizers that are left
+    fold_statistics,  # any time: no code depends on it
+)
+
+# What export_onnx() runs on the converted model.
+EXPORT: Final[tuple[Any, ...]] = (
+    fold_factors,  # runtimes fuse a convolution with what follows only where nothing stands between them
+)
+
 __all__ = [
+    "CONVERT",
+    "EXPORT",
     "LOWER",
     "PREPARE",
     "Choose",
@@ -37,8 +55,12 @@ __all__ = [
     "canonicalize",
     "filters_channels_last",
     "fold_batchnorm",
+    "fold_factors",
+    "fold_statistics",
     "quantize_operands",
     "save_codes",
     "share_quantizers",
     "split_attention",
+    "static_quantizers",
+    "store_codes",
 ]

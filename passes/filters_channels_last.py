@@ -53,7 +53,9 @@ def _rewrite(graph: fx.Graph, node: fx.Node, w: fx.Node) -> None:
     assert isinstance(clip, fx.Node)
     channels, inputs, *spatial = w.meta["val"].shape
     positions = w.meta["val"][0, 0].numel()
-    with graph.inserting_before(clip):
+    # The clip of a frozen quantizer is an input of the graph.
+    solved = clip.target is octav.optimal_clip.default
+    with graph.inserting_before(clip if solved else node):
         # Not view: Inductor wants whatever a convolution is computed from channels last, but leaves inputs of
         # as_strided as they are.
         rows = call_with_value(
@@ -63,7 +65,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, w: fx.Node) -> None:
             [channels, inputs, positions],
             [inputs * positions, positions, 1],
         )
-    clip.update_arg(0, rows)
+    if solved:
+        clip.update_arg(0, rows)
     with graph.inserting_before(node):
         quantized = call_with_value(graph, octav.fake_quantize_filters.default, rows, clip, bits, signed)
         shaped = call_with_value(graph, aten.view.default, quantized, [channels, *spatial, inputs])

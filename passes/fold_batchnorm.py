@@ -69,7 +69,7 @@ def fold_batchnorm(gm: fx.GraphModule) -> list[Edit]:
 
 def refusal(norm: fx.Node) -> str | None:
     """Why this batch norm stays, or None."""
-    if reason := _refusal_of_module(norm) if norm.op == "call_module" else _refusal_of_call(norm):
+    if reason := keeps_statistics(norm):
         return reason
     feeder = norm.args[0] if norm.args else norm.kwargs.get("input")
     op = op_of(feeder) if isinstance(feeder, fx.Node) else None
@@ -83,6 +83,11 @@ def refusal(norm: fx.Node) -> str | None:
     if value.dim() != (2 if op.name == "linear" else 2 + int(op.name[-2])):
         return f"not folded: {site_of(feeder)} does not have its channels in dimension 1, shape {tuple(value.shape)}"
     return None
+
+
+def keeps_statistics(norm: fx.Node) -> str | None:
+    """Why the statistics of this batch norm are not those of eval mode, known beforehand; or None."""
+    return _refusal_of_module(norm) if norm.op == "call_module" else _refusal_of_call(norm)
 
 
 def _refusal_of_module(norm: fx.Node) -> str | None:
@@ -110,7 +115,8 @@ _ARGUMENTS: Final = {
 }
 
 
-def _arguments(norm: fx.Node) -> dict[str, Any]:
+def arguments_of(norm: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of F.batch_norm by name, defaults included."""
     given = dict(zip(_ARGUMENTS, norm.args, strict=False))
     return {**_ARGUMENTS, **given, **norm.kwargs}
 
@@ -118,7 +124,7 @@ def _arguments(norm: fx.Node) -> dict[str, Any]:
 def _refusal_of_call(norm: fx.Node) -> str | None:
     if norm.target is torch.batch_norm:
         return "not folded: torch.batch_norm takes its arguments in another order than F.batch_norm"
-    found = _arguments(norm)
+    found = arguments_of(norm)
     if found["training"] is not False:
         return "not folded: training mode"
     if any(isinstance(found[kind], fx.Node) and state_name(found[kind]) is None for kind in _STATE):
@@ -135,7 +141,7 @@ _STATE: Final = ("weight", "bias", "running_mean", "running_var")
 def _state(feeder: fx.Node, norm: fx.Node) -> tuple[list[fx.Node | None], float]:
     """gamma, beta, mean and var as nodes before the feeder, and eps."""
     if norm.op == "call_function":
-        found = _arguments(norm)
+        found = arguments_of(norm)
         nodes = [found[kind] for kind in _STATE]
         for node in nodes:
             if node is not None and node > feeder:

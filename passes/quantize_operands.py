@@ -21,7 +21,7 @@ from octav_fx.graph.module import QUANTIZERS
 from octav_fx.graph.ops import module_of, op_of
 from octav_fx.graph.rules import RULES, Operand, Role, Rule
 from octav_fx.graph.signedness import nonnegative
-from octav_fx.graph.view import brings_in_values, downstream, static, tensor_flow
+from octav_fx.graph.view import brings_in_values, constants, downstream, static, tensor_flow
 from octav_fx.ops import FakeQuantizer, Spec
 
 
@@ -50,6 +50,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     edits: list[Edit] = []
     flow = tensor_flow(gm.graph)
     parameters, edges, unsigned = static(flow), edge_nodes(flow), nonnegative(gm.graph)
+    known = constants(gm.graph)
     sources = [node for node in flow if brings_in_values(node, gm)]
     valued = {*sources, *downstream(flow, sources)}
     for node in list(gm.graph.nodes):
@@ -77,7 +78,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
                 continue
             _check_floating(place, value)
             with gm.graph.inserting_before(node):
-                quantizer = gm.graph.call_module(_add(gm, place, choice, value), (value,))
+                quantizer = gm.graph.call_module(_add(gm, place, choice, value, running=value not in known), (value,))
             set_operand(node, operand, quantizer)
             edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
     return edits
@@ -130,7 +131,7 @@ def _check_floating(place: Place, value: fx.Node) -> None:
         )
 
 
-def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node) -> str:
+def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node, *, running: bool) -> str:
     """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
     quantizers = gm.get_submodule(QUANTIZERS)
     fake = value.meta["value"]
@@ -141,11 +142,13 @@ def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node) -> str:
     while hasattr(quantizers, name):
         existing = getattr(quantizers, name)
         same = existing.spec == spec and existing.hint.numel() == (channels or 1)
+        same = same and (existing.mean is not None) is running
         if same and f"{QUANTIZERS}.{name}" not in used:
             return f"{QUANTIZERS}.{name}"
         count += 1
         name = f"{base}_{count}"
-    quantizers.add_module(name, FakeQuantizer(spec, channels, fake.device))
+    quantizer = FakeQuantizer(spec, channels, fake.device, running=running)
+    quantizers.add_module(name, quantizer.train(gm.training))
     return f"{QUANTIZERS}.{name}"
 
 

@@ -29,7 +29,8 @@ class OnGrid(TorchDispatchMode):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        self.levels, self.off_grid, self.checked = 2**bits, [], 0
+        self.levels, self.checked = 2**bits, 0
+        self.off_grid: list[tuple[str, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:

@@ -20,6 +20,8 @@ ALLOWED = {
     "tabulate": None,
     "triton": "octav_fx.ops.*.kernel",
     "onnx": "octav_fx.export",
+    "onnxruntime": "octav_fx.export",
+    "onnxscript": "octav_fx.export",
     "torchvision": "octav_fx.zoo",
     "sklearn": "octav_fx.demo",
     "tqdm": "octav_fx.demo",

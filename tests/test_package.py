@@ -91,16 +91,24 @@ def test_the_public_names():
     assert octav_fx.__all__ == [
         "Config",
         "Coverage",
+        "DeployedRow",
+        "Deployment",
         "OctavError",
         "Row",
         "__version__",
+        "calibrate",
+        "convert",
         "coverage",
+        "deployment",
+        "export_onnx",
         "fake_quantize",
         "float_mode",
+        "freeze",
         "optimal_clip",
         "quantize",
         "rows",
         "table",
+        "unfreeze",
     ]
     assert all(hasattr(octav_fx, name) for name in octav_fx.__all__)
     assert issubclass(octav_fx.OctavError, RuntimeError)

@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_python_runs():
+def test_its_python_runs(tmp_path, monkeypatch):
+    # It writes files beside itself.
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
     assert len(blocks) >= 2
     # Read from top to bottom: a later block may use what an earlier one made.

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from octav_fx.errors import OctavError
+from octav_fx.graph.call import Call
 from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import Call
 from octav_fx.graph.record import Record
 
 
@@ -59,15 +59,10 @@ def outermost(q: nn.Module) -> nn.Module:
     return found[0]
 
 
-def parts(quantized: nn.Module) -> list[QuantizedModule]:
-    """The graphs that a quantized module is made of."""
-    return [module for module in quantized.modules() if isinstance(module, QuantizedModule)]
-
-
 def example_of(quantized: nn.Module) -> Call | None:
     """The inputs that quantize() was given."""
     if isinstance(quantized, QuantizedModule):
-        return None if quantized.examples is None else Call(*quantized.examples)
+        return quantized.examples
     return quantized.octav_descent.example if isinstance(quantized, Descended) else None
 
 

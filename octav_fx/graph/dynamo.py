@@ -29,7 +29,11 @@ from octav_fx.ops import FakeQuantizer
 _COMPOSITES: Final = (F.multi_head_attention_forward,)
 
 # As Dynamo writes the call, and as it is written where overloads are resolved.
-_QUANTIZERS: Final = (torch.ops.octav.dynamic_fake_quantize, torch.ops.octav.dynamic_fake_quantize.default)
+_QUANTIZERS: Final = frozenset(
+    spelling
+    for packet in (torch.ops.octav.dynamic_fake_quantize, torch.ops.octav.fake_quantize)
+    for spelling in (packet, packet.default)
+)
 
 # L['self']._modules['layer1']._modules['0']._parameters['weight']
 _STATE_SOURCE = re.compile(r"\._(?:parameters|buffers)\['[^']*'\]$")

@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import fx, nn
 
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.graph.call import Call
 
 # Where the quantizers live in the tree.
 QUANTIZERS: Final = "quantizers"
@@ -49,8 +50,10 @@ class QuantizedModule(fx.GraphModule):
             setattr(self, name, getattr(float_module, name))
         self.training = float_module.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
-        self.examples: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.examples: Call | None = None
         self._graphs = dict(graphs)
+        for graph in self._graphs.values():
+            graph.owning_module = self
         self.meta = dict(meta)
         self.graph = self._graphs[self.training]
 
@@ -71,13 +74,18 @@ class QuantizedModule(fx.GraphModule):
         own = other in self._graphs and self._graphs[other] is not self._graphs[first]
         return (first, other) if own else (first,)
 
-    def train(self, mode: bool = True) -> "QuantizedModule":
-        """Set the mode of every module, and take the graph of that mode where it has its own."""
+    def graph_of(self, mode: bool) -> fx.Graph:
+        """The graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
         if mode not in self._graphs:
             raise OctavError(f"{self.meta['octav']['missing']}; call octav_fx.quantize with inputs that fit both modes")
+        return self._graphs[mode]
+
+    def train(self, mode: bool = True) -> "QuantizedModule":
+        """Set the mode of every module, and take the graph of that mode where it has its own."""
+        graph = self.graph_of(mode)
         super().train(mode)
-        if self._graphs[mode] is not self.graph:
-            self.graph = self._graphs[mode]
+        if graph is not self.graph:
+            self.graph = graph
         return self
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,6 +139,14 @@ class QuantizedModule(fx.GraphModule):
         return copied
 
 
+def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
+    """The modules in q that quantize() returned, q itself included. Raises OctavError if there is none."""
+    found = [module for module in q.modules() if isinstance(module, QuantizedModule)]
+    if not found:
+        raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
+    return found
+
+
 def _rebuild(
     float_module: nn.Module,
     flat: dict[bool, list[Any]],
@@ -180,3 +196,30 @@ def _unflatten(rows: list[Any]) -> fx.Graph:
         nodes[name] = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
         nodes[name].meta.update(meta)
     return graph
+
+
+class IntegerModule(fx.GraphModule):
+    """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any]) -> None:
+        super().__init__(root, graph, name)
+        self.meta = dict(meta)
+        self.training = False
+
+    def _parts(self) -> tuple[Any, ...]:
+        root = nn.Module()
+        root._modules, root._parameters, root._buffers = self._modules, self._parameters, self._buffers
+        root._non_persistent_buffers_set = self._non_persistent_buffers_set
+        return root, _flatten(self.graph), type(self).__name__, self.meta
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _rebuild_integer, self._parts()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerModule":
+        copied = _rebuild_integer(*copy.deepcopy(self._parts(), memo))
+        memo[id(self)] = copied
+        return copied
+
+
+def _rebuild_integer(root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any]) -> IntegerModule:
+    return IntegerModule(root, _unflatten(rows), name, meta)

@@ -2,26 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from octav_fx.graph.call import Call, is_alike
 from octav_fx.graph.macs import MacCounter
-from octav_fx.graph.module import QUANTIZERS
+from octav_fx.graph.module import QuantizedModule
 from octav_fx.ops import FakeQuantizer
-
-_PLAIN: Final = (bool, int, float, str, torch.dtype, torch.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one call of a module."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def has_data(module: nn.Module, inputs: Any) -> bool:
@@ -35,7 +25,8 @@ def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     Only the hints of quantizers change.
     """
-    buffers = {b: b.clone() for name, b in module.named_buffers() if not name.startswith(QUANTIZERS + ".")}
+    hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
+    buffers = {b: b.clone() for b in module.buffers() if b not in hints}
     # Forward may write into its inputs.
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
     devices = {t.device.index for t in (*module.parameters(), *buffers) if t.device.type == "cuda"}
@@ -46,6 +37,21 @@ def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         with torch.no_grad():
             for buffer, before in buffers.items():
                 buffer.copy_(before)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in the mode it was in, frozen BatchNorms too."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, training in modes.items():
+            if isinstance(m, QuantizedModule):
+                m.train(training)
+        for m, training in modes.items():
+            m.training = training
 
 
 @contextmanager
@@ -82,7 +88,7 @@ def work(root: nn.Module, call: Call) -> list[tuple[str, int]]:
         inside.pop()
 
     with MacCounter() as counter, _hooked(dict(root.named_modules()), lambda path, _: enter(path), leave):
-        run_once(root, call.args, call.kwargs)
+        run_once(root, *call)
         settle()
     return found
 
@@ -98,20 +104,8 @@ def calls_of(module: nn.Module, call: Call, children: Mapping[str, nn.Module]) -
             found[name].append(Call(args, kwargs))
 
     with _hooked(children, record, lambda: None):
-        run_once(module, call.args, call.kwargs)
+        run_once(module, *call)
     return found
-
-
-def is_alike(a: Call, b: Call) -> bool:
-    """Whether two calls differ in the contents of tensors only."""
-    (one, one_spec), (two, two_spec) = (pytree.tree_flatten((call.args, dict(call.kwargs))) for call in (a, b))
-    return one_spec == two_spec and all(map(_is_alike, one, two))
-
-
-def _is_alike(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
 
 
 @contextmanager

@@ -1,8 +1,18 @@
 """A graph as stable text, for tests and for people."""
 
+import hashlib
+import re
 from typing import Any
 
 from torch import fx
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """A hash of what a graph computes from its inputs and the state under its names."""
+    inputs = [f"{node.name} {node.target}" for node in graph.find_nodes(op="placeholder")]
+    text = "\n".join([*inputs, graph_text(graph)])
+    # An object that prints its address is at another one in a copy.
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
 
 
 def graph_text(graph: fx.Graph) -> str:

@@ -312,7 +312,8 @@ class ValueTracer(fx.Tracer):
             )
         if not where.startswith(TORCH):
             # torch's own code asks to validate arguments or to choose a fast path; both stay right without a check.
-            self._check(proxy.node, kind(value), where)
+            node = proxy.node if isinstance(value, kind) else self.create_node("call_function", kind, (proxy.node,), {})
+            self._check(node, kind(value), where)
         return value
 
     def _check(self, node: fx.Node, expected: Any, where: str) -> None:

@@ -3,6 +3,7 @@
 reference.py is the definition in pure torch, kernel.cpp the CPU passes, op.py the schema, shapes and gradient.
 """
 
+from octav_fx.ops.deployed import ChannelAffine, IntegerWeight, StaticQuantizer
 from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
@@ -12,8 +13,11 @@ from octav_fx.ops.optimal_clip.op import optimal_clip
 from octav_fx.ops.quantize.op import quantize
 
 __all__ = [
+    "ChannelAffine",
     "FakeQuantizer",
+    "IntegerWeight",
     "Spec",
+    "StaticQuantizer",
     "dequantize",
     "dynamic_fake_quantize",
     "fake_quantize",

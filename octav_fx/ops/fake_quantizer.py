@@ -1,9 +1,16 @@
-"""FakeQuantizer: the module that stands before one operand. Its only state is the hint."""
+"""FakeQuantizer: the module that stands before one operand. Until it is frozen its state is a hint and a mean."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+# How far one training step moves the running mean of the clips: that of BatchNorm.
+MOMENTUM: Final = 0.1
+# So many steps that nothing is left of where the running mean began.
+_MANY: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,31 +30,80 @@ class FakeQuantizer(nn.Module):
 
     hint [] or [C] is the clip of the last call: where Newton starts, never what is used. It is not part of the
     state_dict, so a checkpoint of the float model loads with strict=True, and losing it changes no result.
+
+    mean [] or [C] and steps [], of an operand that is data: the running mean of the clips in training mode, begun at
+    zero, and of how many. Freezing may use them; nothing else does.
+    clip [] or [C]: None, or the static clip of a frozen quantizer, which is part of the state_dict. Loading one
+    freezes; loading a state without one into a frozen quantizer is an error.
     """
 
     hint: Tensor
+    mean: Tensor | None
+    steps: Tensor | None
+    clip: Tensor | None
 
-    def __init__(self, spec: Spec, channels: int | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, spec: Spec, channels: int | None = None, device: torch.device | None = None, *, running: bool = False
+    ) -> None:
         super().__init__()
         self.spec = spec
         shape = () if channels is None else (channels,)
         self.register_buffer("hint", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("mean", torch.zeros_like(self.hint) if running else None, persistent=False)
+        steps = torch.zeros((), dtype=torch.float32, device=device) if running else None
+        self.register_buffer("steps", steps, persistent=False)
+        self.register_buffer("clip", None)
+
+    @property
+    def used(self) -> Tensor:
+        """The clip of the last call, [] or [C]."""
+        return self.hint if self.clip is None else self.clip
+
+    @property
+    def average(self) -> Tensor | None:
+        """The running mean of the clips, [] or [C]; None before the first."""
+        if self.mean is None or self.steps is None or not self.steps:
+            return None
+        # As in Adam: what is left of the zero that it began with is divided out.
+        return self.mean / (1 - (1 - MOMENTUM) ** self.steps.double())
+
+    @average.setter
+    def average(self, value: Tensor) -> None:
+        assert self.mean is not None and self.steps is not None
+        self.mean.copy_(value)
+        self.steps.fill_(_MANY)
 
     def forward(self, x: Tensor) -> Tensor:
         """X [...] -> the nearest levels of its grid [...]; the clip that was used becomes the hint."""
         spec = self.spec
+        if self.clip is not None:
+            return torch.ops.octav.fake_quantize(x, self.clip, spec.bits, spec.signed, spec.dim, spec.gradient)
         y, clip = torch.ops.octav.dynamic_fake_quantize(
             x, self.hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient
         )
         with torch.no_grad():
             self.hint.copy_(clip)
+            if self.training and self.mean is not None and self.steps is not None:
+                self.mean.lerp_(clip, MOMENTUM)
+                self.steps.add_(1)
         return y
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # .half() and .to(bfloat16) convert floating-point buffers; a clip is float32 whatever the model is.
+        had_data = not self.hint.is_meta
         super()._apply(fn, recurse)
-        self.hint = self.hint.to(torch.float32)
+        # .half() and .to(bfloat16) convert floating-point buffers; a clip is float32 whatever the model is.
+        for name, value in self._buffers.items():
+            self._buffers[name] = None if value is None else value.to(torch.float32)
+        if not had_data and not self.hint.is_meta and self.mean is not None and self.steps is not None:
+            # What to_empty() leaves must not pass for a mean.
+            self.mean.zero_()
+            self.steps.zero_()
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if self.clip is None and f"{prefix}clip" in state_dict:
+            self.clip = torch.zeros_like(self.hint)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Bits, sign, granularity, clip and gradient."""

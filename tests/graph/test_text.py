@@ -1,10 +1,10 @@
 """text: a graph as lines, the same for equal graphs."""
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
-from octav_fx.graph.text import graph_text
+from octav_fx.graph.text import fingerprint, graph_text
 from tests.graph.support import captured, model, parameter
 
 
@@ -31,3 +31,14 @@ def test_each_kind_of_node() -> None:
 def test_equal_captures_have_equal_text() -> None:
     float_module, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
     assert graph_text(captured(float_module, input=x).graph) == graph_text(captured(float_module, input=x).graph)
+
+
+def test_a_fingerprint_is_of_the_graph_and_not_of_the_process() -> None:
+    def graph(expected: object) -> fx.Graph:
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        graph.output(graph.call_function(torch.add, (x, expected)))
+        return graph
+
+    assert fingerprint(graph(object())) == fingerprint(graph(object()))
+    assert fingerprint(graph(1)) != fingerprint(graph(2))

@@ -1,9 +1,11 @@
 """view: tensors flow along the edges, sizes do not."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
-from octav_fx.graph.view import downstream, holds_tensor, static, tensor_flow, upstream
+from octav_fx.errors import OctavError
+from octav_fx.graph.view import constants, downstream, holds_tensor, static, tensor_flow, upstream, value_of
 from tests.graph.support import captured, model, parameter
 
 
@@ -55,3 +57,39 @@ def test_static_is_what_depends_on_no_input() -> None:
 def test_the_graph_of_a_view_has_every_node() -> None:
     gm = captured(model(lambda self, x, y: x), x=torch.randn(2), y=None)
     assert set(tensor_flow(gm.graph)) == set(gm.graph.nodes)
+
+
+def constant_names(gm) -> set[str]:
+    return names(constants(gm.graph))
+
+
+def test_constants_are_computed_from_state_alone() -> None:
+    forward = lambda self, x: x @ (self.w * 2).t() + self.w.expand(x.shape[0], 5, 3).sum()  # noqa: E731
+    gm = captured(model(forward, w=parameter(5, 3)), x=torch.randn(3, 3))
+    assert constant_names(gm) == {"w", "mul", "t"}
+    nodes = by_name(gm)
+    assert torch.equal(value_of(gm, nodes["t"]), (gm.w * 2).t())
+    with pytest.raises(OctavError, match=r"x .* is not computed from the module's state alone"):
+        value_of(gm, nodes["matmul"])
+
+
+def test_state_that_is_written_is_no_constant() -> None:
+    def forward(self, x):
+        self.memory[0].mul_(2)
+        self.steps.add_(1)
+        return x @ self.memory + self.w + self.steps
+
+    gm = captured(model(forward, memory=torch.ones(3, 3), steps=torch.zeros(1), w=parameter(3)), x=torch.randn(2, 3))
+    assert {node.target for node in constants(gm.graph)} == {"w"}
+
+
+def test_what_is_written_into_a_result_leaves_the_weights_alone() -> None:
+    forward = lambda self, x: F.relu_(F.linear(x, self.w))  # noqa: E731
+    gm = captured(model(forward, w=parameter(3, 3)), x=torch.randn(2, 3))
+    assert constant_names(gm) == {"w"}
+
+
+def test_what_is_drawn_anew_is_no_constant() -> None:
+    forward = lambda self, x: x @ F.dropout(self.w, 0.5, True) @ (self.w * torch.rand(3, 3))  # noqa: E731
+    gm = captured(model(forward, w=parameter(3, 3)), x=torch.randn(2, 3))
+    assert constant_names(gm) == {"w"}

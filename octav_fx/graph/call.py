@@ -1,0 +1,36 @@
+"""The arguments of a call, as quantize() is given them and as modules are called."""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_PLAIN: Final = (bool, int, float, str, torch.dtype, torch.device)
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def as_call(inputs: Any) -> Call:
+    """A tensor, a tuple of arguments or a dict of keyword arguments as the call that a model gets."""
+    if isinstance(inputs, Mapping):
+        return Call((), dict(inputs))
+    return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def is_alike(a: Call, b: Call) -> bool:
+    """Whether two calls differ in the contents of tensors only."""
+    (one, one_spec), (two, two_spec) = (pytree.tree_flatten((call.args, dict(call.kwargs))) for call in (a, b))
+    return one_spec == two_spec and all(map(_is_alike, one, two))
+
+
+def _is_alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
