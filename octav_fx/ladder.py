@@ -3,6 +3,8 @@
 What no rung reaches stays float, runs as it did, and is a record with its reason.
 """
 
+import contextlib
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +13,14 @@ import torch
 from torch import nn
 
 from octav_fx.config import Config
-from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.errors import NotCaptured
 from octav_fx.graph.call import Call
 from octav_fx.graph.descended import Descended, Descent, descend
 from octav_fx.graph.module import QuantizedModule, quantized_modules
-from octav_fx.graph.observe import calls_of, difference, run_once, without_quantizers, work
+from octav_fx.graph.observe import calls_of, difference, has_data, run_once, without_quantizers, work
 from octav_fx.graph.ops import CONTRACTIONS, op_of_module
 from octav_fx.graph.record import Record
+from octav_fx.graph.tracer import is_torch_leaf
 from octav_fx.ops import FakeQuantizer
 from octav_fx.whole import Position, check_captured, whole
 
@@ -37,6 +40,8 @@ class Ladder:
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
+        if path and is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS:
+            raise NotCaptured(f"no rule for {type(module).__name__}")
         if id(module) not in self.done:
             try:
                 self.done[id(module)] = self._whole(module, calls, path)
@@ -69,13 +74,19 @@ class Ladder:
         for name, (child, its_calls) in children.items():
             below = _join(path, name)
             try:
+                if not its_calls:
+                    raise NotCaptured("no call of it succeeds outside of a transform of torch.func")
                 quantized = self.climb(child, its_calls, below)
-                _check_quantizes(quantized)
+            except NotCaptured as why:
+                floats.append(self._float(below, child, str(why)))
+                continue
+            if any(isinstance(m, FakeQuantizer) for m in quantized.modules()):
                 _set(module, name, quantized)
                 placed.append(name)
-            except NotCaptured as why:
-                self.done.pop(id(child), None)
-                floats.append(Record(below, type(child).__name__, None, (), self._macs(below), None, str(why)))
+            else:
+                # Captured, and nothing of it quantized: it has its reasons, an override among them.
+                del self.done[id(child)]
+                floats += [record for part in quantized_modules(quantized) for record in part.records]
         if _fault(module, calls, expected) is not None:
             floats += self._replace_misfits(module, {name: children[name] for name in placed}, calls, expected, path)
         if not any(isinstance(m, FakeQuantizer) for m in module.modules()):
@@ -106,14 +117,23 @@ class Ladder:
                 self.done[id(child)] = quantized
                 continue
             _set(module, name, child)
+            tree = _tree(child)
             try:
-                if quantized is not child:
-                    self.done[id(child)] = self._descend(child, its_calls, below, f"the code around it: {fault}")
+                if quantized is child:
+                    raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
+                descended = self._descend(child, its_calls, below, f"the code around it: {fault}")
                 if fault := _fault(module, calls, expected):
-                    raise OctavError(f"{below}: with its parts quantized, the code around it fails: {fault}")
+                    raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
+                self.done[id(child)] = descended
             except NotCaptured as why:
-                floats.append(Record(below, type(child).__name__, None, (), self._macs(below), None, str(why)))
+                _restore(tree)
+                for module_below, *_ in tree:
+                    self.done.pop(id(module_below), None)
+                floats.append(self._float(below, child, str(why)))
         return floats
+
+    def _float(self, path: str, module: nn.Module, reason: str) -> Record:
+        return Record(path, type(module).__name__, None, (), self._macs(path), None, reason)
 
     def _children(self, module: nn.Module, call: Call, path: str) -> dict[str, tuple[nn.Module, list[Call]]]:
         """The children that multiply, by name, and their calls; of a mere container, its children (`blocks.0`)."""
@@ -125,11 +145,12 @@ class Ladder:
         children = working("", module)
         while True:
             calls = calls_of(module, call, children)
-            containers = [name for name in children if not calls[name]]
+            containers = {n: parts for n in children if not calls[n] and (parts := working(n, children[n]))}
             if not containers:
                 return {name: (child, calls[name]) for name, child in children.items()}
-            for name in containers:
-                children |= working(name, children.pop(name))
+            for name, parts in containers.items():
+                del children[name]
+                children |= parts
 
     def _macs(self, path: str) -> int:
         return sum(macs for at, macs in self.work if _is_at(at, path))
@@ -151,6 +172,12 @@ def quantized_by_parts(model: nn.Module, example: Call, config: Config) -> nn.Mo
         for path, module in _outside(quantized)
         if path not in ran and op_of_module(module) in CONTRACTIONS
     ]
+    # They take no hooks, so what they multiply is in the row of the code around them.
+    idle += [
+        Record(path, "ScriptModule", None, (), 0, None, "a scripted module, without Python code to capture")
+        for path, module in _outside(quantized)
+        if isinstance(module, torch.jit.ScriptModule)
+    ]
     return descend(quantized, Descent(descent.reason, (*descent.records, *idle), example))
 
 
@@ -159,7 +186,8 @@ def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module
     for name, child in module.named_children():
         if not isinstance(child, QuantizedModule):
             yield _join(path, name), child
-            yield from _outside(child, _join(path, name))
+            if not isinstance(child, torch.jit.ScriptModule):
+                yield from _outside(child, _join(path, name))
 
 
 def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
@@ -171,19 +199,29 @@ def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
                     parent._modules[name] = done[id(child)]
 
 
-def _check_quantizes(quantized: nn.Module) -> None:
-    if not any(isinstance(m, FakeQuantizer) for m in quantized.modules()):
-        why = next(record.reason for part in quantized_modules(quantized) for record in part.records)
-        raise NotCaptured(str(why))
+def _tree(root: nn.Module) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
+    """What a descent changes: classes and children."""
+    return [(module, type(module), dict(module._modules)) for module in root.modules()]
+
+
+def _restore(tree: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]) -> None:
+    for module, kind, children in tree:
+        module.__class__ = kind
+        module._modules.update(children)
+        if not issubclass(kind, Descended):
+            vars(module).pop("octav_descent", None)
 
 
 def _fault(module: nn.Module, calls: list[Call], expected: list[Any]) -> str | None:
     """How a module with quantized children, its quantizers aside, differs from the float one; None if it does not."""
     try:
-        with without_quantizers(module):
+        # fx prints where in its generated code an error came up.
+        with without_quantizers(module), contextlib.redirect_stderr(io.StringIO()):
             found = [run_once(module, *call) for call in calls]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    if not has_data(module, calls):
+        return None
     return next((detail for e, f in zip(expected, found, strict=True) if (detail := difference(e, f))), None)
 
 

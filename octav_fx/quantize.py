@@ -46,7 +46,8 @@ def quantize(
     arguments_of(model, example)
     quantized = quantized_by_parts(_copy(model), example, config)
     graphs = quantized_modules(quantized)
-    _check_overrides(config, [row for part in graphs for mode in part.all_records.values() for row in mode])
+    captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
+    _check_overrides(config, [*captured, *floats(quantized)])
     if strict:
         _check_strict([*floats(quantized), *(row for part in graphs for row in part.records)])
     if has_data(quantized, example):

@@ -12,9 +12,10 @@ from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.graph.call import Call
 from octav_fx.graph.capture import Capture, capture
 from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import difference, has_data, run_once, without_quantizers
+from octav_fx.graph.observe import difference, has_data, run_first, run_once, without_quantizers
 from octav_fx.graph.pipeline import run
 from octav_fx.graph.record import records
+from octav_fx.graph.state import own_copy
 from octav_fx.ops import Spec
 from octav_fx.passes import Place
 from octav_fx.passes.quantize_operands import remove_unused
@@ -112,7 +113,7 @@ def _graphs(module: nn.Module, example: Call) -> tuple[dict[bool, fx.Graph], str
     captured = _capture(module, example, mode)
     if captured.stored and has_data(module, example):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        run_once(module, *example)
+        run_first(module, *own_copy(example))
         captured = _capture(module, example, mode)
     notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
     graphs = {mode: captured.graph, (not mode): captured.graph}

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from octav_fx.errors import OctavError
+from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.graph.edges import edge_nodes
 from octav_fx.graph.edit import Edit, operand_of, set_operand, site_of, skip
 from octav_fx.graph.module import QUANTIZERS
@@ -107,7 +107,8 @@ def _place(node: fx.Node, operand: Operand, value: Any, is_static: bool, edge: b
     site, op = site_of(node), op_of(node)
     assert op is not None
     if not isinstance(fake, Tensor):
-        raise OctavError(f"{site}: {operand.name} is {fake!r}, not a tensor whose shape is known at capture")
+        since = f", since {_unknown_since(value)}" if isinstance(value, fx.Node) else ""
+        raise NotCaptured(f"{site}: {operand.name} is {fake!r}, not a tensor whose shape is known at capture{since}")
     is_weight = operand.role is Role.WEIGHT or (operand.role is Role.EITHER and is_static)
     # A vector has no channel axis besides the one that is summed over.
     channel = operand.channel if is_weight and fake.dim() > 1 else None
@@ -120,6 +121,16 @@ def _place(node: fx.Node, operand: Operand, value: Any, is_static: bool, edge: b
         signed=signed or is_weight,
         dim=None if channel is None else channel % fake.dim(),
     )
+
+
+def _unknown_since(node: fx.Node) -> str:
+    """The line of the user's code that asked for data."""
+    pending = [node]
+    for reached in pending:
+        if "unknown" in reached.meta:
+            return str(reached.meta["unknown"])
+        pending += [source for source in reached.all_input_nodes if source not in pending]
+    return "?"
 
 
 def _check_floating(place: Place, value: fx.Node) -> None:

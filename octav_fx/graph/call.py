@@ -14,7 +14,8 @@ class Call(NamedTuple):
     """The arguments of one call of a module."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    # Never written into.
+    kwargs: dict[str, Any] = {}  # noqa: RUF012
 
 
 def as_call(inputs: Any) -> Call:

@@ -16,6 +16,7 @@ from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.graph.frames import user_line
 from octav_fx.graph.regions import regions
 from octav_fx.graph.seen_through import quiet, symbolic_isinstance, symbolic_torch, training_flags
+from octav_fx.graph.state import own_copy
 from octav_fx.graph.tracer import ValueTracer
 from octav_fx.graph.written import unwritten
 
@@ -39,7 +40,8 @@ def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
     Tensor constants that forward makes on the way become non-persistent buffers of root. Raises NotCaptured with
     the user's file and line where the Python code needs data to go on.
     """
-    tracer = ValueTracer(arguments)
+    # Evaluation may write into objects among them.
+    tracer = ValueTracer(own_copy(dict(arguments)))
     before = set(root.__dict__)
     try:
         with (
@@ -51,21 +53,27 @@ def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
             quiet(),
         ):
             graph = tracer.trace(root)
+            # Also set on root, by the tracer: they are the graph's.
+            constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
-        for name in set(root.__dict__) - before:
-            delattr(root, name)
         if isinstance(error, OctavError):
             raise NotCaptured(str(error)) from error
         raise NotCaptured(f"capture stopped at {user_line(error)}: {type(error).__name__}: {error}") from error
-    for name in set(root.__dict__) - before:
-        if isinstance(constant := root.__dict__[name], Tensor):
-            delattr(root, name)
+    for name, constant in constants.items():
+        if isinstance(constant, Tensor):
             root.register_buffer(name, constant, persistent=False)
+        else:
+            setattr(root, name, constant)
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
         node.meta.pop("is_wrapped", None)
     return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)), tuple(tracer.notes), tuple(tracer.stored))
+
+
+def _is_constant(name: str) -> bool:
+    """Whether fx or our tracer named it."""
+    return name.startswith(("_tensor_constant", "octav_object_"))
 
 
 def _remove_unused(graph: fx.Graph) -> None:

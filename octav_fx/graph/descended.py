@@ -27,23 +27,27 @@ class Descent:
 class Descended:
     """Marks such a module: descend() makes its class a subclass of its own and of this one.
 
-    isinstance, attributes, methods and keys stay those of the user's class; Dynamo's graphs name the class, by which
-    the backend sees that what is float here is so on purpose.
+    isinstance, attributes, methods and keys stay those of the user's class; tables find what stays float, and the
+    backend sees that it is so on purpose.
     """
 
     octav_descent: Descent
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass has no name to be pickled by.
-        state = {**vars(self), "octav_descent": replace(self.octav_descent, example=None)}
-        return _restore, (type(self).__mro__[2], state)
+        return _restore, (type(self).__mro__[2], self._state(), replace(self.octav_descent, example=None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = type(self).__new__(type(self))
+        copied: Any = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "octav_descent"}, memo))
+        copied.__setstate__(copy.deepcopy(self._state(), memo))
         copied.__dict__["octav_descent"] = self.octav_descent
         return copied
+
+    def _state(self) -> Any:
+        """What the user's class says its state is."""
+        state = self.__getstate__()
+        return {k: v for k, v in state.items() if k != "octav_descent"} if isinstance(state, dict) else state
 
 
 def outermost(q: nn.Module) -> nn.Module:
@@ -87,7 +91,7 @@ def descend(module: nn.Module, descent: Descent) -> nn.Module:
     return module
 
 
-def _restore(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+def _restore(kind: type[nn.Module], state: Any, descent: Descent) -> nn.Module:
     module = kind.__new__(kind)
-    module.__dict__.update({k: v for k, v in state.items() if k != "octav_descent"})
-    return descend(module, state["octav_descent"])
+    module.__setstate__(state)
+    return descend(module, descent)

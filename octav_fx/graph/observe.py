@@ -1,5 +1,7 @@
 """Running a model once without leaving a trace."""
 
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ from torch.utils import _pytree as pytree
 from octav_fx.graph.call import Call, is_alike
 from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.module import QuantizedModule
+from octav_fx.graph.state import own_copy, unchanged
 from octav_fx.ops import FakeQuantizer
 
 
@@ -21,22 +24,41 @@ def has_data(module: nn.Module, inputs: Any) -> bool:
 
 
 def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The outputs of one forward in the module's own mode; statistics, random states and inputs are as before.
+    """The outputs of one forward in the module's own mode; state, random states and inputs are as before.
 
     Only the hints of quantizers change.
     """
     hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
     buffers = {b: b.clone() for b in module.buffers() if b not in hints}
-    # Forward may write into its inputs.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
-    devices = {t.device.index for t in (*module.parameters(), *buffers) if t.device.type == "cuda"}
+    args, kwargs = own_copy((args, dict(kwargs)))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-            return module(*args, **kwargs)
+        with unchanged(module):
+            return run_first(module, args, kwargs)
     finally:
         with torch.no_grad():
             for buffer, before in buffers.items():
                 buffer.copy_(before)
+
+
+def run_first(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The same, but what forward sets on its modules and writes into its inputs stays."""
+    tensors = (*module.parameters(), *module.buffers())
+    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers():
+        return module(*args, **kwargs)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Those of Python and NumPy; torch has fork_rng for its own."""
+    numpy = sys.modules.get("numpy")
+    drawn, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(drawn)
+        if numpy:
+            numpy.random.set_state(of_numpy)
 
 
 @contextmanager
@@ -87,43 +109,65 @@ def work(root: nn.Module, call: Call) -> list[tuple[str, int]]:
         settle()
         inside.pop()
 
-    with MacCounter() as counter, _hooked(dict(root.named_modules()), lambda path, _: enter(path), leave):
+    with (
+        MacCounter() as counter,
+        _hooked(dict(root.named_modules()), lambda path, _: enter(path), lambda path, failed: leave()),
+    ):
         run_once(root, *call)
         settle()
     return found
 
 
 def calls_of(module: nn.Module, call: Call, children: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
-    """How a module calls its children: the first Call of each kind (is_alike) that its example leads to."""
+    """How a module calls its children: the first Call of each kind (is_alike) that its example leads to.
+
+    A call that fails, and one inside a transform of torch.func, is none that a child could be captured with.
+    """
     found: dict[str, list[Call]] = {name: [] for name in children}
+    begun: dict[str, list[Call | None]] = {name: [] for name in children}
 
-    def record(name: str, made: Call) -> None:
-        if not any(is_alike(made, known) for known in found[name]):
-            # What is called may write into its inputs.
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (made.args, dict(made.kwargs)))
-            found[name].append(Call(args, kwargs))
+    def enter(name: str, made: Call) -> None:
+        wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, _tensors(made)))
+        begun[name].append(None if wrapped or any(is_alike(made, known) for known in found[name]) else own_copy(made))
 
-    with _hooked(children, record, lambda: None):
+    def leave(name: str, failed: bool) -> None:
+        made = begun[name].pop()
+        if made is not None and not failed:
+            found[name].append(made)
+
+    with _hooked(children, enter, leave):
         run_once(module, *call)
     return found
 
 
+def _tensors(call: Call) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, Tensor)]
+
+
 @contextmanager
 def _hooked(
-    modules: Mapping[str, nn.Module], enter: Callable[[str, Call], None], leave: Callable[[], None]
+    modules: Mapping[str, nn.Module], enter: Callable[[str, Call], None], leave: Callable[[str, bool], None]
 ) -> Iterator[None]:
-    """Inside, enter(path, call) runs before each call of the modules, and leave() after it."""
+    """Inside, enter(path, call) runs before each call of the modules, and leave(path, whether it failed) after it."""
     handles = []
     for path, module in modules.items():
         if path and not isinstance(module, torch.jit.ScriptModule):
+            succeeded: list[nn.Module] = []
 
             def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 enter(path, Call(args, kwargs))
 
-            def after(_: nn.Module, args: Any, result: Any) -> None:
-                leave()
+            def success(m: nn.Module, args: Any, result: Any, succeeded: list[nn.Module] = succeeded) -> None:
+                succeeded.append(m)
+
+            def after(
+                _: nn.Module, args: Any, result: Any, path: str = path, succeeded: list[nn.Module] = succeeded
+            ) -> None:
+                leave(path, not succeeded)
+                succeeded.clear()
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(success))
             handles.append(module.register_forward_hook(after, always_call=True))
     try:
         yield

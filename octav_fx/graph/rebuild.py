@@ -29,11 +29,14 @@ class Skeleton:
     holes: tuple[Hole, ...]
 
 
+def is_object(a: Any) -> bool:
+    """Whether a is an object of some other kind than graphs hold."""
+    return not (a is None or isinstance(a, (fx.Proxy, *_PLAIN)) or type(a) in _CONTAINERS or hasattr(a, "_fields"))
+
+
 def is_built_around_proxies(a: Any) -> bool:
-    """Whether a is such an object."""
-    if a is None or isinstance(a, (fx.Proxy, *_PLAIN)) or type(a) in _CONTAINERS or hasattr(a, "_fields"):
-        return False
-    return bool(proxies_in(a))
+    """Whether a is such an object, with tensors of the graph in it."""
+    return is_object(a) and bool(proxies_in(a))
 
 
 def skeleton_of(a: Any) -> tuple[Skeleton, list[fx.Proxy]]:

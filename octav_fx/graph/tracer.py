@@ -161,6 +161,8 @@ class ValueTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "output":
             node.meta["value"], node.meta["macs"] = self._evaluate(node)
+            if node.meta["value"] is UNKNOWN and not any(n.meta["value"] is UNKNOWN for n in node.all_input_nodes):
+                node.meta["unknown"] = user_caller()
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -232,8 +234,7 @@ class ValueTracer(fx.Tracer):
             raise OctavError(
                 f"{module_qualified_name} is a scripted module, without Python code to trace: use the original"
             )
-        own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
-        return own and not is_altered(m)
+        return is_torch_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Stochastic depth and its like stay calls: traced through, they would be on or off for good."""
@@ -368,6 +369,12 @@ class ValueTracer(fx.Tracer):
                 state = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
                 fake: dict[str, Tensor] = {name: self.fake_mode.from_tensor(tensor) for name, tensor in state.items()}
                 return torch.func.functional_call(module, fake, args, kwargs)
+
+
+def is_torch_leaf(m: nn.Module) -> bool:
+    """Whether a module is torch's own, forward and all, and not made of others."""
+    own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
+    return own and not is_altered(m)
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:

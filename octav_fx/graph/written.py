@@ -3,17 +3,16 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
 from octav_fx.errors import NotCaptured
-from octav_fx.graph.rebuild import proxies_in
+from octav_fx.graph.rebuild import is_object, proxies_in
+from octav_fx.graph.state import attributes, unchanged
 
 if TYPE_CHECKING:
     from octav_fx.graph.tracer import ValueTracer
-
-_CONTAINERS: Final = (list, dict, set)
 
 
 @contextmanager
@@ -23,20 +22,22 @@ def unwritten(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
     tracer.stored names what forward keeps for later calls (a table of positions): the graph computes it anew. Raises
     NotCaptured for what it computes from its own last value: a graph has no memory.
     """
-    before = {
-        name: [(held, dict(held), _contents(held)) for held in (module.__dict__, module._buffers)]
-        for name, module in root.named_modules()
-    }
+    before = {id(held): dict(held) for _, held in attributes(root)}
+    objects = _objects(root)
     written: list[tuple[str, Any, list[fx.Proxy]]] = []
-    try:
-        yield
-    finally:
-        for name, states in before.items():
-            for held, old, contents in states:
-                for key in [key for key in held if key not in _OF_MODULES]:
-                    if proxies := proxies_in(held[key]):
-                        written.append((f"{name}.{key}".lstrip("."), old.get(key), proxies))
-                        _put_back(held, old, contents, key)
+    with unchanged(root):
+        try:
+            yield
+        finally:
+            for path, held in attributes(root):
+                old = before.get(id(held), {})
+                for key, value in held.items():
+                    if key[:1] != "_" and (proxies := proxies_in(value)):
+                        written.append((f"{path}.{key}".lstrip("."), old.get(key), proxies))
+    for original, saved in objects:
+        if proxies_in(original):
+            original.__dict__.clear()
+            original.__dict__.update(vars(saved))
     for name, old_value, proxies in written:
         if isinstance(old_value, Tensor) and any(_reads(proxy.node, name) for proxy in proxies):
             raise NotCaptured(
@@ -45,23 +46,19 @@ def unwritten(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
         tracer.stored.append(name)
 
 
-# Where a module holds its parts.
-_OF_MODULES: Final = ("_modules", "_parameters", "_buffers")
-
-
-def _contents(held: dict[str, Any]) -> dict[str, Any]:
-    """A copy of each container, which forward may add to."""
-    return {key: copy.copy(value) for key, value in held.items() if type(value) in _CONTAINERS and key[:1] != "_"}
-
-
-def _put_back(held: dict[str, Any], old: dict[str, Any], contents: dict[str, Any], key: str) -> None:
-    if key not in old:
-        del held[key]
-        return
-    held[key] = old[key]
-    if key in contents:
-        held[key].clear()
-        getattr(held[key], "extend" if isinstance(held[key], list) else "update")(contents[key])
+def _objects(root: nn.Module) -> list[tuple[Any, Any]]:
+    """Objects of the user's that modules hold, a cache or a log, each with a copy of what it holds now."""
+    known: dict[int, Any] = {id(m): m for m in root.modules()}
+    known |= {id(t): t for t in (*root.parameters(), *root.buffers())}
+    held = {id(value): value for _, values in attributes(root) for value in values.values() if is_object(value)}
+    found = []
+    for value in held.values():
+        try:
+            found.append((value, copy.deepcopy(value, dict(known))))
+        except Exception:
+            # What cannot be copied (a lock, a file) is nothing that forward puts tensors into.
+            continue
+    return found
 
 
 def _reads(node: fx.Node, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.errors import OctavError
+from octav_fx.graph.call import Call
 from octav_fx.graph.descended import (
     Descended,
     Descent,
@@ -18,9 +19,8 @@ from octav_fx.graph.descended import (
     example_of,
     floats,
     outermost,
-    parts,
 )
-from octav_fx.graph.observe import Call
+from octav_fx.graph.module import quantized_modules
 from octav_fx.graph.record import Record
 
 
@@ -94,7 +94,7 @@ def test_what_is_inside_is_found_in_order_and_once() -> None:
     root = nn.Sequential(inner, octav_fx.quantize(nn.Linear(4, 4), X), nn.ModuleList([inner]))
     descend(root, Descent("the outer", (record("1", 2), record("1", 2), record("inner.fc", 1))))
     assert outermost(nn.Sequential(root)) is root
-    assert parts(root) == [root[1]]
+    assert quantized_modules(root) == [root[1]]
     assert floats(root) == [record("1", 2), record("inner.fc", 1)]
     assert by_parts(root) == ["the model: in parts, because the outer", "0: in parts, because the inner"]
 
