@@ -6,6 +6,7 @@ from octav_fx.deployment import DeployedRow, Deployment, deployment
 from octav_fx.errors import OctavError
 from octav_fx.export import export_onnx
 from octav_fx.freeze import calibrate, freeze, unfreeze
+from octav_fx.graph.rules import Rule, activation, either, weight
 from octav_fx.numeric import fake_quantize, optimal_clip
 from octav_fx.quantize import float_mode, quantize
 from octav_fx.report import Coverage, Row, coverage, rows, table
@@ -18,11 +19,14 @@ __all__ = [
     "Deployment",
     "OctavError",
     "Row",
+    "Rule",
     "__version__",
+    "activation",
     "calibrate",
     "convert",
     "coverage",
     "deployment",
+    "either",
     "export_onnx",
     "fake_quantize",
     "float_mode",
@@ -32,4 +36,5 @@ __all__ = [
     "rows",
     "table",
     "unfreeze",
+    "weight",
 ]

@@ -20,6 +20,7 @@ from octav_fx.graph.module import QuantizedModule, quantized_modules
 from octav_fx.graph.observe import calls_of, difference, has_data, run_once, without_quantizers, work
 from octav_fx.graph.ops import CONTRACTIONS, op_of_module
 from octav_fx.graph.record import Record
+from octav_fx.graph.rules import Own
 from octav_fx.graph.tracer import is_torch_leaf
 from octav_fx.ops import FakeQuantizer
 from octav_fx.whole import Position, check_captured, whole
@@ -30,6 +31,7 @@ class Ladder:
     """One climb: what holds for the whole model, and what was found on the way."""
 
     config: Config
+    own: Own
     # Which modules multiply and how much, in the order in which they do; known from the first descent on.
     work: list[tuple[str, int]] = field(default_factory=list)
     # By identity of the float module: one that is reached by two ways is quantized once.
@@ -40,7 +42,8 @@ class Ladder:
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
-        if path and is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS:
+        is_leaf = isinstance(module, self.own.leaves) or is_torch_leaf(module)
+        if path and is_leaf and op_of_module(module) not in CONTRACTIONS:
             raise NotCaptured(f"no rule for {type(module).__name__}")
         if id(module) not in self.done:
             try:
@@ -54,7 +57,7 @@ class Ladder:
         if self.work:
             is_op, first, last = op_of_module(module) is not None, self.work[0][0], self.work[-1][0]
             position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
-        quantized = whole(module, calls[0], self.config, position)
+        quantized = whole(module, calls[0], self.config, position, self.own)
         for call in calls:
             check_captured(quantized, call)
         return quantized
@@ -67,8 +70,11 @@ class Ladder:
                 self.work = work(module, calls[0])
             except Exception as error:
                 raise NotCaptured(f"{reason}; the model itself fails on these inputs, too: {error}") from error
-        expected = [run_once(module, *call) for call in calls]
-        children = self._children(module, calls[0], path)
+        try:
+            expected = [run_once(module, *call) for call in calls]
+            children = self._children(module, calls[0], path)
+        except Exception as error:
+            raise NotCaptured(f"{reason}; by itself the module does not run: {error}") from error
         floats: list[Record] = []
         placed: list[str] = []
         for name, (child, its_calls) in children.items():
@@ -156,9 +162,9 @@ class Ladder:
         return sum(macs for at, macs in self.work if _is_at(at, path))
 
 
-def quantized_by_parts(model: nn.Module, example: Call, config: Config) -> nn.Module:
+def quantized_by_parts(model: nn.Module, example: Call, config: Config, own: Own) -> nn.Module:
     """The model, one graph where one holds all of it; raises OctavError where nothing of it can be quantized."""
-    ladder = Ladder(config)
+    ladder = Ladder(config, own)
     quantized = ladder.climb(model, [example])
     if isinstance(quantized, QuantizedModule):
         quantized.examples = example

@@ -1,7 +1,7 @@
 """quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from octav_fx.graph.descended import floats
 from octav_fx.graph.module import QuantizedModule, quantized_modules
 from octav_fx.graph.observe import has_data, run_once
 from octav_fx.graph.record import Record
+from octav_fx.graph.rules import Own, Rule
 from octav_fx.ladder import quantized_by_parts
 from octav_fx.whole import arguments_of
 
@@ -28,11 +29,15 @@ def quantize(
     config: Config | None = None,
     *,
     strict: bool = False,
+    rules: Sequence[Rule] = (),
+    leaves: Sequence[type[nn.Module]] = (),
 ) -> nn.Module:
     """A copy of the model with a fake-quantizer before every matmul and convolution operand, ready to train.
 
     example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; a batch like those to come. It
     decides which way Python branches go, fills the hints, and is what table() measures; it is run once.
+    rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
+    leaves: classes of modules to leave as they are, float.
     Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
     where no single graph holds the model's Python code, a module of the model's own class whose children are such
     GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
@@ -44,7 +49,7 @@ def quantize(
     example = as_call(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
-    quantized = quantized_by_parts(_copy(model), example, config)
+    quantized = quantized_by_parts(_copy(model), example, config, _own(rules, leaves))
     graphs = quantized_modules(quantized)
     captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
     _check_overrides(config, [*captured, *floats(quantized)])
@@ -80,6 +85,16 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise OctavError(f"{name} has no shape yet: run the model once before quantizing it")
+
+
+def _own(rules: Sequence[Rule], leaves: Sequence[type[nn.Module]]) -> Own:
+    for rule in rules:
+        if not isinstance(rule, Rule) or not callable(rule.target):
+            raise OctavError(f"rules: {rule!r} is no octav_fx.Rule with a function as its target")
+    for leaf in leaves:
+        if not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
+            raise OctavError(f"leaves: {leaf!r} is no class of modules")
+    return Own(tuple(rules), tuple(leaves))
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from octav_fx.graph.module import QuantizedModule
 from octav_fx.graph.observe import difference, has_data, run_first, run_once, without_quantizers
 from octav_fx.graph.pipeline import run
 from octav_fx.graph.record import records
+from octav_fx.graph.rules import Own
 from octav_fx.graph.state import own_copy
 from octav_fx.ops import Spec
 from octav_fx.passes import Place
@@ -44,14 +45,14 @@ class Position:
         return replace(place, site=self.named(place.site), edge=edge)
 
 
-def whole(module: nn.Module, example: Call, config: Config, position: Position) -> QuantizedModule:
+def whole(module: nn.Module, example: Call, config: Config, position: Position, own: Own) -> QuantizedModule:
     """The module, which becomes part of the result, as one rewritten graph for each mode that needs its own.
 
     Raises NotCaptured where no graph can hold it.
     """
     if "forward" in vars(module):
         raise NotCaptured(f"forward of {position.path or type(module).__name__} was replaced on the instance")
-    graphs, missing, notes = _graphs(module, example)
+    graphs, missing, notes = _graphs(module, example, own)
     quantized = QuantizedModule(module, graphs, {})
 
     def choose(place: Place) -> Spec | str:
@@ -107,19 +108,19 @@ def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def _graphs(module: nn.Module, example: Call) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
+def _graphs(module: nn.Module, example: Call, own: Own) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
     """A graph for each mode; why the other mode has none, if it needs its own and cannot be captured; notes."""
     mode = module.training
-    captured = _capture(module, example, mode)
+    captured = _capture(module, example, mode, own)
     if captured.stored and has_data(module, example):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
         run_first(module, *own_copy(example))
-        captured = _capture(module, example, mode)
+        captured = _capture(module, example, mode, own)
     notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
     graphs = {mode: captured.graph, (not mode): captured.graph}
     if captured.depends_on_training:
         try:
-            graphs[not mode] = _capture(module, example, not mode).graph
+            graphs[not mode] = _capture(module, example, not mode, own).graph
         except OctavError as error:
             # Often inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
             del graphs[not mode]
@@ -128,13 +129,13 @@ def _graphs(module: nn.Module, example: Call) -> tuple[dict[bool, fx.Graph], str
     return graphs, None, notes
 
 
-def _capture(module: nn.Module, example: Call, mode: bool) -> Capture:
+def _capture(module: nn.Module, example: Call, mode: bool, own: Own) -> Capture:
     """Capture in one mode; afterwards each module is in the mode it was in, frozen BatchNorms too."""
     modes = {m: m.training for m in module.modules()}
     if module.training != mode:
         module.train(mode)
     try:
-        return capture(module, arguments_of(module, example))
+        return capture(module, arguments_of(module, example), own)
     finally:
         for m, training in modes.items():
             m.training = training

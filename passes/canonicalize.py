@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from octav_fx.graph.edit import Edit, copy_meta, site_of, skip
 from octav_fx.graph.ops import CONTRACTIONS, Op, module_of, op_of
-from octav_fx.graph.rules import RULES
+from octav_fx.graph.rules import OWN, RULES
 from octav_fx.graph.view import state_name
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,6 +30,8 @@ def canonicalize(gm: fx.GraphModule) -> list[Edit]:
     names = {id(value): name for name, value in gm.named_parameters()}
     for node in list(gm.graph.nodes):
         op = op_of(node)
+        if (own := node.meta.get(OWN)) is not None:
+            node.meta["site"] = _unique(_in_scope(node, own.op), taken)
         if op not in CONTRACTIONS:
             continue
         node.meta["site"] = _unique(_site(node, op), taken)
@@ -141,9 +143,13 @@ def _site(node: fx.Node, op: Op) -> str:
         name = state_name(weight) if isinstance(weight, fx.Node) else None
         if name is not None and name.endswith(".weight"):
             return name.removesuffix(".weight")
+    return _in_scope(node, op.name)
+
+
+def _in_scope(node: fx.Node, name: str) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     scope = next(reversed(stack.values()))[0] if stack else ""
-    return f"{scope}.{op.name}".lstrip(".")
+    return f"{scope}.{name}".lstrip(".")
 
 
 def _unique(site: str, taken: set[str]) -> str:

@@ -19,7 +19,7 @@ from octav_fx.graph.edges import edge_nodes
 from octav_fx.graph.edit import Edit, operand_of, set_operand, site_of, skip
 from octav_fx.graph.module import QUANTIZERS
 from octav_fx.graph.ops import module_of, op_of
-from octav_fx.graph.rules import RULES, Operand, Role, Rule
+from octav_fx.graph.rules import OWN, Operand, Role, Rule, rule_of
 from octav_fx.graph.signedness import nonnegative
 from octav_fx.graph.view import brings_in_values, constants, downstream, static, tensor_flow
 from octav_fx.ops import FakeQuantizer, Spec
@@ -54,13 +54,13 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     sources = [node for node in flow if brings_in_values(node, gm)]
     valued = {*sources, *downstream(flow, sources)}
     for node in list(gm.graph.nodes):
-        op = op_of(node)
-        rule = RULES.get(op.name) if op is not None else None
-        if op is None or rule is None:
+        op, rule = op_of(node), rule_of(node)
+        if rule is None:
             if node.meta.get("macs"):
                 edits.append(skip(_name(node), f"no rule for {_kind(node)}"))
             continue
-        if node.op != "call_function" or node.target is not op.target or "out" in node.kwargs:
+        is_canonical = OWN in node.meta or (op is not None and node.target is op.target and "out" not in node.kwargs)
+        if node.op != "call_function" or not is_canonical:
             # canonicalize has said why.
             continue
         if node not in valued and all(_is_floating(operand_of(node, o)) for o in _operands(node, rule)):
@@ -71,7 +71,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
             value = operand_of(node, operand)
             if _is_quantized(value):
                 continue
-            place = _place(node, operand, value, value in parameters, node in edges, value not in unsigned)
+            place = _place(node, rule, operand, value, value in parameters, node in edges, value not in unsigned)
             choice = choose(place)
             if isinstance(choice, str):
                 edits.append(skip(node, choice, operand.name))
@@ -102,10 +102,9 @@ def _is_quantized(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "call_module" and isinstance(module_of(value), FakeQuantizer)
 
 
-def _place(node: fx.Node, operand: Operand, value: Any, is_static: bool, edge: bool, signed: bool) -> Place:
+def _place(node: fx.Node, rule: Rule, operand: Operand, value: Any, is_static: bool, edge: bool, signed: bool) -> Place:
     fake = value.meta.get("value") if isinstance(value, fx.Node) else value
-    site, op = site_of(node), op_of(node)
-    assert op is not None
+    site = site_of(node)
     if not isinstance(fake, Tensor):
         since = f", since {_unknown_since(value)}" if isinstance(value, fx.Node) else ""
         raise NotCaptured(f"{site}: {operand.name} is {fake!r}, not a tensor whose shape is known at capture{since}")
@@ -114,7 +113,7 @@ def _place(node: fx.Node, operand: Operand, value: Any, is_static: bool, edge: b
     channel = operand.channel if is_weight and fake.dim() > 1 else None
     return Place(
         site=site,
-        op=op.name,
+        op=rule.op,
         operand=operand.name,
         role=Role.WEIGHT if is_weight else Role.ACTIVATION,
         edge=edge,

@@ -95,11 +95,14 @@ def test_the_public_names():
         "Deployment",
         "OctavError",
         "Row",
+        "Rule",
         "__version__",
+        "activation",
         "calibrate",
         "convert",
         "coverage",
         "deployment",
+        "either",
         "export_onnx",
         "fake_quantize",
         "float_mode",
@@ -109,6 +112,7 @@ def test_the_public_names():
         "rows",
         "table",
         "unfreeze",
+        "weight",
     ]
     assert all(hasattr(octav_fx, name) for name in octav_fx.__all__)
     assert issubclass(octav_fx.OctavError, RuntimeError)

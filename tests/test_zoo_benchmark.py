@@ -77,7 +77,7 @@ def test_every_model_of_torchvision_but_those_of_quantized_kernels():
 
 def test_what_is_not_captured_says_why_and_what_the_backend_does_with_it():
     row = measured(entry(lambda _: (Branches(4, 4), torch.ones(2, 4))))
-    assert row["captured"].startswith("OctavError: ")
+    assert row["captured"].startswith("NotCaptured: ")
     assert "depends on the data" in row["captured"]
     assert row["graphs"] > 0
     assert "share" not in row

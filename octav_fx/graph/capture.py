@@ -7,7 +7,7 @@ attention with shape checks, loops over a list of features, functions hidden beh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -15,10 +15,13 @@ from torch.utils import _pytree as pytree
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.graph.frames import user_line
 from octav_fx.graph.regions import regions
+from octav_fx.graph.rules import Own
 from octav_fx.graph.seen_through import quiet, symbolic_isinstance, symbolic_torch, training_flags
 from octav_fx.graph.state import own_copy
 from octav_fx.graph.tracer import ValueTracer
 from octav_fx.graph.written import unwritten
+
+_NOTHING: Final = Own()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,14 @@ class Capture:
     stored: tuple[str, ...]
 
 
-def capture(root: nn.Module, arguments: Mapping[str, Any]) -> Capture:
+def capture(root: nn.Module, arguments: Mapping[str, Any], own: Own = _NOTHING) -> Capture:
     """Trace root.forward for these arguments by name; root is in the mode to be captured.
 
     Tensor constants that forward makes on the way become non-persistent buffers of root. Raises NotCaptured with
     the user's file and line where the Python code needs data to go on.
     """
     # Evaluation may write into objects among them.
-    tracer = ValueTracer(own_copy(dict(arguments)))
+    tracer = ValueTracer(own_copy(dict(arguments)), own=own)
     before = set(root.__dict__)
     try:
         with (

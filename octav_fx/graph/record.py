@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from octav_fx.graph.edit import Edit, site_of
 from octav_fx.graph.module import QUANTIZERS
 from octav_fx.graph.ops import op_of
-from octav_fx.graph.rules import RULES
+from octav_fx.graph.rules import rule_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ def records(graph: fx.Graph, edits: Iterable[Edit]) -> list[Record]:
     rows = []
     for node in graph.nodes:
         op, macs = op_of(node), node.meta.get("macs", 0)
+        rule = rule_of(node)
         site = str(node.target) if node.op == "call_module" and "site" not in node.meta else site_of(node)
-        rule = RULES.get(op.name) if op is not None else None
-        if op is None or rule is None or (whole := reasons.get((site, None))) is not None:
+        if rule is None or (whole := reasons.get((site, None))) is not None:
             if macs:
                 kind = op.name if op is not None else str(getattr(node.target, "__name__", node.target))
                 rows.append(Record(site, kind, None, _shape(node), macs, None, reasons.get((site, None), "no rule")))
@@ -53,7 +53,7 @@ def records(graph: fx.Graph, edits: Iterable[Edit]) -> list[Record]:
             assert isinstance(source, fx.Node)
             quantizer = str(value.target) if is_quantized else None
             reason = None if is_quantized else reasons.get((site, name), whole or "no rule")
-            rows.append(Record(site, op.name, name, _shape(source), macs, quantizer, reason))
+            rows.append(Record(site, rule.op, name, _shape(source), macs, quantizer, reason))
     return rows
 
 

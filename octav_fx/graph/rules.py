@@ -1,11 +1,14 @@
 """Which inputs of which op are quantized. A rule says where; a Config says how finely."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Any, Final
+
+from torch import fx, nn
 
 from octav_fx.errors import OctavError
-from octav_fx.graph.ops import CONTRACTIONS
+from octav_fx.graph.ops import CONTRACTIONS, op_of
 
 
 class Role(Enum):
@@ -37,6 +40,26 @@ class Rule:
     operands: tuple[Operand, ...]
     # All positional arguments from the last operand's index on are operands like it (einsum).
     variadic: bool = False
+    # Of a user's own op: the function, or the op of torch.ops, whose calls the rule speaks of.
+    target: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a user adds for one model: rules for functions, and classes of modules to leave as they are."""
+
+    rules: tuple[Rule, ...] = ()
+    leaves: tuple[type[nn.Module], ...] = ()
+
+
+# On a node: the rule of the user's that it falls under.
+OWN: Final = "rule"
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule for a node: one of the user's, or that of its op."""
+    op = op_of(node)
+    return node.meta.get(OWN) or (RULES.get(op.name) if op is not None else None)
 
 
 def activation(index: int, name: str, *aliases: str) -> Operand:

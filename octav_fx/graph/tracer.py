@@ -22,6 +22,7 @@ from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.ops import in_place, is_altered
 from octav_fx.graph.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
 from octav_fx.graph.rebuild import is_built_around_proxies, rebuild, skeleton_of
+from octav_fx.graph.rules import OWN, Own
 from octav_fx.graph.seen_through import PLAIN, plain_training
 from octav_fx.graph.specialize import check_captured
 from octav_fx.graph.view import brings_in_values, holds_tensor
@@ -64,12 +65,15 @@ class ValueTracer(fx.Tracer):
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
+    own: Own = field(default_factory=Own)
     evaluating: bool = False
     # Read by fx: buffers become proxies, not constants.
     proxy_buffer_attributes = True
 
     def __post_init__(self) -> None:
-        super().__init__()
+        # Functions with a rule are calls in the graph, not what they do.
+        self.rules = {rule.target: rule for rule in self.own.rules}
+        super().__init__(autowrap_functions=tuple(f for f in self.rules if isinstance(f, types.FunctionType)))
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.attributes: dict[int, str] = {}
         self.attribute_nodes: dict[str, fx.Node] = {}
@@ -191,6 +195,13 @@ class ValueTracer(fx.Tracer):
         """Calls of wrapped functions are traced through."""
         if kind == "call_function" and target is F.multi_head_attention_forward:
             return self._inline_attention(args, kwargs)
+        if kind == "call_function" and target in self.rules:
+            # Rules speak of positions.
+            bound = inspect.signature(target).bind(*args, **kwargs) if inspect.isfunction(target) else None
+            args, kwargs = (args, kwargs) if bound is None else (bound.args, bound.kwargs)
+            proxy = super().create_proxy(kind, target, args, kwargs)
+            proxy.node.meta[OWN] = self.rules[target]
+            return proxy
         if kind == "call_function" and _is_user_function(target):
             return self._inline(target, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
@@ -234,7 +245,7 @@ class ValueTracer(fx.Tracer):
             raise OctavError(
                 f"{module_qualified_name} is a scripted module, without Python code to trace: use the original"
             )
-        return is_torch_leaf(m)
+        return isinstance(m, self.own.leaves) or is_torch_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Stochastic depth and its like stay calls: traced through, they would be on or off for good."""
