@@ -6,6 +6,8 @@ graph, and copied on each call with the tensors of that call in them.
 
 import collections
 import copy
+import dataclasses
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any, Final
@@ -39,6 +41,14 @@ def is_built_around_proxies(a: Any) -> bool:
     return is_object(a) and bool(proxies_in(a))
 
 
+def is_plain_dataclass(a: Any) -> bool:
+    """Whether a is what its fields make, and of a class that generated code can name."""
+    kind: Any = type(a)
+    made_by_fields = dataclasses.is_dataclass(kind) and "__init__" in vars(kind) and kind.__dataclass_params__.init  # type: ignore[union-attr]
+    named = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
+    return bool(made_by_fields and named and set(getattr(a, "__dict__", ())) <= {f.name for f in dataclasses.fields(a)})
+
+
 def skeleton_of(a: Any) -> tuple[Skeleton, list[fx.Proxy]]:
     """The object with a hole for each proxy in it, and the proxies."""
     proxies = list({id(proxy): proxy for proxy in proxies_in(a)}.values())
@@ -50,6 +60,13 @@ def skeleton_of(a: Any) -> tuple[Skeleton, list[fx.Proxy]]:
 def rebuild(skeleton: Skeleton, tensors: list[Any]) -> Any:
     """A copy of the object with its tensors."""
     return copy.deepcopy(skeleton.body, {id(h): tensor for h, tensor in zip(skeleton.holes, tensors, strict=True)})
+
+
+def with_items(built: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """The same dict with these items: Dynamo copies dicts of a user's class without what is in them."""
+    for key, value in items.items():
+        dict.__setitem__(built, key, value)
+    return built
 
 
 def proxies_in(a: Any, seen: set[int] | None = None) -> list[fx.Proxy]:

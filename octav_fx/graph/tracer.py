@@ -1,5 +1,6 @@
 """ValueTracer: fx.Tracer whose proxies have values, whose branches leave checks, and that sees through wrappers."""
 
+import dataclasses
 import inspect
 import itertools
 import os
@@ -21,7 +22,7 @@ from octav_fx.graph.frames import TORCH, caller, user_caller
 from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.ops import in_place, is_altered
 from octav_fx.graph.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
-from octav_fx.graph.rebuild import is_built_around_proxies, rebuild, skeleton_of
+from octav_fx.graph.rebuild import is_built_around_proxies, is_plain_dataclass, rebuild, skeleton_of, with_items
 from octav_fx.graph.rules import OWN, Own
 from octav_fx.graph.seen_through import PLAIN, plain_training
 from octav_fx.graph.specialize import check_captured
@@ -180,8 +181,13 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, Tensor) and id(a) in self.attributes:
             return self._attribute(self.attributes[id(a)]).node
         if is_built_around_proxies(a):
-            return self._rebuilt(a)
+            return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
         return super().create_arg(a)
+
+    def _made_again(self, a: Any) -> fx.Node:
+        """A dataclass, made by its fields in each call: what Dynamo follows best, and what a reader expects."""
+        fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a) if f.init}
+        return self.create_node("call_function", type(a), (), fields)
 
     def _rebuilt(self, a: Any) -> fx.Node:
         """An object with tensors in it (a cache, a dataclass): its own copy of it in each call of the graph."""
@@ -189,7 +195,10 @@ class ValueTracer(fx.Tracer):
         name = next(f"octav_object_{i}" for i in itertools.count() if not hasattr(self.root, f"octav_object_{i}"))
         setattr(self.root, name, skeleton)
         constant = self.create_node("get_attr", name, (), {})
-        return self.create_node("call_function", rebuild, (constant, [proxy.node for proxy in proxies]), {})
+        built = self.create_node("call_function", rebuild, (constant, [proxy.node for proxy in proxies]), {})
+        if not isinstance(a, dict):
+            return built
+        return self.create_node("call_function", with_items, (built, self.create_arg(dict(a))), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         """Calls of wrapped functions are traced through."""
@@ -410,7 +419,7 @@ def _mutable(argument: Any) -> Any:
 
 
 def _is_user_function(target: Any) -> bool:
-    if not isinstance(target, types.FunctionType) or target in (check_captured, setitem_, rebuild):
+    if not isinstance(target, types.FunctionType) or target in (check_captured, setitem_, rebuild, with_items):
         return False
     return (target.__module__ or "torch").partition(".")[0] not in ("torch", "math", "operator", "builtins")
 
