@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octav_fx.errors import OctavError
 from octav_fx.freeze import check_frozen
 from octav_fx.graph.module import IntegerModule, QuantizedModule, quantized_modules
 from octav_fx.graph.pipeline import run
@@ -32,6 +33,8 @@ def size_of(module: nn.Module) -> int:
 
 def _convert(module: QuantizedModule) -> IntegerModule:
     check_frozen(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()
     run(working, CONVERT)

@@ -72,7 +72,7 @@ def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] |
     """
     (quantized, *more) = quantized_modules(q)
     if more or quantized is not q:
-        raise OctavError("deployment takes the module that octav_fx.quantize returned, not one that holds it")
+        raise OctavError("deployment takes a model that one graph holds, as octav_fx.quantize returned it")
     converted = convert(q)
     args, kwargs = as_call(example_inputs)
     with evaluating(q):

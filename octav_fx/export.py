@@ -80,7 +80,9 @@ def run_onnx(model: str | os.PathLike[str] | bytes, example_inputs: Any) -> dict
     session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     args, kwargs = as_call(example_inputs)
     names = [value.name for value in session.get_inputs()]
-    given = {**dict(zip(names, pytree.tree_leaves(args), strict=False)), **kwargs}
+    # None is no input of the file.
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    given = {**dict(zip(names, tensors, strict=False)), **kwargs}
     outputs = session.run(None, {name: given[name].detach().cpu().numpy() for name in names})
     return {value.name: torch.from_numpy(found) for value, found in zip(session.get_outputs(), outputs, strict=True)}
 

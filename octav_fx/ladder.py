@@ -25,6 +25,9 @@ from octav_fx.graph.tracer import is_torch_leaf
 from octav_fx.ops import FakeQuantizer
 from octav_fx.whole import Position, check_captured, whole
 
+# Modules with their classes, children and descents.
+_Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], Any]]
+
 
 @dataclass
 class Ladder:
@@ -34,6 +37,8 @@ class Ladder:
     own: Own
     # Which modules multiply and how much, in the order in which they do; known from the first descent on.
     work: list[tuple[str, int]] = field(default_factory=list)
+    # The same by identity, as a module may have several paths.
+    workers: set[int] = field(default_factory=set)
     # By identity of the float module: one that is reached by two ways is quantized once.
     done: dict[int, nn.Module] = field(default_factory=dict)
 
@@ -43,21 +48,30 @@ class Ladder:
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
         is_leaf = isinstance(module, self.own.leaves) or is_torch_leaf(module)
-        if path and is_leaf and op_of_module(module) not in CONTRACTIONS:
+        if path and is_leaf and (isinstance(module, self.own.leaves) or op_of_module(module) not in CONTRACTIONS):
             raise NotCaptured(f"no rule for {type(module).__name__}")
         if id(module) not in self.done:
-            try:
-                self.done[id(module)] = self._whole(module, calls, path)
-            except NotCaptured as reason:
-                self.done[id(module)] = self._descend(module, calls, path, str(reason))
+            self.done[id(module)] = self._climbed(module, calls, path)
         return self.done[id(module)]
 
-    def _whole(self, module: nn.Module, calls: list[Call], path: str) -> QuantizedModule:
+    def _climbed(self, module: nn.Module, calls: list[Call], path: str) -> nn.Module:
+        try:
+            return self._whole(module, calls, path)
+        except NotCaptured as reason:
+            try:
+                return self._descend(module, calls, path, str(reason))
+            except NotCaptured:
+                # One mode is better than none; entering the other raises.
+                with contextlib.suppress(NotCaptured):
+                    return self._whole(module, calls, path, both_modes=False)
+                raise
+
+    def _whole(self, module: nn.Module, calls: list[Call], path: str, both_modes: bool = True) -> QuantizedModule:
         position = Position()
         if self.work:
             is_op, first, last = op_of_module(module) is not None, self.work[0][0], self.work[-1][0]
             position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
-        quantized = whole(module, calls[0], self.config, position, self.own)
+        quantized = whole(module, calls[0], self.config, position, self.own, both_modes)
         for call in calls:
             check_captured(quantized, call)
         return quantized
@@ -68,6 +82,7 @@ class Ladder:
         if not self.work:
             try:
                 self.work = work(module, calls[0])
+                self.workers = {id(module.get_submodule(at)) for at, _ in self.work}
             except Exception as error:
                 raise NotCaptured(f"{reason}; the model itself fails on these inputs, too: {error}") from error
         try:
@@ -77,6 +92,7 @@ class Ladder:
             raise NotCaptured(f"{reason}; by itself the module does not run: {error}") from error
         floats: list[Record] = []
         placed: list[str] = []
+        trees = {name: _tree(child) for name, (child, _) in children.items()}
         for name, (child, its_calls) in children.items():
             below = _join(path, name)
             try:
@@ -94,7 +110,10 @@ class Ladder:
                 del self.done[id(child)]
                 floats += [record for part in quantized_modules(quantized) for record in part.records]
         if _fault(module, calls, expected) is not None:
-            floats += self._replace_misfits(module, {name: children[name] for name in placed}, calls, expected, path)
+            placed_children = {name: (*children[name], trees[name]) for name in placed}
+            floats += self._replace_misfits(module, placed_children, calls, expected, path)
+            if (fault := _fault(module, calls, expected)) is not None:
+                raise NotCaptured(f"{reason}; with its children quantized it does not run as before: {fault}")
         if not any(isinstance(m, FakeQuantizer) for m in module.modules()):
             raise NotCaptured(reason)
         if own := sum(macs for at, macs in self.work if at == path):
@@ -104,7 +123,7 @@ class Ladder:
     def _replace_misfits(
         self,
         module: nn.Module,
-        children: dict[str, tuple[nn.Module, list[Call]]],
+        children: dict[str, tuple[nn.Module, list[Call], _Tree]],
         calls: list[Call],
         expected: list[Any],
         path: str,
@@ -113,24 +132,27 @@ class Ladder:
 
         Returns records of what stays float because of that.
         """
-        for name, (child, _) in children.items():
+        # A child that is in parts is itself, changed: it goes in with its parts, and comes out without them.
+        descended = {name: _tree(child) for name, (child, *_) in children.items()}
+        for name, (child, _, tree) in children.items():
+            _restore(tree)
             _set(module, name, child)
         floats = []
-        for name, (child, its_calls) in children.items():
+        for name, (child, its_calls, tree) in children.items():
             below, quantized = _join(path, name), self.done.pop(id(child))
+            _restore(descended[name])
             _set(module, name, quantized)
             if (fault := _fault(module, calls, expected)) is None:
                 self.done[id(child)] = quantized
                 continue
             _set(module, name, child)
-            tree = _tree(child)
             try:
                 if quantized is child:
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
-                descended = self._descend(child, its_calls, below, f"the code around it: {fault}")
+                changed = self._descend(child, its_calls, below, f"the code around it: {fault}")
                 if fault := _fault(module, calls, expected):
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
-                self.done[id(child)] = descended
+                self.done[id(child)] = changed
             except NotCaptured as why:
                 _restore(tree)
                 for module_below, *_ in tree:
@@ -146,7 +168,9 @@ class Ladder:
 
         def working(within: str, parent: nn.Module) -> dict[str, nn.Module]:
             named = {_join(within, name): child for name, child in parent.named_children()}
-            return {name: child for name, child in named.items() if self._macs(_join(path, name))}
+            return {
+                name: child for name, child in named.items() if not self.workers.isdisjoint(map(id, child.modules()))
+            }
 
         children = working("", module)
         while True:
@@ -205,17 +229,18 @@ def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
                     parent._modules[name] = done[id(child)]
 
 
-def _tree(root: nn.Module) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
-    """What a descent changes: classes and children."""
-    return [(module, type(module), dict(module._modules)) for module in root.modules()]
+def _tree(root: nn.Module) -> _Tree:
+    """What a descent changes: classes, children, and what is known of it."""
+    return [(m, type(m), dict(m._modules), vars(m).get("octav_descent")) for m in root.modules()]
 
 
-def _restore(tree: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]) -> None:
-    for module, kind, children in tree:
+def _restore(tree: _Tree) -> None:
+    for module, kind, children, descent in tree:
         module.__class__ = kind
         module._modules.update(children)
-        if not issubclass(kind, Descended):
-            vars(module).pop("octav_descent", None)
+        vars(module).pop("octav_descent", None)
+        if descent is not None:
+            vars(module)["octav_descent"] = descent
 
 
 def _fault(module: nn.Module, calls: list[Call], expected: list[Any]) -> str | None:

@@ -35,14 +35,14 @@ def quantize(
     """A copy of the model with a fake-quantizer before every matmul and convolution operand, ready to train.
 
     example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; a batch like those to come. It
-    decides which way Python branches go, fills the hints, and is what table() measures; it is run once.
+    decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
     rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
     leaves: classes of modules to leave as they are, float.
     Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
     where no single graph holds the model's Python code, a module of the model's own class whose children are such
     GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
     Raises OctavError for a model of which nothing can be captured, for operands that are not floating point, and with
-    strict=True if any multiply-accumulate stays float.
+    strict=True if anything that multiplies stays float in the present mode, or was not run.
     """
     config = Config() if config is None else config
     _check_model(model)
@@ -53,6 +53,12 @@ def quantize(
     graphs = quantized_modules(quantized)
     captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
     _check_overrides(config, [*captured, *floats(quantized)])
+    for rule in rules:
+        if all(row.op != rule.op for row in captured):
+            raise OctavError(
+                f"rules: no graph calls {rule.target}, whose rule is {rule.op!r}; a function is seen where a forward "
+                "calls it by a global name that does not begin with an underscore"
+            )
     if strict:
         _check_strict([*floats(quantized), *(row for part in graphs for row in part.records)])
     if has_data(quantized, example):

@@ -1,10 +1,12 @@
 """One module as one graph: capture, the passes, the records of what they did."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from octav_fx.config import Config
@@ -45,14 +47,17 @@ class Position:
         return replace(place, site=self.named(place.site), edge=edge)
 
 
-def whole(module: nn.Module, example: Call, config: Config, position: Position, own: Own) -> QuantizedModule:
+def whole(
+    module: nn.Module, example: Call, config: Config, position: Position, own: Own, both_modes: bool
+) -> QuantizedModule:
     """The module, which becomes part of the result, as one rewritten graph for each mode that needs its own.
 
-    Raises NotCaptured where no graph can hold it.
+    Raises NotCaptured where no graph can hold it; with both_modes also where none can hold the mode it is not in,
+    although it runs in it.
     """
     if "forward" in vars(module):
         raise NotCaptured(f"forward of {position.path or type(module).__name__} was replaced on the instance")
-    graphs, missing, notes = _graphs(module, example, own)
+    graphs, missing, notes = _graphs(module, example, own, both_modes)
     quantized = QuantizedModule(module, graphs, {})
 
     def choose(place: Place) -> Spec | str:
@@ -89,8 +94,8 @@ def check_captured(quantized: QuantizedModule, call: Call) -> None:
     try:
         with without_quantizers(quantized):
             found = run_once(quantized, *call)
-    except OctavError as error:
-        raise NotCaptured(str(error)) from error
+    except Exception as error:
+        raise NotCaptured(f"the captured graph does not run on a call that the model makes: {error}") from error
     if detail := difference(expected, found):
         raise NotCaptured(
             f"the captured graph does not compute what the model's forward does: {detail}. Python code in forward may "
@@ -99,22 +104,24 @@ def check_captured(quantized: QuantizedModule, call: Call) -> None:
 
 
 def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
-    """The arguments of a call by the names of forward, defaults included. Raises OctavError where they do not fit."""
+    """The arguments of a call by the names of forward, defaults included. Raises NotCaptured where they do not fit."""
     try:
         bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     except TypeError as error:
-        raise OctavError(f"example_inputs do not fit {type(module).__name__}.forward: {error}") from error
+        raise NotCaptured(f"example_inputs do not fit {type(module).__name__}.forward: {error}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
-def _graphs(module: nn.Module, example: Call, own: Own) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
+def _graphs(
+    module: nn.Module, example: Call, own: Own, both_modes: bool
+) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
     """A graph for each mode; why the other mode has none, if it needs its own and cannot be captured; notes."""
     mode = module.training
     captured = _capture(module, example, mode, own)
     if captured.stored and has_data(module, example):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        run_first(module, *own_copy(example))
+        _warm_up(module, example)
         captured = _capture(module, example, mode, own)
     notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
     graphs = {mode: captured.graph, (not mode): captured.graph}
@@ -122,20 +129,50 @@ def _graphs(module: nn.Module, example: Call, own: Own) -> tuple[dict[bool, fx.G
         try:
             graphs[not mode] = _capture(module, example, not mode, own).graph
         except OctavError as error:
-            # Often inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
-            del graphs[not mode]
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
+            if both_modes and _runs(module, example, not mode):
+                raise NotCaptured(missing) from error
+            # Inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
+            del graphs[not mode]
             return graphs, missing, [*notes, missing]
     return graphs, None, notes
 
 
+def _warm_up(module: nn.Module, example: Call) -> None:
+    """Run once and keep what forward stored; statistics and other buffers that were there stay as they were."""
+    before = {buffer: buffer.clone() for buffer in module.buffers()}
+    run_first(module, *own_copy(example))
+    with torch.no_grad():
+        for buffer, value in before.items():
+            buffer.copy_(value)
+
+
+def _runs(module: nn.Module, example: Call, mode: bool) -> bool:
+    """Whether the float module itself runs on the example in a mode."""
+    if not has_data(module, example):
+        return False
+    try:
+        with _in_mode(module, mode):
+            run_once(module, *example)
+    except Exception:
+        return False
+    return True
+
+
 def _capture(module: nn.Module, example: Call, mode: bool, own: Own) -> Capture:
     """Capture in one mode; afterwards each module is in the mode it was in, frozen BatchNorms too."""
+    with _in_mode(module, mode):
+        return capture(module, arguments_of(module, example), own)
+
+
+@contextmanager
+def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
+    """Inside, a float module is in a mode; afterwards each of its modules is in the one it was in."""
     modes = {m: m.training for m in module.modules()}
     if module.training != mode:
         module.train(mode)
     try:
-        return capture(module, arguments_of(module, example), own)
+        yield
     finally:
         for m, training in modes.items():
             m.training = training

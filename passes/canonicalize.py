@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from octav_fx.graph.edit import Edit, copy_meta, site_of, skip
 from octav_fx.graph.ops import CONTRACTIONS, Op, module_of, op_of
-from octav_fx.graph.rules import OWN, RULES
+from octav_fx.graph.rules import LEAF, OWN, RULES
 from octav_fx.graph.view import state_name
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -46,6 +46,8 @@ def canonicalize(gm: fx.GraphModule) -> list[Edit]:
 
 def _refusal(node: fx.Node) -> str | None:
     """Why a contraction keeps its spelling, or None."""
+    if LEAF in node.meta:
+        return "one of the leaves"
     if "out" in node.kwargs:
         return "writes into out="
     if node.op != "call_module":

@@ -57,7 +57,7 @@ def test_what_stays_float_has_its_reason():
 
 def test_only_the_module_itself():
     q, x = ready()
-    with pytest.raises(OctavError, match=r"takes the module that octav_fx\.quantize returned"):
+    with pytest.raises(OctavError, match=r"takes a model that one graph holds"):
         deployment(nn.Sequential(q), x)
     with pytest.raises(OctavError, match=r"holds no module"):
         deployment(convert(q), x)

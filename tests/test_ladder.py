@@ -795,3 +795,51 @@ def test_on_the_meta_device_a_model_in_parts_for_its_names() -> None:
     q = quantize(model, x)
     assert bits(q) == {"stem": (8, 8), "block.fc": (4, 4), "head": (8, 8)}
     assert {row.clip for row in octav_fx.rows(q)} == {None}
+
+
+def test_a_mode_that_no_graph_holds_is_run_in_parts_too() -> None:
+    def between(m: Net, y: Tensor) -> Tensor:
+        return m.block(y * (1 + int(y.sum() > 1e9)) if m.training else y)
+
+    model, x = Net(between).eval(), images()
+    q = quantize(model, x, TWO_BITS, strict=True)
+    assert isinstance(q, Net) and "training mode is not captured: " in octav_fx.table(q)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))
+        assert torch.equal(q.train()(x), model.train()(x))
+
+
+def test_a_part_in_parts_that_does_not_fit_is_float_again() -> None:
+    class Middle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Encoder()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x * max(1, int(x.sum() * 0)))
+
+    model, x = Applied(lambda m, x: m.part(x) + m.part.inner.encode(x), part=Middle()), torch.randn(4, 8)
+    q = quantize(model, x, TWO_BITS)
+    assert [(node, macs) for node, _, macs in octav_fx.coverage(q).skipped] == [("part", 2 * 4 * 64)]
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))
+
+
+def test_a_module_with_two_parents_is_quantized_in_both() -> None:
+    shared = nn.Linear(8, 8)
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x * max(1, int(x.sum() * 0)))
+
+    model = Applied(lambda m, x: m.loop(m.one(x)), one=nn.Sequential(shared), loop=Loop())
+    q, x = quantize(model, torch.randn(4, 8), TWO_BITS), torch.randn(4, 8)
+    with OnGrid(2) as seen:
+        q(x)
+    assert (seen.checked, seen.off_grid) == (3, [])
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))

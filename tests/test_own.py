@@ -110,3 +110,21 @@ def test_a_leaf_in_a_model_in_parts():
 def test_what_is_neither_is_refused(given, message):
     with pytest.raises(OctavError, match=message):
         quantize(Net(), torch.randn(4, 8), **given)
+
+
+def test_a_class_of_torch_can_be_a_leaf():
+    q = quantize(Net(), torch.randn(4, 8), TWO_BITS, rules=[SHIFTED], leaves=[nn.Linear])
+    assert [(node, reason) for node, reason, _ in octav_fx.coverage(q).skipped] == [
+        ("one.fc", "one of the leaves"),
+        ("two.fc", "one of the leaves"),
+    ]
+
+
+def _hidden(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+def test_a_rule_that_nothing_falls_under_is_an_error():
+    rule = Rule("hidden", (activation(0, "x"), weight(1, "w", channel=1)), target=_hidden)
+    with pytest.raises(OctavError, match=r"no graph calls .*_hidden.*, whose rule is 'hidden'"):
+        quantize(Net(), torch.randn(4, 8), rules=[rule])

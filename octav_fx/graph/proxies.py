@@ -41,6 +41,7 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         value = self.value
         if isinstance(value, Mapping):
+            self._settle()
             match name:
                 case "values":
                     return lambda: [self[key] for key in value]
@@ -58,6 +59,14 @@ class ValueProxy(fx.Proxy):
     def keys(self) -> Any:
         """The keys of a dict, which fx asks the tracer for."""
         return list(self.value) if isinstance(self.value, Mapping) else super().keys()
+
+    def _settle(self) -> None:
+        """An argument of forward may have more or other items in a later call; the graph is for those of this one."""
+        node = self.node
+        while node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+        if node.op == "placeholder":
+            self.tracer.settle(self)
 
     def __getitem__(self, index: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
@@ -78,6 +87,8 @@ class ValueProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         value = self.value
+        if isinstance(value, (Mapping, tuple, list)):
+            self._settle()
         if isinstance(value, Mapping):
             return iter(list(value))
         if isinstance(value, (tuple, list)):

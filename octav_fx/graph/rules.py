@@ -54,6 +54,8 @@ class Own:
 
 # On a node: the rule of the user's that it falls under.
 OWN: Final = "rule"
+# Or that it calls a module which the user wants left as it is.
+LEAF: Final = "leaf"
 
 
 def rule_of(node: fx.Node) -> Rule | None:

@@ -1,5 +1,6 @@
 """What forward does to its modules besides computing, undone."""
 
+import collections
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-_CONTAINERS: Final = (list, dict, set)
+_CONTAINERS: Final = (list, dict, set, collections.OrderedDict)
 # Where a module keeps its parts; forward does not rebind those of others.
 _OF_MODULES: Final = ("_modules", "_parameters", "_buffers")
 
@@ -41,8 +42,8 @@ def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _contents(held: dict[str, Any]) -> dict[str, Any]:
-    """A copy of each container; torch's own begin with an underscore."""
-    return {key: copy.copy(value) for key, value in held.items() if type(value) in _CONTAINERS and key[:1] != "_"}
+    """A copy of each container; hooks are in some, and libraries install theirs in the first call."""
+    return {k: copy.copy(v) for k, v in held.items() if type(v) in _CONTAINERS and k not in _OF_MODULES}
 
 
 def _refill(container: Any, content: Any) -> None:

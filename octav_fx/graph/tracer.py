@@ -23,7 +23,8 @@ from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.ops import in_place, is_altered
 from octav_fx.graph.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
 from octav_fx.graph.rebuild import is_built_around_proxies, is_plain_dataclass, rebuild, skeleton_of, with_items
-from octav_fx.graph.rules import OWN, Own
+from octav_fx.graph.regions import apply_function
+from octav_fx.graph.rules import LEAF, OWN, Own
 from octav_fx.graph.seen_through import PLAIN, plain_training
 from octav_fx.graph.specialize import check_captured
 from octav_fx.graph.view import brings_in_values, holds_tensor
@@ -64,6 +65,7 @@ class ValueTracer(fx.Tracer):
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
+    settled: set[tuple[fx.Node, str]] = field(default_factory=set)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
     own: Own = field(default_factory=Own)
@@ -166,6 +168,8 @@ class ValueTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "output":
             node.meta["value"], node.meta["macs"] = self._evaluate(node)
+            if (called := self._called(node)) is not None and isinstance(called, self.own.leaves):
+                node.meta[LEAF] = True
             if node.meta["value"] is UNKNOWN and not any(n.meta["value"] is UNKNOWN for n in node.all_input_nodes):
                 node.meta["unknown"] = user_caller()
         return node
@@ -189,13 +193,17 @@ class ValueTracer(fx.Tracer):
         fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a) if f.init}
         return self.create_node("call_function", type(a), (), fields)
 
+    def constant(self, value: Any) -> ValueProxy:
+        """An object that graphs cannot hold, as an attribute of root."""
+        name = next(f"octav_object_{i}" for i in itertools.count() if not hasattr(self.root, f"octav_object_{i}"))
+        setattr(self.root, name, value)
+        return self.proxy(self.create_node("get_attr", name, (), {}))
+
     def _rebuilt(self, a: Any) -> fx.Node:
         """An object with tensors in it (a cache, a dataclass): its own copy of it in each call of the graph."""
         skeleton, proxies = skeleton_of(a)
-        name = next(f"octav_object_{i}" for i in itertools.count() if not hasattr(self.root, f"octav_object_{i}"))
-        setattr(self.root, name, skeleton)
-        constant = self.create_node("get_attr", name, (), {})
-        built = self.create_node("call_function", rebuild, (constant, [proxy.node for proxy in proxies]), {})
+        nodes = [proxy.node for proxy in proxies]
+        built = self.create_node("call_function", rebuild, (self.constant(skeleton).node, nodes), {})
         if not isinstance(a, dict):
             return built
         return self.create_node("call_function", with_items, (built, self.create_arg(dict(a))), {})
@@ -219,6 +227,10 @@ class ValueTracer(fx.Tracer):
     def _without_gradient(self, proxy: Any) -> Any:
         """What is computed under no_grad is a constant to autograd; so is what is detached: a graph has no modes."""
         node, value = proxy.node, proxy.value
+        if isinstance(value, tuple) and holds_tensor(node) and self._has_gradient(node):
+            items = [proxy[i] for i in range(len(value))]
+            is_named = hasattr(value, "_fields")
+            return type(value)(*items) if is_named else type(value)(items)
         if not (isinstance(value, Tensor) and value.is_floating_point() and self._has_gradient(node)):
             return proxy
         if self._writes(node):
@@ -337,6 +349,14 @@ class ValueTracer(fx.Tracer):
             self._check(node, kind(value), where)
         return value
 
+    def settle(self, collection: ValueProxy) -> None:
+        """A check that a list or dict among the arguments has the length or the keys that the graph is for."""
+        value, where = collection.value, caller()
+        kind, expected = (list, list(value)) if isinstance(value, Mapping) else (len, len(value))
+        if (collection.node, repr(expected)) not in self.settled:
+            self.settled.add((collection.node, repr(expected)))
+            self._check(self.create_node("call_function", kind, (collection.node,), {}), expected, where)
+
     def _check(self, node: fx.Node, expected: Any, where: str) -> None:
         if (key := (node, repr(expected))) not in self.checked:
             self.checked.add(key)
@@ -419,9 +439,12 @@ def _mutable(argument: Any) -> Any:
 
 
 def _is_user_function(target: Any) -> bool:
-    if not isinstance(target, types.FunctionType) or target in (check_captured, setitem_, rebuild, with_items):
+    if not isinstance(target, types.FunctionType) or target in _OURS:
         return False
     return (target.__module__ or "torch").partition(".")[0] not in ("torch", "math", "operator", "builtins")
+
+
+_OURS: Final = (check_captured, setitem_, rebuild, with_items, apply_function)
 
 
 def _has(parameters: Iterable[inspect.Parameter], kind: str) -> bool:

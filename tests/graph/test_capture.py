@@ -684,3 +684,16 @@ def test_a_buffer_of_a_name_that_a_graph_module_needs_stays_and_the_model_is_qua
     assert f"the model: in parts, because Model.{name}: octav_fx needs that name" in octav_fx.table(q)
     with octav_fx.float_mode(q):
         assert torch.equal(q(x), float_module(x))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda tensors: dict(zip("abcd", tensors, strict=False))])
+def test_a_collection_of_another_length_is_refused(kind: Any) -> None:
+    def forward(self, xs):
+        return sum(self.fc(x) for x in (xs.values() if isinstance(xs, dict) else xs))
+
+    float_module, tensors = model(forward, fc=nn.Linear(4, 4)), torch.randn(3, 2, 4).unbind()
+    q = octav_fx.quantize(float_module, {"xs": kind(tensors[:2])})
+    assert q(kind(tensors[1:])).shape == (2, 4)
+    for other in (tensors[:1], tensors):
+        with pytest.raises(OctavError, match="the captured graph holds for the value"):
+            q(kind(other))

@@ -195,3 +195,33 @@ def test_buffers_and_attributes_that_forward_replaces_are_as_before() -> None:
     first, second = (run_once(float_module, (torch.ones(2),), {}) for _ in range(2))
     assert torch.equal(first, second)
     assert float_module.count == 0 and float_module.last is None
+
+
+def test_hooks_that_a_first_call_installs_are_gone_again() -> None:
+    def forward(self, x):
+        if not hasattr(self, "hooked"):
+            self.hooked = True
+            self.fc.register_forward_hook(lambda module, args, y: y + 1)
+        return self.fc(x)
+
+    module, x = model(forward, fc=nn.Linear(4, 4)), torch.randn(2, 4)
+    first, second = run_once(module, (x,), {}), run_once(module, (x,), {})
+    assert torch.equal(first, second) and torch.allclose(first, x @ module.fc.weight.t() + module.fc.bias + 1)
+    assert not hasattr(module, "hooked") and not module.fc._forward_hooks
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, torch.nan])
+def test_what_is_masked_hides_no_difference(mask: float) -> None:
+    expected = torch.randn(4, 8)
+    expected[:, 3:] = mask
+    found = expected.clone()
+    assert difference(expected, found) is None
+    found[0, 0] += 1
+    assert "is off by" in str(difference(expected, found))
+    found[0, 3] = 0.0
+    assert "in other places" in str(difference(expected, found))
+
+
+def test_indices_that_are_others_are_a_difference() -> None:
+    assert difference(torch.arange(20), torch.arange(20)) is None
+    assert "is another one" in str(difference(torch.arange(20), torch.arange(20).flip(0)))

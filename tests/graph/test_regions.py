@@ -1,12 +1,13 @@
 """regions: no_grad and autocast in forward mean in the graph what they mean in Python."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import octav_fx
@@ -319,3 +320,54 @@ def test_a_decorator_with_keywords_keeps_the_signature() -> None:
             assert torch.equal(q(x=x, **kwargs), float_module(x, **kwargs))
         with pytest.raises((OctavError, TypeError)):
             q(x, **kwargs, unknown=x)
+
+
+class Doubled(torch.autograd.Function):
+    """Its gradient is not that of what it computes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def test_a_function_with_a_gradient_of_its_own_keeps_it() -> None:
+    float_module, x = (
+        model(lambda s, x: s.b(Doubled.apply(s.a(x), 5.0)), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
+        torch.randn(3, 4),
+    )
+    q = octav_fx.quantize(float_module, x)
+    assert isinstance(q, fx.GraphModule) and "apply_function" in q.code
+    torch.compiler.reset()
+    results = []
+    for module in (q, torch.compile(q, backend="eager"), copy.deepcopy(q)):
+        q.zero_grad()
+        twin = module if isinstance(module, fx.GraphModule) else q
+        module(x).sum().backward()
+        results.append(twin.a.weight.grad.clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    # Five times the gradient that comes in, quantizers in front of b or not.
+    with octav_fx.float_mode(q):
+        q.zero_grad()
+        q(x).sum().backward()
+    incoming = (torch.ones(len(x), 4) @ float_module.b.weight) * 5
+    # Two products of four and three numbers near one, in float32.
+    torch.testing.assert_close(q.a.weight.grad, incoming.T @ x, rtol=1e-5, atol=1e-6)
+    # Afterwards functions are applied as ever.
+    assert Doubled.apply(torch.ones(2, requires_grad=True), 3.0).grad_fn is not None
+
+
+@pytest.mark.parametrize("function", [lambda y: y.chunk(2), lambda y: y.max(-1, keepdim=True), lambda y: (y, [y])])
+def test_no_grad_holds_for_results_that_are_unpacked_outside(function: Callable[[Tensor], Any]) -> None:
+    def forward(self, x):
+        with torch.no_grad():
+            found = function(self.a(x))
+        return self.b(found[0].expand(-1, 4))
+
+    q = octav_fx.quantize(model(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.randn(6, 4))
+    q(torch.randn(6, 4)).sum().backward()
+    assert q.a.weight.grad is None and q.b.weight.grad is not None

@@ -161,3 +161,14 @@ def test_a_number_that_forward_counts_is_what_it_was() -> None:
     capture(float_module, {"x": x})
     assert float_module.calls == 0
     assert octav_fx.quantize(float_module, x).calls == 0
+
+
+def test_a_first_run_that_makes_a_table_moves_no_statistics() -> None:
+    def forward(self, x):
+        self.last = self.fc(x)
+        return self.norm(self.last)
+
+    float_module = model(forward, fc=nn.Linear(4, 4), norm=nn.BatchNorm1d(4)).train()
+    q = octav_fx.quantize(float_module, torch.randn(8, 4))
+    for name, value in float_module.state_dict().items():
+        assert torch.equal(q.state_dict()[name], value), name
