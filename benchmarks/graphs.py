@@ -5,14 +5,14 @@ it is instead of through Inductor. Three training steps; after the first, recomp
 """
 
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from tabulate import tabulate
 
 import octav_fx
 from benchmarks import result
-from octav_fx import backend, zoo
+from benchmarks.counted import graphs_made
+from octav_fx import zoo
 
 # Smaller inputs than these models' own are too small for one of their poolings, or not what their position codes fit.
 _PIXELS = {"inception_v3": 299, "swin": 224, "maxvit_t": 224, "vit": 224}
@@ -39,15 +39,9 @@ def _row(name: str) -> dict[str, Any]:
 def _graphs(model: torch.nn.Module, x: torch.Tensor) -> int | str:
     """How many graphs three training steps took, or why they failed."""
     torch.compiler.reset()
-    made = []
-
-    def count(gm: Any, inputs: Any, **options: Any) -> Any:
-        made.append(gm)
-        return gm
-
     compiled = torch.compile(model, backend="octav", fullgraph=True)
     try:
-        with patch.object(backend, "compile_fx", count):
+        with graphs_made() as made:
             _step(compiled, x)
             with torch._dynamo.config.patch(error_on_recompile=True):
                 _step(compiled, x)

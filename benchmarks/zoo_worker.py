@@ -4,19 +4,19 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import octav_fx
+from benchmarks.counted import graphs_made
 from benchmarks.forked import Column
 from benchmarks.zoo_models import Entry
-from octav_fx import backend
+from octav_fx.graph.call import as_call, tensors_of
 from tests.on_grid import OnGrid
 
 # The edges at 4 bits too: one grid for every operand, so that the dispatcher can tell it from a finer one.
@@ -94,10 +94,10 @@ def _equal(quantized: nn.Module, model: nn.Module, inputs: Any) -> bool:
     """Bit for bit; tensors of the outputs, in their order."""
     with torch.no_grad():
         torch.manual_seed(1)
-        expected = _tensors(_call(model, inputs))
+        expected = tensors_of(_call(model, inputs))
         torch.manual_seed(1)
         with octav_fx.float_mode(quantized):
-            found = _tensors(_call(quantized, inputs))
+            found = tensors_of(_call(quantized, inputs))
     return len(expected) == len(found) and all(map(torch.equal, expected, found))
 
 
@@ -135,7 +135,7 @@ def _gradients(module: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
 def _backward(module: Any, inputs: Any) -> None:
     torch.manual_seed(1)
-    outputs = [t for t in _tensors(_call(module, inputs)) if t.requires_grad]
+    outputs = [t for t in tensors_of(_call(module, inputs)) if t.requires_grad]
     torch.stack([t.square().mean() for t in outputs]).sum().backward()
 
 
@@ -144,14 +144,8 @@ def _graphs(module: nn.Module, inputs: Any, trains: bool) -> int | str:
     torch.compiler.reset()
     module.zero_grad()
     module.train(trains)
-    made = []
-
-    def count(gm: Any, example_inputs: Any, **options: Any) -> Any:
-        made.append(gm)
-        return gm
-
     compiled = torch.compile(module, backend="octav")
-    with patch.object(backend, "compile_fx", count):
+    with graphs_made() as made:
         _backward(compiled, inputs)
         first = len(made)
         _backward(compiled, inputs)
@@ -159,14 +153,8 @@ def _graphs(module: nn.Module, inputs: Any, trains: bool) -> int | str:
 
 
 def _call(module: Any, inputs: Any) -> Any:
-    """As octav_fx.quantize takes example inputs."""
-    if isinstance(inputs, Mapping):
-        return module(**inputs)
-    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    args, kwargs = as_call(inputs)
+    return module(*args, **kwargs)
 
 
 def _tried(function: Any, *arguments: Any) -> Any:

@@ -1,6 +1,7 @@
 """convert(): the trained model as real integers, which computes what the frozen model computes."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,8 +28,13 @@ def convert(q: nn.Module) -> nn.Module:
 
 def size_of(module: nn.Module) -> int:
     """Bytes of the tensors of a module's state_dict; tied ones count once."""
-    tensors = {value.data_ptr(): value for value in module.state_dict().values() if isinstance(value, Tensor)}
-    return sum(value.numel() * value.element_size() for value in tensors.values())
+    return bytes_of(value for value in module.state_dict().values() if isinstance(value, Tensor))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors; tied ones count once."""
+    tensors = {value.data_ptr(): value for value in tensors}.values()
+    return sum(value.numel() * value.element_size() for value in tensors)
 
 
 def _convert(module: QuantizedModule) -> IntegerModule:
@@ -38,5 +44,5 @@ def _convert(module: QuantizedModule) -> IntegerModule:
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()
     run(working, CONVERT)
-    meta = {"octav": {"records": working.meta["octav"]["records"][False]}}
+    meta = {"octav": {"records": working.all_records[False]}}
     return IntegerModule(working, working.graph, type(module).__name__, meta)

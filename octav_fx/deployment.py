@@ -9,15 +9,13 @@ from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from octav_fx.convert import convert, size_of
+from octav_fx.convert import bytes_of, convert, size_of
 from octav_fx.errors import OctavError
 from octav_fx.export import export_onnx, run_onnx
-from octav_fx.graph.call import as_call
-from octav_fx.graph.module import QuantizedModule, quantized_modules
+from octav_fx.graph.call import as_call, tensors_of
+from octav_fx.graph.module import QUANTIZERS, QuantizedModule, quantized_modules
 from octav_fx.graph.observe import evaluating, run_once
-from octav_fx.graph.record import Record
 from octav_fx.ops import FakeQuantizer, IntegerWeight, StaticQuantizer
 
 
@@ -90,8 +88,8 @@ def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] |
         float_bytes=_float_bytes(quantized),
         bytes=size_of(converted),
         onnx_bytes=onnx_bytes,
-        converted_difference=_relative(_tensors(found), _tensors(frozen)),
-        onnx_difference=_relative(onnx_outputs, _tensors(frozen)),
+        converted_difference=_relative(tensors_of(found), tensors_of(frozen)),
+        onnx_difference=_relative(onnx_outputs, tensors_of(frozen)),
     )
 
 
@@ -114,9 +112,8 @@ def _observed(
 
 
 def _rows(q: QuantizedModule, converted: nn.Module, differences: dict[str, float]) -> list[DeployedRow]:
-    records: list[Record] = q.meta["octav"]["records"][False]
     rows, counted = [], set[str]()
-    for record in records:
+    for record in q.all_records[False]:
         part = None if record.quantizer is None else converted.get_submodule(record.quantizer)
         if not isinstance(part, (IntegerWeight, StaticQuantizer)) or record.quantizer is None:
             rows.append(DeployedRow(record.site, record.operand or "", None, None, None, None, record.reason))
@@ -130,13 +127,7 @@ def _rows(q: QuantizedModule, converted: nn.Module, differences: dict[str, float
 
 
 def _float_bytes(q: QuantizedModule) -> int:
-    state = {k: v for k, v in q.state_dict().items() if not k.startswith("quantizers.")}
-    tensors = {value.data_ptr(): value for value in state.values()}
-    return sum(value.numel() * value.element_size() for value in tensors.values())
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return bytes_of(value for name, value in q.state_dict().items() if not name.startswith(f"{QUANTIZERS}."))
 
 
 def _relative(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from octav_fx.convert import convert
 from octav_fx.errors import OctavError
-from octav_fx.graph.call import as_call
+from octav_fx.graph.call import as_call, tensors_of
 from octav_fx.graph.module import IntegerModule
 from octav_fx.graph.pipeline import run
 from octav_fx.ops import IntegerWeight, StaticQuantizer
@@ -81,8 +81,7 @@ def run_onnx(model: str | os.PathLike[str] | bytes, example_inputs: Any) -> dict
     args, kwargs = as_call(example_inputs)
     names = [value.name for value in session.get_inputs()]
     # None is no input of the file.
-    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-    given = {**dict(zip(names, tensors, strict=False)), **kwargs}
+    given = {**dict(zip(names, tensors_of(args), strict=False)), **kwargs}
     outputs = session.run(None, {name: given[name].detach().cpu().numpy() for name in names})
     return {value.name: torch.from_numpy(found) for value, found in zip(session.get_outputs(), outputs, strict=True)}
 

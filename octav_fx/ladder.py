@@ -23,7 +23,7 @@ from octav_fx.graph.record import Record
 from octav_fx.graph.rules import Own
 from octav_fx.graph.tracer import is_torch_leaf
 from octav_fx.ops import FakeQuantizer
-from octav_fx.whole import Position, check_captured, whole
+from octav_fx.whole import Position, check_equal, whole
 
 # Modules with their classes, children and descents.
 _Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], Any]]
@@ -47,8 +47,8 @@ class Ladder:
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
-        is_leaf = isinstance(module, self.own.leaves) or is_torch_leaf(module)
-        if path and is_leaf and (isinstance(module, self.own.leaves) or op_of_module(module) not in CONTRACTIONS):
+        has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS
+        if path and (has_no_rule or isinstance(module, self.own.leaves)):
             raise NotCaptured(f"no rule for {type(module).__name__}")
         if id(module) not in self.done:
             self.done[id(module)] = self._climbed(module, calls, path)
@@ -73,7 +73,7 @@ class Ladder:
             position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
         quantized = whole(module, calls[0], self.config, position, self.own, both_modes)
         for call in calls:
-            check_captured(quantized, call)
+            check_equal(quantized, call)
         return quantized
 
     def _descend(self, module: nn.Module, calls: list[Call], path: str, reason: str) -> nn.Module:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from octav_fx.config import Config
@@ -14,7 +13,15 @@ from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.graph.call import Call
 from octav_fx.graph.capture import Capture, capture
 from octav_fx.graph.module import QuantizedModule
-from octav_fx.graph.observe import difference, has_data, run_first, run_once, without_quantizers
+from octav_fx.graph.observe import (
+    difference,
+    has_data,
+    run_first,
+    run_once,
+    same_buffers,
+    same_modes,
+    without_quantizers,
+)
 from octav_fx.graph.pipeline import run
 from octav_fx.graph.record import records
 from octav_fx.graph.rules import Own
@@ -82,7 +89,7 @@ def whole(
     return quantized
 
 
-def check_captured(quantized: QuantizedModule, call: Call) -> None:
+def check_equal(quantized: QuantizedModule, call: Call) -> None:
     """The rewritten graph without its quantizers has to compute what the float module computes.
 
     Raises NotCaptured where it does not; does nothing without data (meta device).
@@ -140,11 +147,8 @@ def _graphs(
 
 def _warm_up(module: nn.Module, example: Call) -> None:
     """Run once and keep what forward stored; statistics and other buffers that were there stay as they were."""
-    before = {buffer: buffer.clone() for buffer in module.buffers()}
-    run_first(module, *own_copy(example))
-    with torch.no_grad():
-        for buffer, value in before.items():
-            buffer.copy_(value)
+    with same_buffers(module):
+        run_first(module, *own_copy(example))
 
 
 def _runs(module: nn.Module, example: Call, mode: bool) -> bool:
@@ -167,15 +171,11 @@ def _capture(module: nn.Module, example: Call, mode: bool, own: Own) -> Capture:
 
 @contextmanager
 def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
-    """Inside, a float module is in a mode; afterwards each of its modules is in the one it was in."""
-    modes = {m: m.training for m in module.modules()}
-    if module.training != mode:
-        module.train(mode)
-    try:
+    """Inside, a float module is in a mode; where it is already, its parts keep theirs."""
+    with same_modes(module):
+        if module.training != mode:
+            module.train(mode)
         yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 def _drop_values(graphs: Mapping[bool, fx.Graph]) -> None:

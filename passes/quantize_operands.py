@@ -21,7 +21,7 @@ from octav_fx.graph.module import QUANTIZERS
 from octav_fx.graph.ops import module_of, op_of
 from octav_fx.graph.rules import OWN, Operand, Role, Rule, rule_of
 from octav_fx.graph.signedness import nonnegative
-from octav_fx.graph.view import brings_in_values, constants, downstream, static, tensor_flow
+from octav_fx.graph.view import brings_in_values, constants, downstream, made_of, static, tensor_flow
 from octav_fx.ops import FakeQuantizer, Spec
 
 
@@ -124,12 +124,7 @@ def _place(node: fx.Node, rule: Rule, operand: Operand, value: Any, is_static: b
 
 def _unknown_since(node: fx.Node) -> str:
     """The line of the user's code that asked for data."""
-    pending = [node]
-    for reached in pending:
-        if "unknown" in reached.meta:
-            return str(reached.meta["unknown"])
-        pending += [source for source in reached.all_input_nodes if source not in pending]
-    return "?"
+    return next((str(source.meta["unknown"]) for source in made_of(node) if "unknown" in source.meta), "?")
 
 
 def _check_floating(place: Place, value: fx.Node) -> None:

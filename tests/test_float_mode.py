@@ -8,15 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octav_fx import OctavError, float_mode, quantize
+from tests.nets import ConvNet
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 2)
-
+class Net(ConvNet):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.conv(x))).mean((2, 3))
         return self.fc(F.dropout(x, 0.5, self.training))

@@ -11,17 +11,7 @@ from torch import Tensor, nn
 from octav_fx import Config, OctavError, calibrate, float_mode, freeze, optimal_clip, quantize, rows, table, unfreeze
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.ops import FakeQuantizer
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+from tests.nets import ConvNet as Net
 
 
 class Branches(nn.Module):

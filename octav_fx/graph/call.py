@@ -1,13 +1,12 @@
 """The arguments of a call, as quantize() is given them and as modules are called."""
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_PLAIN: Final = (bool, int, float, str, torch.dtype, torch.device)
+from octav_fx.graph.seen_through import PLAIN
 
 
 class Call(NamedTuple):
@@ -25,6 +24,11 @@ def as_call(inputs: Any) -> Call:
     return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in arguments or results, in their order."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 def is_alike(a: Call, b: Call) -> bool:
     """Whether two calls differ in the contents of tensors only."""
     (one, one_spec), (two, two_spec) = (pytree.tree_flatten((call.args, dict(call.kwargs))) for call in (a, b))
@@ -34,4 +38,4 @@ def is_alike(a: Call, b: Call) -> bool:
 def _is_alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
+    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from octav_fx.graph.call import Call, is_alike
+from octav_fx.graph.call import Call, is_alike, tensors_of
 from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.graph.state import own_copy, unchanged
@@ -24,8 +24,7 @@ _RARELY: Final = 0.1
 
 def has_data(module: nn.Module, inputs: Any) -> bool:
     """Whether nothing is on the meta device, so that the module can run."""
-    tensors = [*module.parameters(), *module.buffers(), *pytree.tree_leaves(inputs)]
-    return not any(isinstance(t, Tensor) and t.is_meta for t in tensors)
+    return not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *tensors_of(inputs)))
 
 
 def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -33,12 +32,17 @@ def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     Only the hints of quantizers change.
     """
+    with same_buffers(module), unchanged(module):
+        return run_first(module, *own_copy((args, dict(kwargs))))
+
+
+@contextmanager
+def same_buffers(module: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers that were there hold what they held; the hints of quantizers may change."""
     hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
     buffers = {b: b.clone() for b in module.buffers() if b not in hints}
-    args, kwargs = own_copy((args, dict(kwargs)))
     try:
-        with unchanged(module):
-            return run_first(module, args, kwargs)
+        yield
     finally:
         with torch.no_grad():
             for buffer, before in buffers.items():
@@ -69,11 +73,10 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; afterwards each is in the mode it was in, frozen BatchNorms too."""
+def same_modes(module: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode it was in, frozen BatchNorms too."""
     modes = {m: m.training for m in module.modules()}
     try:
-        module.eval()
         yield
     finally:
         for m, training in modes.items():
@@ -81,6 +84,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                 m.train(training)
         for m, training in modes.items():
             m.training = training
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode."""
+    with same_modes(module):
+        module.eval()
+        yield
 
 
 @contextmanager
@@ -134,7 +145,7 @@ def calls_of(module: nn.Module, call: Call, children: Mapping[str, nn.Module]) -
     begun: dict[str, list[Call | None]] = {name: [] for name in children}
 
     def enter(name: str, made: Call) -> None:
-        wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, _tensors(made)))
+        wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_of(made)))
         begun[name].append(None if wrapped or any(is_alike(made, known) for known in found[name]) else own_copy(made))
 
     def leave(name: str, failed: bool) -> None:
@@ -145,10 +156,6 @@ def calls_of(module: nn.Module, call: Call, children: Mapping[str, nn.Module]) -
     with _hooked(children, enter, leave):
         run_once(module, *call)
     return found
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

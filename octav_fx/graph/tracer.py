@@ -65,7 +65,6 @@ class ValueTracer(fx.Tracer):
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
-    settled: set[tuple[fx.Node, str]] = field(default_factory=set)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
     own: Own = field(default_factory=Own)
@@ -353,9 +352,9 @@ class ValueTracer(fx.Tracer):
         """A check that a list or dict among the arguments has the length or the keys that the graph is for."""
         value, where = collection.value, caller()
         kind, expected = (list, list(value)) if isinstance(value, Mapping) else (len, len(value))
-        if (collection.node, repr(expected)) not in self.settled:
-            self.settled.add((collection.node, repr(expected)))
-            self._check(self.create_node("call_function", kind, (collection.node,), {}), expected, where)
+        asked = [user for user in collection.node.users if user.target is kind]
+        node = asked[0] if asked else self.create_node("call_function", kind, (collection.node,), {})
+        self._check(node, expected, where)
 
     def _check(self, node: fx.Node, expected: Any, where: str) -> None:
         if (key := (node, repr(expected))) not in self.checked:

@@ -112,6 +112,17 @@ def value_of(module: nn.Module, node: fx.Node) -> Any:
     raise OctavError(f"{node.name} ({node.op} {node.target}) is not computed from the module's state alone")
 
 
+def made_of(node: fx.Node) -> list[fx.Node]:
+    """The node and everything it is computed from, nearest first, sizes and flags among it."""
+    found = {node: None}
+    pending = [node]
+    for reached in pending:
+        new = [source for source in reached.all_input_nodes if source not in found]
+        found.update(dict.fromkeys(new))
+        pending += new
+    return pending
+
+
 def static(flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
     """The nodes computed from parameters, buffers and constants alone."""
     inputs = [node for node in flow if node.op == "placeholder" and STATE not in node.meta]

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from octav_fx.errors import NotCaptured
 from octav_fx.graph.rebuild import is_object, proxies_in
 from octav_fx.graph.state import attributes, unchanged
+from octav_fx.graph.view import made_of
 
 if TYPE_CHECKING:
     from octav_fx.graph.tracer import ValueTracer
@@ -63,12 +64,7 @@ def _objects(root: nn.Module) -> list[tuple[Any, Any]]:
 
 def _reads(node: fx.Node, name: str) -> bool:
     """Whether a node is computed from an attribute; tensors that are no buffers have lost their names."""
-    pending, seen = [node], {node}
-    while pending:
-        reached = pending.pop()
-        if reached.op == "get_attr" and (reached.target == name or str(reached.target).startswith("_tensor_constant")):
-            return True
-        new = [source for source in reached.all_input_nodes if source not in seen]
-        seen.update(new)
-        pending += new
-    return False
+    return any(
+        source.op == "get_attr" and (source.target == name or str(source.target).startswith("_tensor_constant"))
+        for source in made_of(node)
+    )

@@ -94,3 +94,13 @@ def filled_with_nan() -> Iterator[list[int]]:
         patch.setattr(torch, "empty", poisoned(torch.empty))
         patch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
         yield calls
+
+
+def laid_out(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tensors of shape [2, 3, 4, 5] as they may lie in memory: two dense, one with gaps, one with axes exchanged."""
+    return [
+        torch.empty(2, 3, 4, 5, dtype=dtype),
+        torch.empty(2, 3, 4, 5, dtype=dtype, memory_format=torch.channels_last),
+        torch.empty(2, 3, 4, 10, dtype=dtype)[..., ::2],
+        torch.empty(5, 3, 4, 2, dtype=dtype).transpose(0, 3),
+    ]

@@ -10,7 +10,7 @@ from octav_fx.ops.dequantize import reference
 from octav_fx.quant.axis import clip_shape
 from octav_fx.quant.grid import Grid
 from tests.ops.compare import EXACT, assert_same_bits
-from tests.ops.strategies import DTYPES, axes, clips, codes, filled_with_nan, tensors
+from tests.ops.strategies import DTYPES, axes, clips, codes, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
@@ -133,13 +133,7 @@ def test_channels_last_stays_channels_last(dtype, dim):
 def test_out_is_written_in_its_own_layout(dtype, dim, bits):
     stored = some_codes((2, 3, 4, 5), bits)
     clip = torch.rand(clip_shape(stored, dim)) + 0.5
-    outs = [
-        torch.empty(2, 3, 4, 5, dtype=dtype),
-        torch.empty(2, 3, 4, 5, dtype=dtype, memory_format=torch.channels_last),
-        torch.empty(2, 3, 4, 10, dtype=dtype)[..., ::2],
-        torch.empty(5, 3, 4, 2, dtype=dtype).transpose(0, 3),
-    ]
-    for out in outs:
+    for out in laid_out(dtype):
         stride = out.stride()
         assert dequantize(stored, clip, bits, True, dim, dtype, out=out) is None
         assert out.stride() == stride

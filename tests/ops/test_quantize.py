@@ -10,7 +10,7 @@ from octav_fx.ops.quantize import reference
 from octav_fx.quant.axis import along, clip_shape
 from octav_fx.quant.gradient import piecewise_linear
 from octav_fx.quant.grid import Grid
-from tests.ops.strategies import DTYPES, axes, clips, filled_with_nan, tensors
+from tests.ops.strategies import DTYPES, axes, clips, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
@@ -170,13 +170,7 @@ def test_channels_last_stays_channels_last(dtype, dim):
 def test_out_is_written_in_its_own_layout(dtype, dim, bits):
     x, code = torch.randn(2, 3, 4, 5).to(dtype), Grid(bits, True).codes_dtype
     clip = torch.rand(clip_shape(x, dim)) + 0.5
-    outs = [
-        torch.empty(2, 3, 4, 5, dtype=code),
-        torch.empty(2, 3, 4, 5, dtype=code, memory_format=torch.channels_last),
-        torch.empty(2, 3, 4, 10, dtype=code)[..., ::2],
-        torch.empty(5, 3, 4, 2, dtype=code).transpose(0, 3),
-    ]
-    for out in outs:
+    for out in laid_out(code):
         stride = out.stride()
         assert quantize(x, clip, bits, True, dim, out=out) is None
         assert out.stride() == stride
