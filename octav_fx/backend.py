@@ -57,6 +57,7 @@ def octav(
         raise _Refusal(str(error)) from error
     lowering.register()
     lower = _Lower()
+    patches = _layouts(example_inputs) | patches
     # Inductor's cache asks only the second for what the generated code depends on.
     patches |= {"joint_custom_pre_pass": lower, "post_grad_custom_post_pass": _Identity(lower)}
     compiled: Any = compile_fx(gm, [*example_inputs, *hints], config_patches=patches)
@@ -83,6 +84,19 @@ def _settings(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Conf
     # No float keys or float mode have to be kept here, and training mode is compiled by itself.
     options.setdefault("fold_batchnorm", True)
     return Config(**options), {**modes.get(mode or "default", {}), **patches}
+
+
+def _layouts(example_inputs: Sequence[Any]) -> dict[str, Any]:
+    """Convolutions on a CPU run channels last, their gradients too.
+
+    By itself Inductor decides this for each graph by the convolutions in it, and a backward graph has only gradients of
+    convolutions. It then goes by strides, and those of a depthwise weight [C, 1, 3, 3] do not tell (torch 2.13): each
+    gradient got three copies into another layout, in which it took three to five times as long.
+    """
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return {"force_layout_optimization": True} if on_cpu and one_dnn else {}
 
 
 # Hints outlive a recompilation and a second compilation of the same model. They belong to it: the first parameter of a

@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -236,6 +238,17 @@ def test_a_mode_reaches_inductor(monkeypatch):
     monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, config_patches: patches.update(config_patches) or gm)
     octav(Mlp(), mode="reduce-overhead")(torch.randn(2, 8))
     assert patches["triton.cudagraphs"] is True
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="Inductor leaves layouts alone")
+def test_gradients_of_depthwise_convolutions_run_channels_last():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+    q, x = quantize(model, torch.randn(2, 3, 12, 12)), torch.randn(2, 3, 12, 12)
+    compiled = octav(q)
+    _, (_, backward) = run_fw_bw_and_get_code(lambda: compiled(x))
+    sizes = r"\(\w+, \(2, 8, \d+, \d+\), \((\d+), (\d+), (\d+), (\d+)\), 'torch.ops.aten.convolution_backward"
+    strides = re.findall(sizes, backward)
+    assert len(strides) == 2 and all(channel == "1" for _, channel, *_ in strides)
 
 
 def test_reduce_overhead_computes_what_eager_does():
