@@ -92,6 +92,11 @@ _HINTS: Final = WeakIdKeyDictionary()
 
 def _quantize(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> tuple[fx.GraphModule, list[Tensor]]:
     """Run PREPARE on a copy of a float graph; return it and its hints, which have become its last inputs."""
+    if config.learned is not None:
+        raise OctavError(
+            f"clip={config.learned!r} is learned, and compiling a float model has no place for parameters: compile "
+            f"octav_fx.quantize(model, inputs, octav_fx.Config(clip={config.learned!r})) instead"
+        )
     gm = adopt(gm)
     _tell([*hidden(gm), *run(gm, config.passes())])
     anchor = next((value for value in example_inputs if isinstance(value, torch.nn.Parameter)), None)

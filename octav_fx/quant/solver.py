@@ -2,6 +2,7 @@
 
 Every function here works on rows [R, N] of floating-point values and returns one clip per row, [R], in the units of
 x. Zeros do not take part (they cost nothing on any grid), nor do inf and NaN (no clip could represent them).
+METHODS holds it beside the clips that others use: percentile.py, sweep.py.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from octav_fx.quant.grid import Grid
+from octav_fx.quant.grid import Grid, magnitudes
+from octav_fx.quant.percentile import percentile
+from octav_fx.quant.sweep import sweep
 
 # Cold Newton needs 13 steps at 8 bits; the rest is for rows of a few elements, where the safeguard has to bisect.
 STEPS: Final = 24
@@ -20,11 +23,6 @@ BETTER: Final = 0.999
 FLOOR: Final = 1e-12
 
 NewtonStep = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
-
-
-def magnitudes(x: Tensor, grid: Grid) -> Tensor:
-    """What can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
-    return torch.where(x.isfinite(), x.abs() if grid.signed else x.clamp(min=0), 0)
 
 
 def octav_step(x: Tensor, clip: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -138,4 +136,9 @@ METHODS: Final[dict[str, Callable[[Tensor, Tensor, Grid], Tensor]]] = {
     "octav": octav,
     "octav-grid": octav_grid,
     "max": largest,
+    "percentile": percentile(1000),
+    "percentile-99.9": percentile(1000),
+    "percentile-99.99": percentile(10_000),
+    "percentile-99.999": percentile(100_000),
+    "mse": sweep,
 }
