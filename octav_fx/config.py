@@ -15,6 +15,7 @@ from octav_fx.passes import PREPARE, Choose, Place, fold_batchnorm, quantize_ope
 from octav_fx.quant.gradient import GRADIENTS
 from octav_fx.quant.learned import LEARNED
 from octav_fx.quant.solver import METHODS
+from octav_fx.quant.synced import SYNCED
 
 _BITS: Final = range(2, 9)
 # What an override may set for a node.
@@ -44,6 +45,10 @@ class Config:
     attention: str = "operands"
     # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/fold_batchnorm.py.
     fold_batchnorm: bool = False
+    # In training mode of a distributed run, as in SyncBatchNorm: the clip of an activation is that of what all ranks
+    # hold, for "octav", "octav-grid" and "max". Weights and learned clips are the same on every rank without it. Every
+    # rank has to run the same forwards. How many collectives that takes: quant/synced.py.
+    sync_clip: bool = False
     # Node name or glob -> fields to change there, or None to leave the node float. Exact name > last matching glob.
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
@@ -56,6 +61,13 @@ class Config:
         _check_choice("weight_gradient", self.weight_gradient, GRADIENTS)
         _check_choice("activation_gradient", self.activation_gradient, GRADIENTS)
         self._check_learned()
+        if not isinstance(self.sync_clip, bool):
+            raise OctavError(f"sync_clip={self.sync_clip!r}: True or False")
+        if self.sync_clip and self.clip not in (*SYNCED, *LEARNED):
+            raise OctavError(
+                f"sync_clip=True with clip={self.clip!r}, which needs all values in one place: sums over ranks give "
+                f"{', '.join(map(repr, SYNCED))}"
+            )
         _check_choice("attention", self.attention, ("operands", "full"))
         if not isinstance(self.overrides, Mapping):
             raise OctavError(f"overrides: a dict of node name or glob to settings, not {self.overrides!r}")
@@ -134,6 +146,7 @@ class Config:
             dim=place.dim,
             method=method,
             gradient=gradient,
+            sync=self.sync_clip and not is_weight and method in SYNCED,
         )
 
 

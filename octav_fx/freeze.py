@@ -62,8 +62,9 @@ def freeze(q: nn.Module) -> nn.Module:
     """Give every quantizer in q a static clip, as a float32 buffer that is part of the state_dict; returns q.
 
     Activations: the average that calibrate() left, moved on by the running mean of later training steps. Weights:
-    their own fixed point now. Learned clips ("pact", "lsq"): what has been learned. Freezing again takes new ones. A state_dict of a frozen model loads into another one,
-    or into one that is not frozen yet and freezes it. Raises OctavError for a quantizer that has seen no data.
+    their own fixed point now. Learned clips ("pact", "lsq"): what has been learned. Freezing again takes new ones. A
+    state_dict of a frozen model loads into another one, or into one that is not frozen yet and freezes it. Raises
+    OctavError for a quantizer that has seen no data.
     """
     modules = quantized_modules(q)
     clips = {quantizer: clip for module in modules for quantizer, clip in _clips(module).items()}

@@ -16,6 +16,7 @@ from octav_fx.ops.learned_fake_quantize.op import (
 )
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from octav_fx.ops.quantize.op import quantize
+from octav_fx.ops.synced_clip.op import synced_clip
 
 __all__ = [
     "ChannelAffine",
@@ -34,4 +35,5 @@ __all__ = [
     "learned_parameter_backward",
     "optimal_clip",
     "quantize",
+    "synced_clip",
 ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from octav_fx.quant.axis import clip_shape, to_rows
@@ -27,6 +28,8 @@ class Spec:
     dim: int | None
     method: str
     gradient: str
+    # In training mode the clip is that of what all ranks of a distributed run hold.
+    sync: bool = False
 
 
 class FakeQuantizer(nn.Module):
@@ -112,9 +115,13 @@ class FakeQuantizer(nn.Module):
             return torch.ops.octav.learned_fake_quantize(
                 x, self.learned, spec.bits, spec.signed, spec.dim, spec.method, self.mean is not None
             )
-        y, clip = torch.ops.octav.dynamic_fake_quantize(
-            x, self.hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient
-        )
+        if spec.sync and self.training and dist.is_available() and dist.is_initialized():
+            clip = torch.ops.octav.synced_clip(x.detach(), self.hint, spec.bits, spec.signed, spec.dim, spec.method)
+            y = torch.ops.octav.fake_quantize(x, clip, spec.bits, spec.signed, spec.dim, spec.gradient)
+        else:
+            y, clip = torch.ops.octav.dynamic_fake_quantize(
+                x, self.hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient
+            )
         with torch.no_grad():
             self.hint.copy_(clip)
             if self.training and self.mean is not None and self.steps is not None:

@@ -16,7 +16,7 @@ _LONG: Final = 4
 
 
 def sweep(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
-    """Rows [R, N] -> [R]: the one of k / 100 * max|x|, k = 1 .. 100, with the least error; the smaller of equal ones."""
+    """Rows [R, N] -> [R]: the one of k / 100 * max|x|, k = 1 .. 100, with the least error, the first of equal ones."""
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
     clips = magnitudes(x, grid).amax(-1, keepdim=True) * candidates(x)
