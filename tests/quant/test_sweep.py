@@ -79,7 +79,7 @@ def test_the_sums_are_the_definition(data):
     x = torch.where(torch.rand(3, n, generator=generator) < 0.5, (8 * x).round() / 8, x)
     clips, grid = x.abs().amax(-1, keepdim=True).clamp(min=0.1) * candidates(x), Grid(bits, signed)
     one, two = errors_one_by_one(x, clips, grid), errors_from_sums(x, clips, grid)
-    # Levels and differences are rounded to float32 in the first: 2 * |d| * 2**-24 * 2 * (|x| + |level|), |d| <= |x| + c.
+    # The first rounds levels and differences d to float32: 2 * |d| * 2**-24 * 2 * (|x| + c), with |d| <= |x| + c.
     bound = (x.double().abs() + clips.double().amax(-1, keepdim=True)).square().sum(-1, keepdim=True)
     assert ((one - two).abs() <= 4 * 2**-24 * bound).all()
 
