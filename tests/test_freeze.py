@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from octav_fx import Config, OctavError, calibrate, float_mode, freeze, optimal_clip, quantize, rows, table, unfreeze
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.ops import FakeQuantizer
+from octav_fx.quant.solver import METHODS
 from tests.nets import ConvNet as Net
 
 
@@ -60,6 +61,28 @@ def test_the_clip_of_an_activation_is_the_average_over_the_batches():
     # The first convolution reads the images themselves, at 8 bits.
     expected = torch.stack([optimal_clip(x, 8) for x in batches]).double().mean()
     torch.testing.assert_close(q.quantizers.conv_input.clip.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_five_batches_with_every_clip(method):
+    x = images()
+    q = quantize(Net().eval(), x, Config(clip=method))
+    batches = [images(scale) for scale in (0.5, 1, 1, 2, 4)]
+    freeze(calibrate(q, batches))
+    expected = torch.stack([optimal_clip(x, 8, method=method) for x in batches]).double().mean()
+    torch.testing.assert_close(q.quantizers.conv_input.clip.double(), expected, rtol=1e-6, atol=0)
+    # A weight from itself, in the model and alone: the hint is another start for the same fixed point.
+    weight = optimal_clip(q.conv.weight, 8, dim=0, method=method)
+    torch.testing.assert_close(q.quantizers.conv_weight.clip, weight, rtol=1e-6, atol=0)
+    static = q(x)
+    assert torch.equal(q(x), static)
+    unfreeze(q)
+    torch.testing.assert_close(optimal_clip(x, 8, method=method), _clip_of(q, x), rtol=1e-6, atol=0)
+
+
+def _clip_of(q: nn.Module, x: Tensor) -> Tensor:
+    q(x)
+    return q.quantizers.conv_input.hint
 
 
 @pytest.mark.parametrize("training", [True, False])

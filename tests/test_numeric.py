@@ -9,7 +9,7 @@ import octav_fx
 from octav_fx import OctavError, fake_quantize, optimal_clip
 from tests.quant.samples import fixed_point
 
-METHODS = ["octav", "octav-grid", "max"]
+METHODS = ["octav", "octav-grid", "max", "percentile", "mse"]
 GRADIENTS = ["pwl", "mad", "ste"]
 
 
