@@ -12,8 +12,12 @@ from octav_fx.graph.observe import run_once
 from octav_fx.ops import FakeQuantizer
 
 
+class NotFinite(OctavError):
+    """A loss that is NaN or inf."""
+
+
 def check_finite(loss: Tensor, model: nn.Module, batch: Any) -> None:
-    """Raises OctavError if the loss [] is NaN or inf, with the first node whose operand was not finite.
+    """Raises NotFinite if the loss [] is NaN or inf, with the first node whose operand was not finite.
 
     model: what computed the loss, float or from quantize(), with the parameters that it had then: call this before the
     optimizer moves them. batch: its input, as quantize() takes it; it is run once more, and changes no state.
@@ -26,9 +30,9 @@ def check_finite(loss: Tensor, model: nn.Module, batch: Any) -> None:
         if first is not None
         else "every operand is finite: the outputs of the last node or the loss itself overflowed"
     )
-    raise OctavError(
-        f"the loss is {float(loss.detach())}: {cause}. A lower learning rate, a longer warm-up or clipped gradients may "
-        "help; go on from a checkpoint before this step"
+    raise NotFinite(
+        f"the loss is {float(loss.detach())}: {cause}. A lower learning rate, a longer warm-up or clipped gradients "
+        "may help; go on from a checkpoint before this step"
     )
 
 

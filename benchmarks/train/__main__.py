@@ -15,14 +15,18 @@ WORK: Final = Path(__file__).parent.parent.parent / "build" / "train"
 
 def main() -> int:
     """Train; an OctavError is printed without a traceback."""
-    parser = argparse.ArgumentParser(prog="./dev train", description="Train one net of a recipe; run it again to go on.")
+    parser = argparse.ArgumentParser(
+        prog="./dev train", description="Train one net of a recipe; run it again to go on."
+    )
     parser.add_argument("recipe", choices=recipes.names())
     run.add_options(parser)
     parser.add_argument("--out", type=Path, help="folder of the run (default build/train/ and its name)")
     parser.add_argument("--parent", type=Path, help="folder of the float run that --start float begins with")
     parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints (default a tenth of them)")
-    parser.add_argument("--measured", type=int, default=0, help="how often quantization errors are measured (default 0)")
+    parser.add_argument(
+        "--measured", type=int, default=0, help="how often quantization errors are measured (default 0)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -26,7 +26,7 @@ _TEST_BATCH: Final = 310
 
 
 def fonts() -> tuple[list[Path], list[Path]]:
-    """The fonts for training and those for testing: all with a glyph for each character, in the order of their names."""
+    """The fonts for training and those for testing, by name; each has a glyph for every character."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     usable = [path for path in sorted(folder.glob("*.ttf")) if _has_all(path)]
     test = usable[_TEST_EVERY // 2 :: _TEST_EVERY]

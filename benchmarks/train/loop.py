@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import fcntl
 import json
 import math
 import time
@@ -21,7 +22,8 @@ from benchmarks.train.data import Data
 from benchmarks.train.recipes import Recipe
 from benchmarks.train.run import FLOAT, Run
 from octav_fx import OctavError
-from octav_fx.finite import check_finite
+from octav_fx.finite import NotFinite, check_finite
+from octav_fx.ops import FakeQuantizer
 
 CALIBRATION_BATCHES: Final = 5
 # Files in the folder of a run.
@@ -41,15 +43,25 @@ def train(
 ) -> dict[str, Any]:
     """Train, or go on where folder's checkpoint stands; returns what RESULT then holds.
 
+    One process at a time works in a folder: another one waits, and then goes on from there.
+
     parent: the folder of the finished float run, for a run with start="float". steps: of a shorter run. save_every:
     steps between checkpoints (default: a tenth of them). measured: how often the quantization error of each operand is
-    measured on the way, and once at the end. Raises OctavError if the loss is not finite.
+    measured on the way, and once at the end. Raises NotFinite if the loss is, which RESULT then says.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _train(run, folder, parent, steps, save_every, measured, device)
+
+
+def _train(
+    run: Run, folder: Path, parent: Path | None, steps: int | None, save_every: int | None, measured: int, device: str
+) -> dict[str, Any]:
     recipe = recipes.of(run)
     if steps is not None:
         recipe = dataclasses.replace(recipe, steps=steps, warm_up=min(recipe.warm_up, steps // 4))
     every = save_every or max(1, recipe.steps // 10)
-    folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, run, recipe)
     data = recipe.data(run.seed)
     model = prepared(run, recipe, data, parent, device)
@@ -66,7 +78,11 @@ def train(
         if step in measure_at and run.clip != FLOAT:
             progress["errors"] += [{"step": step, **row} for row in measure.operands(model, x)]
         rate = learning_rate(recipe, step)
-        loss = _step(model, optimizer, recipe, x, y, rate)
+        try:
+            loss = _step(model, optimizer, recipe, run, x, y, rate)
+        except NotFinite as error:
+            _finish(folder, run, recipe, progress, f"step {step + 1}: {error}")
+            raise
         row = {"step": step + 1, "learning_rate": rate, "loss": loss, "score": None}
         if step + 1 in evaluate_at:
             row["score"] = score(model, recipe, data, device)
@@ -79,7 +95,10 @@ def train(
             _write_curve(folder / CURVE, progress["curve"])
             checkpoint.save(folder / CHECKPOINT, model, optimizer, progress)
     bar.close()
-    return _finish(folder, run, recipe, model, data, progress, measured, device)
+    if measured and run.clip != FLOAT:
+        x = data.batch(recipe.steps)[0].to(device)
+        progress["errors"] += [{"step": recipe.steps, **row} for row in measure.operands(model, x)]
+    return _finish(folder, run, recipe, progress, None)
 
 
 def prepared(run: Run, recipe: Recipe, data: Data, parent: Path | None, device: str = "cpu") -> nn.Module:
@@ -121,7 +140,7 @@ def score(model: nn.Module, recipe: Recipe, data: Data, device: str = "cpu") -> 
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, x: Tensor, y: Tensor, rate: float
+    model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, run: Run, x: Tensor, y: Tensor, rate: float
 ) -> float:
     """One step; returns the loss before it."""
     for group in optimizer.param_groups:
@@ -129,15 +148,31 @@ def _step(
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), label_smoothing=recipe.label_smoothing)
     check_finite(loss, model, x)
-    loss.backward()
+    if run.clip == "pact":
+        # The L2 penalty on its clips, with the coefficient of the weights (arXiv 1805.06085, section 3).
+        penalty = sum(clip.square().sum() for clip in learned_clips(model))
+        (loss + recipe.weight_decay / 2 * penalty).backward()
+    else:
+        loss.backward()
     optimizer.step()
     return loss.item()
 
 
+def learned_clips(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that belong to quantizers."""
+    return [p for m in model.modules() if isinstance(m, FakeQuantizer) for p in m.parameters(recurse=False)]
+
+
 def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """No weight decay on learned clips: PACT has its own penalty, LSQ none."""
+    learned = learned_clips(model)
+    known = {id(parameter) for parameter in learned}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in known]}]
+    if learned:
+        groups.append({"params": learned, "weight_decay": 0.0})  # type: ignore[dict-item]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
 
 
 def _claim(folder: Path, run: Run, recipe: Recipe) -> None:
@@ -153,35 +188,25 @@ def _claim(folder: Path, run: Run, recipe: Recipe) -> None:
 def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
     def make(place: Path) -> None:
         with place.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(curve)
 
     checkpoint.write(path, make)
 
 
-def _finish(
-    folder: Path,
-    run: Run,
-    recipe: Recipe,
-    model: nn.Module,
-    data: Data,
-    progress: dict[str, Any],
-    measured: int,
-    device: str,
-) -> dict[str, Any]:
-    errors = progress["errors"]
-    if measured and run.clip != FLOAT:
-        x = data.batch(recipe.steps)[0].to(device)
-        errors = [*errors, *({"step": recipe.steps, **row} for row in measure.operands(model, x))]
+def _finish(folder: Path, run: Run, recipe: Recipe, progress: dict[str, Any], failed: str | None) -> dict[str, Any]:
     found = {
         "environment": result.environment(),
         "run": dataclasses.asdict(run),
         "score": recipe.score,
-        "final": progress["curve"][-1]["score"],
+        # None where the run did not get there.
+        "final": None if failed else progress["curve"][-1]["score"],
+        "failed": failed,
+        "steps": recipe.steps,
         "seconds": round(progress["seconds"], 1),
         "curve": progress["curve"],
-        "errors": errors,
+        "errors": progress["errors"],
     }
     checkpoint.write(folder / RESULT, lambda place: place.write_text(json.dumps(found, indent=1) + "\n"))
     return found

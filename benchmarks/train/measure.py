@@ -23,7 +23,18 @@ _MOST: Final = 50
 _STEPS: Final[dict[str, solver.NewtonStep]] = {"octav": solver.octav_step, "octav-grid": solver.octav_grid_step}
 # Ops that leave values as they are, or take some of them.
 _PASSING: Final = frozenset(
-    {"max_pool", "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "expand", "contiguous", "dropout"}
+    {
+        "max_pool",
+        "flatten",
+        "reshape",
+        "permute",
+        "transpose",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "contiguous",
+        "dropout",
+    }
     | {"getitem", "chunk", "identity"}
 )
 
