@@ -63,7 +63,7 @@ def test_a_product_is_seen_at_the_next_operand():
     with torch.no_grad():
         net.norm.weight.fill_(1e25)
     # h @ h.T overflows: the first operand that is not finite is the left one of the second product.
-    assert first_not_finite(net, torch.randn(5, 8)) == "matmul_1, operand input [5, 5]"
+    assert first_not_finite(net, torch.randn(5, 8)) == "matmul:1, operand input [5, 5]"
 
 
 def test_a_loss_that_overflows_by_itself():

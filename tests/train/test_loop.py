@@ -59,22 +59,22 @@ def test_a_stopped_run_goes_on_to_the_same_curve(tmp_path, monkeypatch, clip):
     except OctavError:
         pytest.skip(f"no clip {clip!r} here")
     run = dataclasses.replace(DIGITS, clip=clip)
-    loop.train(run, tmp_path / "whole", steps=20)
+    loop.train(run, tmp_path / "whole", steps=12)
     row = recipes.RECIPES["digits", "resnet", "small"]
 
     def stopping(seed):
         data = row.data(seed)
         batch = data.batch
-        # Between two checkpoints: steps 9 and 10 are done again.
-        data.batch = lambda step: batch(step) if step != 11 else (_ for _ in ()).throw(Stopped)
+        # Between two checkpoints: steps 6 and 7 are done again.
+        data.batch = lambda step: batch(step) if step != 8 else (_ for _ in ()).throw(Stopped)
         return data
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setitem(recipes.RECIPES, ("digits", "resnet", "small"), dataclasses.replace(row, data=stopping))
-        loop.train(run, tmp_path / "parts", steps=20, save_every=3)
+        loop.train(run, tmp_path / "parts", steps=12, save_every=3)
     # What random numbers were drawn meanwhile does not matter.
     torch.manual_seed(99)
-    loop.train(run, tmp_path / "parts", steps=20, save_every=3)
+    loop.train(run, tmp_path / "parts", steps=12, save_every=3)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     whole, parts = (checkpoint.weights(tmp_path / name / loop.CHECKPOINT) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
@@ -82,9 +82,9 @@ def test_a_stopped_run_goes_on_to_the_same_curve(tmp_path, monkeypatch, clip):
 
 
 def test_a_killed_process_goes_on_to_the_same_curve(tmp_path):
-    loop.train(DIGITS, tmp_path / "whole", steps=150)
+    loop.train(DIGITS, tmp_path / "whole", steps=60)
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "benchmarks.train", *DIGITS.arguments(), "--steps", "150", "--save-every", "7"]
+    command = [sys.executable, "-m", "benchmarks.train", *DIGITS.arguments(), "--steps", "60", "--save-every", "4"]
     process = subprocess.Popen(
         [*command, "--out", str(folder)],
         cwd=ROOT,
@@ -101,8 +101,8 @@ def test_a_killed_process_goes_on_to_the_same_curve(tmp_path):
         process.wait()
     assert not (folder / loop.RESULT).exists()
     before = len(curve(folder).splitlines())
-    assert 7 < before < 150
-    loop.train(DIGITS, folder, steps=150)
+    assert 4 < before <= 60
+    loop.train(DIGITS, folder, steps=60)
     assert curve(folder) == curve(tmp_path / "whole")
 
 

@@ -16,7 +16,7 @@ from benchmarks.train import loop, recipes, summary, tables
 from benchmarks.train.run import FLOAT, Run
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 40
+STEPS = 24
 RUNS = [run for _, run in tables.TABLES["digits"].runs]
 
 
