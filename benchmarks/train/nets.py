@@ -118,11 +118,11 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        for linear in (self.qkv, self.up):
-            nn.init.normal_(linear.weight, std=0.02)
         # GPT-2: what is added to the residual stream starts smaller the more of it there is.
-        for linear in (self.out, self.down):
-            nn.init.normal_(linear.weight, std=0.02 / (2 * depth) ** 0.5)
+        added = (2 * depth) ** -0.5
+        for linear, gain in ((self.qkv, 1.0), (self.up, 1.0), (self.out, added), (self.down, added)):
+            nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, T, width] -> [N, T, width]."""
