@@ -108,6 +108,7 @@ def test_the_public_names():
         "float_mode",
         "freeze",
         "optimal_clip",
+        "pact_penalty",
         "quantize",
         "rows",
         "table",

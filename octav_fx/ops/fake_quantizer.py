@@ -133,7 +133,7 @@ class FakeQuantizer(nn.Module):
         had_data = not self.hint.is_meta
         learned = None if self.learned is None else self.learned.data
         super()._apply(fn, recurse)
-        if self.learned is not None and self.learned.dtype is not torch.float32:
+        if self.learned is not None and learned is not None and self.learned.dtype is not torch.float32:
             self.learned.data = learned.to(self.learned.device)
         # .half() and .to(bfloat16) convert floating-point buffers; a clip is float32 whatever the model is.
         for name, value in self._buffers.items():
