@@ -1,0 +1,133 @@
+"""The loop of both recipes of the paper: epochs of steps on all ranks, a checkpoint now and then, a curve."""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.train.ranks import Ranks, read, restore, same_buffers, save, seed_step, summed
+from octav_fx import OctavError
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: its data, its loss, its learning rate and its evaluation."""
+
+    # Steps of one epoch.
+    steps: int
+    # (epoch, steps already done in it) -> the batches left.
+    batches: Callable[[int, int], Iterable[Any]]
+    # (what spread() returned, batch) -> the mean loss, [].
+    loss: Callable[[nn.Module, Any], Tensor]
+    # Step of the whole run, from 0 -> learning rate.
+    lr: Callable[[int], float]
+    # What spread() returned, in eval mode -> columns of the curve, the same on every rank.
+    evaluate: Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, how often saved, where to, and what has to agree with a checkpoint found there."""
+
+    out: Path
+    epochs: int
+    save_every: int
+    seed: int
+    settings: dict[str, Any]
+
+
+def train(task: Task, run: Run, q: nn.Module, called: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Any:
+    """Train and evaluate; returns the curve's rows, a dict for each epoch. Goes on from run.out/checkpoint.pt.
+
+    q holds the state and is what is saved, called is what spread() made of it. Every rank calls this.
+    Raises OctavError where the loss is not finite, or the checkpoint is of another run.
+    """
+    path = run.out / "checkpoint.pt"
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    rows: list[Row] = []
+    epoch, done = 0, 0
+    if path.exists():
+        found = read(path)
+        progress = found["progress"]
+        _check_same(path, progress["settings"], run.settings)
+        restore(found, q, optimizer, loss)
+        rows, epoch, done = progress["rows"], progress["epoch"], progress["step"]
+        ranks.say(f"going on from {path}: epoch {epoch + 1}, step {done + 1} of {task.steps}")
+    elif ranks.is_first:
+        run.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(epoch: int, done: int) -> None:
+        save(path, q, optimizer, loss, {"epoch": epoch, "step": done, "rows": rows, "settings": run.settings})
+
+    for epoch in range(epoch, run.epochs):
+        called.train()
+        bar = tqdm(total=task.steps, initial=done, desc=f"epoch {epoch + 1}", unit="step", disable=not ranks.is_first)
+        for step, batch in enumerate(task.batches(epoch, done), done):
+            number = epoch * task.steps + step
+            seed_step(run.seed, number, ranks.rank)
+            _step(task, called, optimizer, batch, number, loss)
+            bar.update()
+            if (step + 1) % run.save_every == 0 and step + 1 < task.steps:
+                keep(epoch, step + 1)
+        bar.close()
+        same_buffers(q)
+        called.eval()
+        mean = summed(loss).item() / (ranks.world * task.steps)
+        rows.append(
+            {
+                "epoch": epoch + 1,
+                "lr": task.lr((epoch + 1) * task.steps - 1),
+                "train_loss": mean,
+                **task.evaluate(called),
+            }
+        )
+        ranks.say("  ".join(f"{name} {value:.6g}" for name, value in rows[-1].items()))
+        loss.zero_()
+        done = 0
+        keep(epoch + 1, 0)
+        if ranks.is_first:
+            write_curve(run.out / "curve.csv", rows)
+    return rows
+
+
+def write_curve(path: Path, rows: list[Row]) -> None:
+    """A CSV with a row for each epoch, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def _step(
+    task: Task, called: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, number: int, loss: Tensor
+) -> None:
+    lr = task.lr(number)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    value = task.loss(called, batch)
+    # Before the weights take it in: they are still those that led here.
+    if not torch.isfinite(value):
+        raise OctavError(f"step {number}, learning rate {lr:g}: the loss is {value.item()}")
+    value.backward()
+    optimizer.step()
+    loss += value.detach()
+
+
+def _check_same(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for name in sorted({*saved, *asked}):
+        if saved.get(name) != asked.get(name):
+            raise OctavError(
+                f"{path} is of a run with {name}={saved.get(name)!r}, not {asked.get(name)!r}: "
+                "choose another --out, or the same settings"
+            )

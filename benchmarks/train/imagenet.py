@@ -1,0 +1,151 @@
+"""The paper's recipes on ImageNet.
+
+torchrun --nproc-per-node=8 -m benchmarks.train.imagenet DATA --model resnet50 --from-scratch --out OUT
+torchrun --nproc-per-node=4 -m benchmarks.train.imagenet DATA --model resnet50 --retrain float.pt --out OUT
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.train import options as common
+from benchmarks.train.epochs import Row, Run, Task, train
+from benchmarks.train.folder import Images, counted, folders, training, validation
+from benchmarks.train.ranks import Ranks, joined, spread, summed
+from benchmarks.train.recipes import FROM_SCRATCH, RETRAIN, Recipe, recipe_of
+from octav_fx import OctavError, coverage, quantize, zoo
+
+# Images that the hints are filled with.
+_EXAMPLES = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Train as the arguments say; returns the curve. An OctavError ends the process without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        common.check(options)
+        with joined(options.device) as ranks:
+            return run(options, ranks)
+    except OctavError as error:
+        raise SystemExit(f"benchmarks.train.imagenet: {error}") from error
+
+
+def run(options: argparse.Namespace, ranks: Ranks) -> list[Row]:
+    """One run on a process group that stands."""
+    start = FROM_SCRATCH if options.from_scratch else RETRAIN
+    recipe = recipe_of(options.recipe or options.model, start)
+    batch, epochs = options.batch or recipe.batch, options.epochs or recipe.epochs
+    images, held_out = folders(options.data, options.size, options.seed)
+    lr = _learning_rate(options.lr, recipe, batch, ranks)
+    q = _model(options, images, ranks)
+    called = spread(q, options.parallel, ranks, compiled=options.compile)
+    optimizer = torch.optim.SGD(q.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    steps = len(training(images, ranks, batch, 0, 0, 0))
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.bf16)
+
+    def loss(called: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, labels = (value.to(ranks.device, non_blocking=True) for value in batch)
+        with autocast():
+            return F.cross_entropy(called(x), labels)
+
+    def evaluate(called: nn.Module) -> dict[str, float]:
+        with torch.no_grad(), autocast():
+            return validate(called, held_out, ranks, batch, options.workers)
+
+    task = Task(
+        steps,
+        lambda epoch, done: training(images, ranks, batch, epoch, done, options.workers),
+        loss,
+        lambda step: recipe.lr_at(step // steps, lr),
+        evaluate,
+    )
+    settings = common.settings(options, lr=lr, global_batch=batch * ranks.world)
+    return train(
+        task, Run(options.out, epochs, options.save_every, options.seed, settings), q, called, optimizer, ranks
+    )
+
+
+def validate(called: nn.Module, images: Images, ranks: Ranks, batch: int, workers: int) -> dict[str, float]:
+    """Shares of the images whose class is the best, and among the best five; each image counted once.
+
+    An activation's clip is that of its batch. So a quantized model's figures depend, a little, on the batch and on the
+    number of ranks, as a float one's do not.
+    """
+    counts = torch.zeros(3, dtype=torch.long, device=ranks.device)
+    for step, (x, labels) in enumerate(validation(images, ranks, batch, workers)):
+        once = counted(step, batch, len(x), ranks, len(images)).to(ranks.device)
+        logits = called(x.to(ranks.device, non_blocking=True))
+        best = logits.topk(min(5, logits.shape[1])).indices
+        right = (best == labels.to(ranks.device)[:, None]) & once[:, None]
+        counts += torch.stack([right[:, 0].sum(), right.sum(), once.sum()])
+    top1, top5, total = summed(counts).tolist()
+    return {"top1": top1 / total, "top5": top5 / total, "images": total}
+
+
+def _learning_rate(asked: float | None, recipe: Recipe, batch: int, ranks: Ranks) -> float:
+    """The recipe's, in proportion to the global batch, unless one is asked for."""
+    global_batch = batch * ranks.world
+    lr = recipe.lr * global_batch / recipe.global_batch if asked is None else asked
+    if global_batch != recipe.global_batch:
+        how = "scaled in proportion" if asked is None else "as asked"
+        ranks.say(
+            f"global batch {global_batch}, the paper's is {recipe.global_batch}: "
+            f"learning rate {lr:g} ({how}), the paper's is {recipe.lr:g}"
+        )
+    return lr
+
+
+def _model(options: argparse.Namespace, images: Images, ranks: Ranks) -> nn.Module:
+    torch.manual_seed(options.seed)
+    model = zoo.load(options.model, num_classes=len(images.classes))
+    if options.retrain:
+        _load(model, options.retrain)
+    model.to(ranks.device).train()
+    if options.is_float:
+        return model
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:_EXAMPLES]
+    examples = torch.stack([images[int(index)][0] for index in chosen]).to(ranks.device)
+    q = quantize(model, examples, common.config_of(options))
+    found = coverage(q)
+    ranks.say(f"{found.quantized_macs / found.total_macs:.2%} of the multiply-accumulates are quantized")
+    return q
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """A float checkpoint: a state_dict, alone or as "model" or "state_dict", with or without DDP's "module."."""
+    if not path.is_file():
+        raise OctavError(f"--retrain {path}: no such file; a state_dict of the float model is expected there")
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("model", "state_dict"):
+        found = found.get(key, found)
+    try:
+        model.load_state_dict({name.removeprefix("module."): value for name, value in found.items()})
+    except RuntimeError as error:
+        raise OctavError(f"--retrain {path}: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = common.parser("imagenet", "The recipes of arXiv 2206.06501, appendix E.1, on ImageNet.")
+    parser.add_argument("data", type=Path, help="folder with train/CLASS/ and val/CLASS/")
+    parser.add_argument("--model", required=True, help='a torchvision name ("resnet50") or "package.module:callable"')
+    parser.add_argument("--recipe", help="model of the paper whose schedule to follow (default: --model)")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--from-scratch", action="store_true")
+    start.add_argument("--retrain", type=Path, metavar="CHECKPOINT", help="float checkpoint to begin with")
+    parser.add_argument("--lr", type=float, help="default: the recipe's, in proportion to the global batch")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the crops (default 224)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading, for each rank")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A tiny ImageFolder, and a network without batch norm to train on it."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from octav_fx import zoo
+
+zoo.torchvision()
+
+CLASSES = ("ant", "bee", "cat")
+# Uneven on purpose: two ranks and batches of four divide neither.
+SIZES = {"train": (9, 7, 3), "val": (5, 4, 2)}
+PIXELS = 64
+
+
+def write(data: Path) -> Path:
+    """Noise around a brightness that goes with the class; PNG, as it loses nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for split, sizes in SIZES.items():
+        for label, (name, size) in enumerate(zip(CLASSES, sizes, strict=True)):
+            (data / split / name).mkdir(parents=True)
+            for i in range(size):
+                noise = torch.randint(0, 120, (PIXELS, PIXELS + 7 * i, 3), generator=generator)
+                pixels = (noise + 60 * label).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(data / split / name / f"{i}.png")
+    return data
+
+
+class GroupNormNet(nn.Module):
+    """Batch norm would see other batches on two ranks than on one; dropout draws on each rank."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 5, stride=2)
+        self.norm = nn.GroupNorm(2, 8)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.norm(self.conv(x)).relu()).relu()
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+
+class BatchNormNet(GroupNormNet):
+    """The same with batch norm and dropout."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, dropout=0.2)
+        self.norm = nn.BatchNorm2d(8)
