@@ -53,21 +53,21 @@ def train(task: Task, run: Run, q: nn.Module, called: nn.Module, optimizer: torc
     path = run.out / "checkpoint.pt"
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     rows: list[Row] = []
-    epoch, done = 0, 0
+    first, done = 0, 0
     if path.exists():
         found = read(path)
         progress = found["progress"]
         _check_same(path, progress["settings"], run.settings)
         restore(found, q, optimizer, loss)
-        rows, epoch, done = progress["rows"], progress["epoch"], progress["step"]
-        ranks.say(f"going on from {path}: epoch {epoch + 1}, step {done + 1} of {task.steps}")
+        rows, first, done = progress["rows"], progress["epoch"], progress["step"]
+        ranks.say(f"going on from {path}: epoch {first + 1}, step {done + 1} of {task.steps}")
     elif ranks.is_first:
         run.out.mkdir(parents=True, exist_ok=True)
 
     def keep(epoch: int, done: int) -> None:
         save(path, q, optimizer, loss, {"epoch": epoch, "step": done, "rows": rows, "settings": run.settings})
 
-    for epoch in range(epoch, run.epochs):
+    for epoch in range(first, run.epochs):
         called.train()
         bar = tqdm(total=task.steps, initial=done, desc=f"epoch {epoch + 1}", unit="step", disable=not ranks.is_first)
         for step, batch in enumerate(task.batches(epoch, done), done):

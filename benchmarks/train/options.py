@@ -13,9 +13,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=f"torchrun --nproc-per-node=N -m benchmarks.train.{module}", description=description
     )
-    made.add_argument(
-        "--out", type=Path, required=True, help="folder of checkpoint.pt and curve.csv, seen by all ranks"
-    )
+    made.add_argument("--out", type=Path, required=True, help="folder of checkpoint.pt and curve.csv")
     made.add_argument("--clip", default=Config.clip)
     made.add_argument("--bits", type=int, default=4, help="of weights and activations (default 4)")
     made.add_argument("--config", default="{}", help="""further fields of Config, as JSON: '{"edge_bits": null}'""")
@@ -54,7 +52,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def settings(options: argparse.Namespace, **decided: Any) -> dict[str, Any]:
-    """What a run has to have in common with its checkpoint: all but where files are, how it is spread, how long it is."""
+    """What a run and its checkpoint have in common: all but where files are, how it is spread, how long it is."""
     left_out = ("out", "data", "device", "parallel", "compile", "save_every", "workers", "batch", "epochs")
     kept = {name: value for name, value in vars(options).items() if name not in left_out}
     return {name: str(value) if isinstance(value, Path) else value for name, value in {**kept, **decided}.items()}
