@@ -1,1 +1,1 @@
-"""Training recipes: does it train as well as the paper says, and better than what people use now."""
+"""Training recipes on data that every machine has, the paper's own, and the study that compares methods with them."""

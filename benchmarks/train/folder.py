@@ -1,15 +1,12 @@
-"""ImageNet's folders: what must be there, the transforms, and which image goes to which rank."""
+"""ImageNet's folders: what must be there, and the transforms."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import Dataset
 
-from benchmarks.train.ranks import Ranks
 from octav_fx import OctavError, zoo
 
 MEAN: Final = (0.485, 0.456, 0.406)
@@ -75,55 +72,3 @@ def folders(data: Path, size: int, seed: int) -> tuple[Images, Images]:
         where = "train" if different[0] in train.classes else "val"
         raise OctavError(f"class {different[0]!r} is only in {data / where}\n{LAYOUT}")
     return train, val
-
-
-class _From(Sampler[int]):
-    """Another sampler's indices without the first ones, which a resumed epoch has had."""
-
-    def __init__(self, sampler: DistributedSampler[Any], done: int) -> None:
-        self.sampler, self.done = sampler, done
-
-    def __len__(self) -> int:
-        return len(self.sampler) - self.done
-
-    def __iter__(self) -> Iterator[int]:
-        yield from list(self.sampler)[self.done :]
-
-
-def training(
-    images: Images, ranks: Ranks, batch: int, epoch: int, done: int, workers: int
-) -> DataLoader[tuple[Tensor, int]]:
-    """One epoch of this rank's batches, whole ones, without the first `done`.
-
-    Over the ranks together step i has the images that one process with a batch as large as all of theirs would have.
-    """
-    images.epoch = epoch
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        images, ranks.world, ranks.rank, shuffle=True, seed=images.seed, drop_last=True
-    )
-    sampler.set_epoch(epoch)
-    if len(sampler) < batch:
-        raise OctavError(f"{len(images)} training images do not fill one batch of {batch} on {ranks.world} ranks")
-    return _loader(images, _From(sampler, done * batch), ranks, batch, workers, drop_last=True)
-
-
-def validation(images: Images, ranks: Ranks, batch: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
-    """This rank's share, padded with the first images so that every rank makes equally many steps: see counted()."""
-    sampler: DistributedSampler[Any] = DistributedSampler(images, ranks.world, ranks.rank, shuffle=False)
-    return _loader(images, sampler, ranks, batch, workers, drop_last=False)
-
-
-def counted(step: int, batch: int, size: int, ranks: Ranks, length: int) -> Tensor:
-    """Which of the `size` images of a validation step are no padding, bool [size].
-
-    DistributedSampler deals the images out like cards: rank r's i-th is the (r + i * world)-th of length, or padding.
-    """
-    position = ranks.rank + (step * batch + torch.arange(size)) * ranks.world
-    return position < length
-
-
-def _loader(
-    images: Images, sampler: Sampler[int], ranks: Ranks, batch: int, workers: int, *, drop_last: bool
-) -> DataLoader[tuple[Tensor, int]]:
-    pinned = ranks.device.type == "cuda"
-    return DataLoader(images, batch, sampler=sampler, num_workers=workers, pin_memory=pinned, drop_last=drop_last)

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train import options as common
 from benchmarks.train.epochs import Row, Run, Task, train
-from benchmarks.train.folder import Images, counted, folders, training, validation
+from benchmarks.train.folder import Images, folders
+from benchmarks.train.paper import FROM_SCRATCH, RETRAIN, recipe_of
 from benchmarks.train.ranks import Ranks, joined, spread, summed
-from benchmarks.train.recipes import FROM_SCRATCH, RETRAIN, Recipe, recipe_of
-from octav_fx import OctavError, coverage, quantize, zoo
+from benchmarks.train.shares import once, training, validation
+from octav_fx import OctavError, zoo
 
 # Images that the hints are filled with.
 _EXAMPLES = 8
@@ -43,11 +45,15 @@ def run(options: argparse.Namespace, ranks: Ranks) -> list[Row]:
     recipe = recipe_of(options.recipe or options.model, start)
     batch, epochs = options.batch or recipe.batch, options.epochs or recipe.epochs
     images, held_out = folders(options.data, options.size, options.seed)
-    lr = _learning_rate(options.lr, recipe, batch, ranks)
+    lr = common.learning_rate(options.lr, recipe.lr, recipe.global_batch, batch, ranks)
     q = _model(options, images, ranks)
     called = spread(q, options.parallel, ranks, compiled=options.compile)
-    optimizer = torch.optim.SGD(q.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
-    steps = len(training(images, ranks, batch, 0, 0, 0))
+    optimizer = torch.optim.SGD(common.groups(q, recipe.weight_decay), lr, recipe.momentum)
+    steps = len(training(images, ranks, batch, options.seed, 0))
+
+    def batches(epoch: int, done: int) -> DataLoader[Any]:
+        images.epoch = epoch
+        return training(images, ranks, batch, options.seed, epoch, done, options.workers)
 
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.bf16)
@@ -61,20 +67,14 @@ def run(options: argparse.Namespace, ranks: Ranks) -> list[Row]:
         with torch.no_grad(), autocast():
             return validate(called, held_out, ranks, batch, options.workers)
 
-    task = Task(
-        steps,
-        lambda epoch, done: training(images, ranks, batch, epoch, done, options.workers),
-        loss,
-        lambda step: recipe.lr_at(step // steps, lr),
-        evaluate,
-    )
+    task = Task(steps, batches, loss, lambda step: recipe.lr_at(step // steps, lr), evaluate)
     settings = common.settings(options, lr=lr, global_batch=batch * ranks.world)
     return train(
         task, Run(options.out, epochs, options.save_every, options.seed, settings), q, called, optimizer, ranks
     )
 
 
-def validate(called: nn.Module, images: Images, ranks: Ranks, batch: int, workers: int) -> dict[str, float]:
+def validate(called: nn.Module, images: Dataset[Any], ranks: Ranks, batch: int, workers: int) -> dict[str, float]:
     """Shares of the images whose class is the best, and among the best five; each image counted once.
 
     An activation's clip is that of its batch. So a quantized model's figures depend, a little, on the batch and on the
@@ -82,26 +82,13 @@ def validate(called: nn.Module, images: Images, ranks: Ranks, batch: int, worker
     """
     counts = torch.zeros(3, dtype=torch.long, device=ranks.device)
     for step, (x, labels) in enumerate(validation(images, ranks, batch, workers)):
-        once = counted(step, batch, len(x), ranks, len(images)).to(ranks.device)
+        real = once(step, batch, len(x), ranks, len(images)).to(ranks.device)  # type: ignore[arg-type]
         logits = called(x.to(ranks.device, non_blocking=True))
         best = logits.topk(min(5, logits.shape[1])).indices
-        right = (best == labels.to(ranks.device)[:, None]) & once[:, None]
-        counts += torch.stack([right[:, 0].sum(), right.sum(), once.sum()])
+        right = (best == labels.to(ranks.device)[:, None]) & real[:, None]
+        counts += torch.stack([right[:, 0].sum(), right.sum(), real.sum()])
     top1, top5, total = summed(counts).tolist()
     return {"top1": top1 / total, "top5": top5 / total, "images": total}
-
-
-def _learning_rate(asked: float | None, recipe: Recipe, batch: int, ranks: Ranks) -> float:
-    """The recipe's, in proportion to the global batch, unless one is asked for."""
-    global_batch = batch * ranks.world
-    lr = recipe.lr * global_batch / recipe.global_batch if asked is None else asked
-    if global_batch != recipe.global_batch:
-        how = "scaled in proportion" if asked is None else "as asked"
-        ranks.say(
-            f"global batch {global_batch}, the paper's is {recipe.global_batch}: "
-            f"learning rate {lr:g} ({how}), the paper's is {recipe.lr:g}"
-        )
-    return lr
 
 
 def _model(options: argparse.Namespace, images: Images, ranks: Ranks) -> nn.Module:
@@ -110,14 +97,9 @@ def _model(options: argparse.Namespace, images: Images, ranks: Ranks) -> nn.Modu
     if options.retrain:
         _load(model, options.retrain)
     model.to(ranks.device).train()
-    if options.is_float:
-        return model
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:_EXAMPLES]
-    examples = torch.stack([images[int(index)][0] for index in chosen]).to(ranks.device)
-    q = quantize(model, examples, common.config_of(options))
-    found = coverage(q)
-    ranks.say(f"{found.quantized_macs / found.total_macs:.2%} of the multiply-accumulates are quantized")
-    return q
+    examples = torch.stack([images[int(index)][0] for index in chosen])
+    return common.quantized(model, examples.to(ranks.device), options, ranks)
 
 
 def _load(model: nn.Module, path: Path) -> None:
@@ -141,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--from-scratch", action="store_true")
     start.add_argument("--retrain", type=Path, metavar="CHECKPOINT", help="float checkpoint to begin with")
-    parser.add_argument("--lr", type=float, help="default: the recipe's, in proportion to the global batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of the crops (default 224)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading, for each rank")
     return parser

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore as _HashStore
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -63,7 +64,7 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=_HashStore(), rank=0, world_size=1)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), place)
         # The first to leave would take its connections away from the others, which gloo answers with an abort.
@@ -96,6 +97,12 @@ def spread(q: nn.Module, parallel: str, ranks: Ranks, *, compiled: bool = False)
             f"{sharded[0] or 'the model'} is sharded already: a graph reads the weights of its submodules and does not "
             "call them, so FSDP2 gathers them only if the whole quantized model is one unit; leave out fully_shard"
         )
+    scalars = [name for name, parameter in q.named_parameters() if not parameter.dim()]
+    if parallel == "fsdp2" and scalars:
+        raise OctavError(
+            f"{scalars[0]} [] is a parameter of one number, which FSDP2 cannot shard (the learned clip of a whole "
+            "tensor is one): use --parallel ddp"
+        )
     # Before sharding: FSDP2 takes of each parameter the share of this rank as it stands.
     for value in (*q.parameters(), *q.buffers()):
         dist.broadcast(value.detach(), 0)
@@ -105,7 +112,8 @@ def spread(q: nn.Module, parallel: str, ranks: Ranks, *, compiled: bool = False)
     if parallel == "ddp":
         # The compiled module inside: DDP would cut its graph into buckets.
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        return DistributedDataParallel(called, device_ids=devices, **{_SYNC_BUFFERS: False})
+        options: dict[str, Any] = {"device_ids": devices, _SYNC_BUFFERS: False}
+        return DistributedDataParallel(called, **options)
     return called
 
 

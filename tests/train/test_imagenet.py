@@ -9,9 +9,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import TensorDataset
 
 from benchmarks.train import epochs, imagenet
-from benchmarks.train.folder import counted, folders, training, validation
+from benchmarks.train.folder import folders
+from benchmarks.train.paper import FROM_SCRATCH, RETRAIN, recipe_of
 from benchmarks.train.ranks import Ranks, joined, spread
-from benchmarks.train.recipes import FROM_SCRATCH, RETRAIN, recipe_of
+from benchmarks.train.shares import once, training, validation
 from octav_fx import OctavError, quantize
 from tests.train import imagefolder, torchrun
 from tests.train.imagefolder import SIZES, BatchNormNet, GroupNormNet
@@ -128,7 +129,7 @@ def test_fsdp2_computes_what_ddp_does_and_resumes(data, tmp_path):
     assert len(imagenet.main([*arguments(data, tmp_path / "fsdp2"), "--epochs", "3"])) == 3
 
 
-def test_a_block_cannot_be_sharded_by_itself():
+def test_what_fsdp2_cannot_shard():
     with joined("cpu") as ranks:
         q = quantize(GroupNormNet(3), torch.randn(2, 3, 32, 32))
         fully_shard(q.conv)
@@ -136,6 +137,10 @@ def test_a_block_cannot_be_sharded_by_itself():
             spread(q, "fsdp2", ranks)
         with pytest.raises(OctavError, match="parallel='tensor': one of ddp, fsdp2"):
             spread(q, "tensor", ranks)
+        scalar = nn.Linear(2, 2)
+        scalar.clip = nn.Parameter(torch.tensor(1.0))
+        with pytest.raises(OctavError, match=r"clip \[\] is a parameter of one number.* use --parallel ddp"):
+            spread(scalar, "fsdp2", ranks)
 
 
 @pytest.mark.parametrize("more", [["--bf16"], ["--parallel", "fsdp2"], ["--clip", "max", "--bits", "8"]])
@@ -148,7 +153,7 @@ def test_options_that_change_the_arithmetic_run(data, whole, tmp_path, more):
 
 def test_compiled(data, tmp_path):
     """The same numbers, to the roundings of fused kernels: the first loss, before one of them can move a weight."""
-    # Without dropout, which draws other numbers when compiled. As many as there are for validation, so that there is one size to compile for.
+    # Without dropout, which draws other numbers when compiled. One size of batch, so that it is compiled for once.
     fixed = ["--epochs", 1, "--batch", sum(SIZES["val"])]
     plain = imagenet.main(arguments(data, tmp_path / "plain", *fixed, model="GroupNormNet"))
     fast = imagenet.main(arguments(data, tmp_path / "fast", *fixed, "--compile", model="GroupNormNet"))
@@ -209,7 +214,7 @@ def test_each_validation_image_is_counted_once(length, world):
         loader = validation(images, ranks, batch, 0)
         steps.add(len(loader))
         for step, (index,) in enumerate(loader):
-            seen += index[counted(step, batch, len(index), ranks, length)].tolist()
+            seen += index[once(step, batch, len(index), ranks, length)].tolist()
     assert sorted(seen) == list(range(length))
     # FSDP2 gathers in every forward: a rank with one step less would leave the others waiting.
     assert len(steps) == 1
@@ -225,17 +230,21 @@ def test_top1_and_top5_of_known_logits():
 
 def test_the_ranks_share_one_batch_out_and_resume_in_its_middle(data):
     images, _ = folders(data, 32, seed=3)
-    (alone,) = (list(training(images, Ranks(0, 1, CPU), 4, 1, 0, 0)),)
-    shares = [list(training(images, Ranks(rank, 2, CPU), 2, 1, 0, 0)) for rank in range(2)]
+    images.epoch = 1
+    alone = list(training(images, Ranks(0, 1, CPU), 4, seed=3, epoch=1))
+    shares = [list(training(images, Ranks(rank, 2, CPU), 2, seed=3, epoch=1)) for rank in range(2)]
     for (x, labels), *parts in zip(alone, *shares, strict=True):
         # Dealt out like cards.
         assert torch.equal(torch.stack([part[0] for part in parts], 1).flatten(0, 1), x)
         assert torch.equal(torch.stack([part[1] for part in parts], 1).flatten(), labels)
-    resumed = list(training(images, Ranks(0, 1, CPU), 4, 1, 3, 2))
+    resumed = list(training(images, Ranks(0, 1, CPU), 4, seed=3, epoch=1, done=3, workers=2))
     assert len(resumed) == len(alone) - 3
     assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, alone[3:], strict=True))
-    other = next(iter(training(images, Ranks(0, 1, CPU), 4, 2, 0, 0)))
-    assert not torch.equal(other[0], alone[0][0])
+    # Another epoch: another order, and of each image another crop.
+    crop = images[0][0]
+    images.epoch = 2
+    assert not torch.equal(next(iter(training(images, Ranks(0, 1, CPU), 4, seed=3, epoch=2)))[0], alone[0][0])
+    assert not torch.equal(images[0][0], crop)
 
 
 def broken(data, what):
@@ -285,7 +294,7 @@ def test_data_that_is_missing_or_misshapen(tmp_path, what, says):
         (["--config", '{"bitz": 4}'], "Config has no field bitz"),
         (["--bits", "9"], "weight_bits=9"),
         (["--epochs", "0"], "--epochs 0: at least 1"),
-        (["--batch", "20"], "19 training images do not fill one batch of 20 on 1 ranks"),
+        (["--batch", "20"], "19 training examples do not fill one batch of 20 on 1 ranks"),
         (["--float", "--compile"], "leave one of them out"),
         (["--lr", "1e38"], r"step \d, learning rate 1e\+38: the loss is"),
     ],
