@@ -31,6 +31,8 @@ class Task:
     lr: Callable[[int], float]
     # What spread() returned, in eval mode -> columns of the curve, the same on every rank.
     evaluate: Callable[[nn.Module], Mapping[str, float]]
+    # Gradients are scaled down to this norm of all of them together; None: they are not.
+    max_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def _step(
     if not torch.isfinite(value):
         raise OctavError(f"step {number}, learning rate {lr:g}: the loss is {value.item()}")
     value.backward()
+    if task.max_norm is not None:
+        nn.utils.clip_grad_norm_(called.parameters(), task.max_norm)
     optimizer.step()
     loss += value.detach()
 
