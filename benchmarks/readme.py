@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks import result
+from benchmarks.train import summary
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -18,8 +19,10 @@ def main(rounds: int) -> None:
 
 def with_tables(text: str) -> str:
     """The text with each block between "generated: NAME" and "end" made anew."""
-    for name, make in _TABLES.items():
-        block = f"<!-- generated: {name} -->\n{make(result.read(name))}\n<!-- end -->"
+    made = {name: make(result.read(name)) for name, make in _TABLES.items()}
+    made["study"] = summary.markdown(result.RESULTS / "study")
+    for name, content in made.items():
+        block = f"<!-- generated: {name} -->\n{content}\n<!-- end -->"
         old = re.search(rf"<!-- generated: {name} -->\n.*?<!-- end -->", text, flags=re.DOTALL)
         assert old is not None, f"the README has no place for {name}"
         text = text.replace(old[0], block)

@@ -1,0 +1,159 @@
+"""Training: the loss falls, a killed run goes on to the same curve, and a loss that is not finite names its cause."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.train import checkpoint, loop, recipes, tables
+from benchmarks.train.run import FLOAT, Run
+from octav_fx import Config, OctavError
+from octav_fx.finite import NotFinite
+
+ROOT = Path(__file__).parent.parent.parent
+DIGITS = Run("digits", "resnet", "octav")
+
+
+class First:
+    """The first examples of the first batch, again and again."""
+
+    def __init__(self, data, count):
+        self.x, self.y = (t[:count] for t in data.batch(0))
+
+    def batch(self, step):
+        return self.x, self.y
+
+    def test(self):
+        yield self.x, self.y
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("clip", [FLOAT, "octav"])
+@pytest.mark.parametrize(("recipe", "net"), [key[:2] for key in recipes.RECIPES if key[2] == "small"])
+def test_the_loss_falls(tmp_path, monkeypatch, recipe, net, clip):
+    key = (recipe, net, "small")
+    row = recipes.RECIPES[key]
+    few = dataclasses.replace(row, data=lambda seed: First(row.data(seed), 16), evaluations=1)
+    monkeypatch.setitem(recipes.RECIPES, key, few)
+    found = loop.train(Run(recipe, net, clip), tmp_path, steps=8)
+    losses = [point["loss"] for point in found["curve"]]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
+    assert found["final"] == found["curve"][-1]["score"] is not None
+
+
+@pytest.mark.parametrize("clip", [FLOAT, *tables.METHODS])
+def test_a_stopped_run_goes_on_to_the_same_curve(tmp_path, monkeypatch, clip):
+    try:
+        Config(clip=clip)
+    except OctavError:
+        pytest.skip(f"no clip {clip!r} here")
+    run = dataclasses.replace(DIGITS, clip=clip)
+    loop.train(run, tmp_path / "whole", steps=20)
+    row = recipes.RECIPES["digits", "resnet", "small"]
+
+    def stopping(seed):
+        data = row.data(seed)
+        batch = data.batch
+        # Between two checkpoints: steps 9 and 10 are done again.
+        data.batch = lambda step: batch(step) if step != 11 else (_ for _ in ()).throw(Stopped)
+        return data
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setitem(recipes.RECIPES, ("digits", "resnet", "small"), dataclasses.replace(row, data=stopping))
+        loop.train(run, tmp_path / "parts", steps=20, save_every=3)
+    # What random numbers were drawn meanwhile does not matter.
+    torch.manual_seed(99)
+    loop.train(run, tmp_path / "parts", steps=20, save_every=3)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    whole, parts = (checkpoint.weights(tmp_path / name / loop.CHECKPOINT) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_killed_process_goes_on_to_the_same_curve(tmp_path):
+    loop.train(DIGITS, tmp_path / "whole", steps=150)
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "benchmarks.train", *DIGITS.arguments(), "--steps", "150", "--save-every", "7"]
+    process = subprocess.Popen(
+        [*command, "--out", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / loop.CHECKPOINT).exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / loop.RESULT).exists()
+    before = len(curve(folder).splitlines())
+    assert 7 < before < 150
+    loop.train(DIGITS, folder, steps=150)
+    assert curve(folder) == curve(tmp_path / "whole")
+
+
+def test_measuring_leaves_no_trace(tmp_path):
+    loop.train(DIGITS, tmp_path / "plain", steps=12)
+    found = loop.train(DIGITS, tmp_path / "measured", steps=12, measured=3)
+    assert curve(tmp_path / "measured") == curve(tmp_path / "plain")
+    assert {row["step"] for row in found["errors"]} == {0, 4, 8, 12}
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    loop.train(DIGITS, tmp_path, steps=2)
+    with pytest.raises(OctavError, match="holds another run"):
+        loop.train(dataclasses.replace(DIGITS, seed=1), tmp_path, steps=2)
+
+
+def test_retraining_starts_from_the_float_net(tmp_path):
+    loop.train(DIGITS.parent or dataclasses.replace(DIGITS, clip=FLOAT), tmp_path / "float", steps=40)
+    retrained = dataclasses.replace(DIGITS, start="float")
+    assert retrained.parent == dataclasses.replace(DIGITS, clip=FLOAT)
+    found = loop.train(retrained, tmp_path / "q", tmp_path / "float", steps=2)
+    scratch = loop.train(DIGITS, tmp_path / "scratch", steps=2)
+    assert found["curve"][0]["loss"] < 0.7 * scratch["curve"][0]["loss"]
+    with pytest.raises(OctavError, match="--parent"):
+        loop.train(retrained, tmp_path / "none", tmp_path / "nowhere")
+
+
+def test_static_clips_stay(tmp_path):
+    run = dataclasses.replace(DIGITS, clips="static")
+    recipe = recipes.of(run)
+    model = loop.prepared(run, recipe, recipe.data(0), None)
+    before = {name: value.clone() for name, value in model.named_buffers() if name.endswith(".clip")}
+    assert len(before) > 20
+    loop.train(run, tmp_path, steps=3)
+    after = checkpoint.weights(tmp_path / loop.CHECKPOINT)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("clip", [FLOAT, "octav"])
+def test_a_loss_that_is_not_finite_names_the_first_node(tmp_path, clip):
+    parent = dataclasses.replace(DIGITS, clip=FLOAT)
+    loop.train(parent, tmp_path / "float", steps=2)
+    values = torch.load(tmp_path / "float" / loop.CHECKPOINT, weights_only=True)
+    values["model"]["blocks.3.second.0.weight"][1, 2, 0, 0] = torch.nan
+    torch.save(values, tmp_path / "float" / loop.CHECKPOINT)
+    run = dataclasses.replace(DIGITS, clip=clip, start="float")
+    with pytest.raises(NotFinite, match=r"blocks\.3\.second\.0, operand weight \[8, 8, 3, 3\]"):
+        loop.train(run, tmp_path / "run", tmp_path / "float", steps=4)
+    kept = json.loads((tmp_path / "run" / loop.RESULT).read_text())
+    assert kept["final"] is None and kept["failed"].startswith("step 1: ")
+
+
+def curve(folder):
+    return (folder / loop.CURVE).read_text()
