@@ -8,6 +8,7 @@ from octav_fx.export import export_onnx
 from octav_fx.freeze import calibrate, freeze, unfreeze
 from octav_fx.graph.rules import Rule, activation, either, weight
 from octav_fx.numeric import fake_quantize, optimal_clip
+from octav_fx.penalty import pact_penalty
 from octav_fx.quantize import float_mode, quantize
 from octav_fx.report import Coverage, Row, coverage, rows, table
 from octav_fx.version import __version__
@@ -32,6 +33,7 @@ __all__ = [
     "float_mode",
     "freeze",
     "optimal_clip",
+    "pact_penalty",
     "quantize",
     "rows",
     "table",

@@ -92,6 +92,16 @@ _HINTS: Final = WeakIdKeyDictionary()
 
 def _quantize(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> tuple[fx.GraphModule, list[Tensor]]:
     """Run PREPARE on a copy of a float graph; return it and its hints, which have become its last inputs."""
+    if config.learned is not None:
+        raise OctavError(
+            f"clip={config.learned!r} is learned, and compiling a float model has no place for parameters: compile "
+            f"octav_fx.quantize(model, inputs, octav_fx.Config(clip={config.learned!r})) instead"
+        )
+    if config.sync_clip:
+        raise OctavError(
+            "sync_clip=True: a float model that is compiled does not say which of its calls are training; compile what "
+            "octav_fx.quantize returned instead"
+        )
     gm = adopt(gm)
     _tell([*hidden(gm), *run(gm, config.passes())])
     anchor = next((value for value in example_inputs if isinstance(value, torch.nn.Parameter)), None)

@@ -13,7 +13,9 @@ from octav_fx.graph.rules import Role
 from octav_fx.ops import Spec
 from octav_fx.passes import PREPARE, Choose, Place, fold_batchnorm, quantize_operands, split_attention
 from octav_fx.quant.gradient import GRADIENTS
+from octav_fx.quant.learned import LEARNED
 from octav_fx.quant.solver import METHODS
+from octav_fx.quant.synced import SYNCED
 
 _BITS: Final = range(2, 9)
 # What an override may set for a node.
@@ -28,9 +30,14 @@ class Config:
     activation_bits: int = 4
     # Bits of the first convolutions and last linear layers; None: no exception for them.
     edge_bits: int | None = 8
-    # "octav" (eq. 6), "octav-grid" (the same step on the grid itself) or "max" (no clipping).
+    # "octav" (eq. 6), "octav-grid" (the same step on the grid itself), "max" (no clipping): quant/solver.py.
+    # "percentile-99.9" ("percentile" for short), "percentile-99.99", "percentile-99.999": quant/percentile.py.
+    # "mse", the best of 100 clips by the true error: quant/sweep.py.
+    # "pact", a learned clip for activations, weights are clipped at their maximum ("max"); "lsq", a learned step for
+    # both, per channel for weights. Both are parameters of the model: quant/learned.py.
     clip: str = "octav"
-    # "mad", "pwl" or "ste": quant/gradient.py.
+    # "mad", "pwl" or "ste": quant/gradient.py. A learned clip has its paper's, which is "pwl": the default of
+    # weight_gradient does not apply to it, and any other choice than "pwl" is refused.
     weight_gradient: str = "mad"
     activation_gradient: str = "pwl"
     # "operands": q, k and v of a fused attention are quantized, its softmax output is not. "full": the attention is
@@ -38,6 +45,10 @@ class Config:
     attention: str = "operands"
     # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/fold_batchnorm.py.
     fold_batchnorm: bool = False
+    # In training mode of a distributed run, as in SyncBatchNorm: the clip of an activation is that of what all ranks
+    # hold, for "octav", "octav-grid" and "max". Weights and learned clips are the same on every rank without it. Every
+    # rank has to run the same forwards. How many collectives that takes: quant/synced.py.
+    sync_clip: bool = False
     # Node name or glob -> fields to change there, or None to leave the node float. Exact name > last matching glob.
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
@@ -46,9 +57,17 @@ class Config:
             value = getattr(self, name)
             if not (name == "edge_bits" and value is None):
                 _check_bits(name, value)
-        _check_choice("clip", self.clip, METHODS)
+        _check_choice("clip", self.clip, (*METHODS, *LEARNED))
         _check_choice("weight_gradient", self.weight_gradient, GRADIENTS)
         _check_choice("activation_gradient", self.activation_gradient, GRADIENTS)
+        self._check_learned()
+        if not isinstance(self.sync_clip, bool):
+            raise OctavError(f"sync_clip={self.sync_clip!r}: True or False")
+        if self.sync_clip and self.clip not in (*SYNCED, *LEARNED):
+            raise OctavError(
+                f"sync_clip=True with clip={self.clip!r}, which needs all values in one place: sums over ranks give "
+                f"{', '.join(map(repr, SYNCED))}"
+            )
         _check_choice("attention", self.attention, ("operands", "full"))
         if not isinstance(self.overrides, Mapping):
             raise OctavError(f"overrides: a dict of node name or glob to settings, not {self.overrides!r}")
@@ -60,8 +79,27 @@ class Config:
                     f"unknown {unknown}" if isinstance(settings, Mapping) else f"{settings!r} is not a dict or None"
                 )
                 raise OctavError(f"overrides[{pattern!r}]: {detail}; a node can set {', '.join(_OVERRIDABLE)}")
-            # The settings have to be valid by themselves, whatever they are laid over.
+            # The settings have to be valid by themselves, and laid over these.
             Config(**settings)
+            dataclasses.replace(self, overrides={}, **settings)
+
+    def _check_learned(self) -> None:
+        if self.clip in LEARNED and self.activation_gradient != "pwl":
+            raise OctavError(
+                f"activation_gradient={self.activation_gradient!r}: a learned clip, clip={self.clip!r}, has the "
+                "gradient of its paper, 'pwl'"
+            )
+        if self.clip == "lsq" and self.weight_gradient == "ste":
+            raise OctavError("weight_gradient='ste': clip='lsq' has the gradient of its paper, 'pwl'")
+
+    @property
+    def learned(self) -> str | None:
+        """The first choice of clip, here or in an override, that is a parameter of the model; None if none is."""
+        clips = [
+            self.clip,
+            *(settings["clip"] for settings in self.overrides.values() if settings and "clip" in settings),
+        ]
+        return next((clip for clip in clips if clip in LEARNED), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; from_dict is the way back."""
@@ -97,12 +135,18 @@ class Config:
         bits_name = "weight_bits" if is_weight else "activation_bits"
         default = self.edge_bits if place.edge and self.edge_bits is not None else getattr(self, bits_name)
         gradient_name = "weight_gradient" if is_weight else "activation_gradient"
+        method = settings.get("clip", self.clip)
+        if method == "pact" and is_weight:
+            # PACT learns the clips of activations.
+            method = "max"
+        gradient = "pwl" if method in LEARNED else settings.get(gradient_name, getattr(self, gradient_name))
         return Spec(
             bits=settings.get(bits_name, default),
             signed=place.signed,
             dim=place.dim,
-            method=settings.get("clip", self.clip),
-            gradient=settings.get(gradient_name, getattr(self, gradient_name)),
+            method=method,
+            gradient=gradient,
+            sync=self.sync_clip and not is_weight and method in SYNCED,
         )
 
 

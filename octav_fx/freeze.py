@@ -34,7 +34,7 @@ def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     def collect(quantizer: FakeQuantizer) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            sums[quantizer] = sums.get(quantizer, 0) + quantizer.hint.double()
+            sums[quantizer] = sums.get(quantizer, 0) + quantizer.used.double()
             calls[quantizer] = calls.get(quantizer, 0) + 1
 
         return hook
@@ -62,8 +62,9 @@ def freeze(q: nn.Module) -> nn.Module:
     """Give every quantizer in q a static clip, as a float32 buffer that is part of the state_dict; returns q.
 
     Activations: the average that calibrate() left, moved on by the running mean of later training steps. Weights:
-    their own fixed point now. Freezing again takes new ones. A state_dict of a frozen model loads into another one,
-    or into one that is not frozen yet and freezes it. Raises OctavError for a quantizer that has seen no data.
+    their own fixed point now. Learned clips ("pact", "lsq"): what has been learned. Freezing again takes new ones. A
+    state_dict of a frozen model loads into another one, or into one that is not frozen yet and freezes it. Raises
+    OctavError for a quantizer that has seen no data.
     """
     modules = quantized_modules(q)
     clips = {quantizer: clip for module in modules for quantizer, clip in _clips(module).items()}
@@ -107,7 +108,9 @@ def _clips(module: QuantizedModule) -> dict[FakeQuantizer, Tensor]:
         for node, quantizer in _quantizer_calls(module, module.graph_of(mode)):
             value = node.args[0]
             assert isinstance(value, fx.Node)
-            if value in known:
+            if quantizer.learned is not None and quantizer.begun:
+                clips[quantizer] = quantizer.used
+            elif value in known:
                 clips[quantizer] = _fixed_point(quantizer, value_of(module, value))
             elif (clip := _seen(quantizer)) is not None:
                 clips[quantizer] = clip
@@ -131,6 +134,9 @@ def _quantizer_calls(module: QuantizedModule, graph: fx.Graph) -> list[tuple[fx.
 
 def _fixed_point(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     spec = quantizer.spec
+    if quantizer.learned is not None:
+        quantizer.begin(x)
+        return quantizer.used
     return torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, spec.bits, spec.signed, spec.dim, spec.method)
 
 

@@ -1,5 +1,6 @@
 """quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,13 +12,14 @@ from torch.utils import _pytree as pytree
 
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
-from octav_fx.graph.call import as_call
+from octav_fx.graph.call import Call, as_call
 from octav_fx.graph.descended import floats
 from octav_fx.graph.module import QuantizedModule, quantized_modules
-from octav_fx.graph.observe import has_data, run_once
+from octav_fx.graph.observe import has_data, run_once, same_modes
 from octav_fx.graph.record import Record
 from octav_fx.graph.rules import Own, Rule
 from octav_fx.ladder import quantized_by_parts
+from octav_fx.ops import FakeQuantizer
 from octav_fx.whole import arguments_of
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -63,6 +65,7 @@ def quantize(
         _check_strict([*floats(quantized), *(row for part in graphs for row in part.records)])
     if has_data(quantized, example):
         run_once(quantized, *example)
+        _begin_learned(quantized, example)
     return quantized
 
 
@@ -91,6 +94,20 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise OctavError(f"{name} has no shape yet: run the model once before quantizing it")
+
+
+def _begin_learned(q: nn.Module, example: Call) -> None:
+    """Mark the learned clips that the example inputs have reached as begun, in both modes where each has a graph."""
+    learned = [m for m in q.modules() if isinstance(m, FakeQuantizer) and m.learned is not None]
+    for quantizer in learned:
+        quantizer.begun = bool(quantizer.hint.any())
+    if all(quantizer.begun for quantizer in learned):
+        return
+    # Where the other mode does not run on the example inputs, its quantizers begin with the first data they get.
+    with contextlib.suppress(Exception), same_modes(q):
+        run_once(q.train(not q.training), *example)
+    for quantizer in learned:
+        quantizer.begun = bool(quantizer.hint.any())
 
 
 def _own(rules: Sequence[Rule], leaves: Sequence[type[nn.Module]]) -> Own:

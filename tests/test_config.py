@@ -77,7 +77,13 @@ def test_bits_have_to_be_given(name):
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("clip", ("octav", "octav-grid", "max")),
+        (
+            "clip",
+            (
+                *("octav", "octav-grid", "max", "percentile", "percentile-99.9", "percentile-99.99"),
+                *("percentile-99.999", "mse", "pact", "lsq"),
+            ),
+        ),
         ("weight_gradient", ("ste", "pwl", "mad")),
         ("activation_gradient", ("ste", "pwl", "mad")),
         ("attention", ("operands",)),
@@ -113,6 +119,38 @@ def test_bad_overrides(overrides, message):
         Config(overrides=overrides)
 
 
+def test_learned_clips_have_the_gradient_of_their_papers():
+    weight, activation = place("fc"), place("fc", Role.ACTIVATION)
+    lsq, pact = Config(clip="lsq"), Config(clip="pact")
+    assert [(s.method, s.gradient) for s in map(lsq.choose, (weight, activation))] == [("lsq", "pwl")] * 2
+    # PACT learns the clips of activations; weights keep theirs and their gradient.
+    assert [(s.method, s.gradient) for s in map(pact.choose, (weight, activation))] == [("max", "mad"), ("pact", "pwl")]
+    for clip in ("lsq", "pact"):
+        for gradient in ("mad", "ste"):
+            with pytest.raises(OctavError, match=f"activation_gradient='{gradient}': a learned clip, clip='{clip}'"):
+                Config(clip=clip, activation_gradient=gradient)
+            with pytest.raises(OctavError, match=f"activation_gradient='{gradient}'"):
+                Config(activation_gradient=gradient, overrides={"fc": {"clip": clip}})
+    with pytest.raises(OctavError, match="weight_gradient='ste': clip='lsq'"):
+        Config(clip="lsq", weight_gradient="ste")
+    # What is not learned may have any.
+    mixed = Config(clip="lsq", overrides={"fc": {"clip": "octav", "activation_gradient": "mad"}})
+    assert mixed.choose(activation).gradient == "mad"
+    assert Config(clip="pact", weight_gradient="ste").choose(weight).gradient == "ste"
+
+
+def test_what_is_learned():
+    assert Config(clip="mse").learned is None
+    assert Config(clip="pact").learned == "pact"
+    assert Config(overrides={"a": None, "b": {}, "c": {"clip": "lsq"}}).learned == "lsq"
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_sync_clip_is_a_bool(value):
+    with pytest.raises(OctavError, match=f"sync_clip={value!r}: True or False"):
+        Config(sync_clip=value)
+
+
 def test_json_both_ways():
     config = Config(
         weight_bits=3,
@@ -120,6 +158,7 @@ def test_json_both_ways():
         clip="octav-grid",
         weight_gradient="ste",
         fold_batchnorm=True,
+        sync_clip=True,
         overrides={"layer4.*": {"weight_bits": 2, "clip": "max"}, "fc": None},
     )
     text = json.dumps(config.to_dict())
@@ -153,5 +192,6 @@ def test_fields_are_the_promised_ones():
         "activation_gradient": "pwl",
         "attention": "operands",
         "fold_batchnorm": False,
+        "sync_clip": False,
     }
     assert Config().overrides == {}

@@ -31,7 +31,11 @@ _COMPOSITES: Final = (F.multi_head_attention_forward,)
 # As Dynamo writes the call, and as it is written where overloads are resolved.
 _QUANTIZERS: Final = frozenset(
     spelling
-    for packet in (torch.ops.octav.dynamic_fake_quantize, torch.ops.octav.fake_quantize)
+    for packet in (
+        torch.ops.octav.dynamic_fake_quantize,
+        torch.ops.octav.fake_quantize,
+        torch.ops.octav.learned_fake_quantize,
+    )
     for spelling in (packet, packet.default)
 )
 

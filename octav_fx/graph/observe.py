@@ -15,6 +15,7 @@ from octav_fx.graph.macs import MacCounter
 from octav_fx.graph.module import QuantizedModule
 from octav_fx.graph.state import own_copy, unchanged
 from octav_fx.ops import FakeQuantizer
+from octav_fx.quant.synced import apart
 
 # Larger numbers stand for minus infinity in masks.
 _MASKED: Final = 1e30
@@ -55,7 +56,7 @@ def run_first(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """The same, but what forward sets on its modules and writes into its inputs stays."""
     tensors = (*module.parameters(), *module.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers():
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers(), apart():
         return module(*args, **kwargs)
 
 

@@ -9,8 +9,14 @@ from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from octav_fx.ops.fake_quantize_filters.op import fake_quantize_filters, fake_quantize_filters_backward
 from octav_fx.ops.fake_quantizer import FakeQuantizer, Spec
+from octav_fx.ops.learned_fake_quantize.op import (
+    learned_fake_quantize,
+    learned_fake_quantize_backward,
+    learned_parameter_backward,
+)
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from octav_fx.ops.quantize.op import quantize
+from octav_fx.ops.synced_clip.op import synced_clip
 
 __all__ = [
     "ChannelAffine",
@@ -24,6 +30,10 @@ __all__ = [
     "fake_quantize_backward",
     "fake_quantize_filters",
     "fake_quantize_filters_backward",
+    "learned_fake_quantize",
+    "learned_fake_quantize_backward",
+    "learned_parameter_backward",
     "optimal_clip",
     "quantize",
+    "synced_clip",
 ]

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from octav_fx.quant.axis import clip_shape, to_rows
+from octav_fx.quant.grid import Grid
+from octav_fx.quant.learned import LEARNED, clip_of, first_clip, parameter_for
 
 # How far one training step moves the running mean of the clips: that of BatchNorm.
 MOMENTUM: Final = 0.1
@@ -23,6 +28,8 @@ class Spec:
     dim: int | None
     method: str
     gradient: str
+    # In training mode the clip is that of what all ranks of a distributed run hold.
+    sync: bool = False
 
 
 class FakeQuantizer(nn.Module):
@@ -35,12 +42,16 @@ class FakeQuantizer(nn.Module):
     zero, and of how many. Freezing may use them; nothing else does.
     clip [] or [C]: None, or the static clip of a frozen quantizer, which is part of the state_dict. Loading one
     freezes; loading a state without one into a frozen quantizer is an error.
+    learned [] or [C]: None, or the parameter of a clip that is learned ("pact": the clip, "lsq": the step), float32 and
+    part of the state_dict. It begins with the first data, as begun says. A state without one loads, too: it is a
+    float model's. The clip of a weight then begins anew, that of data stays.
     """
 
     hint: Tensor
     mean: Tensor | None
     steps: Tensor | None
     clip: Tensor | None
+    learned: nn.Parameter | None
 
     def __init__(
         self, spec: Spec, channels: int | None = None, device: torch.device | None = None, *, running: bool = False
@@ -53,11 +64,31 @@ class FakeQuantizer(nn.Module):
         steps = torch.zeros((), dtype=torch.float32, device=device) if running else None
         self.register_buffer("steps", steps, persistent=False)
         self.register_buffer("clip", None)
+        is_learned = spec.method in LEARNED
+        self.register_parameter("learned", nn.Parameter(torch.ones_like(self.hint)) if is_learned else None)
+        self.begun = False
 
     @property
     def used(self) -> Tensor:
-        """The clip of the last call, [] or [C]."""
-        return self.hint if self.clip is None else self.clip
+        """The clip of the last call, [] or [C]; the clip itself where it is learned."""
+        if self.clip is not None:
+            return self.clip
+        return self.hint if self.learned is None else clip_of(self.learned.detach(), self._grid, self.spec.method)
+
+    @property
+    def _grid(self) -> Grid:
+        return Grid(self.spec.bits, self.spec.signed)
+
+    def begin(self, x: Tensor) -> None:
+        """Set a learned clip to where its method begins for x [...]; the hint becomes that clip."""
+        assert self.learned is not None
+        spec = self.spec
+        with torch.no_grad():
+            rows = to_rows(x.detach(), spec.dim)
+            rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+            self.hint.copy_(first_clip(rows, self._grid, spec.method).reshape(clip_shape(x, spec.dim)))
+            self.learned.copy_(parameter_for(self.hint, self._grid, spec.method))
+        self.begun = True
 
     @property
     def average(self) -> Tensor | None:
@@ -78,9 +109,19 @@ class FakeQuantizer(nn.Module):
         spec = self.spec
         if self.clip is not None:
             return torch.ops.octav.fake_quantize(x, self.clip, spec.bits, spec.signed, spec.dim, spec.gradient)
-        y, clip = torch.ops.octav.dynamic_fake_quantize(
-            x, self.hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient
-        )
+        if self.learned is not None:
+            if not self.begun:
+                self.begin(x)
+            return torch.ops.octav.learned_fake_quantize(
+                x, self.learned, spec.bits, spec.signed, spec.dim, spec.method, self.mean is not None
+            )
+        if spec.sync and self.training and dist.is_available() and dist.is_initialized():
+            clip = torch.ops.octav.synced_clip(x.detach(), self.hint, spec.bits, spec.signed, spec.dim, spec.method)
+            y = torch.ops.octav.fake_quantize(x, clip, spec.bits, spec.signed, spec.dim, spec.gradient)
+        else:
+            y, clip = torch.ops.octav.dynamic_fake_quantize(
+                x, self.hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient
+            )
         with torch.no_grad():
             self.hint.copy_(clip)
             if self.training and self.mean is not None and self.steps is not None:
@@ -90,7 +131,10 @@ class FakeQuantizer(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         had_data = not self.hint.is_meta
+        learned = None if self.learned is None else self.learned.data
         super()._apply(fn, recurse)
+        if self.learned is not None and self.learned.dtype is not torch.float32:
+            self.learned.data = learned.to(self.learned.device)
         # .half() and .to(bfloat16) convert floating-point buffers; a clip is float32 whatever the model is.
         for name, value in self._buffers.items():
             self._buffers[name] = None if value is None else value.to(torch.float32)
@@ -98,11 +142,20 @@ class FakeQuantizer(nn.Module):
             # What to_empty() leaves must not pass for a mean.
             self.mean.zero_()
             self.steps.zero_()
+        if not had_data and not self.hint.is_meta:
+            self.begun = False
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if self.clip is None and f"{prefix}clip" in state_dict:
             self.clip = torch.zeros_like(self.hint)
+        if self.learned is not None:
+            known = f"{prefix}learned" in state_dict
+            # A weight's clip can begin at once, on every rank alike.
+            self.begun = known or (self.begun and self.mean is not None)
+            if not known:
+                # Without it in the state it would count as missing; it stays.
+                state_dict = {**state_dict, f"{prefix}learned": self.learned.detach()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

@@ -59,3 +59,8 @@ class Grid:
         """
         greatest = self.high + 1 if self.signed else self.high + 1 + self.saturated
         return torch.int8 if self.below > -128 and greatest <= 127 else torch.int16
+
+
+def magnitudes(x: Tensor, grid: Grid) -> Tensor:
+    """What can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
+    return torch.where(x.isfinite(), x.abs() if grid.signed else x.clamp(min=0), 0)

@@ -2,6 +2,7 @@
 
 Every function here works on rows [R, N] of floating-point values and returns one clip per row, [R], in the units of
 x. Zeros do not take part (they cost nothing on any grid), nor do inf and NaN (no clip could represent them).
+METHODS holds it beside the clips that others use: percentile.py, sweep.py.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from octav_fx.quant.grid import Grid
+from octav_fx.quant.grid import Grid, magnitudes
+from octav_fx.quant.percentile import percentile
+from octav_fx.quant.sweep import sweep
 
 # Cold Newton needs 13 steps at 8 bits; the rest is for rows of a few elements, where the safeguard has to bisect.
 STEPS: Final = 24
@@ -20,11 +23,7 @@ BETTER: Final = 0.999
 FLOOR: Final = 1e-12
 
 NewtonStep = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
-
-
-def magnitudes(x: Tensor, grid: Grid) -> Tensor:
-    """What can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
-    return torch.where(x.isfinite(), x.abs() if grid.signed else x.clamp(min=0), 0)
+Total = Callable[..., tuple[Tensor, ...]]
 
 
 def octav_step(x: Tensor, clip: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -64,21 +63,34 @@ def octav_grid_step(x: Tensor, clip: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     return numerator, noise + below.sum(-1) + k**2 * above.sum(-1)
 
 
-def newton(x: Tensor, hint: Tensor, grid: Grid, step: NewtonStep) -> Tensor:
+def alone(*sums: Tensor) -> tuple[Tensor, ...]:
+    """Sums over the whole tensor, where this process holds all of it; quant/synced.py has them over all ranks."""
+    return sums
+
+
+def mean_magnitude(x: Tensor, grid: Grid, total: Total = alone) -> Tensor:
+    """The mean magnitude of the non-zeros, [R]; 0 where there are none."""
+    magnitude = magnitudes(x, grid)
+    sums, count = total(magnitude.sum(-1), (magnitude > 0).sum(-1))
+    return sums / count.clamp(min=1)
+
+
+def newton(x: Tensor, mean: Tensor, hint: Tensor, grid: Grid, step: NewtonStep, total: Total = alone) -> Tensor:
     """The fixed point of a recursion, [R], in a fixed number of steps: no host synchronisation, no early exit.
 
-    Starts at hint [R] where it is positive and finite, else at the mean magnitude of the non-zeros (the paper's start,
-    section 4), and returns there from a hint beyond every value. The result does not depend on the hint. A bracket
-    [low, high] with step(low) >= low and step(high) < high safeguards the iteration: where counts jump, plain
+    Starts at hint [R] where it is positive and finite, else at mean [R], the mean magnitude of the non-zeros (the
+    paper's start, section 4), and returns there from a hint beyond every value. The result does not depend on the hint.
+    A bracket [low, high] with step(low) >= low and step(high) < high safeguards the iteration: where counts jump, plain
     Newton can alternate between two values around the crossing; then the bracket is halved.
     """
-    magnitude = magnitudes(x, grid)
-    mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp(min=1)
     clip = torch.where((hint > 0) & hint.isfinite(), hint.to(mean.dtype), mean)
     low, high = torch.zeros_like(clip), torch.full_like(clip, torch.inf)
     for _ in range(STEPS):
-        numerator, denominator = step(x, clip, grid)
+        numerator, denominator = total(*step(x, clip, grid))
         target = torch.where(numerator > 0, numerator / denominator.clamp(min=torch.finfo(clip.dtype).tiny), 0)
+        # A collective costs more than to look: from a fixed point nothing moves any more.
+        if total is not alone and torch.equal(target, clip):
+            break
         rises = target >= clip
         low, high = torch.where(rises, clip, low), torch.where(rises, high, clip)
         inward = ((target > low) & (target < high)) | (target == clip)
@@ -87,23 +99,23 @@ def newton(x: Tensor, hint: Tensor, grid: Grid, step: NewtonStep) -> Tensor:
     return torch.where(mean > 0, clip, 0)
 
 
-def octav(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
+def octav(x: Tensor, hint: Tensor, grid: Grid, total: Total = alone) -> Tensor:
     """The paper's clip (eq. 6)."""
-    return newton(x, hint, grid, octav_step)
+    return newton(x, mean_magnitude(x, grid, total), hint, grid, octav_step, total)
 
 
-def octav_grid(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
+def octav_grid(x: Tensor, hint: Tensor, grid: Grid, total: Total = alone) -> Tensor:
     """The clip for the two's-complement or unsigned grid itself: the fixed point, and the best of its neighbours.
 
     A hint whose first cell swallows the mean magnitude belongs to another fixed point, the one that gives up the bulk
     for a few outliers; from there the start is cold.
     """
-    magnitude = magnitudes(x, grid)
-    mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp(min=1)
-    return polish(x, newton(x, torch.where(grid.step(hint) / 2 <= mean, hint, 0), grid, octav_grid_step), grid)
+    mean = mean_magnitude(x, grid, total)
+    hint = torch.where(grid.step(hint) / 2 <= mean, hint, 0)
+    return polish(x, newton(x, mean, hint, grid, octav_grid_step, total), grid, total)
 
 
-def polish(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+def polish(x: Tensor, clip: Tensor, grid: Grid, total: Total = alone) -> Tensor:
     """The one of NEIGHBOURS * clip, [R], with the least squared error on the grid; the clip itself if none is better.
 
     Where a density has a peak (the minimum of GELU) or a row is short, the error ripples as levels pass over it, and
@@ -111,13 +123,15 @@ def polish(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
     bits, 15 % at 8.
     """
     x = torch.where(x.isfinite(), x, 0)
+    neighbours = [clip * ratio for ratio in NEIGHBOURS]
+    errors = [squared_error(x, tried, grid) for tried in (clip, *neighbours)]
+    square, least, *errors = total(x.square().sum(-1), *errors)
     # Rounding is no reason to move: errors below this are zero for float32.
-    floor = FLOOR * x.square().sum(-1)
-    best, least = clip, squared_error(x, clip, grid)
-    for ratio in NEIGHBOURS:
-        error = squared_error(x, clip * ratio, grid)
+    floor = FLOOR * square
+    best = clip
+    for tried, error in zip(neighbours, errors, strict=True):
         better = error < BETTER * least - floor
-        best, least = torch.where(better, clip * ratio, best), torch.where(better, error, least)
+        best, least = torch.where(better, tried, best), torch.where(better, error, least)
     return best
 
 
@@ -125,6 +139,11 @@ def squared_error(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
     """Sum of squared rounding and clipping errors of each row, [R]; NaN for a clip of zero."""
     step = grid.step(clip).unsqueeze(-1)
     return ((x / step).round().clamp(grid.low, grid.high) * step - x).square().sum(-1)
+
+
+def power_of_two(extent: Tensor) -> Tensor:
+    """[...] -> [...], near a largest magnitude: dividing by it is exact, and no sum over- or underflows then."""
+    return torch.exp2(torch.frexp(extent).exponent.clamp(-100, 100).to(extent.dtype))
 
 
 def largest(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
@@ -138,4 +157,9 @@ METHODS: Final[dict[str, Callable[[Tensor, Tensor, Grid], Tensor]]] = {
     "octav": octav,
     "octav-grid": octav_grid,
     "max": largest,
+    "percentile": percentile(1000),
+    "percentile-99.9": percentile(1000),
+    "percentile-99.99": percentile(10_000),
+    "percentile-99.999": percentile(100_000),
+    "mse": sweep,
 }

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from octav_fx.quant.axis import clip_shape, to_rows
 from octav_fx.quant.grid import Grid
-from octav_fx.quant.solver import METHODS
+from octav_fx.quant.solver import METHODS, power_of_two
 
 
 def optimal_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
@@ -15,15 +15,14 @@ def optimal_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | No
     """
     rows = to_rows(x, dim)
     rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-    scale = _power_of_two(rows)
+    scale = _scale(rows)
     clip = METHODS[method](rows / scale, hint.reshape(-1) / scale.squeeze(-1), Grid(bits, signed)) * scale.squeeze(-1)
     # The grid of values near the end of float32 may need a clip beyond it.
     return clip.clamp(max=torch.finfo(torch.float32).max).to(torch.float32).reshape(clip_shape(x, dim))
 
 
-def _power_of_two(rows: Tensor) -> Tensor:
-    """[R, N] -> [R, 1], near the largest finite magnitude: dividing by it is exact, and no sum over- or underflows."""
+def _scale(rows: Tensor) -> Tensor:
+    """[R, N] -> [R, 1]."""
     if rows.shape[-1] == 0:
         return rows.new_ones(rows.shape[0], 1)
-    largest = torch.where(rows.isfinite(), rows.abs(), 0).amax(-1, keepdim=True)
-    return torch.exp2(torch.frexp(largest).exponent.clamp(-100, 100).to(rows.dtype))
+    return power_of_two(torch.where(rows.isfinite(), rows.abs(), 0).amax(-1, keepdim=True))

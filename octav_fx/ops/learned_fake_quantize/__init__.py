@@ -1,0 +1,1 @@
+"""torch.ops.octav.learned_fake_quantize."""

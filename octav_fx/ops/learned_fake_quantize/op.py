@@ -1,0 +1,124 @@
+"""torch.ops.octav.learned_fake_quantize: round to the grid of a clip that is a parameter, with its gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octav_fx.ops.define import define
+from octav_fx.ops.learned_fake_quantize import reference
+from octav_fx.quant.axis import along
+from octav_fx.quant.grid import Grid
+from octav_fx.quant.learned import clip_of
+
+_SETTINGS = "int bits, bool signed, int? dim, str method"
+
+
+def _by_reference(*args: Any, out: Tensor) -> bool:
+    return False
+
+
+def _empty(
+    x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str, is_data: bool
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _cpu(
+    x: Tensor,
+    parameter: Tensor,
+    bits: int,
+    signed: bool,
+    dim: int | None,
+    method: str,
+    is_data: bool,
+    out: Tensor,
+) -> bool:
+    clip = clip_of(parameter, Grid(bits, signed), method)
+    torch.ops.octav.fake_quantize(x, clip, bits, signed, dim, "pwl", out=out)
+    return True
+
+
+learned_fake_quantize = define(
+    "learned_fake_quantize",
+    f"Tensor x, Tensor parameter, {_SETTINGS}, bool is_data",
+    empty=_empty,
+    reference=reference.learned_fake_quantize,
+    cpu=_cpu,
+)
+
+
+def _empty_gradient(
+    grad: Tensor, x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str
+) -> Tensor:
+    return torch.empty_like(x, dtype=grad.dtype)
+
+
+learned_fake_quantize_backward = define(
+    "learned_fake_quantize_backward",
+    f"Tensor grad, Tensor x, Tensor parameter, {_SETTINGS}",
+    empty=_empty_gradient,
+    reference=reference.learned_fake_quantize_backward,
+    cpu=_by_reference,
+)
+
+
+def _empty_parameter_gradient(
+    grad: Tensor,
+    x: Tensor,
+    parameter: Tensor,
+    bits: int,
+    signed: bool,
+    dim: int | None,
+    method: str,
+    is_data: bool,
+) -> Tensor:
+    return torch.empty_like(parameter)
+
+
+learned_parameter_backward = define(
+    "learned_parameter_backward",
+    f"Tensor grad, Tensor x, Tensor parameter, {_SETTINGS}, bool is_data",
+    empty=_empty_parameter_gradient,
+    reference=reference.learned_parameter_backward,
+    cpu=_by_reference,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, parameter, *settings, is_data = inputs
+    ctx.save_for_backward(x, parameter)
+    ctx.settings, ctx.is_data = settings, is_data
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, parameter = ctx.saved_tensors
+    of_x = of_parameter = None
+    if ctx.needs_input_grad[0]:
+        of_x = torch.ops.octav.learned_fake_quantize_backward(grad, x, parameter, *ctx.settings)
+    if ctx.needs_input_grad[1]:
+        of_parameter = torch.ops.octav.learned_parameter_backward(grad, x, parameter, *ctx.settings, ctx.is_data)
+    return of_x, of_parameter, *[None] * 5
+
+
+def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, parameter, *ctx.settings = inputs
+    ctx.save_for_backward(x, parameter)
+
+
+def _of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.octav.learned_fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+
+
+def _of_parameter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, parameter = ctx.saved_tensors
+    slopes = reference.learned_slopes(x.detach(), parameter.detach(), *ctx.settings)
+    return along(grad, x, ctx.settings[2]) * slopes, *[None] * 7
+
+
+# Both gradients are linear in grad, with the same factors: that makes second derivatives right.
+torch.library.register_autograd("octav::learned_fake_quantize", _gradients, setup_context=_save)
+torch.library.register_autograd("octav::learned_fake_quantize_backward", _of_backward, setup_context=_save_factors)
+torch.library.register_autograd(
+    "octav::learned_parameter_backward", _of_parameter_backward, setup_context=_save_factors
+)

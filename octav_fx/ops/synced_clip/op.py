@@ -1,0 +1,33 @@
+"""torch.ops.octav.synced_clip: the clip of a tensor whose parts lie on several ranks.
+
+One op with its collectives inside, so that a compiled graph has it whole. Graphs compiled from the same code run their
+ops in the same order on every rank, as collectives need it.
+"""
+
+import torch
+from torch import Tensor
+
+from octav_fx.ops.define import define
+from octav_fx.ops.synced_clip import reference
+from octav_fx.quant.axis import clip_shape
+from octav_fx.quant.synced import has_others
+
+
+def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
+    return x.new_empty(clip_shape(x, dim), dtype=torch.float32)
+
+
+def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
+    if has_others():
+        return False
+    torch.ops.octav.optimal_clip(x, hint, bits, signed, dim, method, out=out)
+    return True
+
+
+synced_clip = define(
+    "synced_clip",
+    "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
+    empty=_empty,
+    reference=reference.synced_clip,
+    cpu=_cpu,
+)
