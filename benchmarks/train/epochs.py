@@ -1,7 +1,6 @@
 """The loop of both recipes of the paper: epochs of steps on all ranks, a checkpoint now and then, a curve."""
 
 import csv
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.train import checkpoint
 from benchmarks.train.ranks import Ranks, read, restore, same_buffers, save, seed_step, summed
 from octav_fx import OctavError
+from octav_fx.finite import check_finite
 
 Row = dict[str, float]
 
@@ -25,8 +26,10 @@ class Task:
     steps: int
     # (epoch, steps already done in it) -> the batches left.
     batches: Callable[[int, int], Iterable[Any]]
-    # (what spread() returned, batch) -> the mean loss, [].
-    loss: Callable[[nn.Module, Any], Tensor]
+    # A batch -> the model's inputs as quantize() takes them, a tensor or keyword arguments, on this rank's device.
+    inputs: Callable[[Any], Any]
+    # (what spread() returned, inputs, batch) -> the mean loss, [].
+    loss: Callable[[nn.Module, Any, Any], Tensor]
     # Step of the whole run, from 0 -> learning rate.
     lr: Callable[[int], float]
     # What spread() returned, in eval mode -> columns of the curve, the same on every rank.
@@ -46,7 +49,9 @@ class Run:
     settings: dict[str, Any]
 
 
-def train(task: Task, run: Run, q: nn.Module, called: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Any:
+def train(
+    task: Task, run: Run, q: nn.Module, called: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> list[Row]:
     """Train and evaluate; returns the curve's rows, a dict for each epoch. Goes on from run.out/checkpoint.pt.
 
     q holds the state and is what is saved, called is what spread() made of it. Every rank calls this.
@@ -75,7 +80,7 @@ def train(task: Task, run: Run, q: nn.Module, called: nn.Module, optimizer: torc
         for step, batch in enumerate(task.batches(epoch, done), done):
             number = epoch * task.steps + step
             seed_step(run.seed, number, ranks.rank)
-            _step(task, called, optimizer, batch, number, loss)
+            _step(task, q, called, optimizer, batch, number, loss)
             bar.update()
             if (step + 1) % run.save_every == 0 and step + 1 < task.steps:
                 keep(epoch, step + 1)
@@ -102,25 +107,32 @@ def train(task: Task, run: Run, q: nn.Module, called: nn.Module, optimizer: torc
 
 def write_curve(path: Path, rows: list[Row]) -> None:
     """A CSV with a row for each epoch, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+
+    def make(place: Path) -> None:
+        with place.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    checkpoint.write(path, make)
 
 
 def _step(
-    task: Task, called: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, number: int, loss: Tensor
+    task: Task, q: nn.Module, called: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, number: int, loss: Tensor
 ) -> None:
     lr = task.lr(number)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    value = task.loss(called, batch)
-    # Before the weights take it in: they are still those that led here.
-    if not torch.isfinite(value):
-        raise OctavError(f"step {number}, learning rate {lr:g}: the loss is {value.item()}")
+    inputs = task.inputs(batch)
+    value = task.loss(called, inputs, batch)
+    # Before the weights take it in. On every rank or on none: looking for the node runs q, which FSDP2 gathers for.
+    if summed((~value.detach().isfinite()).long()):
+        own = value if not value.isfinite() else torch.full_like(value, torch.nan)
+        try:
+            check_finite(own, q, inputs)
+        except OctavError as error:
+            raise OctavError(f"step {number}, learning rate {lr:g}: {error}") from error
     value.backward()
     if task.max_norm is not None:
         nn.utils.clip_grad_norm_(called.parameters(), task.max_norm)

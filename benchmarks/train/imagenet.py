@@ -58,16 +58,18 @@ def run(options: argparse.Namespace, ranks: Ranks) -> list[Row]:
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.bf16)
 
-    def loss(called: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, labels = (value.to(ranks.device, non_blocking=True) for value in batch)
+    def inputs(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return batch[0].to(ranks.device, non_blocking=True)
+
+    def loss(called: nn.Module, x: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         with autocast():
-            return F.cross_entropy(called(x), labels)
+            return F.cross_entropy(called(x), batch[1].to(ranks.device, non_blocking=True))
 
     def evaluate(called: nn.Module) -> dict[str, float]:
         with torch.no_grad(), autocast():
             return validate(called, held_out, ranks, batch, options.workers)
 
-    task = Task(steps, batches, loss, lambda step: recipe.lr_at(step // steps, lr), evaluate)
+    task = Task(steps, batches, inputs, loss, lambda step: recipe.lr_at(step // steps, lr), evaluate)
     settings = common.settings(options, lr=lr, global_batch=batch * ranks.world)
     return train(
         task, Run(options.out, epochs, options.save_every, options.seed, settings), q, called, optimizer, ranks

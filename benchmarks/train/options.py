@@ -82,7 +82,8 @@ def groups(q: nn.Module, weight_decay: float, without: Sequence[str] = ()) -> li
         if isinstance(module, FakeQuantizer) and module.spec.method != "pact"
         for parameter in module.parameters()
     }
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in q.named_parameters():
         is_plain = id(parameter) in clips or name.endswith(tuple(without))
         (plain if is_plain else decayed).append(parameter)

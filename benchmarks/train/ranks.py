@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.train import checkpoint
 from octav_fx import OctavError
 from octav_fx.ops import FakeQuantizer
 
@@ -52,7 +53,7 @@ class Ranks:
 
 @contextmanager
 def joined(device: str | None = None) -> Iterator[Ranks]:
-    """The process group that torchrun describes in the environment, or a group of one without torchrun.
+    """The process group that stands, or that torchrun describes in the environment, or one of this process alone.
 
     device: "cpu" or "cuda"; None: CUDA where there is one, a GPU for each local rank. NCCL on GPUs, gloo on CPUs.
     """
@@ -60,6 +61,10 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    if dist.is_initialized():
+        # Who made it ends it.
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+        return
     backend = "nccl" if place.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
@@ -147,9 +152,8 @@ def save(path: Path, q: nn.Module, optimizer: torch.optim.Optimizer, loss: Tenso
     gathered: list[Any] | None = [None] * world if dist.get_rank() == 0 else None
     dist.gather_object(own, gathered)
     if gathered is not None:
-        partial = path.with_name(f"{path.name}.partial")
-        torch.save({"model": model, "optimizer": state, "ranks": gathered, "progress": progress}, partial)
-        os.replace(partial, path)
+        values = {"model": model, "optimizer": state, "ranks": gathered, "progress": progress}
+        checkpoint.write(path, lambda place: torch.save(values, place))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -80,18 +80,20 @@ def run(options: argparse.Namespace, ranks: Ranks) -> list[Row]:
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.bf16)
 
-    def loss(called: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        inputs, answers, _ = batch
+    def inputs(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        return _called(batch[0], ranks)
+
+    def loss(called: nn.Module, inputs: dict[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         with autocast():
-            found = called(**_called(inputs, ranks))
+            found = called(**inputs)
         logits = torch.stack([found["start_logits"], found["end_logits"]], 1).float()
-        return F.cross_entropy(logits.flatten(0, 1), answers.to(ranks.device).flatten())
+        return F.cross_entropy(logits.flatten(0, 1), batch[1].to(ranks.device).flatten())
 
     def evaluate(called: nn.Module) -> dict[str, float]:
         with torch.no_grad(), autocast():
             return scores(held_out, answers(called, unseen, held_out, ranks, batch))
 
-    task = Task(steps, batches, loss, lambda step: schedule(step, epochs * steps, lr), evaluate, MAX_NORM)
+    task = Task(steps, batches, inputs, loss, lambda step: schedule(step, epochs * steps, lr), evaluate, MAX_NORM)
     settings = common.settings(options, epochs=epochs, lr=lr, global_batch=batch * ranks.world)
     how = Run(options.out, epochs, options.save_every, options.seed, settings)
     return train(task, how, q, called, optimizer, ranks)

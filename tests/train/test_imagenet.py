@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import TensorDataset
 
-from benchmarks.train import epochs, imagenet
+from benchmarks.train import imagenet
 from benchmarks.train.folder import folders
 from benchmarks.train.paper import FROM_SCRATCH, RETRAIN, recipe_of
 from benchmarks.train.ranks import Ranks, joined, spread
@@ -70,12 +70,9 @@ def test_a_run_from_scratch(data, whole, tmp_path):
 
 
 @pytest.mark.parametrize("step", range(2 * STEPS))
-def test_stopped_at_any_step_and_resumed(data, whole, tmp_path, monkeypatch, step):
-    with monkeypatch.context() as patched:
-        patched.setattr(epochs, "_step", epochs._step)
-        torchrun.stop_at(step)
-        with pytest.raises(KeyboardInterrupt):
-            imagenet.main(arguments(data, tmp_path, "--save-every", 2))
+def test_stopped_at_any_step_and_resumed(data, whole, tmp_path, step):
+    with torchrun.stopped_at(step):
+        imagenet.main(arguments(data, tmp_path, "--save-every", 2))
     imagenet.main(arguments(data, tmp_path, "--save-every", 2))
     assert curve(tmp_path) == curve(whole)
     assert same(weights(tmp_path), weights(whole))
@@ -102,31 +99,53 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(data, whole, tmp_path, monk
     assert curve(tmp_path) == curve(whole)
 
 
-def test_two_ranks_train_what_one_process_with_their_images_does(data, tmp_path):
+SYNCED = ("--epochs", 1, "--config", '{"sync_clip": true}')
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    """A folder for each of the runs that two ranks have made, with half the batch each."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    fsdp2 = arguments(data, out / "fsdp2", "--parallel", "fsdp2", "--save-every", 3, batch=2)
+    torchrun.torchrun(
+        "benchmarks.train.imagenet",
+        arguments(data, out / "float", "--float", model="GroupNormNet", batch=2),
+        arguments(data, out / "synced", *SYNCED, model="GroupNormNet", batch=2),
+        arguments(data, out / "ddp", batch=2),
+        fsdp2,
+        fsdp2,
+        # The first of the two is stopped in its second epoch.
+        stop={3: STEPS + 3},
+    )
+    return out
+
+
+def test_two_ranks_train_what_one_process_with_their_images_does(data, two_ranks, tmp_path):
     """In float and without batch norm: the statistics and a quantizer's clip are those of the batch of each rank."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    imagenet.main(arguments(data, one, "--float", model="GroupNormNet"))
-    torchrun.torchrun("benchmarks.train.imagenet", *arguments(data, two, "--float", model="GroupNormNet", batch=2))
-    for name, value in weights(one).items():
+    imagenet.main(arguments(data, tmp_path, "--float", model="GroupNormNet"))
+    for name, value in weights(tmp_path).items():
         # Sums over half batches are added in another order: a few roundings in each of 2 * STEPS steps.
-        torch.testing.assert_close(weights(two)[name], value, rtol=1e-4, atol=1e-6)
-    for expected, found in zip(curve(one), curve(two), strict=True):
+        torch.testing.assert_close(weights(two_ranks / "float")[name], value, rtol=1e-4, atol=1e-6)
+    for expected, found in zip(curve(tmp_path), curve(two_ranks / "float"), strict=True):
         assert found.pop("train_loss") == pytest.approx(expected.pop("train_loss"), rel=1e-5)
         # Whole counts, of every image once.
         assert found == expected
 
 
-def test_fsdp2_computes_what_ddp_does_and_resumes(data, tmp_path):
+def test_with_sync_clip_two_ranks_quantize_as_one_process_does(data, two_ranks, tmp_path):
+    """The clip of each activation in training is that of the batches of all ranks; in validation it is the rank's."""
+    imagenet.main(arguments(data, tmp_path, *SYNCED, model="GroupNormNet"))
+    # Where the last digit of a clip moves a value over a tie, that value moves by a step: one of thousands.
+    (expected,), (found,) = curve(tmp_path), curve(two_ranks / "synced")
+    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+
+
+def test_fsdp2_computes_what_ddp_does_and_resumes(data, two_ranks):
     """Quantized, with batch norm. The mean of two gradients has no rounding that depends on the order: equal bits."""
-    ddp, fsdp2 = (arguments(data, tmp_path / kind, "--save-every", 3, batch=2) for kind in ("ddp", "fsdp2"))
-    torchrun.torchrun("benchmarks.train.imagenet", *ddp)
-    torchrun.torchrun("benchmarks.train.imagenet", *fsdp2, "--parallel", "fsdp2", stop=STEPS + 3)
-    assert len(torch.load(tmp_path / "fsdp2" / "checkpoint.pt", weights_only=True)["ranks"]) == 2
-    torchrun.torchrun("benchmarks.train.imagenet", *fsdp2, "--parallel", "fsdp2")
-    assert curve(tmp_path / "fsdp2") == curve(tmp_path / "ddp")
-    assert same(weights(tmp_path / "fsdp2"), weights(tmp_path / "ddp"))
+    assert curve(two_ranks / "fsdp2") == curve(two_ranks / "ddp")
+    assert same(weights(two_ranks / "fsdp2"), weights(two_ranks / "ddp"))
     # And on: another number of ranks with the same images in a step, and another way to spread them.
-    assert len(imagenet.main([*arguments(data, tmp_path / "fsdp2"), "--epochs", "3"])) == 3
+    assert len(imagenet.main(arguments(data, two_ranks / "fsdp2", "--epochs", 3))) == 3
 
 
 def test_what_fsdp2_cannot_shard():
@@ -143,7 +162,9 @@ def test_what_fsdp2_cannot_shard():
             spread(scalar, "fsdp2", ranks)
 
 
-@pytest.mark.parametrize("more", [["--bf16"], ["--parallel", "fsdp2"], ["--clip", "max", "--bits", "8"]])
+@pytest.mark.parametrize(
+    "more", [["--bf16"], ["--parallel", "fsdp2"], ["--bits", "8"], ["--clip", "lsq"], ["--clip", "pact"]]
+)
 def test_options_that_change_the_arithmetic_run(data, whole, tmp_path, more):
     rows = imagenet.main(arguments(data, tmp_path, *more))
     assert len(rows) == 2
@@ -296,7 +317,8 @@ def test_data_that_is_missing_or_misshapen(tmp_path, what, says):
         (["--epochs", "0"], "--epochs 0: at least 1"),
         (["--batch", "20"], "19 training examples do not fill one batch of 20 on 1 ranks"),
         (["--float", "--compile"], "leave one of them out"),
-        (["--lr", "1e38"], r"step \d, learning rate 1e\+38: the loss is"),
+        (["--clip", "lsq", "--parallel", "fsdp2"], "which FSDP2 cannot shard"),
+        (["--lr", "1e38"], r"step \d, learning rate 1e\+38: the loss is .* is norm, operand input"),
     ],
 )
 def test_options_that_cannot_be(data, tmp_path, more, says):

@@ -1,45 +1,72 @@
 """torchrun with two ranks on the CPU, and runs that stop at a step."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 
 from benchmarks.train import epochs
+from benchmarks.train.ranks import joined
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def torchrun(module: str, *arguments: object, stop: int | None = None) -> None:
-    """Two ranks of `python -m module`. stop: they end at that step, without a word to each other."""
-    launched = ["-m", module] if stop is None else ["-m", "tests.train.torchrun", str(stop), module]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *launched]
+def torchrun(module: str, *runs: list[str], stop: dict[int, int] | None = None) -> None:
+    """Two ranks that call main() of a module with each run's arguments, one after the other: importing takes longest.
+
+    stop: the place of a run -> the step before which both ranks leave it.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "-m", "tests.train.torchrun", module, json.dumps(runs), json.dumps(stop or {})],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert (done.returncode != 0) == (stop is not None), done.stderr[-4000:]
-    assert stop is None or STOPPED in done.stderr, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
-STOPPED = "stopped by the test"
+class Stopped(BaseException):
+    """What kills a run; nothing catches it on its way."""
 
 
-def stop_at(step: int) -> None:
-    """Let the loop end before the step of that number."""
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """Inside, the loop ends before the step of that number: of the whole run, from 0."""
     original = epochs._step
 
-    def stopping(task, called, optimizer, batch, number, loss):
+    def stopping(task, q, called, optimizer, batch, number, loss):
         if number == step:
-            raise KeyboardInterrupt(STOPPED)
-        original(task, called, optimizer, batch, number, loss)
+            raise Stopped
+        original(task, q, called, optimizer, batch, number, loss)
 
     epochs._step = stopping
+    try:
+        yield
+    except Stopped:
+        pass
+    else:
+        raise AssertionError(f"there was no step {step}")
+    finally:
+        epochs._step = original
+
+
+def main(name: str, runs: list[list[str]], stop: dict[str, int]) -> None:
+    module = import_module(name)
+    # torchrun's store serves one group only, so that the runs share it.
+    with joined("cpu"):
+        for place, arguments in enumerate(runs):
+            step = stop.get(str(place))
+            with nullcontext() if step is None else stopped_at(step):
+                module.main(arguments)
 
 
 if __name__ == "__main__":
-    number, name, *rest = sys.argv[1:]
-    stop_at(int(number))
-    import_module(name).main(rest)
+    main(sys.argv[1], *map(json.loads, sys.argv[2:]))
