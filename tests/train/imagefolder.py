@@ -51,3 +51,20 @@ class BatchNormNet(GroupNormNet):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, dropout=0.2)
         self.norm = nn.BatchNorm2d(8)
+
+
+class Remembers(nn.Module):
+    """In eval mode it answers by a buffer alone: the brightness of the last batch that this rank trained on."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.last.copy_(x.mean())
+            return self.bias.expand(len(x), -1)
+        # Another answer for each image, all of them others if the buffer is another.
+        chances = 1e4 * (self.last + x.mean((1, 2, 3)))
+        return torch.stack([(chances * (1 + i)).sin() for i in range(len(self.bias))], 1)

@@ -11,11 +11,11 @@ from torch.utils.data import TensorDataset
 from benchmarks.train import imagenet
 from benchmarks.train.folder import folders
 from benchmarks.train.paper import FROM_SCRATCH, RETRAIN, recipe_of
-from benchmarks.train.ranks import Ranks, joined, spread
+from benchmarks.train.ranks import Ranks, joined, read, restore, save, spread
 from benchmarks.train.shares import once, training, validation
 from octav_fx import OctavError, quantize
 from tests.train import imagefolder, torchrun
-from tests.train.imagefolder import SIZES, BatchNormNet, GroupNormNet
+from tests.train.imagefolder import SIZES, BatchNormNet, GroupNormNet, Remembers
 
 CPU = torch.device("cpu")
 STEPS = sum(SIZES["train"]) // 4
@@ -99,6 +99,23 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(data, whole, tmp_path, monk
     assert curve(tmp_path) == curve(whole)
 
 
+def test_hints_and_running_means_are_in_a_checkpoint(tmp_path):
+    """Where Newton starts decides a clip's last digits; freezing reads the means."""
+    path, loss = tmp_path / "checkpoint.pt", torch.tensor(3.0, dtype=torch.float64)
+    one, two = (quantize(GroupNormNet(3), scale * torch.randn(2, 3, 32, 32)) for scale in (1, 5))
+    optimizers = [torch.optim.SGD(q.parameters(), 0.1, momentum=0.9) for q in (one, two)]
+    with joined("cpu"):
+        one(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizers[0].step()
+        save(path, one, optimizers[0], loss, {"epoch": 0})
+        restore(read(path), two, optimizers[1], found := torch.zeros_like(loss))
+    assert found == loss
+    assert same(dict(two.named_buffers()), dict(one.named_buffers()))
+    assert same(two.state_dict(), one.state_dict())
+    for p, other in zip(two.parameters(), one.parameters(), strict=True):
+        assert torch.equal(optimizers[1].state[p]["momentum_buffer"], optimizers[0].state[other]["momentum_buffer"])
+
+
 SYNCED = ("--epochs", 1, "--config", '{"sync_clip": true}')
 
 
@@ -110,12 +127,13 @@ def two_ranks(data, tmp_path_factory):
     torchrun.torchrun(
         "benchmarks.train.imagenet",
         arguments(data, out / "float", "--float", model="GroupNormNet", batch=2),
+        arguments(data, out / "buffer", "--float", "--epochs", 1, model="Remembers", batch=2),
         arguments(data, out / "synced", *SYNCED, model="GroupNormNet", batch=2),
         arguments(data, out / "ddp", batch=2),
         fsdp2,
         fsdp2,
         # The first of the two is stopped in its second epoch.
-        stop={3: STEPS + 3},
+        stop={4: STEPS + 3},
     )
     return out
 
@@ -130,6 +148,15 @@ def test_two_ranks_train_what_one_process_with_their_images_does(data, two_ranks
         assert found.pop("train_loss") == pytest.approx(expected.pop("train_loss"), rel=1e-5)
         # Whole counts, of every image once.
         assert found == expected
+
+
+def test_every_rank_is_evaluated_with_the_buffers_that_are_saved(data, two_ranks):
+    model = Remembers(3)
+    model.load_state_dict(weights(two_ranks / "buffer"))
+    _, held_out = folders(data, 32, seed=0)
+    with joined("cpu") as ranks, torch.no_grad():
+        found = imagenet.validate(model.eval(), held_out, ranks, 4, 0)
+    assert found.items() <= curve(two_ranks / "buffer")[0].items()
 
 
 def test_with_sync_clip_two_ranks_quantize_as_one_process_does(data, two_ranks, tmp_path):
