@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.train import checkpoint
 from benchmarks.train.ranks import Ranks, read, restore, same_buffers, save, seed_step, summed
 from octav_fx import OctavError
-from octav_fx.finite import check_finite
+from octav_fx.finite import check_finite, first_not_finite
 
 Row = dict[str, float]
 
@@ -126,18 +127,30 @@ def _step(
     optimizer.zero_grad()
     inputs = task.inputs(batch)
     value = task.loss(called, inputs, batch)
-    # Before the weights take it in. On every rank or on none: looking for the node runs q, which FSDP2 gathers for.
+    # Before the weights take it in, and on every rank or on none.
     if summed((~value.detach().isfinite()).long()):
-        own = value if not value.isfinite() else torch.full_like(value, torch.nan)
-        try:
-            check_finite(own, q, inputs)
-        except OctavError as error:
-            raise OctavError(f"step {number}, learning rate {lr:g}: {error}") from error
+        raise OctavError(f"step {number}, learning rate {lr:g}, {_not_finite(value, q, inputs)}")
     value.backward()
     if task.max_norm is not None:
         nn.utils.clip_grad_norm_(called.parameters(), task.max_norm)
     optimizer.step()
     loss += value.detach()
+
+
+def _not_finite(value: Tensor, q: nn.Module, inputs: Any) -> str:
+    """The first rank whose loss is not finite, and its first node with such an operand; the same on all ranks."""
+    own = None
+    if value.isfinite():
+        # FSDP2 gathers in every forward: the rank that looks for its node needs the others to run it, too.
+        first_not_finite(q, inputs)
+    else:
+        try:
+            check_finite(value, q, inputs)
+        except OctavError as error:
+            own = str(error)
+    everywhere: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    return next(f"rank {rank}: {text}" for rank, text in enumerate(everywhere) if text is not None)
 
 
 def _check_same(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A tiny ImageFolder, and a network without batch norm to train on it."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -68,3 +69,16 @@ class Remembers(nn.Module):
         # Another answer for each image, all of them others if the buffer is another.
         chances = 1e4 * (self.last + x.mean((1, 2, 3)))
         return torch.stack([(chances * (1 + i)).sin() for i in range(len(self.bias))], 1)
+
+
+class InfiniteOnOneRank(nn.Module):
+    """The second layer is given infinity, on the second rank only."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=4)
+        self.fc = nn.Linear(8, num_classes)
+        self.factor = float("inf") if os.environ.get("RANK") == "1" else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc((self.conv(x).relu() * self.factor).mean((2, 3)))

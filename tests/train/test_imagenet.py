@@ -133,7 +133,12 @@ def two_ranks(data, tmp_path_factory):
         fsdp2,
         fsdp2,
         # The first of the two is stopped in its second epoch.
+        arguments(data, out / "infinite", "--parallel", "fsdp2", model="InfiniteOnOneRank", batch=2),
         stop={4: STEPS + 3},
+        # On both ranks: neither waits for the other.
+        fails={
+            6: r"step 0, learning rate 0\.05, rank 1: the loss is nan: the first operand that .* is fc, operand input"
+        },
     )
     return out
 
@@ -345,7 +350,7 @@ def test_data_that_is_missing_or_misshapen(tmp_path, what, says):
         (["--batch", "20"], "19 training examples do not fill one batch of 20 on 1 ranks"),
         (["--float", "--compile"], "leave one of them out"),
         (["--clip", "lsq", "--parallel", "fsdp2"], "which FSDP2 cannot shard"),
-        (["--lr", "1e38"], r"step \d, learning rate 1e\+38: the loss is .* is norm, operand input"),
+        (["--lr", "1e38"], r"step \d, learning rate 1e\+38, rank 0: the loss is .* is norm, operand input"),
     ],
 )
 def test_options_that_cannot_be(data, tmp_path, more, says):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,19 @@ def test_two_ranks_of_fsdp2_train_what_one_process_with_their_windows_does(data,
         # of the keys' biases, on which no output depends.
         assert found.pop("train_loss") == pytest.approx(expected.pop("train_loss"), rel=1e-5)
         assert found == expected
+
+
+def test_a_pretrained_model_gets_a_head_and_needs_no_more_than_a_vocabulary(data, bert, tmp_path):
+    folder = tmp_path / "pretrained"
+    config = transformers.AutoConfig.from_pretrained(str(bert))
+    transformers.BertForPreTraining(config).save_pretrained(str(folder))
+    shutil.copy(bert / "vocab.txt", folder)
+    rows = [squad.main(arguments(data, folder, tmp_path / name, "--epochs", 1)) for name in ("one", "two")]
+    # The head is random, by the seed.
+    assert rows[0] == rows[1]
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(SystemExit, match=r"no vocab\.txt or tokenizer\.json in .*pretrained"):
+        squad.main(arguments(data, folder, tmp_path / "three"))
 
 
 def test_the_learning_rate_rises_for_a_tenth_and_falls_to_zero():

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 from benchmarks.train import epochs
 from benchmarks.train.ranks import joined
@@ -15,15 +17,18 @@ from benchmarks.train.ranks import joined
 ROOT = Path(__file__).parent.parent.parent
 
 
-def torchrun(module: str, *runs: list[str], stop: dict[int, int] | None = None) -> None:
+def torchrun(
+    module: str, *runs: list[str], stop: dict[int, int] | None = None, fails: dict[int, str] | None = None
+) -> None:
     """Two ranks that call main() of a module with each run's arguments, one after the other: importing takes longest.
 
-    stop: the place of a run -> the step before which both ranks leave it.
+    stop: the place of a run -> the step before which both ranks leave it. fails: the place of a run -> the error, a
+    regular expression, that ends it on both ranks.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "-m", "tests.train.torchrun", module, json.dumps(runs), json.dumps(stop or {})],
+        [*command, "-m", "tests.train.torchrun", module, *map(json.dumps, (runs, stop or {}, fails or {}))],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -58,13 +63,16 @@ def stopped_at(step: int) -> Iterator[None]:
         epochs._step = original
 
 
-def main(name: str, runs: list[list[str]], stop: dict[str, int]) -> None:
+def main(name: str, runs: list[list[str]], stop: dict[str, int], fails: dict[str, str]) -> None:
     module = import_module(name)
     # torchrun's store serves one group only, so that the runs share it.
     with joined("cpu"):
         for place, arguments in enumerate(runs):
-            step = stop.get(str(place))
-            with nullcontext() if step is None else stopped_at(step):
+            with ExitStack() as stack:
+                if str(place) in stop:
+                    stack.enter_context(stopped_at(stop[str(place)]))
+                if str(place) in fails:
+                    stack.enter_context(pytest.raises(SystemExit, match=fails[str(place)]))
                 module.main(arguments)
 
 
