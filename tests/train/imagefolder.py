@@ -1,5 +1,6 @@
-"""A tiny ImageFolder, and a network without batch norm to train on it."""
+"""A tiny ImageFolder, networks to train on it, and what a run on it is asked for and leaves behind."""
 
+import csv
 import os
 from pathlib import Path
 
@@ -82,3 +83,23 @@ class InfiniteOnOneRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc((self.conv(x).relu() * self.factor).mean((2, 3)))
+
+
+def arguments(data, out, *more, model="BatchNormNet", batch=4, start=("--from-scratch",)):
+    fixed = f"--recipe resnet18 --epochs 2 --size 32 --workers 0 --device cpu --lr 0.05 --batch {batch}".split()
+    named = ["--model", f"tests.train.imagefolder:{model}", "--out", out]
+    return [str(value) for value in (data, *named, *fixed, *start, *more)]
+
+
+def weights(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+
+
+def curve(out):
+    with (out / "curve.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def same(left, right):
+    assert list(left) == list(right)
+    return all(torch.equal(left[name], right[name]) for name in left)
