@@ -69,6 +69,9 @@ def train(
         restore(found, q, optimizer, loss)
         rows, first, done = progress["rows"], progress["epoch"], progress["step"]
         ranks.say(f"going on from {path}: epoch {first + 1}, step {done + 1} of {task.steps}")
+        if ranks.is_first and rows:
+            # A run may have been killed between its last checkpoint and this.
+            write_curve(run.out / "curve.csv", rows)
     elif ranks.is_first:
         run.out.mkdir(parents=True, exist_ok=True)
 

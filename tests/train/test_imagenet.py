@@ -38,6 +38,9 @@ def test_a_run_from_scratch(data, whole, tmp_path):
     # The same seed, the same curve; another seed, another.
     imagenet.main(arguments(data, tmp_path / "again"))
     assert curve(tmp_path / "again") == rows
+    # A run that is over trains no more; its curve is in the checkpoint.
+    (tmp_path / "again" / "curve.csv").unlink()
+    assert imagenet.main(arguments(data, tmp_path / "again")) == rows == curve(tmp_path / "again")
     imagenet.main(arguments(data, tmp_path / "other", "--seed", 1))
     assert curve(tmp_path / "other") != rows
 
