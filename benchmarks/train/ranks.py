@@ -1,0 +1,192 @@
+"""The processes of torchrun: joining them, wrapping a model for them, sums over them, and their checkpoint."""
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore as _HashStore
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.train import checkpoint
+from octav_fx import OctavError
+from octav_fx.ops import FakeQuantizer
+
+PARALLEL: Final = ("ddp", "fsdp2")
+# How torch calls sending the buffers at each step: newer releases warn of the old name.
+_SYNC_BUFFERS: Final = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+# Primes: seed, step and rank give seeds that do not meet.
+_PRIMES: Final = (1_000_003, 10_007)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print it once, not on every rank."""
+        if self.is_first:
+            print(text, flush=True)
+
+
+@contextmanager
+def joined(device: str | None = None) -> Iterator[Ranks]:
+    """The process group that stands, or that torchrun describes in the environment, or one of this process alone.
+
+    device: "cpu" or "cuda"; None: CUDA where there is one, a GPU for each local rank. NCCL on GPUs, gloo on CPUs.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if dist.is_initialized():
+        # Who made it ends it.
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+        return
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=_HashStore(), rank=0, world_size=1)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+        # The first to leave would take its connections away from the others, which gloo answers with an abort.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what a step draws, dropout for one, so that a resumed run draws what the whole one does."""
+    torch.manual_seed((seed * _PRIMES[0] + step) * _PRIMES[1] + rank)
+
+
+def spread(q: nn.Module, parallel: str, ranks: Ranks, *, compiled: bool = False) -> nn.Module:
+    """What to call in place of q: DistributedDataParallel around it, or q itself, sharded in place by FSDP2.
+
+    All ranks begin with rank 0's parameters and buffers. q's names stay, so q is what is saved and evaluated; call only
+    what is returned. Buffers are not sent at each step, as DDP would: a batch norm in train mode does not read its own,
+    and same_buffers() sends rank 0's before anything reads them.
+
+    FSDP2 takes the whole model as one unit. A graph reads the weights of all submodules as attributes and never calls
+    those submodules, so that a block sharded by itself would never be gathered: the quantizer would meet a DTensor.
+    Parameters, gradients and the optimizer's state are sharded between the steps; inside a step all parameters are
+    there at once.
+    """
+    if parallel not in PARALLEL:
+        raise OctavError(f"parallel={parallel!r}: one of {', '.join(PARALLEL)}")
+    if sharded := [name for name, module in q.named_modules() if isinstance(module, FSDPModule)]:
+        raise OctavError(
+            f"{sharded[0] or 'the model'} is sharded already: a graph reads the weights of its submodules and does not "
+            "call them, so FSDP2 gathers them only if the whole quantized model is one unit; leave out fully_shard"
+        )
+    scalars = [name for name, parameter in q.named_parameters() if not parameter.dim()]
+    if parallel == "fsdp2" and scalars:
+        raise OctavError(
+            f"{scalars[0]} [] is a parameter of one number, which FSDP2 cannot shard (the learned clip of a whole "
+            "tensor is one): use --parallel ddp"
+        )
+    # Before sharding: FSDP2 takes of each parameter the share of this rank as it stands.
+    for value in (*q.parameters(), *q.buffers()):
+        dist.broadcast(value.detach(), 0)
+    if parallel == "fsdp2":
+        fully_shard(q, mesh=init_device_mesh(ranks.device.type, (ranks.world,)))
+    called: nn.Module = torch.compile(q, backend="octav") if compiled else q  # type: ignore[assignment]
+    if parallel == "ddp":
+        # The compiled module inside: DDP would cut its graph into buckets.
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        options: dict[str, Any] = {"device_ids": devices, _SYNC_BUFFERS: False}
+        return DistributedDataParallel(called, **options)
+    return called
+
+
+def same_buffers(q: nn.Module) -> None:
+    """Give every rank rank 0's persistent buffers: the statistics of batch norm. Hints stay each rank's own."""
+    kept = q.state_dict()
+    for name, value in q.named_buffers():
+        if name in kept:
+            dist.broadcast(value, 0)
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks."""
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def save(path: Path, q: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, progress: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all. Every rank calls it; rank 0 gathers and writes.
+
+    "model" has the float model's keys and full tensors under DDP and FSDP2 alike. loss is this rank's sum so far.
+    Of the quantizers each rank's hints and running means are kept: a clip is the same from any hint only to the
+    solver's last digits, and a resumed run is to be equal in all of them.
+    """
+    same_buffers(q)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, state = dcp.get_state_dict(q, optimizer, options=options)
+    own = {"hints": {name: value.cpu() for name, value in _quantizer_state(q)}, "loss": loss.item()}
+    world = dist.get_world_size()
+    gathered: list[Any] | None = [None] * world if dist.get_rank() == 0 else None
+    dist.gather_object(own, gathered)
+    if gathered is not None:
+        values = {"model": model, "optimizer": state, "ranks": gathered, "progress": progress}
+        checkpoint.write(path, lambda place: torch.save(values, place))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What save() wrote, on the CPU."""
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def restore(found: dict[str, Any], q: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Put what read() returned into q, the optimizer and this rank's loss.
+
+    With another number of ranks the run goes on, with the hints of rank 0 and the sum of the losses there.
+    """
+    options = dcp.StateDictOptions(full_state_dict=True)
+    dcp.set_state_dict(
+        q, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"], options=options
+    )
+    saved, rank = found["ranks"], dist.get_rank()
+    same = len(saved) == dist.get_world_size()
+    hints = saved[rank if same else 0]["hints"]
+    for name, value in _quantizer_state(q):
+        value.copy_(hints[name])
+    if same:
+        loss.fill_(saved[rank]["loss"])
+    elif rank == 0:
+        loss.fill_(sum(one["loss"] for one in saved))
+
+
+def _quantizer_state(q: nn.Module) -> list[tuple[str, Tensor]]:
+    """The quantizers' buffers that no state_dict has."""
+    quantizers = [(name, module) for name, module in q.named_modules() if isinstance(module, FakeQuantizer)]
+    return [
+        (f"{name}.{buffer}", value)
+        for name, module in quantizers
+        for buffer, value in module.named_buffers()
+        if buffer in module._non_persistent_buffers_set
+    ]
