@@ -63,12 +63,12 @@ _RESNET: Final = Recipe(
 # Little weight decay, as in the paper (appendix E.1): depthwise filters have nine weights.
 _MOBILENET: Final = replace(
     _RESNET,
-    data=lambda seed: Glyphs(seed, batch=64, views=12),
+    data=lambda seed: Glyphs(seed, batch=32, views=12),
     net=lambda: MobileNet(len(CHARACTERS), width=16, stride=2),
-    steps=600,
-    warm_up=60,
+    steps=1200,
+    warm_up=100,
     weight_decay=4e-5,
-    retrain_steps=200,
+    retrain_steps=400,
 )
 _TEXT: Final = Recipe(
     data=lambda seed: Text(seed, batch=8, length=128, windows=256),

@@ -49,6 +49,7 @@ def folder(tmp_path_factory):
 def test_it_goes_on_where_it_was_killed(folder, tmp_path):
     for run in RUNS:
         kept = json.loads(summary.kept(folder / "results", run).read_text())
+        assert (folder / "work" / run.name / "curve.png").read_bytes().startswith(b"\x89PNG")
         assert Run(**kept["run"]) == run and kept["steps"] == STEPS
         loop.train(run, tmp_path / run.name, steps=STEPS)
         curve = (tmp_path / run.name / loop.CURVE).read_text()
