@@ -88,13 +88,16 @@ class InvertedResidual(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal transformer over bytes, normalised before each part: int64 [N, T] -> logits [N, T, symbols]."""
+    """A causal transformer over bytes, normalised before each part: int64 [N, T] -> logits [N, T, symbols].
+
+    Positions are rotations of queries and keys (arXiv 2104.09864): attention to the bytes just before is learned in the
+    first steps. With learned positions it begins late, at a moment that differs from seed to seed.
+    """
 
     def __init__(self, symbols: int, width: int, depth: int, heads: int, length: int) -> None:
         super().__init__()
         self.symbols = nn.Embedding(symbols, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, depth) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, depth, length) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, symbols)
         nn.init.normal_(self.symbols.weight, std=0.02)
@@ -102,16 +105,20 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Bytes to the logits of the byte after each."""
-        x = self.symbols(x) + self.positions[: x.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        return self.head(self.norm(self.blocks(self.symbols(x))))
 
 
 class TransformerBlock(nn.Module):
     """Attention and a GELU layer of four times the width, each beside its input."""
 
-    def __init__(self, width: int, heads: int, depth: int) -> None:
+    turns: Tensor
+
+    def __init__(self, width: int, heads: int, depth: int, length: int) -> None:
         super().__init__()
         self.heads = heads
+        half = width // heads // 2
+        angles = torch.outer(torch.arange(length), 10_000.0 ** (-torch.arange(half) / half))
+        self.register_buffer("turns", torch.stack([angles.cos(), angles.sin()]), persistent=False)
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -129,9 +136,16 @@ class TransformerBlock(nn.Module):
         count, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(count, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        cos, sin = self.turns[:, :length]
+        mixed = F.scaled_dot_product_attention(_turned(q, cos, sin), _turned(k, cos, sin), v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(count, length, width))
         return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of features of x [N, heads, T, D] as plane vectors, turned by angles [T, D / 2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def _conv_bn(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
