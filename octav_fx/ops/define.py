@@ -22,20 +22,25 @@ def define(
     *,
     empty: Callable[..., Tensor],
     reference: Callable[..., Tensor],
-    cpu: Callable[..., bool],
+    cpu: Callable[..., bool] | None = None,
+    cuda: Callable[..., bool] | None = None,
 ) -> Any:
     """Register octav::name(arguments) -> Tensor and octav::name.out, which writes into out; return the op.
 
     empty(*args) allocates the result, and is its shape, dtype and layout for tracing; reference(*args) computes it in
-    pure torch; cpu(*args, out=) writes it into out, or returns False where only the reference will do.
+    pure torch; cpu(*args, out=) and cuda(*args, out=) write it into out, each on its device, or return False where
+    only the reference will do.
     """
 
     def run_reference(*args: Any, out: Tensor) -> None:
         out.copy_(reference(*args))
 
-    def run_cpu(*args: Any, out: Tensor) -> None:
-        if not cpu(*args, out=out):
-            run_reference(*args, out=out)
+    def run_or_reference(kernel: Callable[..., bool]) -> Callable[..., None]:
+        def run(*args: Any, out: Tensor) -> None:
+            if not kernel(*args, out=out):
+                run_reference(*args, out=out)
+
+        return run
 
     def allocate(run: Callable[..., None]) -> Callable[..., Tensor]:
         def allocated(*args: Any) -> Tensor:
@@ -50,7 +55,8 @@ def define(
     # Neither tagged as an out variant nor returning out: Inductor's own lowering for those does not know symbolic
     # shapes (torch 2.13), so octav_fx/lowering.py has another.
     torch.library.define(into, f"({arguments}, *, Tensor(a!) out) -> ()", tags=LAYOUT_AGNOSTIC)
-    for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu}.items():
+    kernels = {key: run_or_reference(kernel) for key, kernel in {"CPU": cpu, "CUDA": cuda}.items() if kernel}
+    for key, run in {"CompositeExplicitAutograd": run_reference, **kernels}.items():
         torch.library.impl(functional, key, allocate(run))
         torch.library.impl(into, key, run)
     torch.library.register_fake(functional, empty)
