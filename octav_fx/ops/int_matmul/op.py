@@ -1,5 +1,7 @@
 """torch.ops.octav.int_matmul: a matmul of integer codes, exact, with scales and bias at its end."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,23 +23,10 @@ def _empty(
     return x.new_empty((x.shape[0], w.shape[0]), dtype=dtype)
 
 
-def _cuda(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    x_bits: int,
-    x_signed: bool,
-    w_bits: int,
-    dtype: torch.dtype,
-    out: Tensor,
-) -> bool:
-    try:
-        from octav_fx.ops.int_matmul import kernel
-    except ImportError:
-        return False
-    return kernel.int_matmul(x, x_scale, w, w_scale, bias, x_bits, x_signed, w_bits, dtype, out=out)
+def _cuda(*args: Any, out: Tensor) -> bool:
+    from octav_fx.ops.int_matmul import kernel
+
+    return kernel.int_matmul(*args, out=out)
 
 
 int_matmul = define(
