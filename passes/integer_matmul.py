@@ -216,7 +216,8 @@ class _Operands:
                 lowered = call_with_value(graph, aten.sub.Tensor, codes, grid.saturated)
                 is_raised = call_with_value(graph, aten.ge.Scalar, codes, grid.saturated)
                 code = call_with_value(graph, aten.where.self, is_raised, lowered, codes)
-            code = call_with_value(graph, aten.clamp.default, code, grid.low, grid.high)
+            code = call_with_value(graph, aten.clamp_min.default, code, grid.low)
+            code = call_with_value(graph, aten.clamp_max.default, code, grid.high)
             if shift := offset(grid.bits, grid.signed):
                 code = call_with_value(graph, aten.sub.Tensor, code, shift)
             operand = call_with_value(graph, _CONVERT, code, torch.int8)

@@ -45,18 +45,21 @@ def test_golden() -> None:
         "sin = sin.default(primals_1)\n"
         "optimal_clip_default = optimal_clip.default(sin, primals_3, 4, True, None, 'octav')\n"
         "quantize_default = quantize.default(sin, optimal_clip_default, 4, True, None, None)\n"
-        "clamp_default = clamp.default(quantize_default, -8, 7)\n"
-        "convert_element_type_default_1 = convert_element_type.default(clamp_default, torch.int8)\n"
+        "clamp_min_default = clamp_min.default(quantize_default, -8)\n"
+        "clamp_max_default = clamp_max.default(clamp_min_default, 7)\n"
+        "convert_element_type_default_1 = convert_element_type.default(clamp_max_default, torch.int8)\n"
         "amin_default = amin.default(quantize_default, [-1])\n"
         "eq_scalar = eq.Scalar(amin_default, -128)\n"
         "div_tensor = div.Tensor(optimal_clip_default, 8.0)\n"
         "full_default_1 = full.default([], nan, dtype=torch.float32, device=device(type='cpu'))\n"
         "where_self_1 = where.self(eq_scalar, full_default_1, div_tensor)\n"
-        "dequantize_default = dequantize.default(quantize_default, optimal_clip_default, 4, True, None, torch.float32)\n"
+        "dequantize_default = "
+        "dequantize.default(quantize_default, optimal_clip_default, 4, True, None, torch.float32)\n"
         "optimal_clip_default_1 = optimal_clip.default(primals_2, primals_4, 4, True, 0, 'octav')\n"
         "quantize_default_1 = quantize.default(primals_2, optimal_clip_default_1, 4, True, 0, None)\n"
-        "clamp_default_1 = clamp.default(quantize_default_1, -8, 7)\n"
-        "convert_element_type_default_2 = convert_element_type.default(clamp_default_1, torch.int8)\n"
+        "clamp_min_default_1 = clamp_min.default(quantize_default_1, -8)\n"
+        "clamp_max_default_1 = clamp_max.default(clamp_min_default_1, 7)\n"
+        "convert_element_type_default_2 = convert_element_type.default(clamp_max_default_1, torch.int8)\n"
         "amin_default_1 = amin.default(quantize_default_1, [1])\n"
         "eq_scalar_1 = eq.Scalar(amin_default_1, -128)\n"
         "div_tensor_1 = div.Tensor(optimal_clip_default_1, 8.0)\n"
@@ -272,7 +275,7 @@ def added(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor, other: Tensor) -> t
 
 
 def wide() -> tuple[Tensor, ...]:
-    return leaf(1, 65794), leaf(1, 65794), torch.ones(()), torch.ones(1)
+    return leaf(2, 65794), leaf(2, 65794), torch.ones(()), torch.ones(2)
 
 
 def eight(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor]:
@@ -309,7 +312,7 @@ def test_declined_with_a_reason(name: str) -> None:
 
 
 def test_the_last_k_that_fits_is_multiplied() -> None:
-    inputs = (leaf(1, 65793), leaf(1, 65793), torch.ones(()), torch.ones(1))
+    inputs = (leaf(2, 65793), leaf(2, 65793), torch.ones(()), torch.ones(2))
     (edit,) = lower(lowered(eight, inputs), FORCED)
     assert not edit.declined
 
