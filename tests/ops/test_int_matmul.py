@@ -39,17 +39,16 @@ def arguments(m, n, k, x_bits=8, x_signed=True, w_bits=8, dtype=torch.float32):
     return x, x_scale, w, w_scale, torch.randn(n, device=DEVICE), x_bits, x_signed, w_bits, dtype
 
 
-def by_kernel(*args, out=None):
+def by_kernel(*args, out=None, of=None):
     """What the kernel writes into memory full of NaN."""
     out = reference.int_matmul(*args).fill_(math.nan) if out is None else out
-    assert kernel.int_matmul(*args, out=out)
+    assert kernel.int_matmul(*args, out=out, of=of)
     return out
 
 
-def in_halves(patch, halves=True):
-    """The kernel multiplies in half precision where that is exact."""
-    of = dataclasses.replace(kernel.architecture(torch.device(DEVICE)), halves=halves)
-    patch.setattr(kernel, "architecture", lambda device: of)
+def how(halves):
+    """As the interpreter multiplies, or whatever GPU is here; in half precision where that is exact, if asked for."""
+    return dataclasses.replace(configs.architecture(torch.device(DEVICE)), halves=halves)
 
 
 def test_by_hand():
@@ -98,9 +97,7 @@ def test_the_kernel_is_the_reference_bit_for_bit(data):
     bias_dtype = data.draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
     bias = None if bias_dtype is None else torch.randn(n, generator=generator).to(DEVICE, bias_dtype)
     args = (x, x_scale, w, w_scale, bias, x_bits, x_signed, w_bits, data.draw(st.sampled_from(DTYPES)))
-    with pytest.MonkeyPatch.context() as patch:
-        in_halves(patch, data.draw(st.booleans()))
-        y = by_kernel(*args)
+    y = by_kernel(*args, of=how(data.draw(st.booleans())))
     torch.testing.assert_close(y, reference.int_matmul(*args), **EXACT)
 
 
@@ -124,8 +121,7 @@ def test_every_tile_is_computed_once(tiles_m, tiles_n):
 
 
 @pytest.mark.parametrize("halves", [False, True])
-def test_memory_in_any_order(halves, monkeypatch):
-    in_halves(monkeypatch, halves)
+def test_memory_in_any_order(halves):
     m, n, k = 5, 7, 40
     x, x_scale, w, w_scale, bias, *rest = arguments(m, n, k)
     expected = reference.int_matmul(x, x_scale, w, w_scale, bias, *rest)
@@ -134,7 +130,7 @@ def test_memory_in_any_order(halves, monkeypatch):
     columns = torch.stack([w_scale, w_scale], 1)[:, 0]
     for given_x in (x.t().contiguous().t(), spread[:, k : 2 * k]):
         for given_w in (w.t().contiguous().t(), torch.stack([w, w], 2)[:, :, 1]):
-            y = by_kernel(given_x, x_scale, given_w, columns, torch.stack([bias, bias], 1)[:, 1], *rest)
+            y = by_kernel(given_x, x_scale, given_w, columns, torch.stack([bias, bias], 1)[:, 1], *rest, of=how(halves))
             torch.testing.assert_close(y, expected, **EXACT)
     one_row = by_kernel(x[:1].expand(m, k), x_scale, w, w_scale, bias, *rest)
     torch.testing.assert_close(one_row, expected[:1].expand(m, n), **EXACT)
@@ -216,18 +212,17 @@ def test_the_largest_k_is_the_last_that_fits(bits, signed, w_bits):
 
 
 @pytest.mark.parametrize(("x_bits", "x_signed"), [(8, True), (8, False), (7, False)])
-def test_half_precision_is_exact_up_to_its_largest_k(x_bits, x_signed, monkeypatch):
-    in_halves(monkeypatch)
+def test_half_precision_is_exact_up_to_its_largest_k(x_bits, x_signed):
     k = largest_k_in_halves(x_bits, x_signed, 8)
     assert k == (1024 if x_bits == 8 else 1032)
     args = extremes(k, x_bits, x_signed, 8)
     # 2**24 has an even neighbour: an odd sum next to it is the first that float32 would lose.
     args[0][0, -1] += 1
     args[2][0, -1] += 1
-    torch.testing.assert_close(by_kernel(*args), reference.int_matmul(*args), **EXACT)
+    torch.testing.assert_close(by_kernel(*args, of=how(True)), reference.int_matmul(*args), **EXACT)
     # Beyond it the same call multiplies integers.
     more = extremes(k + 1, x_bits, x_signed, 8)
-    torch.testing.assert_close(by_kernel(*more), reference.int_matmul(*more), **EXACT)
+    torch.testing.assert_close(by_kernel(*more, of=how(True)), reference.int_matmul(*more), **EXACT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-import octav_fx
-from octav_fx import backend
 from octav_fx.graph.text import graph_text
 from octav_fx.ops.int_matmul import configs
 from octav_fx.passes import LOWER, integer_matmul
@@ -360,23 +358,3 @@ def test_a_small_matmul_is_declined() -> None:
     gm = lowered(linear, small())
     (edit,) = lower(gm, decline)
     assert (edit.node, edit.declined, edit.detail) == ("mm", True, "7 x 4 x 30")
-
-
-def test_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
-    torch.compiler.reset()
-    monkeypatch.setattr(backend, "LOWER", (*LOWER, FORCED))
-    # Forced is no part of what Inductor's cache is keyed with.
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3, bias=False))
-    x = torch.randn(9, 24, requires_grad=True)
-    q = octav_fx.quantize(model, x)
-    compiled = torch.compile(q, backend="octav")
-    # Clips of the second layer move with the last bit of the first.
-    y, expected = compiled(x), q(x)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    for gradient, other in zip(
-        torch.autograd.grad(y.sum(), [x, *q.parameters()]),
-        torch.autograd.grad(expected.sum(), [x, *q.parameters()]),
-        strict=True,
-    ):
-        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)

@@ -69,9 +69,7 @@ def choose(configs: tuple[Config, ...], m: int, n: int, processors: int) -> Conf
 
 
 def declined(device: torch.device, m: int, n: int, k: int) -> str | None:
-    """Why a matmul of this size stays in floating point on this device; None if integers pay."""
-    if device.type != "cuda":
-        return f"no integer kernel for {device.type}"
+    """Why a matmul of this size stays in floating point on this GPU; None if integers pay."""
     pays = architecture(device).pays
     if pays is None:
         return f"no gain from integers is known for {_family(device)}"

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octav_fx.ops.int_matmul.configs import architecture, choose, processors
+from octav_fx.ops.int_matmul.configs import Architecture, architecture, choose, processors
 from octav_fx.ops.int_matmul.range import largest_k, largest_k_in_halves, offset
 from octav_fx.ops.int_matmul.reference import check
 
@@ -135,11 +135,15 @@ def int_matmul(
     dtype: torch.dtype,
     *,
     out: Tensor,
+    of: Architecture | None = None,
 ) -> bool:
-    """Write the reference's result into out; False where only that will do: for a K that no accumulator can take."""
+    """Write the reference's result into out; False where only that will do: for a K that no accumulator can take.
+
+    of: how to multiply; None: as is pinned for the device of x.
+    """
     check(x, x_scale, w, w_scale, bias)
     (m, k), n, bits = x.shape, w.shape[0], (x_bits, x_signed, w_bits)
-    of = architecture(x.device)
+    of = of or architecture(x.device)
     halves = of.halves and k <= largest_k_in_halves(*bits)
     if dtype not in _DTYPES or not (halves or k <= largest_k(*bits)):
         return False
