@@ -89,7 +89,8 @@ def measure(name: str, variant: str, device: str, repeats: int = REPEATS) -> Ite
     torch.manual_seed(0)
     chosen = {**MODELS, **TINY}[name]
     model, note = chosen.load()
-    model, x = model.to(device, memory_format=torch.channels_last), chosen.batch(device)
+    # mypy does not know that Module.to takes a memory format, too.
+    model, x = model.to(device=device, memory_format=torch.channels_last), chosen.batch(device)  # type: ignore[call-overload]
     target = torch.randint(0, CLASSES, (len(x),), device=device)
     of = OWN[variant]
     prepared = of.prepare(model, x[:2])
