@@ -43,11 +43,11 @@ class Row:
 
 
 def _int_matmul(warps: int, stages: int, m: int, n: int, k: int, *targets: str, halves: bool = False) -> list[Row]:
-    """A tile at its best, and at its worst: codes 0..255, and a rest in every direction."""
+    """A tile at its best, and at its worst: codes 0..255, a rest of K, and a result of four bytes."""
     pointers = {"x": "*i8", "x_scale": "*fp32", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*bf16"}
     best = {f"{name}_ptr": f"{kind}:16" for name, kind in pointers.items()}
-    best |= dict.fromkeys(("m", "n", "out_n", "k", "x_stride", "w_stride", "out_stride"), "i32:16")
-    worst = {**best, "m": "i32", "n": "i32", "out_ptr": "*fp32:16", "w_sums_ptr": "*i32:16"}
+    best |= dict.fromkeys(("out_n", "k", "x_stride", "w_stride", "out_stride"), "i32:16") | {"m": "i32", "n": "i32"}
+    worst = {**best, "out_ptr": "*fp32:16", "w_sums_ptr": "*i32:16"}
     shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
     flags = {"SCALED_ROWS": True, "SCALED_COLUMNS": True, "HALVES": halves, **shape}
     launch = {"num_warps": warps, "num_stages": stages, "targets": targets, "options": (("enable_fp_fusion", False),)}

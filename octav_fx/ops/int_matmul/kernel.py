@@ -54,7 +54,8 @@ def finish(
     )
 
 
-@triton.jit
+# Another batch or layer is no reason to compile again.
+@triton.jit(do_not_specialize=["m", "n"])
 def int_matmul_kernel(
     x_ptr,
     x_scale_ptr,
