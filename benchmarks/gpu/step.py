@@ -93,7 +93,7 @@ def measure(name: str, variant: str, device: str, repeats: int = REPEATS) -> Ite
     model, x = model.to(device=device, memory_format=torch.channels_last), chosen.batch(device)  # type: ignore[call-overload]
     target = torch.randint(0, CLASSES, (len(x),), device=device)
     of = OWN[variant]
-    prepared = of.prepare(model, x[:2])
+    prepared = of.prepare(model, x)
     forward: Any = prepared if of.backend is None else torch.compile(prepared, backend=of.backend)
     optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3, momentum=0.9)
 
