@@ -55,8 +55,8 @@ class TransformersBert(nn.Module):
 def _bert() -> tuple[nn.Module, str]:
     try:
         return TransformersBert(), ""
-    except ImportError:
-        return Bert(), "nn.TransformerEncoder of BERT-base's dimensions: transformers is not installed"
+    except ImportError as error:
+        return Bert(), f"nn.TransformerEncoder of BERT-base's dimensions, as transformers cannot be imported: {error}"
 
 
 def _tiny() -> nn.Module:
