@@ -176,6 +176,32 @@ def test_compiled_the_hole_stays_float_and_the_parts_quantized(backend: str) -> 
     assert (found - expected).norm() < 0.25 * (floating - expected).norm()
 
 
+def squared(y: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return y @ y.T
+
+
+class Helped(nn.Module):
+    """A branch on data, and then a helper that breaks the graph where the module is no longer among the variables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).relu())
+        return y if float(y.detach().sum()) > 1e9 else squared(y)
+
+
+def test_compiled_a_helper_that_breaks_the_graph_stays_float() -> None:
+    torch._dynamo.reset()
+    q, x = quantize(Helped(), torch.randn(6, 8), TWO_BITS), torch.randn(6, 8)
+    expected = q(x)
+    found = torch.compile(q, backend="octav")(x)
+    # Sums of 8 products in another order, one after another: some roundings of float32 (6e-8).
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 class Inner(nn.Module):
     """A part that has to come apart itself."""
 

@@ -7,6 +7,8 @@ state cannot be added: state comes in as one more placeholder.
 import contextlib
 import operator
 import re
+import sys
+from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -50,11 +52,17 @@ def has_quantizers(gm: fx.GraphModule) -> bool:
 
 
 def within_quantized() -> bool:
-    """Whether the code that Dynamo compiles runs a quantized module: what is float there is so on purpose.
+    """Whether the code that Dynamo compiles runs in a quantized module: what is float there is so on purpose.
 
-    Where the user's Python breaks the graph, pieces of it have no quantizer in them.
+    Where the user's Python breaks the graph, pieces of it have no quantizer in them, and functions that it calls are
+    compiled without the module among their variables: it is that of a call further up.
     """
-    local = InstructionTranslator.current_tx().output.root_tx.f_locals.values()
+    local = list(InstructionTranslator.current_tx().output.root_tx.f_locals.values())
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            local.append(frame.f_locals["self"])
+        frame = frame.f_back
     modules = [module for value in local if isinstance(value, nn.Module) for module in value.modules()]
     return any(isinstance(module, (QuantizedModule, Descended)) for module in modules)
 
