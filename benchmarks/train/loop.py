@@ -149,9 +149,8 @@ def _step(
     loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), label_smoothing=recipe.label_smoothing)
     check_finite(loss, model, x)
     if run.clip == "pact":
-        # The L2 penalty on its clips, with the coefficient of the weights (arXiv 1805.06085, section 3).
-        penalty = sum(clip.square().sum() for clip in learned_clips(model))
-        (loss + recipe.weight_decay / 2 * penalty).backward()
+        # With the coefficient of the weights.
+        (loss + recipe.weight_decay / 2 * octav_fx.pact_penalty(model)).backward()
     else:
         loss.backward()
     optimizer.step()
