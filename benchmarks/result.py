@@ -1,5 +1,6 @@
 """Where and with what a figure was measured, and the file it is kept in."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import octav_fx
+from octav_fx import passes
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,6 +27,14 @@ def environment() -> dict[str, Any]:
         "uncommitted": None if changed is None else bool(changed),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def sources() -> str:
+    """Of which state of octav_fx a row is."""
+    # passes/ by itself: in a checkout it is a folder beside.
+    folders = [Path(str(package.__file__)).parent for package in (octav_fx, passes)]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
 
 def write(name: str, values: dict[str, Any], folder: Path = RESULTS) -> Path:

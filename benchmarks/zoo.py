@@ -5,20 +5,16 @@ octav_fx or passes change, so that a run can be stopped anywhere and goes on whe
 """
 
 import fnmatch
-import hashlib
 import re
 import time
 from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-import octav_fx
 from benchmarks import forked, result, zoo_models, zoo_worker
-from octav_fx import passes
 
 MODEL_LIMIT = 120.0
 _LIBRARIES = ("transformers", "timm", "torchvision")
@@ -32,7 +28,7 @@ def main(limit: float | None, only: str = "*") -> None:
     only: a glob of "library/name".
     """
     end = float("inf") if limit is None else time.monotonic() + limit
-    sources, entries, kept = _sources(), zoo_models.entries(), _kept()
+    sources, entries, kept = result.sources(), zoo_models.entries(), _kept()
     # Of a library that is not installed here, rows and version stay.
     versions = {**kept["versions"], **{library: version(library) for library in {e.library for e in entries}}}
     rows = {(row["library"], row["name"]): row for row in kept["rows"] if row["sources"] == sources}
@@ -116,14 +112,6 @@ def _cause(row: Row) -> str:
 
 def _short(value: Any) -> Any:
     return value if not isinstance(value, str) or len(value) <= 48 else value[:47] + "…"
-
-
-def _sources() -> str:
-    """Of which state of octav_fx a row is."""
-    # passes/ by itself: in a checkout it is a folder beside.
-    folders = [Path(str(package.__file__)).parent for package in (octav_fx, passes)]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
 
 def _kept() -> dict[str, Any]:
