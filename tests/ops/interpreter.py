@@ -1,0 +1,34 @@
+"""Triton's interpreter, which runs the kernels' own source on CPU tensors; made to round where it would cut.
+
+TRITON_INTERPRET=1 has to be set before triton is imported for the first time: tests/conftest.py does that on machines
+without a GPU. With one the same tests run the compiled kernels.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cast(self, source, target):
+    """As on a GPU: to bfloat16 with ties to even, from bfloat16 with its subnormal numbers (triton 3.7 has neither)."""
+    from triton.runtime.interpreter import TensorHandle
+
+    kinds = (source.dtype.scalar, target.scalar)
+    bits = source.data
+    if kinds == (triton.language.float32, triton.language.bfloat16):
+        cut = torch.from_numpy(np.array(bits, dtype=np.float32)).bfloat16().view(torch.int16).numpy()
+        return TensorHandle(cut.view(np.uint16), target.scalar)
+    if kinds == (triton.language.bfloat16, triton.language.float32):
+        wide = np.asarray(bits).view(np.uint16).astype(np.uint32) << 16
+        return TensorHandle(wide.view(np.float32), target.scalar)
+    return _their_cast(self, source, target)
+
+
+if DEVICE == "cpu":
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    _their_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, _cast
