@@ -108,15 +108,14 @@ def elementwise(
 
     An input that does not lie as out does (strided, expanded, permuted) is copied into that layout first.
     """
-    layout = native.channel_layout(out, dim)
-    if layout is None:
-        return False
+    n, layout = out.numel(), native.channel_layout(out, dim)
+    if not n or layout is None:
+        return not n
     _, channels, inner = layout
     clip = native.checked(clip, clip_shape(out, dim))
     lying = [x if native.same_layout(x, out) else torch.empty_like(out, dtype=x.dtype).copy_(x) for x in inputs]
-    if n := out.numel():
-        sizes = {"PER_CHANNEL": dim is not None, "BLOCK": block, "WIDE": n + block > 2**31}
-        kernel[(triton.cdiv(n, block),)](*lying, clip, out, n, channels, inner, **sizes, **constants)
+    sizes = {"PER_CHANNEL": dim is not None, "BLOCK": block, "WIDE": n + block > 2**31}
+    kernel[(triton.cdiv(n, block),)](*lying, clip, out, n, channels, inner, **sizes, **constants)
     return True
 
 

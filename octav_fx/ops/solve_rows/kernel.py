@@ -102,6 +102,15 @@ def newton_step(clip, low, high, mean, numerator, denominator):
 
 
 @triton.jit
+def start_of(hint, mean, STEPS: tl.constexpr, METHOD: tl.constexpr):
+    """Where Newton starts: at the hint if it is one, else at the mean magnitude."""
+    usable = (hint > 0) & (hint < float("inf"))
+    if METHOD == ON_GRID:
+        usable = usable & (hint / STEPS / 2 <= mean)
+    return tl.where(usable, hint, mean)
+
+
+@triton.jit
 def error_of(x, clip, STEPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """The sum of squared errors of finite x on the grid of a clip."""
     step = clip / STEPS
@@ -111,11 +120,24 @@ def error_of(x, clip, STEPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
 
 @triton.jit
 def neighbour(clip, i):
-    """The clip times the i-th of solver.NEIGHBOURS."""
+    """The clip times the i-th of solver.NEIGHBOURS; the clip itself for -1."""
     ratio = 1.0
     for j in tl.static_range(8):
         ratio = tl.where(i == j, _NEIGHBOURS[j], ratio)
     return clip * ratio
+
+
+@triton.jit
+def chosen(best, least, candidate, error, squares, is_first):
+    """The better of two clips, and its error: solver.polish."""
+    better = is_first | (error < least * _BETTER - squares * _FLOOR)
+    return tl.where(better, candidate, best), tl.where(better, error, least)
+
+
+@triton.jit
+def restored(clip, up, mean):
+    """The clip in the units of the tensor, at most the end of float32; 0 where nothing can be clipped."""
+    return tl.where(mean > 0, tl.minimum(clip * up, 3.4028234663852886e38), 0.0)
 
 
 @triton.jit
@@ -156,11 +178,7 @@ def solve_row(
             count += tl.sum((magnitude > 0).to(tl.int32))
             squares += tl.sum(x * x).to(tl.float64)
         mean = (total / tl.maximum(count, 1).to(tl.float64)).to(tl.float32)
-        hint = hint * down
-        usable = (hint > 0) & (hint < float("inf"))
-        if METHOD == ON_GRID:
-            usable = usable & (hint / STEPS / 2 <= mean)
-        clip = tl.where(usable, hint, mean)
+        clip = start_of(hint * down, mean, STEPS, METHOD)
         low, high = clip * 0.0, clip * 0.0 + float("inf")
         left = _STEPS + 0
         while left > 0:
@@ -181,15 +199,14 @@ def solve_row(
             clip = moved
         if METHOD == ON_GRID:
             fixed, least = clip, tl.zeros((), tl.float64)
-            for i in range(-1, 8):
-                candidate = neighbour(fixed, i)
+            for i in range(9):
+                candidate = neighbour(fixed, i - 1)
                 error = tl.zeros((), tl.float64)
                 for start in range(0, n, BLOCK):
                     x = finite(held if FITS else tile_of(x_ptr, row, start, n, rows, inner, BLOCK, CONTIGUOUS), down)
                     error += error_of(x, candidate, STEPS, LOW, HIGH)
-                better = (i < 0) | (error < least * _BETTER - squares * _FLOOR)
-                clip, least = tl.where(better, candidate, clip), tl.where(better, error, least)
-        clip = tl.where(mean > 0, tl.minimum(clip * up, 3.4028234663852886e38), 0.0)
+                clip, least = chosen(clip, least, candidate, error, squares, i == 0)
+        clip = restored(clip, up, mean)
     return clip, held
 
 
@@ -213,9 +230,7 @@ def solve_rows_kernel(
     """x: (outer, rows, inner) as it lies in memory, n = outer * inner. hint, clip: [rows] float32."""
     row = tl.program_id(0).to(tl.int64)
     hint = tl.load(hint_ptr + row)
-    clip, _ = solve_row(
-        x_ptr, row, hint, n, rows, inner, STEPS, LOW, HIGH, SIGNED, METHOD, BLOCK, CONTIGUOUS, FITS
-    )
+    clip, _ = solve_row(x_ptr, row, hint, n, rows, inner, STEPS, LOW, HIGH, SIGNED, METHOD, BLOCK, CONTIGUOUS, FITS)
     tl.store(clip_ptr + row, clip)
 
 
