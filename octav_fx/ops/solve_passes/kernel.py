@@ -133,15 +133,16 @@ def solve_pass_kernel(
         leave(partials_ptr, 1, count)
         leave(partials_ptr, 2, squares)
         if is_last(counters_ptr):
-            count = tl.sum(left_by_all(partials_ptr, 1, PROGRAMS))
-            mean = (tl.sum(left_by_all(partials_ptr, 0, PROGRAMS)) / tl.maximum(count, 1.0)).to(tl.float32)
+            count = tl.sum(left_by_all(partials_ptr, 1, PROGRAMS)).to(tl.int64)
+            total = tl.sum(left_by_all(partials_ptr, 0, PROGRAMS))
+            mean = (total / tl.maximum(count, 1).to(tl.float64)).to(tl.float32)
             clip = start_of(tl.load(hint_ptr) * down, mean, STEPS, METHOD)
             tl.store(numbers_ptr + CLIP, clip.to(tl.float64))
             tl.store(numbers_ptr + HIGH_END, float("inf"))
             tl.store(numbers_ptr + MEAN, mean.to(tl.float64))
             tl.store(numbers_ptr + SQUARES, tl.sum(left_by_all(partials_ptr, 2, PROGRAMS)))
             tl.store(counters_ptr + LEFT, _STEPS)
-            tl.store(counters_ptr + NONZERO, count.to(tl.int64))
+            tl.store(counters_ptr + NONZERO, count)
 
     elif PASS == STEP:
         left = tl.load(counters_ptr + LEFT)
@@ -163,10 +164,10 @@ def solve_pass_kernel(
             leave(partials_ptr, 4, noisy)
             if is_last(counters_ptr):
                 below = tl.sum(left_by_all(partials_ptr, 0, PROGRAMS))
-                n_below = tl.sum(left_by_all(partials_ptr, 1, PROGRAMS))
+                n_below = tl.sum(left_by_all(partials_ptr, 1, PROGRAMS)).to(tl.int64)
                 above = tl.sum(left_by_all(partials_ptr, 2, PROGRAMS))
-                n_above = tl.sum(left_by_all(partials_ptr, 3, PROGRAMS))
-                noisy = tl.sum(left_by_all(partials_ptr, 4, PROGRAMS))
+                n_above = tl.sum(left_by_all(partials_ptr, 3, PROGRAMS)).to(tl.int64)
+                noisy = tl.sum(left_by_all(partials_ptr, 4, PROGRAMS)).to(tl.int64)
                 nonzero = tl.load(counters_ptr + NONZERO)
                 numerator, denominator = fraction(below, n_below, above, n_above, noisy, nonzero, STEPS, METHOD)
                 low = tl.load(numbers_ptr + LOW_END).to(tl.float32)
@@ -199,11 +200,10 @@ def solve_pass_kernel(
 
 def program_count(x: Tensor, block: int) -> int:
     """How many programs share a tensor: enough to fill the GPU, and none without a block."""
-    if x.is_cuda:
-        most = PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
-    else:
-        most = INTERPRETED
-    return max(1, min(most, triton.cdiv(x.numel(), block)))
+    blocks = max(1, triton.cdiv(x.numel(), block))
+    if not x.is_cuda:
+        return min(INTERPRETED, blocks)
+    return min(PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count, blocks)
 
 
 def solve_passes(

@@ -38,7 +38,7 @@ def tile_of(x_ptr, row, start, n, rows, inner, BLOCK: tl.constexpr, CONTIGUOUS: 
 
 @triton.jit
 def finite(x, factor):
-    """x * factor, 0 where x is not finite."""
+    """The product of x and factor, 0 where x is not finite."""
     return tl.where(tl.abs(x) < float("inf"), x * factor, 0.0)
 
 
