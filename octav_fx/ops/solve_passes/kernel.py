@@ -21,6 +21,7 @@ from octav_fx.ops.solve_rows.kernel import (
     finite,
     fraction,
     magnitude_of,
+    mean_of,
     neighbour,
     newton_step,
     power_of_two,
@@ -32,7 +33,7 @@ from octav_fx.ops.solve_rows.kernel import (
 from octav_fx.quant import solver
 from octav_fx.quant.grid import Grid
 
-BLOCK: Final = 8192
+BLOCK: Final = 4096
 # For each multiprocessor of a GPU: enough to hide the loads of one behind the sums of another.
 PROGRAMS: Final = 2
 # Where there is no GPU the interpreter runs one program after the other.
@@ -135,7 +136,7 @@ def solve_pass_kernel(
         if is_last(counters_ptr):
             count = tl.sum(left_by_all(partials_ptr, 1, PROGRAMS)).to(tl.int64)
             total = tl.sum(left_by_all(partials_ptr, 0, PROGRAMS))
-            mean = (total / tl.maximum(count, 1).to(tl.float64)).to(tl.float32)
+            mean = mean_of(total, count)
             clip = start_of(tl.load(hint_ptr) * down, mean, STEPS, METHOD)
             tl.store(numbers_ptr + CLIP, clip.to(tl.float64))
             tl.store(numbers_ptr + HIGH_END, float("inf"))

@@ -57,6 +57,12 @@ def power_of_two(largest):
 
 
 @triton.jit
+def mean_of(total, count):
+    """The mean magnitude of the non-zeros, float32, from their sum and number."""
+    return total.to(tl.float32) / tl.maximum(count, 1).to(tl.float32)
+
+
+@triton.jit
 def step_sums(x, clip, STEPS: tl.constexpr, SIGNED: tl.constexpr, METHOD: tl.constexpr):
     """The sums of one step over finite x: clipped below, clipped above (sum, count each), and rounded (count).
 
@@ -93,11 +99,14 @@ def fraction(below, n_below, above, n_above, noisy, nonzero, STEPS: tl.constexpr
 @triton.jit
 def newton_step(clip, low, high, mean, numerator, denominator):
     """The next clip and bracket, float32: the safeguarded iteration of solver.newton."""
-    target = tl.where(numerator > 0, numerator / tl.where(numerator > 0, denominator, 1.0), 0.0).to(tl.float32)
+    # Divided in float32 and to 2 units of its last place: the slow path of an exact division would need a stack.
+    some = numerator > 0
+    divisor = tl.where(some, denominator, 1.0).to(tl.float32)
+    target = tl.where(some, numerator.to(tl.float32) / divisor, 0.0)
     rises = target >= clip
     low, high = tl.where(rises, clip, low), tl.where(rises, high, clip)
     inward = ((target > low) & (target < high)) | (target == clip)
-    middle = tl.where((numerator == 0) & (mean > low) & (mean < high), mean, (low + high) / 2)
+    middle = tl.where((some == 0) & (mean > low) & (mean < high), mean, (low + high) / 2)
     return tl.where(inward, target, middle), low, high
 
 
@@ -177,7 +186,7 @@ def solve_row(
             total += tl.sum(magnitude).to(tl.float64)
             count += tl.sum((magnitude > 0).to(tl.int32))
             squares += tl.sum(x * x).to(tl.float64)
-        mean = (total / tl.maximum(count, 1).to(tl.float64)).to(tl.float32)
+        mean = mean_of(total, count)
         clip = start_of(hint * down, mean, STEPS, METHOD)
         low, high = clip * 0.0, clip * 0.0 + float("inf")
         left = _STEPS + 0
