@@ -100,16 +100,16 @@ def solve_pass_kernel(
     PROGRAMS: tl.constexpr,
 ):
     """x: [n] as it lies in memory. hint, clip: [1] float32. partials: [9, programs] float64."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    stride = tl.num_programs(0) * BLOCK
+    # Counted in tiles: 31 bits hold their number whatever n is.
+    first, tiles, stride = tl.program_id(0), tl.cdiv(n, BLOCK).to(tl.int32), tl.num_programs(0)
+    width = tl.full((), BLOCK, tl.int64)
     down = tl.load(numbers_ptr + DOWN).to(tl.float32)
     clip = tl.load(numbers_ptr + CLIP).to(tl.float32)
-    mean = tl.load(numbers_ptr + MEAN).to(tl.float32)
 
     if PASS == LARGEST:
         largest = 0.0
-        for start in range(first, n, stride):
-            x = finite(tile_of(x_ptr, 0, start, n, 1, 1, BLOCK, True), 1.0)
+        for tile in range(first, tiles, stride):
+            x = finite(tile_of(x_ptr, 0, tile * width, n, 1, 1, BLOCK, True), 1.0)
             largest = tl.maximum(largest, tl.max(magnitude_of(x, SIGNED) if METHOD == MAX else tl.abs(x)))
         leave(partials_ptr, 0, largest)
         if is_last(counters_ptr):
@@ -124,8 +124,8 @@ def solve_pass_kernel(
     elif PASS == START:
         total, squares = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
         count = tl.zeros((), tl.int64)
-        for start in range(first, n, stride):
-            x = finite(tile_of(x_ptr, 0, start, n, 1, 1, BLOCK, True), down)
+        for tile in range(first, tiles, stride):
+            x = finite(tile_of(x_ptr, 0, tile * width, n, 1, 1, BLOCK, True), down)
             magnitude = magnitude_of(x, SIGNED)
             total += tl.sum(magnitude).to(tl.float64)
             count += tl.sum((magnitude > 0).to(tl.int32))
@@ -150,8 +150,8 @@ def solve_pass_kernel(
         if left > 0:
             below, above = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
             n_below, n_above, noisy = tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-            for start in range(first, n, stride):
-                x = finite(tile_of(x_ptr, 0, start, n, 1, 1, BLOCK, True), down)
+            for tile in range(first, tiles, stride):
+                x = finite(tile_of(x_ptr, 0, tile * width, n, 1, 1, BLOCK, True), down)
                 s_below, c_below, s_above, c_above, c_noisy = step_sums(x, clip, STEPS, SIGNED, METHOD)
                 below += s_below
                 above += s_above
@@ -173,6 +173,7 @@ def solve_pass_kernel(
                 numerator, denominator = fraction(below, n_below, above, n_above, noisy, nonzero, STEPS, METHOD)
                 low = tl.load(numbers_ptr + LOW_END).to(tl.float32)
                 high = tl.load(numbers_ptr + HIGH_END).to(tl.float32)
+                mean = tl.load(numbers_ptr + MEAN).to(tl.float32)
                 moved, low, high = newton_step(clip, low, high, mean, numerator, denominator)
                 tl.store(numbers_ptr + CLIP, moved.to(tl.float64))
                 tl.store(numbers_ptr + LOW_END, low.to(tl.float64))
@@ -184,14 +185,14 @@ def solve_pass_kernel(
     else:
         lanes = tl.arange(0, 16)
         errors = tl.zeros((16,), tl.float64)
-        for start in range(first, n, stride):
-            x = finite(tile_of(x_ptr, 0, start, n, 1, 1, BLOCK, True), down)
+        for tile in range(first, tiles, stride):
+            x = finite(tile_of(x_ptr, 0, tile * width, n, 1, 1, BLOCK, True), down)
             for i in range(9):
                 error = error_of(x, neighbour(clip, i - 1), STEPS, LOW, HIGH)
                 errors += tl.where(lanes == i, error.to(tl.float64), 0.0)
         tl.store(partials_ptr + lanes * tl.num_programs(0) + tl.program_id(0), errors, mask=lanes < 9)
         if is_last(counters_ptr):
-            squares = tl.load(numbers_ptr + SQUARES)
+            squares, mean = tl.load(numbers_ptr + SQUARES), tl.load(numbers_ptr + MEAN).to(tl.float32)
             best, least = clip, tl.zeros((), tl.float64)
             for i in range(9):
                 error = tl.sum(left_by_all(partials_ptr, i, PROGRAMS))
