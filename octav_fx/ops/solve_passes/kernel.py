@@ -101,8 +101,8 @@ def solve_pass_kernel(
 ):
     """x: [n] as it lies in memory. hint, clip: [1] float32. partials: [9, programs] float64."""
     # Counted in tiles: 31 bits hold their number whatever n is.
-    first, tiles, stride = tl.program_id(0), tl.cdiv(n, BLOCK).to(tl.int32), tl.num_programs(0)
     width = tl.full((), BLOCK, tl.int64)
+    first, tiles, stride = tl.program_id(0), ((width + n - 1) // BLOCK).to(tl.int32), tl.num_programs(0)
     down = tl.load(numbers_ptr + DOWN).to(tl.float32)
     clip = tl.load(numbers_ptr + CLIP).to(tl.float32)
 

@@ -31,8 +31,8 @@ _FLOOR = tl.constexpr(solver.FLOOR)
 def tile_of(x_ptr, row, start, n, rows, inner, BLOCK: tl.constexpr, CONTIGUOUS: tl.constexpr):
     """Elements start .. start + BLOCK of a row of x, which lies as (outer, rows, inner); 0 behind its end."""
     i = start + tl.arange(0, BLOCK)
-    # int64: rows may lie far apart.
-    offsets = (row * n if CONTIGUOUS else row * inner) + (i if CONTIGUOUS else i // inner * rows * inner + i % inner)
+    # In 64 bits: rows may lie far apart.
+    offsets = row * n + i if CONTIGUOUS else (i // inner).to(tl.int64) * rows * inner + row * inner + i % inner
     return tl.load(x_ptr + offsets, mask=i < n, other=0.0).to(tl.float32)
 
 
@@ -269,6 +269,8 @@ def solve_rows(
         out.zero_()
         return True
     grid, block = Grid(bits, signed), min(triton.next_power_of_2(n), longest)
+    if n + block > 2**31:
+        return False
     solve_rows_kernel[(rows,)](
         x,
         hint,
