@@ -13,28 +13,29 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit."""
+    """Machine, versions and commit; no commit where only the files are, without their history."""
+    changed = _git("status", "--porcelain", "--", "octav_fx", "passes", "benchmarks/*.py")
     return {
         "cpu": _cpu(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--", "octav_fx", "passes", "benchmarks/*.py")),
+        "uncommitted": None if changed is None else bool(changed),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
-def write(name: str, values: dict[str, Any]) -> Path:
+def write(name: str, values: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write results/NAME.json and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), **values}, indent=2) + "\n")
     return path
 
 
-def read(name: str) -> dict[str, Any]:
+def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """The committed results of a benchmark."""
-    return dict(json.loads((RESULTS / f"{name}.json").read_text()))
+    return dict(json.loads((folder / f"{name}.json").read_text()))
 
 
 def _cpu() -> str:
@@ -44,6 +45,9 @@ def _cpu() -> str:
     return f"{names[0] if names else platform.processor()}, {capability}"
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=True)
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
     return done.stdout.strip()

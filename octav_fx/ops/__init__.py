@@ -1,6 +1,7 @@
 """torch.ops.octav.*: importing this package registers the ops. One folder per op.
 
-reference.py is the definition in pure torch, kernel.cpp the CPU passes, op.py the schema, shapes and gradient.
+reference.py is the definition in pure torch, kernel.cpp the CPU passes, kernel.py those in Triton, op.py the schema,
+shapes and gradient.
 """
 
 from octav_fx.ops.deployed import ChannelAffine, IntegerWeight, StaticQuantizer
@@ -9,6 +10,7 @@ from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from octav_fx.ops.fake_quantize_filters.op import fake_quantize_filters, fake_quantize_filters_backward
 from octav_fx.ops.fake_quantizer import FakeQuantizer, Spec
+from octav_fx.ops.int_matmul.op import int_matmul
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from octav_fx.ops.quantize.op import quantize
 
@@ -24,6 +26,7 @@ __all__ = [
     "fake_quantize_backward",
     "fake_quantize_filters",
     "fake_quantize_filters_backward",
+    "int_matmul",
     "optimal_clip",
     "quantize",
 ]

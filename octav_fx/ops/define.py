@@ -25,7 +25,7 @@ def define(
     *,
     empty: Callable[..., Tensor],
     reference: Callable[..., Tensor],
-    cpu: Callable[..., bool],
+    cpu: Callable[..., bool] | None = None,
     cuda: Callable[..., bool] | None = None,
 ) -> Any:
     """Register octav::name(arguments) -> Tensor and octav::name.out, which writes into out; return the op.
@@ -39,7 +39,7 @@ def define(
         out.copy_(reference(*args))
 
     def run_cpu(*args: Any, out: Tensor) -> None:
-        if not cpu(*args, out=out):
+        if cpu is None or not cpu(*args, out=out):
             run_reference(*args, out=out)
 
     def run_cuda(*args: Any, out: Tensor) -> None:

@@ -44,7 +44,7 @@ def results(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Tensor | Non
     """Outputs and gradients on these inputs, and gradients of the outputs as they come."""
     tangents = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder") if "tangents" in str(node.target)]
     generator = torch.Generator().manual_seed(1)
-    gradients = [torch.randn(value.shape, generator=generator) for value in tangents]
+    gradients = [torch.randn(value.shape, generator=generator).to(value.dtype) for value in tangents]
     with torch.no_grad():
         return list(gm(*inputs, *gradients))
 

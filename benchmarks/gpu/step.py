@@ -1,0 +1,124 @@
+"""What a training step costs in time and memory: float Inductor, OCTAV as one would write it first, and octav."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.gpu.timing import median_ms, peak_memory
+from benchmarks.variants import OWN
+from octav_fx import zoo
+
+FLOAT = "float Inductor"
+# Names in benchmarks/variants.py.
+VARIANTS = (FLOAT, "octav compiled", "ten cold Newton steps, plain PyTorch eager")
+CLASSES = 1000
+REPEATS = 10
+
+
+class Bert(nn.Module):
+    """An encoder of BERT-base's dimensions out of torch's own layers, for where transformers is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(30522, 768), nn.Embedding(512, 768)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+        self.head = nn.Linear(768, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [batch, tokens] -> [batch, classes]."""
+        embedded = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        logits: Tensor = self.head(self.encoder(embedded)[:, 0])
+        return logits
+
+
+class TransformersBert(nn.Module):
+    """BERT-base of transformers, with random weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import transformers
+
+        self.bert = transformers.BertModel(transformers.BertConfig())
+        self.head = nn.Linear(768, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [batch, tokens] -> [batch, classes]."""
+        logits: Tensor = self.head(self.bert(ids).pooler_output)
+        return logits
+
+
+def _bert() -> tuple[nn.Module, str]:
+    try:
+        return TransformersBert(), ""
+    except ImportError:
+        return Bert(), "nn.TransformerEncoder of BERT-base's dimensions: transformers is not installed"
+
+
+def _tiny() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model, and a batch for it on a device."""
+
+    load: Callable[[], tuple[nn.Module, str]]
+    batch: Callable[[str], Tensor]
+
+
+def _images(count: int, size: int = 224) -> Callable[[str], Tensor]:
+    return lambda device: torch.randn(count, 3, size, size, device=device).to(memory_format=torch.channels_last)
+
+
+MODELS = {
+    "resnet50, 256 images": Model(lambda: (zoo.load("resnet50"), ""), _images(256)),
+    "vit_b_16, 128 images": Model(lambda: (zoo.load("vit_b_16"), ""), _images(128)),
+    "BERT-base, 32 x 384 tokens": Model(_bert, lambda device: torch.randint(0, 30522, (32, 384), device=device)),
+}
+# To try this file without a GPU.
+TINY = {"tiny": Model(lambda: (_tiny(), ""), _images(4, 8))}
+
+
+def measure(name: str, variant: str, device: str, repeats: int = REPEATS) -> Iterator[dict[str, Any]]:
+    """The row of one model and variant: bfloat16 autocast, SGD with momentum; MB include parameters and gradients."""
+    torch.manual_seed(0)
+    chosen = {**MODELS, **TINY}[name]
+    model, note = chosen.load()
+    model, x = model.to(device, memory_format=torch.channels_last), chosen.batch(device)
+    target = torch.randint(0, CLASSES, (len(x),), device=device)
+    of = OWN[variant]
+    prepared = of.prepare(model, x[:2])
+    forward: Any = prepared if of.backend is None else torch.compile(prepared, backend=of.backend)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            loss = F.cross_entropy(forward(x), target)
+        loss.backward()
+        optimizer.step()
+
+    step()
+    with peak_memory(device) as peak:
+        ms = median_ms(step, device, repeats)
+    yield {"model": name, "variant": variant, "ms": round(ms, 3), "mb": peak[0], "note": note}
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Time and memory over those of float Inductor, where that was measured."""
+    floats = {row["model"]: row for row in rows if row["variant"] == FLOAT and "ms" in row}
+    return [
+        {
+            **row,
+            "ratio": round(row["ms"] / floats[row["model"]]["ms"], 3),
+            "memory": round(row["mb"] / (floats[row["model"]]["mb"] or 1), 3),
+        }
+        if "ms" in row and row["model"] in floats
+        else row
+        for row in rows
+    ]

@@ -1,0 +1,41 @@
+"""python -m benchmarks.gpu.worker QUESTION DEVICE [...]: one question in a process of its own, a line of JSON a row."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import dequantize, fake_quantize, int_matmul, optimal_clip, quantize, step
+from benchmarks.variants import OWN
+
+KERNELS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
+    "optimal_clip": optimal_clip.measure,
+    "quantize": quantize.measure,
+    "dequantize": dequantize.measure,
+    "fake_quantize": fake_quantize.measure,
+    "int_matmul": int_matmul.measure,
+}
+
+
+def is_compiled(variant: str) -> bool:
+    """Whether a variant of the training step takes time to compile."""
+    return OWN[variant].backend is not None
+
+
+def _answer(question: str, device: str, rest: list[str]) -> Iterator[dict[str, Any]]:
+    if question in KERNELS:
+        # Weights and codes have no gradient here, and an op's out= has none either.
+        with torch.no_grad():
+            yield from KERNELS[question](device)
+    else:
+        model, variant = rest
+        # To compile a model, which leaves its code in Inductor's cache, one step is enough.
+        yield from step.measure(model, variant, device, step.REPEATS if question == "step" else 1)
+
+
+if __name__ == "__main__":
+    _question, _device, *_rest = sys.argv[1:]
+    for _row in _answer(_question, _device, _rest):
+        print(json.dumps(_row), flush=True)

@@ -1,0 +1,187 @@
+"""int_matmul on GPUs: integer tensor cores, the scales and the bias in the epilogue."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octav_fx.ops.int_matmul.configs import Architecture, architecture, choose, processors
+from octav_fx.ops.int_matmul.range import largest_k, largest_k_in_halves, offset
+from octav_fx.ops.int_matmul.reference import check
+
+# How many tiles of x in a column take turns with those of w.
+_GROUP = 8
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def finish(
+    total,
+    rows,
+    columns,
+    x_scale_ptr,
+    w_scale_ptr,
+    w_sums_ptr,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    out_stride,
+    OFFSET: tl.constexpr,
+    SCALED_ROWS: tl.constexpr,
+    SCALED_COLUMNS: tl.constexpr,
+):
+    """Scales, bias and rounding of a tile of sums; in float64, without fused multiply-adds, as the reference does."""
+    inside = columns < n
+    sums = total.to(tl.int32)
+    if OFFSET != 0:
+        sums += OFFSET * tl.load(w_sums_ptr + columns, mask=inside, other=0)[None, :]
+    # The product of two float32 is exact in float64.
+    scale = tl.load(w_scale_ptr + columns, mask=inside, other=0.0) if SCALED_COLUMNS else tl.load(w_scale_ptr)
+    scale = scale.to(tl.float64)
+    if SCALED_ROWS:
+        row_scale = tl.load(x_scale_ptr + rows, mask=rows < m, other=0.0).to(tl.float64)
+        scale = row_scale[:, None] * (scale[None, :] if SCALED_COLUMNS else scale)
+    else:
+        scale = tl.load(x_scale_ptr).to(tl.float64) * (scale[None, :] if SCALED_COLUMNS else scale)
+    y = sums.to(tl.float64) * scale
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float64)[None, :]
+    target = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(target, y.to(tl.float32).to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & inside[None, :])
+
+
+@triton.jit
+def int_matmul_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    w_sums_ptr,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    x_stride,
+    w_stride,
+    out_stride,
+    OFFSET: tl.constexpr,
+    SCALED_ROWS: tl.constexpr,
+    SCALED_COLUMNS: tl.constexpr,
+    HALVES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of out [m, n] from int8 x [m, k] and w [n, k], each row of which is contiguous.
+
+    HALVES: multiply as float16, which holds every int8, and sum in float32; exact while sums are at most 2**24.
+    """
+    # Programs that run at the same time take tiles of the same rows of w: GROUP of them share what they read of it.
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0)
+    first = program // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    tile_m = first + program % (GROUP * tiles_n) % height
+    tile_n = program % (GROUP * tiles_n) // height
+
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    # Rows beyond the last wrap around: they read what exists, and are not stored.
+    x_tile = x_ptr + (rows % m).to(tl.int64)[:, None] * x_stride + inner[None, :]
+    w_tile = w_ptr + (columns % n).to(tl.int64)[None, :] * w_stride + inner[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if HALVES else tl.int32)
+    for start in range(0, k, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(x_tile)
+            b = tl.load(w_tile)
+        else:
+            a = tl.load(x_tile, mask=inner[None, :] < k - start, other=0)
+            b = tl.load(w_tile, mask=inner[:, None] < k - start, other=0)
+        if HALVES:
+            a, b = a.to(tl.float16), b.to(tl.float16)
+        total = tl.dot(a, b, total, out_dtype=total.dtype)
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K
+
+    # Two halves after each other: the whole tile in float64 would not fit the registers.
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    columns = tile_n * BLOCK_N + tl.arange(0, HALF)
+    finish(
+        *(left, rows, columns, x_scale_ptr, w_scale_ptr, w_sums_ptr, bias_ptr, out_ptr, m, n, out_stride),
+        *(OFFSET, SCALED_ROWS, SCALED_COLUMNS),
+    )
+    finish(
+        *(right, rows, columns + HALF, x_scale_ptr, w_scale_ptr, w_sums_ptr, bias_ptr, out_ptr, m, n, out_stride),
+        *(OFFSET, SCALED_ROWS, SCALED_COLUMNS),
+    )
+
+
+def int_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_bits: int,
+    x_signed: bool,
+    w_bits: int,
+    dtype: torch.dtype,
+    *,
+    out: Tensor,
+    of: Architecture | None = None,
+) -> bool:
+    """Write the reference's result into out; False where only that will do: for a K that no accumulator can take.
+
+    of: how to multiply; None: as is pinned for the device of x.
+    """
+    check(x, x_scale, w, w_scale, bias)
+    (m, k), n, bits = x.shape, w.shape[0], (x_bits, x_signed, w_bits)
+    of = of or architecture(x.device)
+    halves = of.halves and k <= largest_k_in_halves(*bits)
+    if dtype not in _DTYPES or not (halves or k <= largest_k(*bits)):
+        return False
+    x, w = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x, w))
+    shift = offset(x_bits, x_signed)
+    fits = out.dtype is dtype and out.shape == (m, n) and out.stride(1) == 1
+    target = out if fits else out.new_empty((m, n), dtype=dtype)
+    config = choose(of.configs, m, n, processors(x.device))
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    if tiles:
+        int_matmul_kernel[(tiles,)](
+            x,
+            x_scale.contiguous(),
+            w,
+            w_scale.contiguous(),
+            w.sum(1, dtype=torch.int32) if shift else None,
+            None if bias is None else bias.contiguous(),
+            target,
+            m,
+            n,
+            k,
+            x.stride(0),
+            w.stride(0),
+            target.stride(0),
+            OFFSET=shift,
+            SCALED_ROWS=x_scale.dim() == 1,
+            SCALED_COLUMNS=w_scale.dim() == 1,
+            HALVES=halves,
+            EVEN_K=k % config.block_k == 0,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP=_GROUP,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            # The reference multiplies and then adds.
+            enable_fp_fusion=False,
+        )
+    if target is not out:
+        out.copy_(target)
+    return True

@@ -1,0 +1,47 @@
+"""int_matmul, in pure torch: the definition."""
+
+import torch
+from torch import Tensor
+
+from octav_fx.errors import OctavError
+from octav_fx.ops.int_matmul.range import offset
+
+
+def int_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_bits: int,
+    x_signed: bool,
+    w_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes x [M, K] and w [N, K], int8, scales x_scale [] or [M] and w_scale [] or [N] -> [M, N] in dtype.
+
+    The levels of x are (x + offset) * x_scale, those of w are w * w_scale, and the result is levels of x times levels
+    of w transposed plus bias [N]. offset is 128 where codes are 0..255, so that they fit int8, else 0.
+    The sum of integers is exact. It is multiplied by the product of the scales and bias is added, in float64; that is
+    rounded to float32 once, and from there to dtype as torch rounds a float32.
+    """
+    check(x, x_scale, w, w_scale, bias)
+    # Every sum is an integer below 2**53, for any K that fits a memory: exact in float64, in any order.
+    total = (x.to(torch.float64) + offset(x_bits, x_signed)) @ w.to(torch.float64).t()
+    rows, columns = (scale.to(torch.float64) for scale in (x_scale, w_scale))
+    y = total * (rows[:, None] * columns if rows.dim() else rows * columns)
+    if bias is not None:
+        y = y + bias.to(torch.float64)
+    return y.to(torch.float32).to(dtype)
+
+
+def check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise OctavError for what the kernel would read beyond the end of."""
+    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1] or {x.dtype, w.dtype} != {torch.int8}:
+        raise OctavError(
+            f"int_matmul takes int8 codes [M, K] and [N, K], not {tuple(x.shape)} and {tuple(w.shape)} "
+            f"of {x.dtype} and {w.dtype}"
+        )
+    for name, value, length in (("x_scale", x_scale, len(x)), ("w_scale", w_scale, len(w)), ("bias", bias, len(w))):
+        if value is not None and value.shape != (length,) and (value.dim() or name == "bias"):
+            raise OctavError(f"int_matmul: {name} has shape {tuple(value.shape)} where [{length}] is asked for")

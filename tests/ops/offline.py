@@ -1,0 +1,158 @@
+"""Compile Triton kernels for GPUs that are not on this machine, and read what the assembler made of them.
+
+A kernel is a row of ROWS. compiled(op) compiles all rows of an op for all TARGETS, once in a process, in a process of
+its own: where TRITON_INTERPRET=1 is set, triton.jit and the functions of triton.language are interpreted, and nothing
+in them can be compiled any more. Triton's own cache on disk makes the second run fast.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Compute capabilities of NVIDIA, and one architecture of AMD.
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel as it is launched.
+
+    kernel: its name in octav_fx/ops/<op>/kernel.py. signature: parameter -> Triton's type of it, such as "*bf16" or
+    "i32"; ":16" behind it says what Triton finds out at a launch, that an address or a number divides by 16.
+    constexprs: parameter -> value. A parameter that is None at a launch, or an integer 1, is a constexpr for Triton.
+    targets: where this row is ever launched.
+    """
+
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, int | float | bool | str | None]
+    num_warps: int = 4
+    num_stages: int = 3
+    targets: tuple[str, ...] = TARGETS
+    # Further options of a launch, such as enable_fp_fusion.
+    options: tuple[tuple[str, int | bool], ...] = ()
+
+
+def _int_matmul(
+    warps: int, stages: int, m: int, n: int, k: int, targets: tuple[str, ...], out: str = "*bf16", **changed
+) -> Row:
+    pointers = {"x": "*i8", "x_scale": "*fp32", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": out}
+    sizes = dict.fromkeys(("m", "n", "k", "x_stride", "w_stride", "out_stride"), "i32:16")
+    flags = {"OFFSET": 0, "SCALED_ROWS": True, "SCALED_COLUMNS": True, "HALVES": False, "EVEN_K": True}
+    return Row(
+        "int_matmul_kernel",
+        {**{f"{name}_ptr": f"{kind}:16" for name, kind in pointers.items()}, **sizes},
+        {"w_sums_ptr": None, **flags, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, **changed},
+        num_warps=warps,
+        num_stages=stages,
+        targets=targets,
+        options=(("enable_fp_fusion", False),),
+    )
+
+
+# op -> how its kernels are launched. Every @triton.jit function that is launched has at least one row.
+ROWS: dict[str, tuple[Row, ...]] = {
+    "int_matmul": (
+        _int_matmul(16, 3, 128, 256, 128, ("sm_90",)),
+        _int_matmul(8, 3, 128, 128, 128, ("sm_80", "sm_90")),
+        _int_matmul(4, 4, 64, 64, 128, ("sm_80", "sm_90")),
+        _int_matmul(8, 3, 128, 128, 128, ("sm_100",), HALVES=True),
+        _int_matmul(4, 4, 64, 64, 128, ("sm_100",), HALVES=True),
+        _int_matmul(8, 2, 128, 128, 64, ("gfx942",)),
+        _int_matmul(4, 2, 64, 64, 64, TARGETS),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out for one row and one target. The numbers are of NVIDIA's targets only, per thread and in bytes."""
+
+    row: int
+    kernel: str
+    target: str
+    # PTX of NVIDIA, assembly of AMD.
+    text: str
+    registers: int | None = None
+    # Local memory: where registers are spilled to, on or off the stack.
+    local: int | None = None
+    # Shared memory of one program, in bytes.
+    shared: int | None = None
+
+
+@functools.cache
+def compiled(op: str) -> tuple[Compiled, ...]:
+    """Every row of the op for every target it names."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "compiled.json"
+        command = [sys.executable, "-m", "tests.ops.offline", op, str(path)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{op}: not compiled:\n{done.stderr}"
+        return tuple(Compiled(**fields) for fields in json.loads(path.read_text()))
+
+
+def main(op: str, path: str) -> None:
+    """Compile the rows of an op and write them as JSON; in a process without TRITON_INTERPRET."""
+    module = importlib.import_module(f"octav_fx.ops.{op}.kernel")
+    found = [
+        _compile(getattr(module, row.kernel), index, row, target)
+        for index, row in enumerate(ROWS[op])
+        for target in row.targets
+    ]
+    Path(path).write_text(json.dumps([dataclasses.asdict(one) for one in found]))
+
+
+def _compile(function, index: int, row: Row, target: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: kind.partition(":")[0] for name, kind in row.signature.items()}
+    # Triton wants the parameters in their order.
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(function.arg_names)
+        if row.signature.get(name, "").endswith(":16")
+    }
+    source = ASTSource(function, signature, row.constexprs, attributes)
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages, **dict(row.options)}
+    if target.startswith("sm_"):
+        kernel = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
+        registers, local = _usage(kernel.asm["cubin"])
+        return Compiled(index, row.kernel, target, kernel.asm["ptx"], registers, local, kernel.metadata.shared)
+    kernel = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+    return Compiled(index, row.kernel, target, kernel.asm["amdgcn"])
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, as cuobjdump, which Triton brings along, reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(_only(rf"\b{name}:(\d+)", printed)) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _only(pattern: str, text: str) -> str:
+    found = re.findall(pattern, text)
+    assert len(found) == 1, f"{pattern} {len(found)} times in {text}"
+    return found[0]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,33 @@
+"""Every Triton kernel compiles for GPUs that are not here, and keeps its values in registers there."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.ops.offline import ROOT, ROWS, TARGETS, compiled
+
+pytest.importorskip("triton")
+
+
+def launched(path: Path) -> set[str]:
+    """The @triton.jit functions of a file that no other of them calls."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    jitted = {f.name for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)}
+    calls = (call for f in functions if f.name in jitted for call in ast.walk(f) if isinstance(call, ast.Call))
+    return jitted - {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+
+
+def test_every_kernel_has_a_row():
+    kernels = {path.parent.name: launched(path) for path in (ROOT / "octav_fx" / "ops").glob("*/kernel.py")}
+    assert {op: {row.kernel for row in rows} for op, rows in ROWS.items()} == kernels
+
+
+@pytest.mark.parametrize("op", sorted(ROWS))
+def test_nothing_is_spilled(op):
+    found = compiled(op)
+    assert {one.target for one in found} == set(TARGETS)
+    for one in found:
+        assert one.text
+        if one.target.startswith("sm_"):
+            assert one.local == 0, f"{one.kernel}, row {one.row}, {one.target}: {one.local} bytes, {one.registers} regs"
