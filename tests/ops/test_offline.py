@@ -19,7 +19,9 @@ def launched(path: Path) -> set[str]:
 
 
 def test_every_kernel_has_a_row():
-    kernels = {path.parent.name: launched(path) for path in (ROOT / "octav_fx" / "ops").glob("*/kernel.py")}
+    files = (ROOT / "octav_fx" / "ops").glob("*/kernel.py")
+    # optimal_clip launches those of others.
+    kernels = {path.parent.name: found for path in files if (found := launched(path))}
     assert {op: {row.kernel for row in rows} for op, rows in ROWS.items()} == kernels
 
 
