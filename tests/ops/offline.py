@@ -101,6 +101,12 @@ def _solve_tail(stage: int, kind: str, bins: str, infinite: int, shift: int, is_
     return Row("solve_tail_kernel", {**signature, "n": "i32:16", "replicas": "i32", "keep": "fp32"}, constexprs, 8)
 
 
+def _weights(kind: str, method: int) -> Row:
+    signature = {"table_ptr": "*i64:16", "clips_ptr": "*fp32:16", "first_ptr": f"*{kind}:16", "weights": "i32"}
+    constexprs = {**_SIGNED, "METHOD": method, "WEIGHTS": 64, "SMALL": 1024, "LARGE": 8192}
+    return Row("fake_quantize_weights_kernel", signature, constexprs, num_warps=8)
+
+
 # op -> how its kernels are launched. Every @triton.jit function that is launched has at least one row.
 ROWS: dict[str, tuple[Row, ...]] = {
     "fake_quantize": (
@@ -110,6 +116,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=True, MAD=True),
         _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=False, MAD=False),
     ),
+    "fake_quantize_weights": (_weights("fp32", 0), _weights("bf16", 1)),
     "quantize": (
         _elementwise("quantize_kernel", {"x": "*bf16", "out": "*i8"}, **_UNSIGNED, BELOW=-2, **_CODES),
         _elementwise(

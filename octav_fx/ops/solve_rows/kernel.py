@@ -284,7 +284,7 @@ def solve_rows(
         SIGNED=signed,
         METHOD=METHODS.index(method),
         BLOCK=block,
-        CONTIGUOUS=outer == 1,
+        CONTIGUOUS=outer == 1 or rows == 1,
         FITS=n <= block,
         num_warps=min(max(block // 512, 1), 16),
     )
