@@ -96,3 +96,7 @@ def test_opcheck():
     # It compares results, and NaN is not NaN.
     weights[1].nan_to_num_(0, 0, 0)
     torch.library.opcheck(fake_quantize_weights.default, (weights, hints, [4] * 5, [0] * 5, "octav"))
+
+
+def test_it_is_registered_for_gpus():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("octav::fake_quantize_weights", "CUDA")
