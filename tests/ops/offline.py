@@ -93,18 +93,19 @@ def _solve_pass(which: int, method: int) -> Row:
     return Row("solve_pass_kernel", {**signature, "n": "i32:16"}, constexprs, num_warps=8)
 
 
-def _solve_tail(stage: int, kind: str, bins: str, infinite: int, shift: int, is_half: bool = False) -> Row:
+def _solve_tail(stage: int, kind: str, bins: str, infinite: int, shift: int, is_half: bool = False, **ones) -> Row:
     pointers = {"x": kind, "hint": "*fp32", "clip": "*fp32", "bins": bins, "counters": "*i64", "numbers": "*fp64"}
     signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in pointers.items()}
     constexprs = {"STAGE": stage, "SIGNED": True, "NOISE": 1 / 768, "INFINITE": infinite, "SHIFT": shift}
     constexprs |= {"IS_HALF": is_half, "BLOCK": 2048, "CHUNK": 1024}
-    return Row("solve_tail_kernel", {**signature, "n": "i32:16", "replicas": "i32", "keep": "fp32"}, constexprs, 8)
+    sizes = {"n": "i32:16", "keep": "fp32", **({} if ones else {"replicas": "i32"})}
+    return Row("solve_tail_kernel", {**signature, **sizes}, {**constexprs, **ones}, num_warps=8)
 
 
-def _weights(kind: str, method: int) -> Row:
+def _weights(kind: str, method: int, block: int, warps: int, fits: bool = True) -> Row:
     signature = {"table_ptr": "*i64:16", "clips_ptr": "*fp32:16", "first_ptr": f"*{kind}:16", "weights": "i32"}
-    constexprs = {**_SIGNED, "METHOD": method, "WEIGHTS": 64, "SMALL": 1024, "LARGE": 8192}
-    return Row("fake_quantize_weights_kernel", signature, constexprs, num_warps=8)
+    constexprs = {**_SIGNED, "METHOD": method, "WEIGHTS": 64, "BLOCK": block, "FITS": fits}
+    return Row("fake_quantize_weights_kernel", signature, constexprs, num_warps=warps)
 
 
 # op -> how its kernels are launched. Every @triton.jit function that is launched has at least one row.
@@ -116,7 +117,12 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=True, MAD=True),
         _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=False, MAD=False),
     ),
-    "fake_quantize_weights": (_weights("fp32", 0), _weights("bf16", 1)),
+    "fake_quantize_weights": (
+        _weights("fp32", 0, 128, 1),
+        _weights("fp32", 0, 1024, 2),
+        _weights("fp32", 1, 8192, 16),
+        _weights("bf16", 1, 8192, 16, fits=False),
+    ),
     "quantize": (
         _elementwise("quantize_kernel", {"x": "*bf16", "out": "*i8"}, **_UNSIGNED, BELOW=-2, **_CODES),
         _elementwise(
@@ -145,6 +151,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _solve_tail(0, "*i16", "*i32", 0x7C00, 0, is_half=True),
         _solve_tail(0, "*i32", "*i64", 0x7F800000, 16),
         _solve_tail(2, "*i32", "*i32", 0x7F800000, 16),
+        _solve_tail(2, "*i32", "*i32", 0x7F800000, 16, replicas=1),
     ),
     "int_matmul": (
         _int_matmul(16, 3, 128, 256, 128, ("sm_90",)),

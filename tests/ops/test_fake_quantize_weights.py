@@ -27,7 +27,8 @@ def launched(weights, hints, bits, dims, method):
     out = [poisoned(w) for w in weights]
     clips = torch.full((sum(w.shape[dim] for w, dim in zip(weights, dims, strict=True)),), math.nan, device=DEVICE)
     # Rows of up to 8 and up to 32 elements are held, the others read again.
-    written = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=out, clips=clips, small=8, large=32)
+    classes = ((8, 1), (32, 1))
+    written = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=out, clips=clips, classes=classes)
     return written, out, clips
 
 
@@ -43,7 +44,7 @@ def test_every_row_of_every_weight(method, dtype):
         assert_same_bits(y, fake_quantize(w, clip, b, True, 0, "ste"))
 
 
-def test_equal_bits_and_dtypes_share_a_launch(monkeypatch):
+def test_rows_of_one_class_bit_width_and_dtype_share_a_launch(monkeypatch):
     grids = []
 
     class Recorded:
@@ -56,7 +57,8 @@ def test_equal_bits_and_dtypes_share_a_launch(monkeypatch):
     weights, hints = some_weights()
     assert launched(weights, hints, [4] * 5, [0] * 5, "max")[0]
     assert launched(weights, hints, [8, 4, 4, 4, 4], [0] * 5, "max")[0]
-    assert grids == [(12,), (3,), (9,)]
+    # Rows of 18 and 16, of 40, of 7 and 1.
+    assert grids == [(5,), (2,), (5,), (3,), (2,), (5,), (2,)]
 
 
 def test_what_is_done_one_by_one():

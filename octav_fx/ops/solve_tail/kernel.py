@@ -168,6 +168,7 @@ def solve_tail_kernel(
     """x: [n] as it lies in memory, its bits as integers. bins: [replicas, BINS], of FINE [1, FINE_BINS], zeros."""
     floor = floor_of(hint_ptr, keep, IS_HALF)
     has_sums: tl.constexpr = STAGE != FINE and SHIFT > 0
+    copies = 1 if STAGE == FINE else replicas
     base = 0
     if STAGE == WARM:
         first, behind, active = floor, _BINS + 0, True
@@ -180,7 +181,7 @@ def solve_tail_kernel(
         lanes = tl.arange(0, BLOCK)
         seen, hot_count = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
         hot_low, top = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
-        own = bins_ptr + (0 if STAGE == FINE else tl.program_id(0) % replicas * _BINS)
+        own = bins_ptr + tl.program_id(0) % copies * _BINS
         hot = -1
         # Tiles of 2**31 elements at most, in 32 bits: the host takes care of it.
         for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
@@ -217,11 +218,10 @@ def solve_tail_kernel(
             highest = tl.load(top_ptr, cache_modifier=".cg").to(tl.int32)
             if STAGE == FINE:
                 count, total = tl.load(counters_ptr + COUNT), tl.load(numbers_ptr + SUM)
-                replicas = 1
             else:
                 count, total = tl.zeros((), tl.int64), tl.zeros((), tl.float64)
             found, count, total = search(
-                bins_ptr, first, highest, base, replicas, count, total, nonzero, NOISE, STAGE, IS_HALF, has_sums, CHUNK
+                bins_ptr, first, highest, base, copies, count, total, nonzero, NOISE, STAGE, IS_HALF, has_sums, CHUNK
             )
             if SHIFT > 0 and STAGE != FINE:
                 tl.store(counters_ptr + CROSSING, found.to(tl.int64))
@@ -258,11 +258,13 @@ def solve_tail(
         replicas = min(programs, max(replicas, triton.cdiv(programs, max(1, (PACKED - 1) // share))) if share else 1)
         if triton.cdiv(programs, replicas) * share >= PACKED:
             return False
-    counters = torch.zeros(16, dtype=torch.int64, device=x.device)
-    bins = torch.zeros(replicas * BINS, dtype=torch.int64 if shift else torch.int32, device=x.device)
-    stages = [(WARM, bins), (COLD, bins)]
-    if shift:
-        stages.append((FINE, torch.zeros(FINE_BINS, dtype=torch.int32, device=x.device)))
+    # One allocation and one launch that zeroes it: the counters, the bins, and those of FINE.
+    words = replicas * BINS if shift else replicas * BINS // 2
+    scratch = torch.zeros(16 + words + (FINE_BINS // 2 if shift else 0), dtype=torch.int64, device=x.device)
+    counters, bins, fine = scratch[:16], scratch[16 : 16 + words], scratch[16 + words :].view(torch.int32)
+    stages = (
+        [(WARM, bins), (COLD, bins), (FINE, fine)] if shift else [(s, bins.view(torch.int32)) for s in (WARM, COLD)]
+    )
     for stage, filled in stages:
         solve_tail_kernel[(programs,)](
             x.view(integers),
