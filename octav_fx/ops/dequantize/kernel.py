@@ -34,7 +34,7 @@ def dequantize_kernel(
     if not SIGNED:
         code = tl.where(code >= SATURATED, code - SATURATED, code)
     code = tl.minimum(tl.maximum(code, LOW), HIGH)
-    level = code.to(tl.float32) * (clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) / STEPS)
+    level = code.to(tl.float32) * (clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) * (1.0 / STEPS))
     level = tl.where(stored == NOT_FINITE, float("nan"), level)
     tl.store(out_ptr + offsets, level.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -66,7 +66,8 @@ def fake_quantize_kernel(
     offsets, mask = offsets_of(n, BLOCK, WIDE)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     value = x.to(tl.float32)
-    step = clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) / STEPS
+    # Not a division, which is an approximation; STEPS is a power of two.
+    step = clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) * (1.0 / STEPS)
     level = nearest(value, step, LOW, HIGH) * step
     tl.store(out_ptr + offsets, tl.where(tl.abs(value) < float("inf"), level.to(x.dtype), x), mask=mask)
 

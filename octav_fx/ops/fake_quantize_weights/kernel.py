@@ -52,7 +52,7 @@ def fake_quantize_weights_kernel(
     n = tl.load(entry + 5).to(tl.int32)
     clip, held = solve_row(w_ptr, row, hint, n, 1, 1, STEPS, LOW, HIGH, True, METHOD, BLOCK, True, FITS)
     tl.store(clips_ptr + tl.load(entry + 4) + row, clip)
-    step = clip / STEPS
+    step = clip * (1.0 / STEPS)
     for start in range(0, n, BLOCK):
         x = held if FITS else tile_of(w_ptr, row, start, n, 1, 1, BLOCK, True)
         level = tl.where(tl.abs(x) < float("inf"), nearest(x, step, LOW, HIGH) * step, x)

@@ -33,7 +33,7 @@ def quantize_kernel(
     offsets, mask = offsets_of(n, BLOCK, WIDE)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     clip = clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL)
-    code = nearest(x, clip / STEPS, LOW, HIGH)
+    code = nearest(x, clip * (1.0 / STEPS), LOW, HIGH)
     code = tl.where(x > clip, HIGH + 1.0, code)
     if SIGNED:
         code = tl.where(x < -clip, BELOW + 0.0, code)

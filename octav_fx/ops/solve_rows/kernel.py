@@ -70,11 +70,11 @@ def step_sums(x, clip, STEPS: tl.constexpr, SIGNED: tl.constexpr, METHOD: tl.con
     """
     magnitude = magnitude_of(x, SIGNED)
     if METHOD == ON_GRID:
-        step = clip / STEPS
+        step = clip * (1.0 / STEPS)
         above = (x >= (1.0 - 1.0 / STEPS) * clip) & (x > 0)
         below = (x <= -clip) & (x < 0) & SIGNED
-        rounded = (magnitude > step / 2) & (above == 0) & (below == 0)
-        edge = (magnitude > step / 4) & (magnitude <= step * 3 / 4)
+        rounded = (magnitude > step * 0.5) & (above == 0) & (below == 0)
+        edge = (magnitude > step * 0.25) & (magnitude <= step * 0.75)
         noisy = tl.sum(rounded.to(tl.int32) + edge.to(tl.int32))
         sum_above = tl.sum(tl.where(above, magnitude, 0.0))
         count_above = tl.sum(above.to(tl.int32))
@@ -106,7 +106,7 @@ def newton_step(clip, low, high, mean, numerator, denominator):
     rises = target >= clip
     low, high = tl.where(rises, clip, low), tl.where(rises, high, clip)
     inward = ((target > low) & (target < high)) | (target == clip)
-    middle = tl.where((some == 0) & (mean > low) & (mean < high), mean, (low + high) / 2)
+    middle = tl.where((some == 0) & (mean > low) & (mean < high), mean, (low + high) * 0.5)
     return tl.where(inward, target, middle), low, high
 
 
@@ -115,14 +115,14 @@ def start_of(hint, mean, STEPS: tl.constexpr, METHOD: tl.constexpr):
     """Where Newton starts: at the hint if it is one, else at the mean magnitude."""
     usable = (hint > 0) & (hint < float("inf"))
     if METHOD == ON_GRID:
-        usable = usable & (hint / STEPS / 2 <= mean)
+        usable = usable & (hint * (0.5 / STEPS) <= mean)
     return tl.where(usable, hint, mean)
 
 
 @triton.jit
 def error_of(x, clip, STEPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """The sum of squared errors of finite x on the grid of a clip."""
-    step = clip / STEPS
+    step = clip * (1.0 / STEPS)
     error = nearest(x, step, LOW, HIGH) * step - x
     return tl.sum(error * error)
 
