@@ -83,11 +83,12 @@ class _Matmul:
 def _linear(node: fx.Node) -> _Matmul | None:
     """Mm and addmm of levels and a transposed weight."""
     *bias, left, right = node.args
+    addend: Any = bias[0] if bias else None
     transposed = _without(right, _CASTS)
     if node.kwargs or transposed.target is not aten.permute.default or transposed.args[1] != [1, 0]:
         return None
     x, w = _without(left, _CASTS | {aten.view.default}), _without(transposed.args[0], _CASTS)
-    return _Matmul(node, x, w, *(bias or [None])) if _are_levels(x, w) else None
+    return _Matmul(node, x, w, addend) if _are_levels(x, w) else None
 
 
 def _convolution(node: fx.Node) -> _Matmul | None:

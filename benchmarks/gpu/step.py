@@ -55,8 +55,8 @@ class TransformersBert(nn.Module):
 def _bert() -> tuple[nn.Module, str]:
     try:
         return TransformersBert(), ""
-    except ImportError:
-        return Bert(), "nn.TransformerEncoder of BERT-base's dimensions: transformers is not installed"
+    except ImportError as error:
+        return Bert(), f"nn.TransformerEncoder of BERT-base's dimensions, as transformers cannot be imported: {error}"
 
 
 def _tiny() -> nn.Module:
@@ -89,10 +89,11 @@ def measure(name: str, variant: str, device: str, repeats: int = REPEATS) -> Ite
     torch.manual_seed(0)
     chosen = {**MODELS, **TINY}[name]
     model, note = chosen.load()
-    model, x = model.to(device, memory_format=torch.channels_last), chosen.batch(device)
+    # mypy does not know that Module.to takes a memory format, too.
+    model, x = model.to(device=device, memory_format=torch.channels_last), chosen.batch(device)  # type: ignore[call-overload]
     target = torch.randint(0, CLASSES, (len(x),), device=device)
     of = OWN[variant]
-    prepared = of.prepare(model, x[:2])
+    prepared = of.prepare(model, x)
     forward: Any = prepared if of.backend is None else torch.compile(prepared, backend=of.backend)
     optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3, momentum=0.9)
 

@@ -26,6 +26,7 @@ def finish(
     out_ptr,
     m,
     n,
+    out_n,
     out_stride,
     OFFSET: tl.constexpr,
     SCALED_ROWS: tl.constexpr,
@@ -33,9 +34,6 @@ def finish(
 ):
     """Scales, bias and rounding of a tile of sums; in float64, without fused multiply-adds, as the reference does."""
     inside = columns < n
-    sums = total.to(tl.int32)
-    if OFFSET != 0:
-        sums += OFFSET * tl.load(w_sums_ptr + columns, mask=inside, other=0)[None, :]
     # The product of two float32 is exact in float64.
     scale = tl.load(w_scale_ptr + columns, mask=inside, other=0.0) if SCALED_COLUMNS else tl.load(w_scale_ptr)
     scale = scale.to(tl.float64)
@@ -44,14 +42,20 @@ def finish(
         scale = row_scale[:, None] * (scale[None, :] if SCALED_COLUMNS else scale)
     else:
         scale = tl.load(x_scale_ptr).to(tl.float64) * (scale[None, :] if SCALED_COLUMNS else scale)
-    y = sums.to(tl.float64) * scale
+    y = total.to(tl.float64)
+    if OFFSET != 0:
+        y += (OFFSET * tl.load(w_sums_ptr + columns, mask=inside, other=0)).to(tl.float64)[None, :]
+    y *= scale
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float64)[None, :]
     target = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    tl.store(target, y.to(tl.float32).to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & inside[None, :])
+    tl.store(
+        target, y.to(tl.float32).to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (columns < out_n)[None, :]
+    )
 
 
-@triton.jit
+# Another batch or layer is no reason to compile again.
+@triton.jit(do_not_specialize=["m", "n"])
 def int_matmul_kernel(
     x_ptr,
     x_scale_ptr,
@@ -62,6 +66,7 @@ def int_matmul_kernel(
     out_ptr,
     m,
     n,
+    out_n,
     k,
     x_stride,
     w_stride,
@@ -76,8 +81,9 @@ def int_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of out [m, n] from int8 x [m, k] and w [n, k], each row of which is contiguous.
+    """One tile of out [m, n] from int8 x [m, k] and w [n, k], each row of which is contiguous and begins aligned.
 
+    Up to out_n columns of out are written: n, or what is there beyond for the sake of alignment.
     HALVES: multiply as float16, which holds every int8, and sum in float32; exact while sums are at most 2**24.
     """
     # Programs that run at the same time take tiles of the same rows of w: GROUP of them share what they read of it.
@@ -114,13 +120,44 @@ def int_matmul_kernel(
     left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     columns = tile_n * BLOCK_N + tl.arange(0, HALF)
     finish(
-        *(left, rows, columns, x_scale_ptr, w_scale_ptr, w_sums_ptr, bias_ptr, out_ptr, m, n, out_stride),
+        *(left, rows, columns, x_scale_ptr, w_scale_ptr, w_sums_ptr, bias_ptr, out_ptr, m, n, out_n, out_stride),
         *(OFFSET, SCALED_ROWS, SCALED_COLUMNS),
     )
     finish(
-        *(right, rows, columns + HALF, x_scale_ptr, w_scale_ptr, w_sums_ptr, bias_ptr, out_ptr, m, n, out_stride),
+        *(
+            right,
+            rows,
+            columns + HALF,
+            x_scale_ptr,
+            w_scale_ptr,
+            w_sums_ptr,
+            bias_ptr,
+            out_ptr,
+            m,
+            n,
+            out_n,
+            out_stride,
+        ),
         *(OFFSET, SCALED_ROWS, SCALED_COLUMNS),
     )
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether rows of x are contiguous, begin at multiples of 16 bytes and have a multiple of 16 elements."""
+    return x.stride(1) == 1 and not any(value % 16 for value in (x.shape[1], x.stride(0), x.data_ptr()))
+
+
+def aligned(codes: Tensor) -> Tensor:
+    """Codes [rows, K]; in a copy, with zeros at the end of K, where they are not aligned.
+
+    From other rows bytes are loaded one by one, and all their addresses do not fit the registers.
+    """
+    if is_aligned(codes):
+        return codes
+    rows, k = codes.shape
+    copy = codes.new_zeros(rows, triton.cdiv(k, 16) * 16)
+    copy[:, :k] = codes
+    return copy
 
 
 def int_matmul(
@@ -147,10 +184,12 @@ def int_matmul(
     halves = of.halves and k <= largest_k_in_halves(*bits)
     if dtype not in _DTYPES or not (halves or k <= largest_k(*bits)):
         return False
-    x, w = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x, w))
+    x, w = aligned(x), aligned(w)
+    k = x.shape[1]
     shift = offset(x_bits, x_signed)
-    fits = out.dtype is dtype and out.shape == (m, n) and out.stride(1) == 1
-    target = out if fits else out.new_empty((m, n), dtype=dtype)
+    fits = out.dtype is dtype and out.shape == (m, n) and is_aligned(out)
+    # Else whole rows of 16 bytes, too: a store of single elements has as many addresses.
+    target = out if fits else out.new_empty((m, triton.cdiv(n, 16) * 16), dtype=dtype)
     config = choose(of.configs, m, n, processors(x.device))
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     if tiles:
@@ -164,6 +203,7 @@ def int_matmul(
             target,
             m,
             n,
+            target.shape[1],
             k,
             x.stride(0),
             w.stride(0),
@@ -183,5 +223,5 @@ def int_matmul(
             enable_fp_fusion=False,
         )
     if target is not out:
-        out.copy_(target)
+        out.copy_(target[:, :n])
     return True
