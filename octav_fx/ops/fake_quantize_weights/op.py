@@ -25,7 +25,7 @@ def _empty(
     return [torch.empty_like(w) for w in weights], clips
 
 
-def _one_by_one(
+def one_by_one(
     weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
 ) -> tuple[list[Tensor], Tensor]:
     """See reference.py. Composed of the two ops, so that each device runs the kernels it has."""
@@ -50,10 +50,10 @@ def _cuda(
             written = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=quantized, clips=clips)
         if written:
             return quantized, clips
-    return _one_by_one(weights, hints, bits, dims, method)
+    return one_by_one(weights, hints, bits, dims, method)
 
 
 torch.library.register_fake(_NAME, _empty)
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _one_by_one)
+torch.library.impl(_NAME, "CompositeExplicitAutograd", one_by_one)
 torch.library.impl(_NAME, "CUDA", _cuda)
 fake_quantize_weights = torch.ops.octav.fake_quantize_weights
