@@ -10,6 +10,7 @@ from octav_fx.passes.filters_channels_last import filters_channels_last
 from octav_fx.passes.fold_batchnorm import fold_batchnorm
 from octav_fx.passes.fold_factors import fold_factors
 from octav_fx.passes.fold_statistics import fold_statistics
+from octav_fx.passes.gather_weights import gather_weights
 from octav_fx.passes.integer_matmul import integer_matmul
 from octav_fx.passes.quantize_operands import Choose, Place, quantize_operands
 from octav_fx.passes.save_codes import save_codes
@@ -33,6 +34,7 @@ LOWER: Final[tuple[Any, ...]] = (
     save_codes,  # first: it splits the quantizers into the parts that the rest is about
     filters_channels_last,  # after save_codes, whose fake_quantize of a weight it replaces
     integer_matmul,  # after save_codes, whose codes it multiplies
+    gather_weights,  # last: of the weights whose levels are still needed
 )
 
 # What convert() runs on the eval graph of a frozen model.
@@ -59,6 +61,7 @@ __all__ = [
     "fold_batchnorm",
     "fold_factors",
     "fold_statistics",
+    "gather_weights",
     "integer_matmul",
     "quantize_operands",
     "save_codes",

@@ -34,7 +34,7 @@ octav, aten = torch.ops.octav, torch.ops.aten
 # They are the value itself; dropout of nothing is a clone.
 _SAME = frozenset({aten.alias.default, aten.detach.default, aten.clone.default})
 # They show the same values in another shape, layout or dtype, or pad them: who reads them reads the value.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         *(aten.view.default, aten.reshape.default, aten.permute.default, aten.expand.default, aten.t.default),
         *(aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
@@ -47,7 +47,7 @@ _VIEWS = frozenset(
 def save_codes(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring."""
     graph = gm.graph
-    backward = _backward(graph)
+    backward = backward_of(graph)
     edits = []
     for node in graph.find_nodes(op="call_function", target=octav.dynamic_fake_quantize.default):
         outputs: dict[Any, fx.Node] = {user.args[1]: user for user in node.users}
@@ -56,7 +56,7 @@ def save_codes(gm: fx.GraphModule) -> list[Edit]:
     return edits
 
 
-def _backward(graph: fx.Graph) -> set[fx.Node]:
+def backward_of(graph: fx.Graph) -> set[fx.Node]:
     """Everything that is computed from the gradients of the outputs; empty in an inference graph."""
     found = {node for node in graph.find_nodes(op="placeholder") if "tangents" in str(node.target)}
     for node in graph.nodes:
@@ -69,8 +69,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, y: fx.Node, clip: fx.Node | None, b
     x, hint, bits, signed, dim, method, gradient = node.args
     assert isinstance(x, fx.Node)
     gradients = [user for user in clip.users if user.target is octav.fake_quantize_backward.default] if clip else []
-    from_value = _origin(x, _VIEWS).op == "placeholder" or (gradient == "mad" and bool(gradients))
-    views = _closure(y, _VIEWS)
+    from_value = _origin(x, VIEWS).op == "placeholder" or (gradient == "mad" and bool(gradients))
+    views = _closure(y, VIEWS)
     with graph.inserting_before(node):
         new_clip = call_with_value(graph, octav.optimal_clip.default, x, hint, bits, signed, dim, method)
         if from_value:

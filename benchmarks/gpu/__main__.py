@@ -30,7 +30,7 @@ RED, NO_GPU = 1, 3
 ROOT = Path(__file__).parents[2]
 # Seconds: eight minutes in all, the rest of them for the steps.
 ALL, TESTS, KERNEL = 480.0, 170.0, 20.0
-LIMITS = {"optimal_clip": 30.0, "int_matmul": 40.0}
+LIMITS = {"optimal_clip": 30.0, "int_matmul": 40.0, "solves": 60.0}
 # Processes that compile at the same time beside the tests.
 COMPILERS = 3
 

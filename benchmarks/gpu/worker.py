@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import dequantize, fake_quantize, int_matmul, optimal_clip, quantize, step
+from benchmarks.gpu import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_weights,
+    int_matmul,
+    optimal_clip,
+    quantize,
+    solves,
+    step,
+)
 from benchmarks.variants import OWN
 
 KERNELS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
@@ -15,7 +24,9 @@ KERNELS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
     "quantize": quantize.measure,
     "dequantize": dequantize.measure,
     "fake_quantize": fake_quantize.measure,
+    "fake_quantize_weights": fake_quantize_weights.measure,
     "int_matmul": int_matmul.measure,
+    "solves": solves.measure,
 }
 
 

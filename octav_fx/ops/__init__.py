@@ -9,6 +9,7 @@ from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from octav_fx.ops.fake_quantize_filters.op import fake_quantize_filters, fake_quantize_filters_backward
+from octav_fx.ops.fake_quantize_weights.op import fake_quantize_weights
 from octav_fx.ops.fake_quantizer import FakeQuantizer, Spec
 from octav_fx.ops.int_matmul.op import int_matmul
 from octav_fx.ops.learned_fake_quantize.op import (
@@ -32,6 +33,7 @@ __all__ = [
     "fake_quantize_backward",
     "fake_quantize_filters",
     "fake_quantize_filters_backward",
+    "fake_quantize_weights",
     "int_matmul",
     "learned_fake_quantize",
     "learned_fake_quantize_backward",

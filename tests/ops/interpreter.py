@@ -32,3 +32,15 @@ if DEVICE == "cpu":
     from triton.runtime.interpreter import InterpreterBuilder
 
     _their_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, _cast
+
+
+def small_block(x: torch.Tensor) -> int:
+    """A block with which x takes several programs, and not too many: each takes the interpreter milliseconds."""
+    # Every other block is another kernel to compile.
+    return 256 if DEVICE == "cuda" else max(16, triton.next_power_of_2(x.numel() // 6 + 1))
+
+
+def poisoned(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Where a result for x goes, full of NaN or of no code: an element that is never written shows."""
+    out = torch.empty_like(x, dtype=dtype)
+    return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)

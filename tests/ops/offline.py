@@ -57,8 +57,100 @@ def _int_matmul(warps: int, stages: int, m: int, n: int, k: int, *targets: str, 
     ]
 
 
+# A tensor of its own clip, and one by channel whose channels come last, so that inner is a constant.
+_SIZES = {"n": "i32:16", "channels": "i32", "inner": "i32"}
+_TILED = {"BLOCK": 2048, "WIDE": False}
+_SIGNED = {"STEPS": 8, "LOW": -8, "HIGH": 7}
+_UNSIGNED = {"STEPS": 16, "LOW": 0, "HIGH": 15}
+
+
+def _elementwise(kernel: str, pointers: dict[str, str], **constexprs) -> Row:
+    signature = {f"{name}_ptr": f"{kind}:16" for name, kind in {**pointers, "clip": "*fp32"}.items()}
+    constexprs = {**_TILED, "PER_CHANNEL": False, **constexprs}
+    sizes = {name: kind for name, kind in _SIZES.items() if name not in constexprs}
+    if constexprs["WIDE"]:
+        sizes["n"] = "i64:16"
+    return Row(kernel, {**signature, **sizes, **({"ceiling": "fp32"} if "BELOW" in constexprs else {})}, constexprs)
+
+
+_BFLOAT16 = {"x": "*bf16", "out": "*bf16"}
+_CODES = {"SATURATED": 32, "NOT_FINITE": -128, "SIGNED": False}
+
+
+def _solve_rows(kind: str, method: int, block: int, fits: bool, contiguous: bool = True) -> Row:
+    signature = {"x_ptr": f"*{kind}:16", "hint_ptr": "*fp32:16", "clip_ptr": "*fp32:16", "n": "i32", "rows": "i32"}
+    constexprs = {**_SIGNED, "SIGNED": True, "METHOD": method, "BLOCK": block, "CONTIGUOUS": contiguous, "FITS": fits}
+    warps = min(max(block // 512, 1), 16)
+    return Row("solve_rows_kernel", {**signature, "inner": "i32"}, constexprs, num_warps=warps)
+
+
+def _solve_pass(which: int, method: int) -> Row:
+    pointers = {"x": "*bf16", "hint": "*fp32", "clip": "*fp32", "numbers": "*fp64", "counters": "*i64"}
+    signature = {f"{name}_ptr": f"{kind}:16" for name, kind in {**pointers, "partials": "*fp64"}.items()}
+    constexprs = {**_SIGNED, "PASS": which, "SIGNED": True, "METHOD": method, "BLOCK": 4096, "PROGRAMS": 512}
+    return Row("solve_pass_kernel", {**signature, "n": "i32:16"}, constexprs, num_warps=8)
+
+
+def _solve_tail(stage: int, kind: str, bins: str, infinite: int, shift: int, is_half: bool = False, **ones) -> Row:
+    pointers = {"x": kind, "hint": "*fp32", "clip": "*fp32", "bins": bins, "counters": "*i64", "numbers": "*fp64"}
+    signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in pointers.items()}
+    constexprs = {"STAGE": stage, "SIGNED": True, "NOISE": 1 / 768, "INFINITE": infinite, "SHIFT": shift}
+    constexprs |= {"IS_HALF": is_half, "BLOCK": 2048, "CHUNK": 1024}
+    sizes = {"n": "i32:16", "keep": "fp32", **({} if ones else {"replicas": "i32"})}
+    return Row("solve_tail_kernel", {**signature, **sizes}, {**constexprs, **ones}, num_warps=8)
+
+
+def _weights(kind: str, method: int, block: int, warps: int, fits: bool = True) -> Row:
+    signature = {"table_ptr": "*i64:16", "clips_ptr": "*fp32:16", "first_ptr": f"*{kind}:16", "weights": "i32"}
+    constexprs = {**_SIGNED, "METHOD": method, "WEIGHTS": 64, "BLOCK": block, "FITS": fits}
+    return Row("fake_quantize_weights_kernel", signature, constexprs, num_warps=warps)
+
+
 # op -> how its kernels are launched. Every @triton.jit function that is launched has at least one row.
 ROWS: dict[str, tuple[Row, ...]] = {
+    "fake_quantize": (
+        _elementwise("fake_quantize_kernel", _BFLOAT16, **_SIGNED),
+        _elementwise("fake_quantize_kernel", {"x": "*fp32", "out": "*fp32"}, **_SIGNED, PER_CHANNEL=True),
+        _elementwise("fake_quantize_kernel", _BFLOAT16, **_UNSIGNED, PER_CHANNEL=True, inner=1, WIDE=True),
+        _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=True, MAD=True),
+        _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=False, MAD=False),
+    ),
+    "fake_quantize_weights": (
+        _weights("fp32", 0, 128, 1),
+        _weights("fp32", 0, 1024, 2),
+        _weights("fp32", 1, 8192, 16),
+        _weights("bf16", 1, 8192, 16, fits=False),
+    ),
+    "quantize": (
+        _elementwise("quantize_kernel", {"x": "*bf16", "out": "*i8"}, **_UNSIGNED, BELOW=-2, **_CODES),
+        _elementwise(
+            "quantize_kernel", {"x": "*fp32", "out": "*i16"}, **_SIGNED, BELOW=-9, **{**_CODES, "SIGNED": True}
+        ),
+    ),
+    "dequantize": (
+        _elementwise("dequantize_kernel", {"codes": "*i8", "out": "*bf16"}, **_UNSIGNED, **_CODES),
+        _elementwise("dequantize_kernel", {"codes": "*i16", "out": "*fp32"}, **_SIGNED, **{**_CODES, "SIGNED": True}),
+    ),
+    # "octav", "octav-grid" and "max", held and read again.
+    "solve_rows": (
+        _solve_rows("fp32", 0, 512, True),
+        _solve_rows("fp32", 1, 2**14, True),
+        _solve_rows("bf16", 1, 2**14, False, contiguous=False),
+        _solve_rows("fp32", 2, 4096, True),
+    ),
+    "solve_passes": (
+        *(_solve_pass(which, 0) for which in range(3)),
+        *(_solve_pass(which, 1) for which in range(1, 4)),
+        _solve_pass(0, 2),
+    ),
+    # bfloat16, float16 and float32.
+    "solve_tail": (
+        *(_solve_tail(stage, "*i16", "*i32", 0x7F80, 0) for stage in range(2)),
+        _solve_tail(0, "*i16", "*i32", 0x7C00, 0, is_half=True),
+        _solve_tail(0, "*i32", "*i64", 0x7F800000, 16),
+        _solve_tail(2, "*i32", "*i32", 0x7F800000, 16),
+        _solve_tail(2, "*i32", "*i32", 0x7F800000, 16, replicas=1),
+    ),
     "int_matmul": (
         *_int_matmul(16, 3, 128, 256, 128, "sm_90"),
         *_int_matmul(8, 3, 128, 128, 128, "sm_80", "sm_90"),

@@ -1,7 +1,11 @@
+import importlib.util
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from octav_fx.ops.define import define
+from octav_fx.ops.define import define, has_triton
 
 ran = []
 
@@ -77,3 +81,20 @@ def test_opcheck(dtype):
 @pytest.mark.parametrize("overload", ["default", "out"])
 def test_both_overloads_take_any_layout(overload):
     assert torch.Tag.flexible_layout in getattr(scale, overload).tags
+
+
+def test_nothing_imports_triton_before_a_gpu_asks_for_a_kernel():
+    code = "import sys, octav_fx.ops; sys.exit(any(name.endswith('.kernel') for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_triton_a_warning_says_so_once(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    has_triton.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no Triton") as record:
+            assert not has_triton()
+            assert not has_triton()
+        assert len(record) == 1
+    finally:
+        has_triton.cache_clear()

@@ -1,5 +1,7 @@
 """torch.ops.octav.dequantize: the levels that codes stand for."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,17 @@ def _cpu(
     return True
 
 
+def _cuda(*args: Any, out: Tensor) -> bool:
+    from octav_fx.ops.dequantize import kernel
+
+    return kernel.dequantize(*args, out=out)
+
+
 dequantize = define(
     "dequantize",
     "Tensor codes, Tensor clip, int bits, bool signed, int? dim, ScalarType dtype",
     empty=_empty,
     reference=reference.dequantize,
     cpu=_cpu,
+    cuda=_cuda,
 )

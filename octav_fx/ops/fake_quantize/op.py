@@ -30,12 +30,19 @@ def _cpu(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, grad
     return True
 
 
+def _cuda(*args: Any, out: Tensor) -> bool:
+    from octav_fx.ops.fake_quantize import kernel
+
+    return kernel.fake_quantize(*args, out=out)
+
+
 fake_quantize = define(
     "fake_quantize",
     "Tensor x, Tensor clip, int bits, bool signed, int? dim, str gradient",
     empty=_empty,
     reference=reference.fake_quantize,
     cpu=_cpu,
+    cuda=_cuda,
 )
 
 
@@ -68,12 +75,19 @@ def _cpu_gradient(
     return True
 
 
+def _cuda_gradient(*args: Any, out: Tensor) -> bool:
+    from octav_fx.ops.fake_quantize import kernel
+
+    return kernel.fake_quantize_backward(*args, out=out)
+
+
 fake_quantize_backward = define(
     "fake_quantize_backward",
     "Tensor grad, Tensor x, Tensor clip, bool signed, int? dim, str gradient",
     empty=_empty_gradient,
     reference=reference.fake_quantize_backward,
     cpu=_cpu_gradient,
+    cuda=_cuda_gradient,
 )
 
 

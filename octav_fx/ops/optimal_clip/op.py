@@ -1,5 +1,7 @@
 """torch.ops.octav.optimal_clip: the clip of a tensor, or of each of its channels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,17 @@ def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, meth
     return True
 
 
+def _cuda(*args: Any, out: Tensor) -> bool:
+    from octav_fx.ops.optimal_clip import kernel
+
+    return kernel.optimal_clip(*args, out=out)
+
+
 optimal_clip = define(
     "optimal_clip",
     "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
     empty=_empty,
     reference=reference.optimal_clip,
     cpu=_cpu,
+    cuda=_cuda,
 )

@@ -1,6 +1,7 @@
 """torch.ops.octav.quantize: the integer codes of a tensor, which are what backward needs to keep of it."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,17 @@ def _cpu(
     return True
 
 
+def _cuda(*args: Any, out: Tensor) -> bool:
+    from octav_fx.ops.quantize import kernel
+
+    return kernel.quantize(*args, out=out)
+
+
 quantize = define(
     "quantize",
     "Tensor x, Tensor clip, int bits, bool signed, int? dim, float? ceiling=None",
     empty=_empty,
     reference=reference.quantize,
     cpu=_cpu,
+    cuda=_cuda,
 )

@@ -1,0 +1,1 @@
+"""torch.ops.octav.fake_quantize_weights."""
