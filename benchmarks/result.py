@@ -37,17 +37,18 @@ def sources() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
 
-def write(name: str, values: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write results/NAME.json and return its path."""
+def write(name: str, values: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write results/NAME.json, or NAME.json in another folder, and return its path."""
+    folder = folder or RESULTS
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), **values}, indent=2) + "\n")
     return path
 
 
-def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """The committed results of a benchmark."""
-    return dict(json.loads((folder / f"{name}.json").read_text()))
+def read(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """The committed results of a benchmark, or those in another folder."""
+    return dict(json.loads(((folder or RESULTS) / f"{name}.json").read_text()))
 
 
 def _cpu() -> str:
