@@ -33,14 +33,14 @@ def test_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
     torch.compiler.reset()
     done = []
     monkeypatch.setattr(backend, "LOWER", (*LOWER[:-1], lambda gm: done.extend(FORCED(gm)) or []))
-    # What is forced is no part of what Inductor's cache is keyed with.
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     x = torch.randn(9, 16, 2, 2, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
     q = octav_fx.quantize(Layers().to(DEVICE), x)
-    y, expected = torch.compile(q, backend="octav")(x), q(x)
+    # What is forced is no part of what Inductor's cache is keyed with.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        y, expected = torch.compile(q, backend="octav")(x), q(x)
+        parameters = [x, *q.parameters()]
+        y += torch.autograd.grad(sum(z.square().sum() for z in y), parameters)
     assert [edit.verb for edit in done] == ["integer matmul"] * 4
-    parameters = [x, *q.parameters()]
-    y += torch.autograd.grad(sum(z.square().sum() for z in y), parameters)
     expected += torch.autograd.grad(sum(z.square().sum() for z in expected), parameters)
     # A wrong code would be off by a step, which is above 0.01 everywhere.
     for value, other in zip(y, expected, strict=True):

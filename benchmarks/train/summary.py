@@ -39,8 +39,10 @@ def write(results: Path, size: str = "small") -> str:
 
 
 def markdown(results: Path) -> str:
-    """What the README says of the study."""
+    """What the README says of the study: nothing where nothing has been run."""
     found = found_in(results)
+    if not found:
+        return ""
     environments = [values["environment"] for values in found.values()]
     where = [", ".join(sorted({str(e[name]) for e in environments})) for name in ("cpu", "torch", "commit", "date")]
     hours = sum(values["seconds"] for values in found.values()) / 3600
@@ -139,8 +141,9 @@ def _column(run: Run) -> str:
 
 
 def _present(table: Table, found: Found, size: str) -> bool:
-    # A float run alone, which many tables share, says nothing of a table.
-    return any(dataclasses.replace(run, size=size) in found for _, run in table.runs if run.clip != "float")
+    # What the main table has, too, says nothing of another.
+    shared = set() if table is TABLES["main"] else {run for _, run in TABLES["main"].runs}
+    return any(dataclasses.replace(run, size=size) in found for _, run in table.runs if run not in shared)
 
 
 def _unit(found: Found, recipe: str) -> str:
