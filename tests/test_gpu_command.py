@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
