@@ -33,8 +33,9 @@ def main(rounds: int) -> None:
 
 def _row(name: str) -> dict[str, Any]:
     pixels = next((size for prefix, size in _PIXELS.items() if name.startswith(prefix)), 96)
+    # RegNets compute their widths with tensors: none can be made on the meta device.
+    x, model = torch.randn(2, 3, pixels, pixels, device="meta"), zoo.load(name).to("meta")
     with torch.device("meta"):
-        x, model = torch.randn(2, 3, pixels, pixels), zoo.load(name)
         quantized = octav_fx.quantize(model, x)
     row = {"model": name, "quantized": _graphs(quantized, x), "float": _graphs(model, x)}
     print(row, flush=True)
