@@ -1,6 +1,8 @@
 """All that a run has become after some steps, in one file that is there as a whole or not at all."""
 
+import csv
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,18 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def weights(path: Path) -> dict[str, Any]:
     """The state_dict of the model alone."""
     return dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV with these columns, whole or not at all."""
+
+    def make(place: Path) -> None:
+        with place.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write(path, make)
 
 
 def write(path: Path, make: Any) -> None:

@@ -1,6 +1,5 @@
 """The loop of both recipes of the paper: epochs of steps on all ranks, a checkpoint now and then, a curve."""
 
-import csv
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,7 @@ def train(
         ranks.say(f"going on from {path}: epoch {first + 1}, step {done + 1} of {task.steps}")
         if ranks.is_first and rows:
             # A run may have been killed between its last checkpoint and this.
-            write_curve(run.out / "curve.csv", rows)
+            checkpoint.write_csv(run.out / "curve.csv", list(rows[0]), rows)
     elif ranks.is_first:
         run.out.mkdir(parents=True, exist_ok=True)
 
@@ -105,20 +104,8 @@ def train(
         done = 0
         keep(epoch + 1, 0)
         if ranks.is_first:
-            write_curve(run.out / "curve.csv", rows)
+            checkpoint.write_csv(run.out / "curve.csv", list(rows[0]), rows)
     return rows
-
-
-def write_curve(path: Path, rows: list[Row]) -> None:
-    """A CSV with a row for each epoch, whole or not at all."""
-
-    def make(place: Path) -> None:
-        with place.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    checkpoint.write(path, make)
 
 
 def _step(

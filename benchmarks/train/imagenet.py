@@ -20,7 +20,7 @@ from benchmarks.train import options as common
 from benchmarks.train.epochs import Row, Run, Task, train
 from benchmarks.train.folder import Images, folders
 from benchmarks.train.paper import FROM_SCRATCH, RETRAIN, recipe_of
-from benchmarks.train.ranks import Ranks, joined, spread, summed
+from benchmarks.train.ranks import Ranks, spread, summed
 from benchmarks.train.shares import once, training, validation
 from octav_fx import OctavError, zoo
 
@@ -30,13 +30,7 @@ _EXAMPLES = 8
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Train as the arguments say; returns the curve. An OctavError ends the process without a traceback."""
-    options = _parser().parse_args(arguments)
-    try:
-        common.check(options)
-        with joined(options.device) as ranks:
-            return run(options, ranks)
-    except OctavError as error:
-        raise SystemExit(f"benchmarks.train.imagenet: {error}") from error
+    return common.started("imagenet", run, _parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> list[Row]:

@@ -1,6 +1,5 @@
 """The training loop: the same for float and quantized nets, the same curve wherever it was stopped and resumed."""
 
-import csv
 import dataclasses
 import fcntl
 import json
@@ -92,7 +91,7 @@ def _train(
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
-            _write_curve(folder / CURVE, progress["curve"])
+            checkpoint.write_csv(folder / CURVE, COLUMNS, progress["curve"])
             checkpoint.save(folder / CHECKPOINT, model, optimizer, progress)
     bar.close()
     if measured and run.clip != FLOAT:
@@ -182,16 +181,6 @@ def _claim(folder: Path, run: Run, recipe: Recipe) -> None:
     if path.exists() and path.read_text() != wanted:
         raise OctavError(f"{folder} holds another run, {json.loads(path.read_text())}: give another folder as --out")
     checkpoint.write(path, lambda place: place.write_text(wanted))
-
-
-def _write_curve(path: Path, curve: list[dict[str, Any]]) -> None:
-    def make(place: Path) -> None:
-        with place.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(curve)
-
-    checkpoint.write(path, make)
 
 
 def _finish(folder: Path, run: Run, recipe: Recipe, progress: dict[str, Any], failed: str | None) -> dict[str, Any]:

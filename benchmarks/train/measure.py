@@ -15,7 +15,7 @@ from octav_fx.graph.rules import Role, rule_of
 from octav_fx.ops import FakeQuantizer
 from octav_fx.quant import solver
 from octav_fx.quant.axis import to_rows
-from octav_fx.quant.grid import Grid, magnitudes
+from octav_fx.quant.grid import Grid
 
 # Steps are counted until the clip moves by less than this share.
 SETTLED: Final = 1e-3
@@ -93,8 +93,7 @@ def newton_steps(rows: Tensor, hint: Tensor, grid: Grid, step: solver.NewtonStep
     Rows that alternate between two clips around the crossing never do; they count as settled when a step leads back
     to the clip before the last.
     """
-    magnitude = magnitudes(rows, grid)
-    mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp(min=1)
+    mean = solver.mean_magnitude(rows, grid)
     clip = torch.where(hint > 0, hint, mean)
     before = torch.zeros_like(clip)
     for count in range(1, _MOST + 1):

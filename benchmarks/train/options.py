@@ -2,13 +2,14 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from benchmarks.train.ranks import PARALLEL, Ranks
+from benchmarks.train.epochs import Row
+from benchmarks.train.ranks import PARALLEL, Ranks, joined
 from octav_fx import Config, OctavError, coverage, quantize
 from octav_fx.ops import FakeQuantizer
 
@@ -33,6 +34,18 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--lr", type=float, help="default: the recipe's, in proportion to the global batch")
     made.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)")
     return made
+
+
+def started(
+    module: str, run: Callable[[argparse.Namespace, Ranks], list[Row]], options: argparse.Namespace
+) -> list[Row]:
+    """Run a recipe on a process group; an OctavError ends the process with one line that names the recipe's module."""
+    try:
+        check(options)
+        with joined(options.device) as ranks:
+            return run(options, ranks)
+    except OctavError as error:
+        raise SystemExit(f"benchmarks.train.{module}: {error}") from error
 
 
 def config_of(options: argparse.Namespace, **fields: Any) -> Config:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.train import options as common
 from benchmarks.train.epochs import Row, Run, Task, train
-from benchmarks.train.ranks import Ranks, joined, spread
+from benchmarks.train.ranks import Ranks, spread
 from benchmarks.train.shares import once, training, validation
 from benchmarks.train.squad_data import Question, Window, Windows, read, windows
 from benchmarks.train.squad_score import answer, scores
@@ -43,13 +43,7 @@ _LAYOUTS: Final = {
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Train as the arguments say; returns the curve. An OctavError ends the process without a traceback."""
-    options = _parser().parse_args(arguments)
-    try:
-        common.check(options)
-        with joined(options.device) as ranks:
-            return run(options, ranks)
-    except OctavError as error:
-        raise SystemExit(f"benchmarks.train.squad: {error}") from error
+    return common.started("squad", run, _parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> list[Row]:

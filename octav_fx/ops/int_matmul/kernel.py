@@ -119,27 +119,12 @@ def int_matmul_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     columns = tile_n * BLOCK_N + tl.arange(0, HALF)
-    finish(
-        *(left, rows, columns, x_scale_ptr, w_scale_ptr, w_sums_ptr, bias_ptr, out_ptr, m, n, out_n, out_stride),
-        *(OFFSET, SCALED_ROWS, SCALED_COLUMNS),
-    )
-    finish(
-        *(
-            right,
-            rows,
-            columns + HALF,
-            x_scale_ptr,
-            w_scale_ptr,
-            w_sums_ptr,
-            bias_ptr,
-            out_ptr,
-            m,
-            n,
-            out_n,
-            out_stride,
-        ),
-        *(OFFSET, SCALED_ROWS, SCALED_COLUMNS),
-    )
+    for half in tl.static_range(2):
+        finish(
+            *(left if half == 0 else right, rows, columns + half * HALF),
+            *(x_scale_ptr, w_scale_ptr, w_sums_ptr, bias_ptr, out_ptr, m, n, out_n, out_stride),
+            *(OFFSET, SCALED_ROWS, SCALED_COLUMNS),
+        )
 
 
 def is_aligned(x: Tensor) -> bool:

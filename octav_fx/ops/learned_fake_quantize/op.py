@@ -14,17 +14,13 @@ from octav_fx.quant.learned import clip_of
 _SETTINGS = "int bits, bool signed, int? dim, str method"
 
 
-def _by_reference(*args: Any, out: Tensor) -> bool:
-    return False
-
-
 def _empty(
     x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str, is_data: bool
 ) -> Tensor:
     return torch.empty_like(x)
 
 
-def _cpu(
+def _composed(
     x: Tensor,
     parameter: Tensor,
     bits: int,
@@ -34,6 +30,7 @@ def _cpu(
     is_data: bool,
     out: Tensor,
 ) -> bool:
+    """See reference.py. Composed of the op for a given clip, so that each device runs the kernel it has."""
     clip = clip_of(parameter, Grid(bits, signed), method)
     torch.ops.octav.fake_quantize(x, clip, bits, signed, dim, "pwl", out=out)
     return True
@@ -44,7 +41,8 @@ learned_fake_quantize = define(
     f"Tensor x, Tensor parameter, {_SETTINGS}, bool is_data",
     empty=_empty,
     reference=reference.learned_fake_quantize,
-    cpu=_cpu,
+    cpu=_composed,
+    cuda=_composed,
 )
 
 
@@ -59,7 +57,6 @@ learned_fake_quantize_backward = define(
     f"Tensor grad, Tensor x, Tensor parameter, {_SETTINGS}",
     empty=_empty_gradient,
     reference=reference.learned_fake_quantize_backward,
-    cpu=_by_reference,
 )
 
 
@@ -81,7 +78,6 @@ learned_parameter_backward = define(
     f"Tensor grad, Tensor x, Tensor parameter, {_SETTINGS}, bool is_data",
     empty=_empty_parameter_gradient,
     reference=reference.learned_parameter_backward,
-    cpu=_by_reference,
 )
 
 

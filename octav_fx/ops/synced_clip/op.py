@@ -17,7 +17,8 @@ def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, me
     return x.new_empty(clip_shape(x, dim), dtype=torch.float32)
 
 
-def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
+def _alone(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
+    """Where there are no other ranks: by the op for that, so that each device runs the kernel it has."""
     if has_others():
         return False
     torch.ops.octav.optimal_clip(x, hint, bits, signed, dim, method, out=out)
@@ -29,5 +30,6 @@ synced_clip = define(
     "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
     empty=_empty,
     reference=reference.synced_clip,
-    cpu=_cpu,
+    cpu=_alone,
+    cuda=_alone,
 )
