@@ -1,4 +1,4 @@
-"""The CPU passes (ops/*/kernel.cpp): built once with the machine's C++ compiler, called through ctypes.
+"""The CPU passes (ops/*/*.cpp): built once with the machine's C++ compiler, called through ctypes.
 
 Each build lies in the user's cache folder under the hash of its sources and flags. Without a compiler the references
 run instead, three to ten times slower; a warning says so, once.
@@ -32,6 +32,8 @@ _FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: Final = {
     "octav_optimal_clip": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
+    "octav_percentile": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _LONG, _INT),
+    "octav_sweep": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT),
     "octav_dequantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _INT),
     "octav_fake_quantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     "octav_fake_quantize_backward": (*(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),),
@@ -67,17 +69,17 @@ def _built() -> Path:
     compiler = shlex.split(found or "")
     if not compiler:
         raise OSError("no C++ compiler found; install one or set CXX")
-    sources = sorted(Path(__file__).parent.glob("*/kernel.cpp"))
+    sources = sorted(Path(__file__).parent.glob("*/*.cpp"))
     flags = [*_FLAGS, *_ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), ()), *_openmp()]
     identity = hashlib.sha256(" ".join([*compiler, *flags]).encode())
-    for source in [*sources, *Path(__file__).parent.glob("*.h")]:
+    for source in [*sources, *sorted(Path(__file__).parent.rglob("*.h"))]:
         identity.update(source.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octav_fx"
     target = folder / f"kernels-{identity.hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            objects = [str(Path(scratch) / f"{source.parent.name}.o") for source in sources]
+            objects = [str(Path(scratch) / f"{source.parent.name}-{source.stem}.o") for source in sources]
             for source, output in zip(sources, objects, strict=True):
                 command = [*compiler, *flags, "-c", str(source), "-o", output]
                 subprocess.run(command, check=True, capture_output=True, text=True)

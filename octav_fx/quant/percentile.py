@@ -1,15 +1,24 @@
 """A percentile of the magnitudes as clip: 99.9, 99.99 or 99.999 % (Wu et al., arXiv 2004.09602)."""
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from octav_fx.quant.grid import Grid, magnitudes
 
+# One in so many values lies beyond the clip.
+ONE_IN: Final = {
+    "percentile": 1000,
+    "percentile-99.9": 1000,
+    "percentile-99.99": 10_000,
+    "percentile-99.999": 100_000,
+}
+
 
 def percentile(one_in: int) -> Callable[[Tensor, Tensor, Grid], Tensor]:
-    """The method that lets one in so many values lie beyond the clip: 1000 is the percentile 99.9."""
+    """The method that lets one in so many values lie beyond the clip."""
 
     def clip_of(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
         """Rows [R, N] -> [R], the least magnitude that n // one_in of the row's n finite values exceed at most.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.quant.grid import Grid, magnitudes
-from octav_fx.quant.percentile import percentile
+from octav_fx.quant.percentile import ONE_IN, percentile
 from octav_fx.quant.sweep import sweep
 
 # Cold Newton needs 13 steps at 8 bits; the rest is for rows of a few elements, where the safeguard has to bisect.
@@ -157,9 +157,6 @@ METHODS: Final[dict[str, Callable[[Tensor, Tensor, Grid], Tensor]]] = {
     "octav": octav,
     "octav-grid": octav_grid,
     "max": largest,
-    "percentile": percentile(1000),
-    "percentile-99.9": percentile(1000),
-    "percentile-99.99": percentile(10_000),
-    "percentile-99.999": percentile(100_000),
+    **{name: percentile(one_in) for name, one_in in ONE_IN.items()},
     "mse": sweep,
 }

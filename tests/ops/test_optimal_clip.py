@@ -71,8 +71,90 @@ def test_the_kernel_finds_what_the_reference_finds_on_the_grid(kernels, shape, d
     torch.testing.assert_close(warm, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("method", NEWTON)
-@pytest.mark.parametrize(("shape", "dim"), [((100_003,), None), ((37, 2003), 0), ((5, 301, 50), 1)])
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_kernel_selects_what_the_reference_selects(kernels, data):
+    x = data.draw(tensors(DTYPES))
+    dim = data.draw(axes(x))
+    signed, method = data.draw(st.booleans()), data.draw(st.sampled_from(["max", "percentile", "percentile-99.99"]))
+    hint = data.draw(st.sampled_from([0.0, 0.1, 1.0, 50.0, math.inf, math.nan])) + cold(x, dim)
+    with filled_with_nan():
+        clip = optimal_clip(x, hint, 4, signed, dim, method)
+    assert torch.equal(clip, reference.optimal_clip(x, hint, 4, signed, dim, method))
+
+
+@pytest.mark.parametrize("method", ["percentile", "percentile-99.99"])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("kind", ["gaussian", "half zeros", "almost all zeros", "with infinities", "few levels"])
+def test_the_kernel_selects_what_the_reference_selects_from_long_rows(kernels, kind, signed, method):
+    x = SELECTED[kind]()
+    expected = reference.optimal_clip(x, COLD, 4, signed, None, method)
+    for factor in (0, 1e-9, 0.5, 0.95, 1, 1.05, 1.4, 100, math.inf):
+        assert torch.equal(optimal_clip(x, expected * factor, 4, signed, None, method), expected), factor
+
+
+SELECTED = {
+    "gaussian": lambda: torch.randn(70_003),
+    "half zeros": lambda: torch.randn(30_000).relu(),
+    "almost all zeros": lambda: torch.cat([torch.zeros(20_000), torch.tensor([-3.0, 2.0])]),
+    "with infinities": lambda: torch.cat([torch.randn(12_000), torch.tensor([math.inf, math.nan]).tile(999)]),
+    "few levels": lambda: torch.randn(20_011).round(decimals=1),
+}
+
+
+def error_and_rounding(row, clip, bits, signed):
+    """In float64: the squared error of a row at a clip, and what float32 may make of it."""
+    x = torch.where(row.isfinite(), row, 0).double()
+    grid = Grid(bits, signed)
+    step = clip.double() / grid.steps
+    if step == 0:
+        return x.square().sum(), 0.0
+    errors = ((x / step).round().clamp(grid.low, grid.high) * step - x).abs()
+    # x / step is three roundings away from what it should be, and so is the error then; squaring and adding up 64
+    # squares in a lane of a chunk are one each.
+    moved = 3 * 2**-24 * x.abs()
+    return errors.square().sum(), ((errors + moved).square() * (1 + 65 * 2**-24) - errors.square()).sum()
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_kernel_sweeps_as_the_reference_does(kernels, data):
+    # float16 holds no magnitude that is beyond the reference's float32 once it is squared.
+    x = data.draw(tensors([torch.float32, torch.float16]))
+    x = torch.where((x.abs() > 1e15) | (x.abs() < 1e-15), 0, x)
+    dim = data.draw(axes(x))
+    bits, signed = data.draw(st.integers(2, 8)), data.draw(st.booleans())
+    hint = data.draw(st.sampled_from([0.0, 0.1, 1.0, 50.0, math.inf, math.nan])) + cold(x, dim)
+    with filled_with_nan():
+        clips = optimal_clip(x, hint, bits, signed, dim, "mse").reshape(-1)
+    expected = reference.optimal_clip(x, hint, bits, signed, dim, "mse").reshape(-1)
+    for row, clip, best in zip(to_rows(x, dim).float(), clips, expected, strict=True):
+        if clip != best:
+            (error, above), (least, below) = (error_and_rounding(row, c, bits, signed) for c in (clip, best))
+            assert error - least <= above + below
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("name", "signed"), SIGNS)
+def test_the_kernel_sweeps_a_long_row_from_every_hint(kernels, name, signed, bits):
+    x = SAMPLES[name](70_001)
+    expected = reference.optimal_clip(x, COLD, bits, signed, None, "mse")
+    for factor in (0, 0.01, 0.95, 1, 1.05, 100):
+        # With these seeds no two candidates are closer than rounding.
+        assert torch.equal(optimal_clip(x, expected * factor, bits, signed, None, "mse"), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e18, 1e37])
+def test_the_kernel_sweeps_whatever_the_magnitude(kernels, scale):
+    x = torch.randn(5000) * scale
+    # Multiples of the least number are all there is at the lower end: a grid of those.
+    tolerance = max(4 * 2**-24, 2**-149 / (x.abs().max().item() / 100))
+    expected = reference.optimal_clip((x.double() / scale).float(), COLD, 4, True, None, "mse").item() * scale
+    assert optimal_clip(x, COLD, 4, True, None, "mse").item() == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("method", ["octav", "octav-grid", "max", "percentile", "mse"])
+@pytest.mark.parametrize(("shape", "dim"), [((200_003,), None), ((37, 2003), 0), ((5, 301, 50), 1)])
 def test_the_number_of_threads_changes_no_bit(kernels, threads, method, shape, dim):
     x, clips = torch.randn(shape), []
     for count in (1, 2, 3):

@@ -1,11 +1,8 @@
 // The fixed point of both recursions over rows of floats. quant/solver.py is the definition; the bracket and the
 // restart are the same, but here the iteration stops when it stands still: on a CPU that costs no synchronisation.
-#include <algorithm>
-#include <cfloat>
-#include <cmath>
-#include <cstdint>
 #include <type_traits>
-#include <vector>
+
+#include "rows.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -13,11 +10,7 @@
 
 namespace {
 
-// Sums run in float over a chunk, whose partial results are then added in double and in order: the result does not
-// depend on the number of threads.
-constexpr int64_t CHUNK = 1024;
 constexpr int MAX_STEPS = 64;
-constexpr int64_t PARALLEL_FROM = 1 << 16;
 // Shorter rows stay in the nearest cache, where reading all of them again is as fast.
 constexpr int64_t GATHERED_FROM = 1 << 13;
 // What a thread keeps allocated of gathered values between two calls, 4 MB.
@@ -36,11 +29,6 @@ struct Grid {
   double steps, noise, k;
   bool is_signed;
 };
-
-template <bool SIGNED>
-inline float magnitude(float x) {
-  return SIGNED ? std::fabs(x) : x;
-}
 
 // FINITE: leave out infinities. NaN fails every comparison by itself.
 template <bool SIGNED, bool FINITE>
@@ -121,24 +109,6 @@ Errors error_of(const float* x, int64_t n, float clip, const Grid& grid) {
     power += value * value;
   }
   return {sum, power};
-}
-
-// The sum of pass(first element, count) over the chunks, in their order.
-template <class Result, class Pass>
-Result total(int64_t n, int threads, Pass pass) {
-  const int64_t parts = (n + CHUNK - 1) / CHUNK;
-  const auto part = [&](int64_t i) { return pass(i * CHUNK, std::min(CHUNK, n - i * CHUNK)); };
-  Result sum;
-  if (threads == 1 || n < PARALLEL_FROM) {
-    // No list of results: a weight has thousands of short rows, and allocating would take longer than adding.
-    for (int64_t i = 0; i < parts; i++) sum += part(i);
-    return sum;
-  }
-  std::vector<Result> results(parts);
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < parts; i++) results[i] = part(i);
-  for (const Result& result : results) sum += result;
-  return sum;
 }
 
 // The best of the neighbours of a fixed point, itself if none is better. The constants are those of quant/solver.py.
@@ -315,13 +285,9 @@ float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads
 
 template <bool SIGNED, bool ON_GRID>
 void solve_rows(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, const Grid& grid, int threads) {
-  if (rows == 1) {
-    clip[0] = solve<SIGNED, ON_GRID, false>(x, n, hint[0], grid, threads);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * n >= PARALLEL_FROM)
-  for (int64_t row = 0; row < rows; row++)
-    clip[row] = solve<SIGNED, ON_GRID, false>(x + row * n, n, hint[row], grid, 1);
+  each_row(x, rows, n, hint, clip, threads, [&](const float* row, float near, int of_row) {
+    return solve<SIGNED, ON_GRID, false>(row, n, near, grid, of_row);
+  });
 }
 
 }  // namespace

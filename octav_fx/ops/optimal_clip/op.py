@@ -9,6 +9,7 @@ from octav_fx.ops import native
 from octav_fx.ops.define import define
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.quant.axis import clip_shape, to_rows
+from octav_fx.quant.percentile import ONE_IN
 
 # Their order is the kernel's.
 _NEWTON = ("octav", "octav-grid")
@@ -21,23 +22,21 @@ def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, me
 def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
     library = native.library()
     fits = out.shape == clip_shape(x, dim) and out.dtype is torch.float32 and out.is_contiguous()
-    if library is None or x.dtype is torch.float64 or method not in _NEWTON or not fits:
+    if library is None or x.dtype is torch.float64 or not fits:
         return False
     # The order of the elements does not matter: a dense tensor is one row, as it lies in memory.
     flat = dim is None and native.is_dense(x)
     rows = x.as_strided((1, x.numel()), (x.numel(), 1)) if flat else to_rows(x, dim)
     rows = rows.to(torch.float32).contiguous()
     hint = native.checked(hint, clip_shape(x, dim))
-    library.octav_optimal_clip(
-        rows.data_ptr(),
-        *rows.shape,
-        hint.data_ptr(),
-        out.data_ptr(),
-        bits,
-        signed,
-        _NEWTON.index(method),
-        torch.get_num_threads(),
-    )
+    data, threads = (rows.data_ptr(), *rows.shape, hint.data_ptr(), out.data_ptr()), torch.get_num_threads()
+    if method in _NEWTON:
+        library.octav_optimal_clip(*data, bits, signed, _NEWTON.index(method), threads)
+    elif method == "mse":
+        library.octav_sweep(*data, bits, signed, threads)
+    else:
+        # "max": no value lies beyond.
+        library.octav_percentile(*data, signed, ONE_IN.get(method, 0), threads)
     return True
 
 

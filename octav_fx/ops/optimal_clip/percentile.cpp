@@ -1,0 +1,53 @@
+// A percentile of the magnitudes, or the largest. quant/percentile.py is the definition.
+#include <functional>
+
+#include "rows.h"
+
+namespace {
+
+// How far below the last clip a value may lie and still be looked at: a percentile moves less between two steps.
+constexpr float KEEP = 0.75f;
+
+template <bool SIGNED>
+inline float finite_magnitude(float x) {
+  const float m = magnitude<SIGNED>(x);
+  return m > 0 && m <= FLT_MAX ? m : 0.f;
+}
+
+template <bool SIGNED>
+float largest_of(const float* x, int64_t n) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; i++) largest = std::max(largest, finite_magnitude<SIGNED>(x[i]));
+  return largest;
+}
+
+template <bool SIGNED>
+float percentile(const float* x, int64_t n, float hint, int64_t one_in) {
+  int64_t finite = 0;
+#pragma omp simd reduction(+ : finite)
+  for (int64_t i = 0; i < n; i++) finite += std::fabs(x[i]) <= FLT_MAX;
+  const int64_t beyond = one_in ? finite / one_in : 0;
+  if (beyond == 0) return largest_of<SIGNED>(x, n);
+  std::vector<float> kept;
+  const auto keep = [&](float floor) {
+    kept.clear();
+    for (int64_t i = 0; i < n; i++)
+      if (const float m = finite_magnitude<SIGNED>(x[i]); m >= floor) kept.push_back(m);
+  };
+  keep(hint > 0 && hint <= FLT_MAX ? KEEP * hint : 0.f);
+  if (int64_t(kept.size()) <= beyond) keep(0.f);
+  std::nth_element(kept.begin(), kept.begin() + beyond, kept.end(), std::greater<float>());
+  // Where so many values are zero the largest is the clip.
+  return kept[beyond] > 0 ? kept[beyond] : *std::max_element(kept.begin(), kept.end());
+}
+
+}  // namespace
+
+// x: [rows, n] contiguous. hint, clip: [rows]. one_in: so many values let one lie beyond the clip; 0: none does.
+extern "C" void octav_percentile(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, int is_signed,
+                                 int64_t one_in, int threads) {
+  const auto run = is_signed ? percentile<true> : percentile<false>;
+  each_row(x, rows, n, hint, clip, threads,
+           [&](const float* row, float near, int) { return run(row, n, near, one_in); });
+}

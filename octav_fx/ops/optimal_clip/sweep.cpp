@@ -1,0 +1,71 @@
+// The best of 100 clips by the true squared error. quant/sweep.py is the definition; here a candidate is given up as soon
+// as it is worse than the best so far, and the first to be tried is the one next to the last clip.
+#include "rows.h"
+
+namespace {
+
+constexpr int POINTS = 100;
+// After so many elements a candidate is compared with the best.
+constexpr int64_t BETWEEN = 64 * CHUNK;
+// The inverse of a smaller step is beyond float.
+constexpr float LEAST_STEP = 1e-37f;
+
+struct Range {
+  double low, high;
+};
+
+// Sum of squared errors in units of the step, of which no square over- or underflows.
+template <class T>
+double error_of(const float* x, int64_t n, double step, const Range& range) {
+  const T inverse = T(1 / step), low = T(range.low), high = T(range.high);
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) {
+    const T value = std::fabs(x[i]) <= FLT_MAX ? T(x[i]) * inverse : T(0);
+    const T error = std::min(std::max(std::nearbyint(value), low), high) - value;
+    sum += error * error;
+  }
+  return double(sum);
+}
+
+template <bool SIGNED>
+float sweep(const float* x, int64_t n, float hint, double steps, const Range& range, int threads) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; i++) {
+    const float m = magnitude<SIGNED>(x[i]);
+    largest = m > largest && m <= FLT_MAX ? m : largest;
+  }
+  if (largest == 0) return 0;
+  const auto clip_of = [&](int k) { return largest * (float(k) / float(POINTS)); };
+  const double share = double(hint) / largest * POINTS;
+  const int first = share >= 1 && share <= POINTS ? int(share) : POINTS / 2;
+  int best = 0;
+  double least = INFINITY;
+  // first, first + 1, first - 1, first + 2, ...
+  for (int i = 0; i < 2 * POINTS; i++) {
+    const int k = i % 2 ? first + (i + 1) / 2 : first - i / 2;
+    if (k < 1 || k > POINTS) continue;
+    const double step = clip_of(k) / steps;
+    const auto pass = step >= LEAST_STEP ? error_of<float> : error_of<double>;
+    double error = 0;
+    for (int64_t from = 0; from < n && error <= least; from += BETWEEN)
+      error += step * step * total<double>(std::min(BETWEEN, n - from), threads, [&](int64_t at, int64_t length) {
+        return pass(x + from + at, length, step, range);
+      });
+    if (error < least || (error == least && k < best)) best = k, least = error;
+  }
+  return clip_of(best);
+}
+
+}  // namespace
+
+// x: [rows, n] contiguous. hint, clip: [rows].
+extern "C" void octav_sweep(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, int bits,
+                            int is_signed, int threads) {
+  const double steps = double(1 << (is_signed ? bits - 1 : bits));
+  const Range range{is_signed ? -steps : 0, steps - 1};
+  const auto run = is_signed ? sweep<true> : sweep<false>;
+  each_row(x, rows, n, hint, clip, threads,
+           [&](const float* row, float near, int of_row) { return run(row, n, near, steps, range, of_row); });
+}
