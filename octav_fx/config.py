@@ -30,7 +30,8 @@ class Config:
     activation_bits: int = 4
     # Bits of the first convolutions and last linear layers; None: no exception for them.
     edge_bits: int | None = 8
-    # "octav" (eq. 6), "octav-grid" (the same step on the grid itself), "max" (no clipping): quant/solver.py.
+    # "octav" (eq. 6), "octav-grid" (the same step on the grid itself), "octav-tight" (eq. 6 with rounding counted four
+    # times, for transformers), "max" (no clipping): quant/solver.py.
     # "percentile-99.9" ("percentile" for short), "percentile-99.99", "percentile-99.999": quant/percentile.py.
     # "mse", the best of 100 clips by the true error: quant/sweep.py.
     # "pact", a learned clip for activations, weights are clipped at their maximum ("max"); "lsq", a learned step for
@@ -46,8 +47,8 @@ class Config:
     # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/fold_batchnorm.py.
     fold_batchnorm: bool = False
     # In training mode of a distributed run, as in SyncBatchNorm: the clip of an activation is that of what all ranks
-    # hold, for "octav", "octav-grid" and "max". Weights and learned clips are the same on every rank without it. Every
-    # rank has to run the same forwards. How many collectives that takes: quant/synced.py.
+    # hold, for "max" and those named after octav. Weights and learned clips are the same on every rank without it.
+    # Every rank has to run the same forwards. How many collectives that takes: quant/synced.py.
     sync_clip: bool = False
     # Node name or glob -> fields to change there, or None to leave the node float. Exact name > last matching glob.
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)

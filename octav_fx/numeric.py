@@ -17,9 +17,9 @@ def optimal_clip(x: Tensor, bits: int, *, signed: bool = True, dim: int | None =
     """The clip with the least quantization error (arXiv 2206.06501, eq. 6), found from scratch.
 
     x [...] floating point; zeros, inf and NaN do not take part. dim is the channel axis for one clip per index of it.
-    method is one of Config's clips that is not learned: "octav", "octav-grid", "max", "percentile", "mse". Returns
-    float32 in the units of x, [] or [C]; 0 where there is nothing but zeros. Raises OctavError for integers, bits
-    outside of 2..8, or an axis that x does not have.
+    method is one of Config's clips that is not learned: "octav", "octav-grid", "octav-tight", "max", "percentile",
+    "mse". Returns float32 in the units of x, [] or [C]; 0 where there is nothing but zeros. Raises OctavError for
+    integers, bits outside of 2..8, or an axis that x does not have.
     """
     axis = _check(x, bits, dim)
     if method not in METHODS:

@@ -80,8 +80,8 @@ def test_bits_have_to_be_given(name):
         (
             "clip",
             (
-                *("octav", "octav-grid", "max", "percentile", "percentile-99.9", "percentile-99.99"),
-                *("percentile-99.999", "mse", "pact", "lsq"),
+                *("octav", "octav-grid", "octav-tight", "max", "percentile", "percentile-99.9"),
+                *("percentile-99.99", "percentile-99.999", "mse", "pact", "lsq"),
             ),
         ),
         ("weight_gradient", ("ste", "pwl", "mad")),

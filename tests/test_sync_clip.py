@@ -93,7 +93,7 @@ def count(rank: int) -> None:
     dist.all_reduce = counted(calls)
     torch.manual_seed(0)
     x = torch.randn(100_000)
-    for method, cold, warm in (("max", 1, 1), ("octav", 12, 4), ("octav-grid", 13, 5)):
+    for method, cold, warm in (("max", 1, 1), ("octav", 12, 4), ("octav-grid", 13, 5), ("octav-tight", 12, 5)):
         quantizer = FakeQuantizer(Spec(4, True, None, method, "pwl", sync=True))
         for most in (cold, warm):
             calls.clear()

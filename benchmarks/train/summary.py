@@ -107,7 +107,7 @@ def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
         for row in values["errors"]:
             if row["bits"] == run.bits:
                 cells.setdefault((_column(run), row["kind"]), {}).setdefault(run.clip, []).append(row["sqnr"])
-    methods = [clip for clip in tables.METHODS if any(clip in of_kind for of_kind in cells.values())]
+    methods = [clip for clip in (*tables.METHODS, *tables.LATER) if any(clip in of_kind for of_kind in cells.values())]
     return [
         {"net": net, "operands": kind}
         | {m: f"{statistics.mean(of_kind[m]):.1f}" if m in of_kind else "-" for m in methods}

@@ -104,6 +104,20 @@ def octav(x: Tensor, hint: Tensor, grid: Grid, total: Total = alone) -> Tensor:
     return newton(x, mean_magnitude(x, grid, total), hint, grid, octav_step, total)
 
 
+def octav_tight(x: Tensor, hint: Tensor, grid: Grid, total: Total = alone) -> Tensor:
+    """The paper's clip where a rounding error costs four times what a clipping error does: that for one bit less.
+
+    Both count alike in eq. 4, but not in training: what is clipped is clipped again in the next step, and the layers
+    around it learn with it, while what is rounded is noise to them. The noise term of eq. 6 is then 4 * 4**-B / 3.
+    """
+    return octav(x, hint, Grid(grid.bits - 1, grid.signed), total)
+
+
+def as_octav(bits: int, method: str) -> tuple[int, str]:
+    """Bits and method as kernels know them: "octav-tight" is "octav" for one bit less."""
+    return (bits - 1, "octav") if method == "octav-tight" else (bits, method)
+
+
 def octav_grid(x: Tensor, hint: Tensor, grid: Grid, total: Total = alone) -> Tensor:
     """The clip for the two's-complement or unsigned grid itself: the fixed point, and the best of its neighbours.
 
@@ -156,6 +170,7 @@ def largest(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
 METHODS: Final[dict[str, Callable[[Tensor, Tensor, Grid], Tensor]]] = {
     "octav": octav,
     "octav-grid": octav_grid,
+    "octav-tight": octav_tight,
     "max": largest,
     **{name: percentile(one_in) for name, one_in in ONE_IN.items()},
     "mse": sweep,

@@ -1,8 +1,8 @@
 """The clip of a tensor whose parts lie on several processes: each computes its sums, and the totals decide.
 
 Layers are solved one after another, since what comes into one depends on the clips before it, so there is no collective
-for a whole model at once. Per operand there is one for the largest magnitude, and then, for "octav" and "octav-grid",
-one for the mean, one for each Newton step until nothing moves (some three to six from the hint of the last call, STEPS
+for a whole model at once. Per operand there is one for the largest magnitude, and then, but for "max", one for the
+mean, one for each Newton step until nothing moves (some three to six from the hint of the last call, STEPS
 at most) and, for "octav-grid", one for the neighbours' errors. Each takes a few numbers for each row.
 """
 
@@ -16,9 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from octav_fx.quant.grid import Grid, magnitudes
-from octav_fx.quant.solver import Total, octav, octav_grid, power_of_two
+from octav_fx.quant.solver import Total, octav, octav_grid, octav_tight, power_of_two
 
-_NEWTON: Final[dict[str, Callable[[Tensor, Tensor, Grid, Total], Tensor]]] = {"octav": octav, "octav-grid": octav_grid}
+_NEWTON: Final[dict[str, Callable[[Tensor, Tensor, Grid, Total], Tensor]]] = {
+    "octav": octav,
+    "octav-grid": octav_grid,
+    "octav-tight": octav_tight,
+}
 # The methods that sums over all ranks decide; another one needs all values in one place.
 SYNCED: Final = (*_NEWTON, "max")
 

@@ -14,7 +14,7 @@ from tests.ops.strategies import DTYPES, axes, filled_with_nan, tensors
 from tests.quant.samples import SAMPLES, SIGNS, fixed_point, least_error, squared_error
 
 COLD = torch.tensor(0.0)
-NEWTON = ["octav", "octav-grid"]
+NEWTON = ["octav", "octav-grid", "octav-tight"]
 # What kernel and reference may differ by: both end within a few roundings (2**-24 = 6e-8 each) of one fixed point.
 CLOSE = {"rtol": 1e-6, "atol": 0}
 
@@ -33,6 +33,16 @@ def test_the_kernel_finds_the_fixed_point_from_any_hint(kernels, name, signed, b
         # Chunks of 1024 are summed in float, in 16 lanes or fewer, and added in double: 64 roundings of 2**-24 at most
         # if all went the same way, which they do not.
         assert clip.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("solve", ["kernel", "reference"])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("name", "signed"), SIGNS)
+def test_octav_tight_counts_rounding_four_times(kernels, name, signed, bits, solve):
+    x = SAMPLES[name](20_000)
+    clip = SOLVERS[solve](x, COLD, bits, signed, None, "octav-tight")
+    # A bit less is twice the step and four times its square; as in the test above.
+    assert clip.item() == pytest.approx(fixed_point(x, bits - 1, signed), rel=1e-6)
 
 
 @pytest.mark.parametrize("elements", [9, 64])
@@ -153,7 +163,7 @@ def test_the_kernel_sweeps_whatever_the_magnitude(kernels, scale):
     assert optimal_clip(x, COLD, 4, True, None, "mse").item() == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("method", ["octav", "octav-grid", "max", "percentile", "mse"])
+@pytest.mark.parametrize("method", [*NEWTON, "max", "percentile", "mse"])
 @pytest.mark.parametrize(("shape", "dim"), [((200_003,), None), ((37, 2003), 0), ((5, 301, 50), 1)])
 def test_the_number_of_threads_changes_no_bit(kernels, threads, method, shape, dim):
     x, clips = torch.randn(shape), []

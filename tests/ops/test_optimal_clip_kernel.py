@@ -35,12 +35,14 @@ def solves(monkeypatch):
         ("octav", (3, 400), 0, torch.float32, ["solve_rows"]),
         ("octav", (3, 400), None, torch.bfloat16, ["solve_tail"]),
         ("octav-grid", (3, 400), None, torch.float16, ["solve_passes"]),
+        ("octav-tight", (3, 400), None, torch.bfloat16, ["solve_tail"]),
+        ("octav-tight", (3, 400), 0, torch.float32, ["solve_rows"]),
         ("max", (3, 400), None, torch.float32, ["solve_passes"]),
         ("max", (3, 40), -1, torch.float32, ["solve_rows"]),
     ],
 )
 def test_each_tensor_gets_its_solve(monkeypatch, solves, method, shape, dim, dtype, expected):
-    monkeypatch.setattr(kernel, "TAIL_FROM", {4: 1000})
+    monkeypatch.setattr(kernel, "TAIL_FROM", {3: 1000, 4: 1000})
     x = torch.randn(shape, device=DEVICE).to(dtype)
     hint = torch.full(clip_shape(x, dim), 2.0, device=DEVICE)
     out = torch.full_like(hint, math.nan)

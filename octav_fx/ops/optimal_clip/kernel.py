@@ -7,6 +7,7 @@ from torch import Tensor
 from octav_fx.ops.solve_passes.kernel import solve_passes
 from octav_fx.ops.solve_rows.kernel import LONGEST, solve_rows
 from octav_fx.ops.solve_tail.kernel import solve_tail
+from octav_fx.quant.solver import as_octav
 
 # Up to here one program, which holds the tensor, is a single launch and reads it once.
 ONE_PROGRAM: Final = LONGEST
@@ -15,7 +16,7 @@ ONE_PROGRAM: Final = LONGEST
 # atomic for each element of the tail (a tenth of the tensor at 4 bits, a fiftieth at 8); passes read the tensor six
 # times near a good hint, in 26 launches, most of which exit at once. So the histogram wins everywhere but for uniform
 # data at 2 bits, where both come out alike. To be replaced by measurements.
-TAIL_FROM: Final = dict.fromkeys(range(2, 9), ONE_PROGRAM)
+TAIL_FROM: Final = dict.fromkeys(range(1, 9), ONE_PROGRAM)
 
 
 def optimal_clip(
@@ -30,6 +31,7 @@ def optimal_clip(
     one_program: int = ONE_PROGRAM,
 ) -> bool:
     """Write the clips into out [] or [C]; False where only the reference will do."""
+    bits, method = as_octav(bits, method)
     if dim is not None or x.numel() <= one_program:
         return solve_rows(x, hint, bits, signed, dim, method, out=out)
     by_tail = method == "octav" and x.numel() > TAIL_FROM[bits]

@@ -10,6 +10,7 @@ from octav_fx.ops.define import define
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.quant.axis import clip_shape, to_rows
 from octav_fx.quant.percentile import ONE_IN
+from octav_fx.quant.solver import as_octav
 
 # Their order is the kernel's.
 _NEWTON = ("octav", "octav-grid")
@@ -21,6 +22,7 @@ def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, me
 
 def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
     library = native.library()
+    bits, method = as_octav(bits, method)
     fits = out.shape == clip_shape(x, dim) and out.dtype is torch.float32 and out.is_contiguous()
     if library is None or x.dtype is torch.float64 or not fits:
         return False
