@@ -13,8 +13,9 @@ from torch import Tensor
 
 from octav_fx.quant.grid import Grid, magnitudes
 
-# An optimizer may take a parameter to zero and below: it then counts as this much and keeps its gradient, which can
-# bring it back. MQBench's guard for LSQ is the same size; PACT's paper has none.
+# An optimizer may take a parameter past zero: then its magnitude counts, and what would have gone on to zero grows
+# again. MQBench sets the parameters of LSQ to their magnitudes in each forward, and to no less than this; the papers
+# say nothing. Clamping alone would leave a channel at nothing for as long as its parameter is below zero.
 LEAST: Final = torch.finfo(torch.float32).eps
 
 
@@ -76,8 +77,13 @@ LEARNED: Final[dict[str, Learned]] = {
 
 def clip_of(parameter: Tensor, grid: Grid, method: str) -> Tensor:
     """The clip that a parameter [...] stands for, [...]: positive whatever the optimizer has made of it."""
-    held = parameter.clamp(min=LEAST)
+    held = parameter.abs().clamp(min=LEAST)
     return held * grid.steps if LEARNED[method].is_step else held
+
+
+def side(parameter: Tensor) -> Tensor:
+    """The derivative of what clip_of holds by the parameter, [...]: 1, or -1 below zero."""
+    return torch.where(parameter < 0, -1.0, 1.0)
 
 
 def parameter_for(clip: Tensor, grid: Grid, method: str) -> Tensor:

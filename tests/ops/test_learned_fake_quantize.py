@@ -124,17 +124,33 @@ def test_forward_is_fake_quantize_with_the_clip_it_stands_for(method, dtype):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("value", [0.0, -1.0, -1e30, 1e-30])
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e-30, 1e-30])
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_parameter_that_is_not_positive_counts_as_the_least(method, value, signed):
+def test_a_parameter_of_nothing_counts_as_the_least(method, value, signed):
     x, parameter = torch.rand(100, requires_grad=True), torch.tensor(value, requires_grad=True)
     y = learned_fake_quantize(x, parameter, 4, signed, None, method, True)
     # Nothing is flipped, and no level lies beyond the least clip.
     assert ((y >= 0) & (y <= 16 * LEAST)).all()
     (-y).sum().backward()
-    # Larger clips would fit better: the gradient leads back up.
-    assert -math.inf < parameter.grad.item() < 0
+    # Larger clips would fit better: the gradient leads away from zero, to the side where the parameter is.
+    assert 0 < -parameter.grad.item() * (-1 if value < 0 else 1) < math.inf
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [None, 0])
+def test_a_parameter_below_zero_counts_as_its_magnitude(method, dim):
+    x, grad = torch.randn(3, 50), torch.randn(3, 50)
+    value = torch.tensor(0.3) if dim is None else torch.tensor([0.2, 0.1, 0.4])
+    sides = [sign * value for sign in (1, -1)]
+    ys = []
+    for parameter in sides:
+        parameter.requires_grad_(True)
+        ys.append(learned_fake_quantize(x, parameter, 4, True, dim, method, False))
+        ys[-1].backward(grad)
+    assert torch.equal(*ys)
+    assert torch.equal(sides[0].grad, -sides[1].grad)
+    assert sides[0].grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("method", METHODS)

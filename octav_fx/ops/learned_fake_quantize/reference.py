@@ -6,7 +6,7 @@ from torch import Tensor
 from octav_fx.ops.fake_quantize import reference
 from octav_fx.quant.axis import along, clip_shape, to_rows
 from octav_fx.quant.grid import Grid
-from octav_fx.quant.learned import LEARNED, clip_of
+from octav_fx.quant.learned import LEARNED, clip_of, side
 
 
 def learned_fake_quantize(
@@ -49,5 +49,6 @@ def learned_slopes(
     count = x.numel() // max(parameter.numel(), 1)
     if is_data and x.dim() > 1:
         count //= max(x.shape[0], 1)
-    slopes = LEARNED[method].slope(value, clip, grid) * LEARNED[method].scale(count, grid)
+    scale = LEARNED[method].scale(count, grid) * along(side(parameter), x, dim).to(value.dtype)
+    slopes = LEARNED[method].slope(value, clip, grid) * scale
     return torch.where(x.isfinite(), slopes, 0)
