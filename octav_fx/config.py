@@ -47,8 +47,9 @@ class Config:
     # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/fold_batchnorm.py.
     fold_batchnorm: bool = False
     # In training mode of a distributed run, as in SyncBatchNorm: the clip of an activation is that of what all ranks
-    # hold, for "max" and those named after octav. Weights and learned clips are the same on every rank without it.
-    # Every rank has to run the same forwards. How many collectives that takes: quant/synced.py.
+    # hold, for "max" and those named after octav. Weights are the same on every rank without it, and learned clips
+    # that begin with the example inputs. Every rank has to run the same forwards. How many collectives that takes:
+    # quant/synced.py.
     sync_clip: bool = False
     # Node name or glob -> fields to change there, or None to leave the node float. Exact name > last matching glob.
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)

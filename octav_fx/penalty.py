@@ -10,9 +10,9 @@ from octav_fx.ops import FakeQuantizer
 def pact_penalty(q: nn.Module) -> Tensor:
     """The sum of the squared clips that q learns with clip="pact" (arXiv 1805.06085, section 3.1), [], float32.
 
-    loss + factor * pact_penalty(q) regularizes them by themselves. An optimizer's weight_decay over q.parameters() does
-    it already, as half that factor for its coefficient: use one or the other. Raises OctavError for a model without
-    such a clip.
+    loss + factor * pact_penalty(q) regularizes them by themselves. weight_decay=2 * factor of SGD or Adam over
+    q.parameters() does the same: use one or the other. (AdamW's does not pass through its gradients, and is not the
+    same.) Raises OctavError for a model without such a clip.
     """
     learned = [m.learned for m in q.modules() if isinstance(m, FakeQuantizer) and m.spec.method == "pact"]
     clips = [clip for clip in learned if clip is not None]

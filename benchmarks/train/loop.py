@@ -61,7 +61,7 @@ def _train(
     if steps is not None:
         recipe = dataclasses.replace(recipe, steps=steps, warm_up=min(recipe.warm_up, steps // 4))
     every = save_every or max(1, recipe.steps // 10)
-    _claim(folder, run, recipe)
+    _claim(folder, run, recipe, measured)
     data = recipe.data(run.seed)
     model = prepared(run, recipe, data, parent, device)
     optimizer = _optimizer(recipe, model)
@@ -105,8 +105,10 @@ def prepared(run: Run, recipe: Recipe, data: Data, parent: Path | None, device: 
     torch.manual_seed(run.seed)
     net = recipe.net().to(device)
     if run.start == "float":
-        if parent is None or not (parent / CHECKPOINT).exists():
-            raise OctavError(f"{run.name} starts from a trained float net: give the folder of its run as --parent")
+        if parent is None or not _is_finished(parent):
+            raise OctavError(
+                f"{run.name} starts from a trained float net: give the folder of its finished run as --parent"
+            )
         net.load_state_dict(checkpoint.weights(parent / CHECKPOINT), strict=True)
     if run.clip == FLOAT:
         return net.train()
@@ -115,6 +117,11 @@ def prepared(run: Run, recipe: Recipe, data: Data, parent: Path | None, device: 
     if run.clips == "static":
         octav_fx.freeze(octav_fx.calibrate(q, batches))
     return q
+
+
+def _is_finished(folder: Path) -> bool:
+    path = folder / RESULT
+    return path.exists() and json.loads(path.read_text())["final"] is not None
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -148,7 +155,7 @@ def _step(
     loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), label_smoothing=recipe.label_smoothing)
     check_finite(loss, model, x)
     if run.clip == "pact":
-        # With the coefficient of the weights.
+        # With the coefficient of the weights: under SGD what weight decay would do, under AdamW part of the gradient.
         (loss + recipe.weight_decay / 2 * octav_fx.pact_penalty(model)).backward()
     else:
         loss.backward()
@@ -173,14 +180,18 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
 
 
-def _claim(folder: Path, run: Run, recipe: Recipe) -> None:
-    """A folder belongs to one run: going on with another would mix two curves."""
-    schedule = {"steps": recipe.steps, "learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-    wanted = json.dumps({**dataclasses.asdict(run), **schedule}, indent=2)
+def _claim(folder: Path, run: Run, recipe: Recipe, measured: int) -> None:
+    """A folder belongs to one run of one state of the sources: going on with another would mix two curves."""
+    fields = dataclasses.asdict(recipe)
+    schedule = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
+    wanted = {**dataclasses.asdict(run), **schedule, "measured": measured, "sources": result.sources()}
     path = folder / "run.json"
-    if path.exists() and path.read_text() != wanted:
-        raise OctavError(f"{folder} holds another run, {json.loads(path.read_text())}: give another folder as --out")
-    checkpoint.write(path, lambda place: place.write_text(wanted))
+    if path.exists() and (known := json.loads(path.read_text())) != wanted:
+        differs = [f"{name} {known.get(name)!r}" for name in wanted if known.get(name) != wanted[name]]
+        raise OctavError(
+            f"{folder} holds another run, {', '.join(differs)}: delete it, or give another folder as --out"
+        )
+    checkpoint.write(path, lambda place: place.write_text(json.dumps(wanted, indent=2)))
 
 
 def _finish(folder: Path, run: Run, recipe: Recipe, progress: dict[str, Any], failed: str | None) -> dict[str, Any]:

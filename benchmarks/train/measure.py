@@ -19,7 +19,7 @@ from octav_fx.quant.grid import Grid
 
 # Steps are counted until the clip moves by less than this share.
 SETTLED: Final = 1e-3
-_MOST: Final = 50
+MOST: Final = 50
 _STEPS: Final[dict[str, solver.NewtonStep]] = {"octav": solver.octav_step, "octav-grid": solver.octav_grid_step}
 # Ops that leave values as they are, or take some of them.
 _PASSING: Final = frozenset(
@@ -91,12 +91,12 @@ def newton_steps(rows: Tensor, hint: Tensor, grid: Grid, step: solver.NewtonStep
     """Plain Newton steps [R, N], from hint [R] or cold where it is 0, until every row's clip has settled.
 
     Rows that alternate between two clips around the crossing never do; they count as settled when a step leads back
-    to the clip before the last.
+    to the clip before the last. Other cycles end at MOST: newton() leaves them through its bracket.
     """
     mean = solver.mean_magnitude(rows, grid)
     clip = torch.where(hint > 0, hint, mean)
     before = torch.zeros_like(clip)
-    for count in range(1, _MOST + 1):
+    for count in range(1, MOST + 1):
         numerator, denominator = step(rows, clip, grid)
         # As newton() does from a clip beyond every value: back to the mean.
         moved = torch.where(numerator > 0, numerator / denominator.clamp(min=1e-30), mean)
@@ -104,7 +104,7 @@ def newton_steps(rows: Tensor, hint: Tensor, grid: Grid, step: solver.NewtonStep
         if bool((near | ((moved - before).abs() <= SETTLED * before)).all()):
             return count
         before, clip = clip, moved
-    return _MOST
+    return MOST
 
 
 def kinds(q: QuantizedModule) -> dict[tuple[str, str], str]:

@@ -4,16 +4,20 @@ import csv
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import matplotlib
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 from benchmarks.train.run import Run
-from benchmarks.train.tables import Table
+from benchmarks.train.tables import LATER, METHODS, Table
 
 # Files only: there may be no screen.
 matplotlib.use("Agg")
+
+# The same in every panel, whichever methods it has.
+_COLOURS: Final = {clip: f"C{i}" for i, clip in enumerate((*METHODS, *LATER))}
 
 
 def curve(source: Path, target: Path, title: str, score: str) -> None:
@@ -73,13 +77,15 @@ def errors(found: Mapping[Run, dict[str, Any]], target: Path, size: str) -> None
     figure, grid = plt.subplots(rows, columns, figsize=(14, 3 * rows), layout="constrained", squeeze=False)
     for axes, ((net, attention, kind), lines) in zip(grid.flat, sorted(panels.items()), strict=False):
         for label, line in sorted(lines):
-            axes.plot(*zip(*line, strict=True), label=label, linewidth=0.9)
+            axes.plot(*zip(*line, strict=True), color=_COLOURS[label], linewidth=0.9)
         title = f"{net}, {kind}" if attention == "operands" else f"{net}, full attention, {kind}"
         axes.set_title(title, fontsize="small")
         axes.set(xlabel="step", ylabel="SQNR, dB")
     for axes in list(grid.flat)[len(panels) :]:
         axes.axis("off")
-    grid.flat[0].legend(fontsize="x-small")
+    shown = {label for lines in panels.values() for label, _ in lines}
+    handles = [Line2D([], [], color=colour, label=label) for label, colour in _COLOURS.items() if label in shown]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize="small")
     figure.savefig(target, dpi=90)
     plt.close(figure)
 

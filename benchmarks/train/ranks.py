@@ -164,7 +164,7 @@ def read(path: Path) -> dict[str, Any]:
 def restore(found: dict[str, Any], q: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Put what read() returned into q, the optimizer and this rank's loss.
 
-    With another number of ranks the run goes on, with the hints of rank 0 and the sum of the losses there.
+    With another number of ranks the run goes on, with the hints of rank 0 and the mean of the losses on each.
     """
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_state_dict(
@@ -175,10 +175,7 @@ def restore(found: dict[str, Any], q: nn.Module, optimizer: torch.optim.Optimize
     hints = saved[rank if same else 0]["hints"]
     for name, value in _quantizer_state(q):
         value.copy_(hints[name])
-    if same:
-        loss.fill_(saved[rank]["loss"])
-    elif rank == 0:
-        loss.fill_(sum(one["loss"] for one in saved))
+    loss.fill_(saved[rank]["loss"] if same else sum(one["loss"] for one in saved) / len(saved))
 
 
 def _quantizer_state(q: nn.Module) -> list[tuple[str, Tensor]]:

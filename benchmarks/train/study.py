@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, one thread each (default 1)")
     parser.add_argument("--size", default="small", help='"large" is for a GPU')
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, help="of shorter runs, to try it out; give --results, too")
+    parser.add_argument("--steps", type=int, help="of shorter runs, to try it out; give --results and --work, too")
     parser.add_argument("--limit", type=float, help="start no run after so many seconds")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of curves and checkpoints")
@@ -85,12 +85,15 @@ def _process(run: Run, results: Path, work: Path, extra: list[str]) -> str | Non
     command = [sys.executable, "-m", "benchmarks.train", *run.arguments(), "--out", str(folder), *extra]
     command += ["--parent", str(work / run.parent.name)] if run.parent else []
     command += ["--measured", str(MEASURED)] if tables.is_measured(run) else []
+    # It may be of a run with other steps; one that is finished writes it again.
+    (folder / loop.RESULT).unlink(missing_ok=True)
     with (folder / "log").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if (folder / loop.RESULT).exists():
-        # A loss that stopped being finite is a result, too.
-        _keep(results, run, json.loads((folder / loop.RESULT).read_text()))
+        # A loss that stopped being finite is a result, too. That of a parent which ran for its net alone is known.
+        if not kept(results, run).exists():
+            _keep(results, run, json.loads((folder / loop.RESULT).read_text()))
         return None
     lines = (folder / "log").read_text().splitlines()
     return lines[-1] if lines else f"exit {done.returncode}"

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.train import checkpoint, plot, tables
+from benchmarks.train.measure import MOST
 from benchmarks.train.run import Run
 from benchmarks.train.tables import TABLES, Table
 
@@ -32,15 +33,19 @@ def write(results: Path, size: str = "small") -> str:
     """Write runs.csv and the plots beside the runs; returns the tables as text."""
     found = found_in(results)
     checkpoint.write(results / "runs.csv", lambda place: _write_csv(place, found))
-    plot.scores(found, TABLES["main"], results / "main.png", size)
-    plot.losses(found, TABLES["main"], results / "losses.png", size)
-    plot.errors(found, results / "errors.png", size)
+    plot.scores(found, TABLES["main"], _picture(results, "main", size), size)
+    plot.losses(found, TABLES["main"], _picture(results, "losses", size), size)
+    plot.errors(found, _picture(results, "errors", size), size)
     return "\n\n".join(texts(found, size))
 
 
+def _picture(results: Path, name: str, size: str) -> Path:
+    return results / f"{name}{'' if size == 'small' else f'-{size}'}.png"
+
+
 def markdown(results: Path) -> str:
-    """What the README says of the study: nothing where nothing has been run."""
-    found = found_in(results)
+    """What the README says of the study in its small size: nothing where nothing has been run."""
+    found = {run: values for run, values in found_in(results).items() if run.size == "small"}
     if not found:
         return ""
     environments = [values["environment"] for values in found.values()]
@@ -58,7 +63,8 @@ def texts(found: Found, size: str = "small") -> list[str]:
     rows = error_rows(found, size)
     if rows:
         shown = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-        parts.append(f"signal to quantization noise, measured in dB (4 bits, seed 0, mean over training)\n\n{shown}")
+        title = "signal to quantization noise, measured in dB (4 bits but for edge layers, seed 0, mean over training)"
+        parts.append(f"{title}\n\n{shown}")
     steps = step_rows(found, size)
     if steps:
         shown = tabulate(steps, headers="keys", tablefmt="github", disable_numparse=True)
@@ -105,8 +111,8 @@ def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
     cells: dict[tuple[str, str], dict[str, list[float]]] = {}
     for run, values in _measured(found, size):
         for row in values["errors"]:
-            if row["bits"] == run.bits:
-                cells.setdefault((_column(run), row["kind"]), {}).setdefault(run.clip, []).append(row["sqnr"])
+            kind = row["kind"] if row["bits"] == run.bits else f"{row['kind']}, edge, {row['bits']} bits"
+            cells.setdefault((_column(run), kind), {}).setdefault(run.clip, []).append(row["sqnr"])
     methods = [clip for clip in (*tables.METHODS, *tables.LATER) if any(clip in of_kind for of_kind in cells.values())]
     return [
         {"net": net, "operands": kind}
@@ -123,11 +129,17 @@ def step_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
         if counted:
             later = [row["hinted"] for row in counted if row["step"] > 0]
             rows.append(
-                {"net": _column(run), "clip": run.clip, "cold": str(max(row["cold"] for row in counted))}
-                | {"from the last clip, most": str(max(later, default="-"))}
+                {"net": _column(run), "clip": run.clip, "cold": _steps([row["cold"] for row in counted])}
+                | {"from the last clip, most": _steps(later)}
                 | {"from the last clip, median": f"{statistics.median(later):g}" if later else "-"}
             )
     return rows
+
+
+def _steps(counts: list[int]) -> str:
+    """The most of some counts."""
+    most = max(counts, default=0)
+    return f"cycles after {MOST}" if most >= MOST else str(most or "-")
 
 
 def _measured(found: Found, size: str) -> list[tuple[Run, dict[str, Any]]]:

@@ -24,8 +24,11 @@ def files() -> tuple[list[Path], list[Path]]:
     """The files for training and those for testing: a file's place depends on a hash of its relative path alone."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT & set(path.relative_to(root).parts)]
-    test = [path for path in paths if is_test(path.relative_to(root).as_posix())]
-    return [path for path in paths if path not in set(test)], test
+    train: list[Path] = []
+    test: list[Path] = []
+    for path in paths:
+        (test if is_test(path.relative_to(root).as_posix()) else train).append(path)
+    return train, test
 
 
 def is_test(relative: str) -> bool:

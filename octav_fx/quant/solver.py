@@ -76,7 +76,7 @@ def mean_magnitude(x: Tensor, grid: Grid, total: Total = alone) -> Tensor:
 
 
 def newton(x: Tensor, mean: Tensor, hint: Tensor, grid: Grid, step: NewtonStep, total: Total = alone) -> Tensor:
-    """The fixed point of a recursion, [R], in a fixed number of steps: no host synchronisation, no early exit.
+    """The fixed point of a recursion, [R], in a fixed number of steps; without ranks the host waits for nothing.
 
     Starts at hint [R] where it is positive and finite, else at mean [R], the mean magnitude of the non-zeros (the
     paper's start, section 4), and returns there from a hint beyond every value. The result does not depend on the hint.

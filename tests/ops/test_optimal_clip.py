@@ -163,6 +163,13 @@ def test_the_kernel_sweeps_whatever_the_magnitude(kernels, scale):
     assert optimal_clip(x, COLD, 4, True, None, "mse").item() == pytest.approx(expected, rel=tolerance)
 
 
+def test_the_kernel_sweeps_beside_large_negative_values(kernels):
+    x = torch.rand(5000)
+    expected = optimal_clip(x, COLD, 4, False, None, "mse")
+    x = torch.cat([x, torch.tensor([-1e25, -3e38])])
+    assert optimal_clip(x, COLD, 4, False, None, "mse") == expected > 0
+
+
 @pytest.mark.parametrize("method", [*NEWTON, "max", "percentile", "mse"])
 @pytest.mark.parametrize(("shape", "dim"), [((200_003,), None), ((37, 2003), 0), ((5, 301, 50), 1)])
 def test_the_number_of_threads_changes_no_bit(kernels, threads, method, shape, dim):

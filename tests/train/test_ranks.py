@@ -30,7 +30,12 @@ def test_hints_and_running_means_are_in_a_checkpoint(tmp_path):
         optimizers[0].step()
         save(path, one, optimizers[0], loss, {"epoch": 0})
         restore(read(path), two, optimizers[1], found := torch.zeros_like(loss))
+        # As two ranks would have left it: on one, each step's loss is the mean of theirs.
+        of_two = read(path)
+        of_two["ranks"] = [of_two["ranks"][0], {**of_two["ranks"][0], "loss": 5.0}]
+        restore(of_two, two, optimizers[1], mean := torch.zeros_like(loss))
     assert found == loss
+    assert mean == 4
     assert same(dict(two.named_buffers()), dict(one.named_buffers()))
     assert same(two.state_dict(), one.state_dict())
     for p, other in zip(two.parameters(), one.parameters(), strict=True):

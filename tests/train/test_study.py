@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.train import loop, recipes, summary, tables
+from benchmarks.train import study as study_module
 from benchmarks.train.run import FLOAT, Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,6 +67,27 @@ def test_what_is_there_is_not_run_again(folder):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("results/runs/*")} == before
 
 
+def test_a_result_of_another_run_is_not_taken_for_its_own(tmp_path, monkeypatch):
+    run = Run("digits", "resnet")
+    folder = tmp_path / "work" / run.name
+    folder.mkdir(parents=True)
+    (folder / loop.RESULT).write_text("{}")
+    monkeypatch.setattr(study_module.sys, "executable", "/bin/false")
+    assert study_module.perform([run], tmp_path / "results", tmp_path / "work", 1, []) == [(run, "exit 1")]
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_parent_is_run_again_where_its_net_is_gone_and_its_result_stays(tmp_path):
+    child = Run("digits", "resnet", "octav", start="float")
+    kept = summary.kept(tmp_path / "results", child.parent)
+    kept.parent.mkdir(parents=True)
+    kept.write_text("as it was")
+    runs = [child.parent, child]
+    assert study_module.perform(runs, tmp_path / "results", tmp_path / "work", 1, ["--steps", "4"]) == []
+    assert kept.read_text() == "as it was"
+    assert json.loads(summary.kept(tmp_path / "results", child).read_text())["final"] > 0
+
+
 def test_table_csv_and_markdown_come_from_the_files(folder):
     found = summary.found_in(folder / "results")
     assert set(found) == set(RUNS)
@@ -103,6 +125,9 @@ def test_plots_and_errors_of_measured_runs(tmp_path):
     text = summary.write(tmp_path)
     assert "| glyphs, resnet | 3x3" in text and "20.0" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"main.png", "losses.png", "errors.png"}
+    summary.write(tmp_path, "large")
+    # Nothing large is there, and what is there stays.
+    assert len(list(tmp_path.glob("*.png"))) == 3
     assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
 
 
@@ -114,4 +139,4 @@ def test_every_run_of_the_tables_has_a_recipe_and_a_name_of_its_own():
     position = {run: i for i, run in enumerate(runs)}
     assert all(position[run.parent] < position[run] for run in runs if run.parent is not None)
     main = [run for _, run in tables.TABLES["main"].runs]
-    assert len(main) == 8 * 3 * 3 == len(set(main))
+    assert len(main) == (1 + len(tables.METHODS) + len(tables.LATER)) * 3 * len(tables.NETS) == len(set(main))

@@ -27,11 +27,10 @@ struct Start {
 };
 struct Grid {
   double steps, noise, k;
-  bool is_signed;
 };
 
 // FINITE: leave out infinities. NaN fails every comparison by itself.
-template <bool SIGNED, bool FINITE>
+template <bool FINITE>
 inline bool takes_part(float m) {
   return FINITE ? m > 0 && m <= FLT_MAX : m > 0;
 }
@@ -47,7 +46,7 @@ Start start_of(const float* x, int64_t n) {
 #pragma omp simd reduction(+ : sum, count)
   for (int64_t i = 0; i < n; i++) {
     const float m = magnitude<SIGNED>(x[i]);
-    const bool part = takes_part<SIGNED, FINITE>(m);
+    const bool part = takes_part<FINITE>(m);
     sum += part ? m : 0.f;
     count += part;
   }
@@ -211,7 +210,7 @@ class Tail {
 #endif
     for (; i < n; i++) {
       const float m = magnitude<SIGNED>(x[i]);
-      const bool part = takes_part<SIGNED, FINITE>(m);
+      const bool part = takes_part<FINITE>(m);
       sum += part ? m : 0.f;
       count += part;
       values[size] = m;
@@ -296,7 +295,7 @@ void solve_rows(const float* x, int64_t rows, int64_t n, const float* hint, floa
 extern "C" void octav_optimal_clip(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, int bits,
                                    int is_signed, int on_grid, int threads) {
   const double steps = double(1 << (is_signed ? bits - 1 : bits));
-  const Grid grid{steps, 1 / (12 * steps * steps), 1 - 1 / steps, bool(is_signed)};
+  const Grid grid{steps, 1 / (12 * steps * steps), 1 - 1 / steps};
   const auto run = is_signed ? (on_grid ? solve_rows<true, true> : solve_rows<true, false>)
                              : (on_grid ? solve_rows<false, true> : solve_rows<false, false>);
   run(x, rows, n, hint, clip, grid, threads);

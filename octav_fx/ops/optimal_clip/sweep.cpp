@@ -14,14 +14,16 @@ struct Range {
   double low, high;
 };
 
-// Sum of squared errors in units of the step, of which no square over- or underflows.
-template <class T>
+// Sum of squared errors in units of the step, of which no square over- or underflows. On an unsigned grid a negative
+// value costs the same at every clip, and is left out: it may be many times larger than the largest step.
+template <bool SIGNED, class T>
 double error_of(const float* x, int64_t n, double step, const Range& range) {
   const T inverse = T(1 / step), low = T(range.low), high = T(range.high);
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; i++) {
-    const T value = std::fabs(x[i]) <= FLT_MAX ? T(x[i]) * inverse : T(0);
+    const float m = magnitude<SIGNED>(x[i]);
+    const T value = m > 0 && m <= FLT_MAX ? T(x[i]) * inverse : T(0);
     const T error = std::min(std::max(std::nearbyint(value), low), high) - value;
     sum += error * error;
   }
@@ -47,7 +49,7 @@ float sweep(const float* x, int64_t n, float hint, double steps, const Range& ra
     const int k = i % 2 ? first + (i + 1) / 2 : first - i / 2;
     if (k < 1 || k > POINTS) continue;
     const double step = clip_of(k) / steps;
-    const auto pass = step >= LEAST_STEP ? error_of<float> : error_of<double>;
+    const auto pass = step >= LEAST_STEP ? error_of<SIGNED, float> : error_of<SIGNED, double>;
     double error = 0;
     for (int64_t from = 0; from < n && error <= least; from += BETWEEN)
       error += step * step * total<double>(std::min(BETWEEN, n - from), threads, [&](int64_t at, int64_t length) {
