@@ -153,3 +153,14 @@ def test_a_loss_that_is_not_finite_names_the_first_node(tmp_path, clip):
 
 def curve(folder):
     return (folder / loop.CURVE).read_text()
+
+
+@pytest.mark.parametrize("key", [key for key in recipes.RECIPES if key[2] == "large"])
+def test_large_nets_take_the_large_data(key):
+    recipe, small = recipes.RECIPES[key], recipes.RECIPES[*key[:2], "small"]
+    x, _ = recipe.data(0).batch(0)
+    with torch.device("meta"):
+        net, smaller = recipe.net(), small.net()
+        assert net(x.to("meta")).shape[0] == len(x)
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (net, smaller)]
+    assert sizes[0] > 5 * sizes[1] and recipe.steps > small.steps
