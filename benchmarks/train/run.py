@@ -35,12 +35,11 @@ class Run:
     def name(self) -> str:
         """What differs from the defaults, as a file name: glyphs-resnet-octav-4bits-seed0, ..."""
         parts = [self.recipe, self.net, self.clip]
+        fields = ["start"]
         if self.clip != FLOAT:
             parts.append(f"{self.bits}bits")
-            for field in ("edge_bits", "weight_gradient", "activation_gradient", "attention", "clips", "start"):
-                value = getattr(self, field)
-                if value != _DEFAULTS[field]:
-                    parts.append(f"{field}={value}")
+            fields = ["edge_bits", "weight_gradient", "activation_gradient", "attention", "clips", "start"]
+        parts += [f"{field}={getattr(self, field)}" for field in fields if getattr(self, field) != _DEFAULTS[field]]
         if self.size != _DEFAULTS["size"]:
             parts.append(self.size)
         return "-".join([*parts, f"seed{self.seed}"])
