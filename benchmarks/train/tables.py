@@ -58,7 +58,7 @@ TABLES: Final[dict[str, Table]] = {
             NETS,
             *((FLOAT, _run(FLOAT, seed=seed)) for seed in range(3)),
             *(
-                ("float, the same" if clip == FLOAT else clip, _run(clip, start="float", seed=seed))
+                ("float, trained on" if clip == FLOAT else clip, _run(clip, start="float", seed=seed))
                 for seed in range(3)
                 for clip in (FLOAT, *METHODS, *LATER)
             ),
