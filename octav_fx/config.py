@@ -31,7 +31,7 @@ class Config:
     # Bits of the first convolutions and last linear layers; None: no exception for them.
     edge_bits: int | None = 8
     # "octav" (eq. 6), "octav-grid" (the same step on the grid itself), "octav-tight" (eq. 6 with rounding counted four
-    # times, for transformers), "max" (no clipping): quant/solver.py.
+    # times, made for transformers), "max" (no clipping): quant/solver.py.
     # "percentile-99.9" ("percentile" for short), "percentile-99.99", "percentile-99.999": quant/percentile.py.
     # "mse", the best of 100 clips by the true error: quant/sweep.py.
     # "pact", a learned clip for activations, weights are clipped at their maximum ("max"); "lsq", a learned step for
