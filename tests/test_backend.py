@@ -208,7 +208,7 @@ REFUSED = {
     "options of Inductor": ({"options": {"inductor": 3}}, r"no dict but 3"),
     "unknown mode": ({"mode": "fastest"}, r"mode='fastest': one of default, .*reduce-overhead"),
     "bits": ({"options": {"weight_bits": 9}}, r"weight_bits=9: whole bits from 2 to 8"),
-    "clip": ({"options": {"clip": "mean"}}, r"clip='mean': one of 'octav', 'octav-grid', 'max'"),
+    "clip": ({"options": {"clip": "mean"}}, r"clip='mean': one of 'octav', 'octav-grid', 'octav-tight', 'max'"),
     "gradient": ({"options": {"weight_gradient": "lsq"}}, r"weight_gradient='lsq': one of 'ste', 'pwl', 'mad'"),
     "overrides": ({"options": {"overrides": {"first": {"bits": 3}}}}, r"\['bits'\]; a node can set weight_bits"),
 }

@@ -69,7 +69,7 @@ def test_table_of_a_torchvision_name(capsys):
         (["tests.test_main:tiny", "--input", "2xa"], "--input 2xa: sizes joined by x, as in 1x3x224x224"),
         (["tests.test_main:tiny", "--input", "2x7"], "capture stopped at"),
         (["tests.test_main:tiny", "--weight-bits", "9"], "weight_bits=9: whole bits from 2 to 8"),
-        (["tests.test_main:tiny", "--clip", "none"], "clip='none': one of 'octav', 'octav-grid', 'max'"),
+        (["tests.test_main:tiny", "--clip", "none"], "clip='none': one of 'octav', 'octav-grid', 'octav-tight', 'max'"),
     ],
 )
 def test_exit_code_and_message_of_errors(arguments, message, capsys):

@@ -160,7 +160,7 @@ def test_the_clip_has_to_fit(shape, dim):
 
 
 def test_methods_and_gradients_have_names():
-    with pytest.raises(OctavError, match=r"method='newton'.*'octav', 'octav-grid', 'max'"):
+    with pytest.raises(OctavError, match=r"method='newton'.*'octav', 'octav-grid', 'octav-tight', 'max'"):
         optimal_clip(torch.randn(5), 4, method="newton")
     with pytest.raises(OctavError, match=r"gradient='STE'.*'ste', 'pwl', 'mad'"):
         fake_quantize(torch.randn(5), 1.0, 4, gradient="STE")
