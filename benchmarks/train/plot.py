@@ -11,13 +11,13 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from benchmarks.train.run import Run
-from benchmarks.train.tables import LATER, METHODS, Table
+from benchmarks.train.tables import EVERY, Table
 
 # Files only: there may be no screen.
 matplotlib.use("Agg")
 
 # The same in every panel, whichever methods it has.
-_COLOURS: Final = {clip: f"C{i}" for i, clip in enumerate((*METHODS, *LATER))}
+_COLOURS: Final = {clip: f"C{i}" for i, clip in enumerate(EVERY)}
 
 
 def curve(source: Path, target: Path, title: str, score: str) -> None:

@@ -1,12 +1,10 @@
 """The study's tables, CSV and plots, made from the files of its runs and from nothing else."""
 
-import csv
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tabulate import tabulate
 
@@ -16,6 +14,8 @@ from benchmarks.train.run import Run
 from benchmarks.train.tables import TABLES, Table
 
 Found = dict[Run, dict[str, Any]]
+# What the CSV says of where a run was made.
+_WHERE: Final = ("torch", "commit", "date")
 
 
 def kept(results: Path, run: Run) -> Path:
@@ -32,7 +32,8 @@ def found_in(results: Path) -> Found:
 def write(results: Path, size: str = "small") -> str:
     """Write runs.csv and the plots beside the runs; returns the tables as text."""
     found = found_in(results)
-    checkpoint.write(results / "runs.csv", lambda place: _write_csv(place, found))
+    rows = [_csv_row(run, values) for run, values in found.items()]
+    checkpoint.write_csv(results / "runs.csv", list(rows[0]) if rows else [], rows)
     plot.scores(found, TABLES["main"], _picture(results, "main", size), size)
     plot.losses(found, TABLES["main"], _picture(results, "losses", size), size)
     plot.errors(found, _picture(results, "errors", size), size)
@@ -113,7 +114,7 @@ def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
         for row in values["errors"]:
             kind = row["kind"] if row["bits"] == run.bits else f"{row['kind']}, edge, {row['bits']} bits"
             cells.setdefault((_column(run), kind), {}).setdefault(run.clip, []).append(row["sqnr"])
-    methods = [clip for clip in (*tables.METHODS, *tables.LATER) if any(clip in of_kind for of_kind in cells.values())]
+    methods = [clip for clip in tables.EVERY if any(clip in of_kind for of_kind in cells.values())]
     return [
         {"net": net, "operands": kind}
         | {m: f"{statistics.mean(of_kind[m]):.1f}" if m in of_kind else "-" for m in methods}
@@ -162,20 +163,6 @@ def _unit(found: Found, recipe: str) -> str:
     return next((values["score"] for run, values in found.items() if run.recipe == recipe), "no run yet")
 
 
-def _write_csv(place: Path, found: Found) -> None:
-    fields = [field.name for field in dataclasses.fields(Run)]
-    with place.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*fields, "score", "final", "failed", "steps", "seconds", "torch", "commit", "date"])
-        writer.writerows(_csv_rows(found, fields))
-
-
-def _csv_rows(found: Found, fields: list[str]) -> Iterable[list[Any]]:
-    for run, values in found.items():
-        environment = values["environment"]
-        measured = [values[name] for name in ("score", "final", "failed", "steps", "seconds")]
-        yield [
-            *(getattr(run, field) for field in fields),
-            *measured,
-            *(environment[name] for name in ("torch", "commit", "date")),
-        ]
+def _csv_row(run: Run, values: dict[str, Any]) -> dict[str, Any]:
+    measured = {name: values[name] for name in ("score", "final", "failed", "steps", "seconds")}
+    return {**dataclasses.asdict(run), **measured, **{name: values["environment"][name] for name in _WHERE}}

@@ -12,6 +12,7 @@ LEARNED: Final = ("pact", "lsq")
 METHODS: Final = (*FOUND, *LEARNED)
 # Made after the others had been seen, for the text net: beside them in the tables of three seeds, and in no other.
 LATER: Final = ("octav-tight",)
+EVERY: Final = (*METHODS, *LATER)
 # Name -> gradients of weights and activations (arXiv 2206.06501, section 4.2).
 GRADIENTS: Final = {"STE": ("ste", "ste"), "PWL": ("pwl", "pwl"), "MAD": ("mad", "mad"), "MPH": ("mad", "pwl")}
 
@@ -38,7 +39,7 @@ def _run(clip: str, **fields: object) -> Run:
 TABLES: Final[dict[str, Table]] = {
     "main": Table(
         "4 bits, three seeds",
-        _on(NETS, *((clip, _run(clip, seed=seed)) for seed in range(3) for clip in (FLOAT, *METHODS, *LATER))),
+        _on(NETS, *((clip, _run(clip, seed=seed)) for seed in range(3) for clip in (FLOAT, *EVERY))),
         measured=True,
     ),
     "gradients": Table(
@@ -60,7 +61,7 @@ TABLES: Final[dict[str, Table]] = {
             *(
                 ("float, trained on" if clip == FLOAT else clip, _run(clip, start="float", seed=seed))
                 for seed in range(3)
-                for clip in (FLOAT, *METHODS, *LATER)
+                for clip in (FLOAT, *EVERY)
             ),
         ),
     ),

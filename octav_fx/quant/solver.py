@@ -107,8 +107,9 @@ def octav(x: Tensor, hint: Tensor, grid: Grid, total: Total = alone) -> Tensor:
 def octav_tight(x: Tensor, hint: Tensor, grid: Grid, total: Total = alone) -> Tensor:
     """The paper's clip where a rounding error costs four times what a clipping error does: that for one bit less.
 
-    Both count alike in eq. 4, but not in training: what is clipped is clipped again in the next step, and the layers
-    around it learn with it, while what is rounded is noise to them. The noise term of eq. 6 is then 4 * 4**-B / 3.
+    Both count alike in eq. 4. In training they may not: what is clipped is clipped again in the next step, and the
+    layers around it learn with it, while what is rounded is noise to them. The noise term of eq. 6 is then
+    4 * 4**-B / 3.
     """
     return octav(x, hint, Grid(grid.bits - 1, grid.signed), total)
 

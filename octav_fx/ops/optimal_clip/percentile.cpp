@@ -9,20 +9,6 @@ namespace {
 constexpr float KEEP = 0.75f;
 
 template <bool SIGNED>
-inline float finite_magnitude(float x) {
-  const float m = magnitude<SIGNED>(x);
-  return m > 0 && m <= FLT_MAX ? m : 0.f;
-}
-
-template <bool SIGNED>
-float largest_of(const float* x, int64_t n) {
-  float largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; i++) largest = std::max(largest, finite_magnitude<SIGNED>(x[i]));
-  return largest;
-}
-
-template <bool SIGNED>
 float percentile(const float* x, int64_t n, float hint, int64_t one_in) {
   int64_t finite = 0;
 #pragma omp simd reduction(+ : finite)

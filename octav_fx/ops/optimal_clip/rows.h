@@ -16,6 +16,21 @@ inline float magnitude(float x) {
   return SIGNED ? std::fabs(x) : x;
 }
 
+template <bool SIGNED>
+inline float finite_magnitude(float x) {
+  const float m = magnitude<SIGNED>(x);
+  return m > 0 && m <= FLT_MAX ? m : 0.f;
+}
+
+// 0 where nothing is finite, or positive on an unsigned grid.
+template <bool SIGNED>
+float largest_of(const float* x, int64_t n) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; i++) largest = std::max(largest, finite_magnitude<SIGNED>(x[i]));
+  return largest;
+}
+
 // The sum of pass(first element, count) over the chunks, in their order.
 template <class Result, class Pass>
 Result total(int64_t n, int threads, Pass pass) {

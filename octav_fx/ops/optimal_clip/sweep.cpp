@@ -22,8 +22,7 @@ double error_of(const float* x, int64_t n, double step, const Range& range) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; i++) {
-    const float m = magnitude<SIGNED>(x[i]);
-    const T value = m > 0 && m <= FLT_MAX ? T(x[i]) * inverse : T(0);
+    const T value = finite_magnitude<SIGNED>(x[i]) > 0 ? T(x[i]) * inverse : T(0);
     const T error = std::min(std::max(std::nearbyint(value), low), high) - value;
     sum += error * error;
   }
@@ -32,12 +31,7 @@ double error_of(const float* x, int64_t n, double step, const Range& range) {
 
 template <bool SIGNED>
 float sweep(const float* x, int64_t n, float hint, double steps, const Range& range, int threads) {
-  float largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; i++) {
-    const float m = magnitude<SIGNED>(x[i]);
-    largest = m > largest && m <= FLT_MAX ? m : largest;
-  }
+  const float largest = largest_of<SIGNED>(x, n);
   if (largest == 0) return 0;
   const auto clip_of = [&](int k) { return largest * (float(k) / float(POINTS)); };
   const double share = double(hint) / largest * POINTS;
