@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import octav_fx
 from benchmarks import result
 from octav_fx import zoo
-from octav_fx.graph.call import as_call
+from octav_fx.capture.inputs import as_inputs
 
 
 def main(rounds: int) -> None:
@@ -23,7 +23,7 @@ def main(rounds: int) -> None:
 
 
 def _row(name: str, model: nn.Module, inputs: Any, rounds: int) -> dict[str, Any]:
-    args, kwargs = as_call(inputs)
+    args, kwargs = as_inputs(inputs)
     with torch.no_grad():
         forward = _best(lambda: model(*args, **kwargs), rounds)
     quantize = _best(lambda: octav_fx.quantize(model, inputs), rounds)

@@ -9,8 +9,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import result, worker
-from octav_fx.ops import dequantize, fake_quantize_backward, optimal_clip, quantize
-from octav_fx.quant.grid import Grid
+from octav_fx.formats.grid import Grid
+from octav_fx.ops.dequantize.op import dequantize
+from octav_fx.ops.fake_quantize.op import fake_quantize_backward
+from octav_fx.ops.optimal_clip.op import optimal_clip
+from octav_fx.ops.quantize.op import quantize
 
 SIZES = tuple(2**power for power in range(16, 25, 2))
 WIDTHS = (128, 256, 512, 1024)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from octav_fx import backend
+from octav_fx.backend import entry
 
 
 @contextmanager
@@ -17,5 +17,5 @@ def graphs_made() -> Iterator[list[Any]]:
         made.append(gm)
         return gm
 
-    with patch.object(backend, "compile_fx", keep):
+    with patch.object(entry, "compile_fx", keep):
         yield made

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import octav_fx
 from benchmarks.peers import PEERS
-from octav_fx.ops import FakeQuantizer, Spec
-from octav_fx.quant.axis import along, to_rows
-from octav_fx.quant.gradient import GRADIENTS
-from octav_fx.quant.grid import Grid
+from octav_fx.clips.gradients import GRADIENTS
+from octav_fx.formats.granularity import along, to_rows
+from octav_fx.formats.grid import Grid
+from octav_fx.nn import FakeQuantizer, Spec
 
 
 @dataclass(frozen=True, slots=True)

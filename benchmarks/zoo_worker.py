@@ -16,8 +16,8 @@ import octav_fx
 from benchmarks.counted import graphs_made
 from benchmarks.forked import Column
 from benchmarks.zoo_models import Entry
-from octav_fx.graph.call import as_call, tensors_of
-from tests.on_grid import OnGrid
+from octav_fx.capture.inputs import as_inputs, tensors_of
+from tests.support.on_grid import OnGrid
 
 # The edges at 4 bits too: one grid for every operand, so that the dispatcher can tell it from a finer one.
 _CONFIG = octav_fx.Config(edge_bits=None)
@@ -153,7 +153,7 @@ def _graphs(module: nn.Module, inputs: Any, trains: bool) -> int | str:
 
 
 def _call(module: Any, inputs: Any) -> Any:
-    args, kwargs = as_call(inputs)
+    args, kwargs = as_inputs(inputs)
     return module(*args, **kwargs)
 
 

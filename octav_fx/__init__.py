@@ -1,16 +1,16 @@
 """octav_fx: quantization-aware training at float speed, for anyone's PyTorch model, in one line."""
 
 from octav_fx.config import Config
-from octav_fx.convert import convert
-from octav_fx.deployment import DeployedRow, Deployment, deployment
+from octav_fx.deploy.convert import convert
+from octav_fx.deploy.deployment import DeployedRow, Deployment, deployment
+from octav_fx.deploy.freeze import calibrate, freeze, unfreeze
+from octav_fx.deploy.targets.onnx import export_onnx
 from octav_fx.errors import OctavError
-from octav_fx.export import export_onnx
-from octav_fx.freeze import calibrate, freeze, unfreeze
-from octav_fx.graph.rules import Rule, activation, either, weight
-from octav_fx.numeric import fake_quantize, optimal_clip
-from octav_fx.penalty import pact_penalty
-from octav_fx.quantize import float_mode, quantize
-from octav_fx.report import Coverage, Row, coverage, rows, table
+from octav_fx.functional import fake_quantize, optimal_clip
+from octav_fx.ir.rules import Rule, activation, either, weight
+from octav_fx.optim import pact_penalty
+from octav_fx.reporting.rows import Coverage, Row, coverage, rows, table
+from octav_fx.training.quantize import float_mode, quantize
 from octav_fx.version import __version__
 
 __all__ = [

@@ -2,20 +2,15 @@
 
 import dataclasses
 import fnmatch
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from octav_fx.clips.distributed import SYNCED
+from octav_fx.clips.gradients import GRADIENTS
+from octav_fx.clips.learned import LEARNED
+from octav_fx.clips.newton import METHODS
 from octav_fx.errors import OctavError
-from octav_fx.graph.pipeline import Pass
-from octav_fx.graph.rules import Role
-from octav_fx.ops import Spec
-from octav_fx.passes import PREPARE, Choose, Place, fold_batchnorm, quantize_operands, split_attention
-from octav_fx.quant.gradient import GRADIENTS
-from octav_fx.quant.learned import LEARNED
-from octav_fx.quant.solver import METHODS
-from octav_fx.quant.synced import SYNCED
 
 _BITS: Final = range(2, 9)
 # What an override may set for a node.
@@ -31,25 +26,25 @@ class Config:
     # Bits of the first convolutions and last linear layers; None: no exception for them.
     edge_bits: int | None = 8
     # "octav" (eq. 6), "octav-grid" (the same step on the grid itself), "octav-tight" (eq. 6 with rounding counted four
-    # times, made for transformers), "max" (no clipping): quant/solver.py.
-    # "percentile-99.9" ("percentile" for short), "percentile-99.99", "percentile-99.999": quant/percentile.py.
-    # "mse", the best of 100 clips by the true error: quant/sweep.py.
+    # times, made for transformers), "max" (no clipping): clips/newton.py.
+    # "percentile-99.9" ("percentile" for short), "percentile-99.99", "percentile-99.999": clips/percentile.py.
+    # "mse", the best of 100 clips by the true error: clips/mse.py.
     # "pact", a learned clip for activations, weights are clipped at their maximum ("max"); "lsq", a learned step for
-    # both, per channel for weights. Both are parameters of the model: quant/learned.py.
+    # both, per channel for weights. Both are parameters of the model: clips/learned.py.
     clip: str = "octav"
-    # "mad", "pwl" or "ste": quant/gradient.py. A learned clip has its paper's, which is "pwl": the default of
+    # "mad", "pwl" or "ste": clips/gradients.py. A learned clip has its paper's, which is "pwl": the default of
     # weight_gradient does not apply to it, and any other choice than "pwl" is refused.
     weight_gradient: str = "mad"
     activation_gradient: str = "pwl"
     # "operands": q, k and v of a fused attention are quantized, its softmax output is not. "full": the attention is
-    # taken apart (passes/split_attention.py) and the softmax output quantized too, as in the paper.
+    # taken apart (passes/prepare/decompose_attention.py) and the softmax output quantized too, as in the paper.
     attention: str = "operands"
-    # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/fold_batchnorm.py.
+    # Leave batch norm as it is (default), or fold it where it is in eval mode: passes/prepare/fold_batchnorm.py.
     fold_batchnorm: bool = False
     # In training mode of a distributed run, as in SyncBatchNorm: the clip of an activation is that of what all ranks
     # hold, for "max" and those named after octav. Weights are the same on every rank without it, and learned clips
     # that begin with the example inputs. Every rank has to run the same forwards. How many collectives that takes:
-    # quant/synced.py.
+    # clips/distributed.py.
     sync_clip: bool = False
     # Node name or glob -> fields to change there, or None to leave the node float. Exact name > last matching glob.
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
@@ -120,36 +115,6 @@ class Config:
         if site in self.overrides:
             return site
         return next((p for p in reversed(list(self.overrides)) if fnmatch.fnmatchcase(site, p)), None)
-
-    def passes(self, choose: Choose | None = None) -> list[Pass]:
-        """PREPARE with this configuration, or another choice for each operand, bound to the passes that take one."""
-        bound: dict[Any, Pass] = {quantize_operands: functools.partial(quantize_operands, choose=choose or self.choose)}
-        left_out = {fold_batchnorm: not self.fold_batchnorm, split_attention: self.attention != "full"}
-        return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
-
-    def choose(self, place: Place) -> Spec | str:
-        """The Spec of an operand, or why it stays float."""
-        pattern = self.pattern_for(place.site)
-        settings = {} if pattern is None else self.overrides[pattern]
-        if settings is None:
-            return f"override {pattern!r}: None"
-        is_weight = place.role is Role.WEIGHT
-        bits_name = "weight_bits" if is_weight else "activation_bits"
-        default = self.edge_bits if place.edge and self.edge_bits is not None else getattr(self, bits_name)
-        gradient_name = "weight_gradient" if is_weight else "activation_gradient"
-        method = settings.get("clip", self.clip)
-        if method == "pact" and is_weight:
-            # PACT learns the clips of activations.
-            method = "max"
-        gradient = "pwl" if method in LEARNED else settings.get(gradient_name, getattr(self, gradient_name))
-        return Spec(
-            bits=settings.get(bits_name, default),
-            signed=place.signed,
-            dim=place.dim,
-            method=method,
-            gradient=gradient,
-            sync=self.sync_clip and not is_weight and method in SYNCED,
-        )
 
 
 def _check_bits(name: str, value: Any) -> None:

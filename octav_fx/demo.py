@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from octav_fx import zoo
 from octav_fx.errors import OctavError
-from octav_fx.quantize import quantize
-from octav_fx.report import table
+from octav_fx.reporting.rows import table
+from octav_fx.training.quantize import quantize
 
 PIXELS = 64
 BATCH = 32

@@ -3,29 +3,33 @@
 if __name__ != "octav_fx.passes":
     raise ImportError("this folder is the package octav_fx.passes; import it under that name")
 
+import functools
 from typing import Any, Final
 
-from octav_fx.passes.canonicalize import canonicalize
-from octav_fx.passes.filters_channels_last import filters_channels_last
-from octav_fx.passes.fold_batchnorm import fold_batchnorm
-from octav_fx.passes.fold_factors import fold_factors
-from octav_fx.passes.fold_statistics import fold_statistics
-from octav_fx.passes.gather_weights import gather_weights
-from octav_fx.passes.integer_matmul import integer_matmul
-from octav_fx.passes.quantize_operands import Choose, Place, quantize_operands
-from octav_fx.passes.save_codes import save_codes
-from octav_fx.passes.share_quantizers import share_quantizers
-from octav_fx.passes.split_attention import split_attention
-from octav_fx.passes.static_quantizers import static_quantizers
-from octav_fx.passes.store_codes import store_codes
+from octav_fx.config import Config
+from octav_fx.ir.pipeline import Pass
+from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
+from octav_fx.passes.convert.make_activations_static import make_activations_static
+from octav_fx.passes.convert.pack_weights import pack_weights
+from octav_fx.passes.export.fold_affine_into_scale import fold_affine_into_scale
+from octav_fx.passes.lower.filters_channels_last import filters_channels_last
+from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
+from octav_fx.passes.lower.integer_matmul import integer_matmul
+from octav_fx.passes.lower.save_codes import save_codes
+from octav_fx.passes.prepare.canonicalize import canonicalize
+from octav_fx.passes.prepare.choose import choose_spec
+from octav_fx.passes.prepare.decompose_attention import decompose_attention
+from octav_fx.passes.prepare.deduplicate_quantizers import deduplicate_quantizers
+from octav_fx.passes.prepare.fold_batchnorm import fold_batchnorm
+from octav_fx.passes.prepare.quantize_operands import Choose, Place, quantize_operands
 
 # The order in which quantize() runs them.
 PREPARE: Final[tuple[Any, ...]] = (
     canonicalize,  # one spelling for each op; everything below matches on it
-    split_attention,  # before quantizing, if asked for: its matmuls are then operands like any
+    decompose_attention,  # before quantizing, if asked for: its matmuls are then operands like any
     fold_batchnorm,  # before quantizing, if asked for: the folded weight is the one to clip
     quantize_operands,  # one quantizer before each operand
-    share_quantizers,  # last: one quantizer for each value, where several operands got equal ones
+    deduplicate_quantizers,  # last: one quantizer for each value, where several operands got equal ones
 )
 
 # What the backend runs on the joint graph of forward and backward. The partitioner comes next: it decides by size and
@@ -34,20 +38,30 @@ LOWER: Final[tuple[Any, ...]] = (
     save_codes,  # first: it splits the quantizers into the parts that the rest is about
     filters_channels_last,  # after save_codes, whose fake_quantize of a weight it replaces
     integer_matmul,  # after save_codes, whose codes it multiplies
-    gather_weights,  # last: of the weights whose levels are still needed
+    fuse_weight_quantizers,  # last: of the weights whose levels are still needed
 )
 
 # What convert() runs on the eval graph of a frozen model.
 CONVERT: Final[tuple[Any, ...]] = (
-    store_codes,  # first: it tells weights from activations by what their quantizers read
-    static_quantizers,  # the quantizers that are left
-    fold_statistics,  # any time: no code depends on it
+    pack_weights,  # first: it tells weights from activations by what their quantizers read
+    make_activations_static,  # the quantizers that are left
+    batchnorm_to_affine,  # any time: no code depends on it
 )
 
 # What export_onnx() runs on the converted model.
 EXPORT: Final[tuple[Any, ...]] = (
-    fold_factors,  # runtimes fuse a convolution with what follows only where nothing stands between them
+    fold_affine_into_scale,  # runtimes fuse a convolution with what follows only where nothing stands between them
 )
+
+
+def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
+    """Return those of PREPARE that a Config asks for; choose, if given, decides for each operand in place of it."""
+    bound: dict[Any, Pass] = {
+        quantize_operands: functools.partial(quantize_operands, choose=choose or functools.partial(choose_spec, config))
+    }
+    left_out = {fold_batchnorm: not config.fold_batchnorm, decompose_attention: config.attention != "full"}
+    return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
+
 
 __all__ = [
     "CONVERT",
@@ -56,17 +70,19 @@ __all__ = [
     "PREPARE",
     "Choose",
     "Place",
+    "batchnorm_to_affine",
     "canonicalize",
+    "choose_spec",
+    "decompose_attention",
+    "deduplicate_quantizers",
     "filters_channels_last",
+    "fold_affine_into_scale",
     "fold_batchnorm",
-    "fold_factors",
-    "fold_statistics",
-    "gather_weights",
+    "fuse_weight_quantizers",
     "integer_matmul",
+    "make_activations_static",
+    "pack_weights",
+    "prepare_passes",
     "quantize_operands",
     "save_codes",
-    "share_quantizers",
-    "split_attention",
-    "static_quantizers",
-    "store_codes",
 ]

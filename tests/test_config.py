@@ -6,8 +6,8 @@ import json
 import pytest
 
 from octav_fx import Config, OctavError
-from octav_fx.graph.rules import Role
-from octav_fx.passes import Place
+from octav_fx.ir.rules import Role
+from octav_fx.passes import Place, choose_spec
 
 
 def place(site: str, role: Role = Role.WEIGHT, edge: bool = False, signed: bool = True) -> Place:
@@ -15,14 +15,17 @@ def place(site: str, role: Role = Role.WEIGHT, edge: bool = False, signed: bool 
 
 
 def test_the_defaults_are_the_papers_recipe():
-    weight, activation = Config().choose(place("fc")), Config().choose(place("fc", Role.ACTIVATION, signed=False))
+    weight, activation = (
+        choose_spec(Config(), place("fc")),
+        choose_spec(Config(), place("fc", Role.ACTIVATION, signed=False)),
+    )
     assert (weight.bits, weight.method, weight.gradient, weight.dim, weight.signed) == (4, "octav", "mad", 0, True)
     assert (activation.bits, activation.gradient, activation.dim, activation.signed) == (4, "pwl", None, False)
-    assert Config().choose(place("fc", edge=True)).bits == 8
+    assert choose_spec(Config(), place("fc", edge=True)).bits == 8
 
 
 def test_edge_bits_none_is_no_exception():
-    assert Config(edge_bits=None, weight_bits=3).choose(place("fc", edge=True)).bits == 3
+    assert choose_spec(Config(edge_bits=None, weight_bits=3), place("fc", edge=True)).bits == 3
 
 
 @pytest.mark.parametrize(
@@ -43,18 +46,21 @@ def test_edge_bits_none_is_no_exception():
     ],
 )
 def test_exact_name_then_last_matching_glob_then_default(overrides, bits):
-    assert Config(overrides=overrides).choose(place("layer1.0.conv")).bits == bits
+    assert choose_spec(Config(overrides=overrides), place("layer1.0.conv")).bits == bits
 
 
 def test_an_override_wins_over_the_edge():
     config = Config(overrides={"fc": {"weight_bits": 3}})
-    assert config.choose(place("fc", edge=True)).bits == 3
-    assert config.choose(place("fc", Role.ACTIVATION, edge=True)).bits == 8
+    assert choose_spec(config, place("fc", edge=True)).bits == 3
+    assert choose_spec(config, place("fc", Role.ACTIVATION, edge=True)).bits == 8
 
 
 def test_none_leaves_a_node_float_and_says_which_pattern_did():
-    assert Config(overrides={"*": {}, "layer1.*": None}).choose(place("layer1.0.conv")) == "override 'layer1.*': None"
-    assert Config(overrides={"layer1.*": None, "layer1.0.conv": {}}).choose(place("layer1.0.conv")).bits == 4
+    assert (
+        choose_spec(Config(overrides={"*": {}, "layer1.*": None}), place("layer1.0.conv"))
+        == "override 'layer1.*': None"
+    )
+    assert choose_spec(Config(overrides={"layer1.*": None, "layer1.0.conv": {}}), place("layer1.0.conv")).bits == 4
 
 
 @pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "edge_bits"])
@@ -122,9 +128,14 @@ def test_bad_overrides(overrides, message):
 def test_learned_clips_have_the_gradient_of_their_papers():
     weight, activation = place("fc"), place("fc", Role.ACTIVATION)
     lsq, pact = Config(clip="lsq"), Config(clip="pact")
-    assert [(s.method, s.gradient) for s in map(lsq.choose, (weight, activation))] == [("lsq", "pwl")] * 2
+    assert [(s.method, s.gradient) for s in (choose_spec(lsq, weight), choose_spec(lsq, activation))] == [
+        ("lsq", "pwl")
+    ] * 2
     # PACT learns the clips of activations; weights keep theirs and their gradient.
-    assert [(s.method, s.gradient) for s in map(pact.choose, (weight, activation))] == [("max", "mad"), ("pact", "pwl")]
+    assert [(s.method, s.gradient) for s in (choose_spec(pact, weight), choose_spec(pact, activation))] == [
+        ("max", "mad"),
+        ("pact", "pwl"),
+    ]
     for clip in ("lsq", "pact"):
         for gradient in ("mad", "ste"):
             with pytest.raises(OctavError, match=f"activation_gradient='{gradient}': a learned clip, clip='{clip}'"):
@@ -135,8 +146,8 @@ def test_learned_clips_have_the_gradient_of_their_papers():
         Config(clip="lsq", weight_gradient="ste")
     # What is not learned may have any.
     mixed = Config(clip="lsq", overrides={"fc": {"clip": "octav", "activation_gradient": "mad"}})
-    assert mixed.choose(activation).gradient == "mad"
-    assert Config(clip="pact", weight_gradient="ste").choose(weight).gradient == "ste"
+    assert choose_spec(mixed, activation).gradient == "mad"
+    assert choose_spec(Config(clip="pact", weight_gradient="ste"), weight).gradient == "ste"
 
 
 def test_what_is_learned():
@@ -179,7 +190,7 @@ def test_frozen_and_apart_from_its_dict():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.weight_bits = 5
     config.to_dict()["overrides"]["fc"]["weight_bits"] = 7
-    assert config.choose(place("fc")).bits == 3
+    assert choose_spec(config, place("fc")).bits == 3
 
 
 def test_fields_are_the_promised_ones():

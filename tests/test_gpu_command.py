@@ -88,7 +88,7 @@ def test_a_limit_of_time_leaves_what_was_found(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_report_is_on_disk_after_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = command.Report("some", tmp_path, "cpu", "1 passed", begun=0.0)
+    report = command.Report("some", tmp_path, "cpu", "1 passed", initialized=0.0)
     seen = []
 
     def rows(arguments: list[str], seconds: float, take: Any) -> str:
@@ -148,7 +148,7 @@ def test_bert_without_transformers_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_tests_of_every_kernel_are_run() -> None:
     files = command.kernel_tests()
     assert "tests/ops/test_int_matmul.py" in files
-    assert "tests/ops/test_define.py" not in files
+    assert "tests/ops/test_register.py" not in files
 
 
 def test_files_without_their_history_have_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

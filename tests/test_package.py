@@ -49,7 +49,7 @@ def test_the_wheel_holds_every_source_file_once(wheel):
     inside = {name for name in names if not name.startswith(f"octav_fx-{octav_fx.__version__}.dist-info/")}
     assert inside == tracked("octav_fx") | tracked("passes")
     assert len(names) == len(set(names))
-    assert {"octav_fx/passes/__init__.py", "octav_fx/passes/canonicalize.py", "octav_fx/py.typed"} <= inside
+    assert {"octav_fx/passes/__init__.py", "octav_fx/passes/prepare/canonicalize.py", "octav_fx/py.typed"} <= inside
     assert {"octav_fx/ops/fake_quantize/kernel.cpp", "octav_fx/ops/optimal_clip/kernel.cpp"} <= inside
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import OctavError, zoo
-from tests.on_grid import OnGrid
+from tests.support.on_grid import OnGrid
 
 
 def test_torchvision_by_name():

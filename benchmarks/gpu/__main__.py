@@ -43,12 +43,12 @@ class Report:
     folder: Path
     device: str
     tests: str
-    begun: float
+    initialized: float
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def left(self) -> float:
         """Seconds that are left of all."""
-        return ALL - (time.monotonic() - self.begun)
+        return ALL - (time.monotonic() - self.initialized)
 
     def ask(self, part: str, arguments: list[str], seconds: float) -> str | None:
         """Let a worker add rows to a part; return why it stopped early, or None."""
@@ -90,12 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_GPU
     if device != "cuda" and not given.folder:
         parser.error("--device is for trying this command: it takes a --folder, too")
-    begun = time.monotonic()
+    initialized = time.monotonic()
     models = step.MODELS if device == "cuda" else step.TINY
     with ThreadPoolExecutor(COMPILERS) as pool:
         for name in models:
             for variant in filter(worker.is_compiled, step.VARIANTS):
-                pool.submit(_compile, begun, device, name, variant)
+                pool.submit(_compile, initialized, device, name, variant)
         passed, summary = _tests([given.tests] if given.tests else kernel_tests())
         if not passed:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("a kernel is wrong on this GPU, or its tests did not end: no speed is measured, no file is written")
         return RED
     name = _slug(torch.cuda.get_device_name()) if device == "cuda" else device
-    report = Report(name, Path(given.folder or result.RESULTS), device, summary, begun)
+    report = Report(name, Path(given.folder or result.RESULTS), device, summary, initialized)
     for op in worker.KERNELS:
         if stopped := report.ask(op, [op, device], LIMITS.get(op, KERNEL)):
             report.parts[op]["stopped"] = stopped
@@ -120,16 +120,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _compile(begun: float, *arguments: str) -> None:
+def _compile(initialized: float, *arguments: str) -> None:
     """Run a step in what is left of the time for the tests; an error will show again when it is measured."""
-    left = TESTS - (time.monotonic() - begun)
+    left = TESTS - (time.monotonic() - initialized)
     limited.rows(["benchmarks.gpu.worker", "compile", *arguments], max(0.0, left), lambda row: None)
 
 
 def kernel_tests() -> list[str]:
-    """The files of tests that run on tests/ops/interpreter.py's device: the GPU, where there is one."""
+    """The files of tests that run on tests/support/interpreter.py's device: the GPU, where there is one."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if "tests.ops.interpreter" in file.read_text()]
+    return [str(file.relative_to(ROOT)) for file in files if "tests.support.interpreter" in file.read_text()]
 
 
 def _tests(files: list[str]) -> tuple[bool, str]:

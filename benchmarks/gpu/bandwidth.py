@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.timing import median_ms
-from octav_fx.ops import optimal_clip
-from octav_fx.quant.grid import Grid
+from octav_fx.formats.grid import Grid
+from octav_fx.ops.optimal_clip.op import optimal_clip
 
 SIZES = tuple(2**power for power in (20, 22, 24, 26, 28))
 TINY = (2**10,)

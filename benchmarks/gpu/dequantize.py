@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.bandwidth import activations, row
-from octav_fx.ops import dequantize, quantize
+from octav_fx.ops.dequantize.op import dequantize
+from octav_fx.ops.quantize.op import quantize
 
 
 def measure(device: str) -> Iterator[dict[str, Any]]:

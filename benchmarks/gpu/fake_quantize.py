@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.bandwidth import activations, row
-from octav_fx.ops import fake_quantize, fake_quantize_backward
+from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 
 
 def measure(device: str) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import median_ms
-from octav_fx.ops import fake_quantize_weights
-from octav_fx.ops.fake_quantize_weights.op import one_by_one
+from octav_fx.ops.fake_quantize_weights.op import fake_quantize_weights, one_by_one
 
 # Of ResNet-50: output channels, elements of one, and how many such weights; and of twelve layers of ViT-B/16.
 _RESNET = (

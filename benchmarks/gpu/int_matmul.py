@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import median_ms
-from octav_fx.ops import int_matmul
 from octav_fx.ops.int_matmul.configs import Architecture, architecture
+from octav_fx.ops.int_matmul.op import int_matmul
 
 # M, N, K of matmuls in ResNet-50 (1 x 1), ViT-B/16 and BERT-base, and squares.
 SHAPES = (

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.gpu.bandwidth import activations, row
 from benchmarks.gpu.timing import median_ms
-from octav_fx.ops import optimal_clip, quantize
+from octav_fx.ops.optimal_clip.op import optimal_clip
+from octav_fx.ops.quantize.op import quantize
 
 # Of ResNet-50, ViT-B/16 and larger.
 WEIGHTS = ((64, 64), (512, 4608), (768, 3072), (4096, 4096))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu.bandwidth import activations, row
-from octav_fx.ops import quantize
+from octav_fx.ops.quantize.op import quantize
 
 
 def measure(device: str) -> Iterator[dict[str, Any]]:

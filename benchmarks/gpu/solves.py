@@ -18,9 +18,9 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
     """A row for each solve that takes the tensor, from a hint 2 % off; nothing where there is no GPU."""
     if device != "cuda":
         return
-    from octav_fx.ops.solve_passes.kernel import solve_passes
-    from octav_fx.ops.solve_rows.kernel import LONGEST, solve_rows
-    from octav_fx.ops.solve_tail.kernel import solve_tail
+    from octav_fx.ops.kernels.solve_passes.kernel import solve_passes
+    from octav_fx.ops.kernels.solve_rows.kernel import LONGEST, solve_rows
+    from octav_fx.ops.kernels.solve_tail.kernel import solve_tail
 
     for elements in SIZES:
         for (draw, make), dtype in (

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.train import checkpoint
-from benchmarks.train.ranks import Ranks, read, restore, same_buffers, save, seed_step, summed
+from benchmarks.train.ranks import Ranks, preserved_buffers, read, restore, save, seed_step, summed
 from octav_fx import OctavError
-from octav_fx.finite import check_finite, first_not_finite
+from octav_fx.debug import check_finite, first_not_finite
 
 Row = dict[str, float]
 
@@ -88,7 +88,7 @@ def train(
             if (step + 1) % run.save_every == 0 and step + 1 < task.steps:
                 keep(epoch, step + 1)
         bar.close()
-        same_buffers(q)
+        preserved_buffers(q)
         called.eval()
         mean = summed(loss).item() / (ranks.world * task.steps)
         rows.append(

@@ -21,8 +21,8 @@ from benchmarks.train.data import Data
 from benchmarks.train.recipes import Recipe
 from benchmarks.train.run import FLOAT, Run
 from octav_fx import OctavError
-from octav_fx.finite import NotFinite, check_finite
-from octav_fx.ops import FakeQuantizer
+from octav_fx.debug import NotFinite, check_finite
+from octav_fx.nn import FakeQuantizer
 
 CALIBRATION_BATCHES: Final = 5
 # Files in the folder of a run.

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, fx, nn
 
 import octav_fx
-from octav_fx.graph.edit import site_of
-from octav_fx.graph.module import QUANTIZERS, QuantizedModule
-from octav_fx.graph.ops import module_of, op_of
-from octav_fx.graph.rules import Role, rule_of
-from octav_fx.ops import FakeQuantizer
-from octav_fx.quant import solver
-from octav_fx.quant.axis import to_rows
-from octav_fx.quant.grid import Grid
+from octav_fx.capture.modules import QuantizedModule
+from octav_fx.clips import newton
+from octav_fx.formats.granularity import to_rows
+from octav_fx.formats.grid import Grid
+from octav_fx.ir.edits import site_of
+from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.rules import Role, rule_of
+from octav_fx.nn import FakeQuantizer
+from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # Steps are counted until the clip moves by less than this share.
 SETTLED: Final = 1e-3
 MOST: Final = 50
-_STEPS: Final[dict[str, solver.NewtonStep]] = {"octav": solver.octav_step, "octav-grid": solver.octav_grid_step}
+_STEPS: Final[dict[str, newton.NewtonStep]] = {"octav": newton.octav_step, "octav-grid": newton.octav_grid_step}
 # Ops that leave values as they are, or take some of them.
 _PASSING: Final = frozenset(
     {
@@ -87,13 +88,13 @@ def same_hints(model: nn.Module) -> Iterator[None]:
             quantizer.hint.copy_(hint)
 
 
-def newton_steps(rows: Tensor, hint: Tensor, grid: Grid, step: solver.NewtonStep) -> int:
+def newton_steps(rows: Tensor, hint: Tensor, grid: Grid, step: newton.NewtonStep) -> int:
     """Plain Newton steps [R, N], from hint [R] or cold where it is 0, until every row's clip has settled.
 
     Rows that alternate between two clips around the crossing never do; they count as settled when a step leads back
     to the clip before the last. Other cycles end at MOST: newton() leaves them through its bracket.
     """
-    mean = solver.mean_magnitude(rows, grid)
+    mean = newton.mean_magnitude(rows, grid)
     clip = torch.where(hint > 0, hint, mean)
     before = torch.zeros_like(clip)
     for count in range(1, MOST + 1):

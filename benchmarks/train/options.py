@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.train.epochs import Row
 from benchmarks.train.ranks import PARALLEL, Ranks, joined
 from octav_fx import Config, OctavError, coverage, quantize
-from octav_fx.ops import FakeQuantizer
+from octav_fx.nn import FakeQuantizer
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.train import checkpoint
 from octav_fx import OctavError
-from octav_fx.ops import FakeQuantizer
+from octav_fx.nn import FakeQuantizer
 
 PARALLEL: Final = ("ddp", "fsdp2")
 # How torch calls sending the buffers at each step: newer releases warn of the old name.
@@ -122,7 +122,7 @@ def spread(q: nn.Module, parallel: str, ranks: Ranks, *, compiled: bool = False)
     return called
 
 
-def same_buffers(q: nn.Module) -> None:
+def preserved_buffers(q: nn.Module) -> None:
     """Give every rank rank 0's persistent buffers: the statistics of batch norm. Hints stay each rank's own."""
     kept = q.state_dict()
     for name, value in q.named_buffers():
@@ -144,7 +144,7 @@ def save(path: Path, q: nn.Module, optimizer: torch.optim.Optimizer, loss: Tenso
     Of the quantizers each rank's hints and running means are kept: a clip is the same from any hint only to the
     solver's last digits, and a resumed run is to be equal in all of them.
     """
-    same_buffers(q)
+    preserved_buffers(q)
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, state = dcp.get_state_dict(q, optimizer, options=options)
     own = {"hints": {name: value.cpu() for name, value in _quantizer_state(q)}, "loss": loss.item()}

@@ -46,7 +46,7 @@ def main() -> int:
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(tables.TABLES)}")
     runs = [replace(run, size=options.size) for run in tables.all_runs(names)]
     extra = ["--device", options.device, *(["--steps", str(options.steps)] if options.steps else [])]
-    broken = perform(runs, options.results, options.work, options.jobs, extra, options.limit)
+    broken = perform(runs, options.results, options.macs_by_module, options.jobs, extra, options.limit)
     print(write(options.results, options.size))
     for run, log in broken:
         print(f"{run.name} broke off: {log}", file=sys.stderr)
@@ -54,14 +54,14 @@ def main() -> int:
 
 
 def perform(
-    runs: list[Run], results: Path, work: Path, jobs: int, extra: list[str], limit: float | None = None
+    runs: list[Run], results: Path, macs_by_module: Path, jobs: int, extra: list[str], limit: float | None = None
 ) -> list[tuple[Run, str]]:
     """Run what has no result yet, parents before those that start from them; returns what broke off, and why."""
     end = float("inf") if limit is None else time.monotonic() + limit
     left = [run for run in runs if not kept(results, run).exists()]
     # A result may have been kept where its net was not.
     starts = {run.parent for run in left if run.parent is not None}
-    parents = [run for run in runs if run in starts and not (work / run.name / loop.RESULT).exists()]
+    parents = [run for run in runs if run in starts and not (macs_by_module / run.name / loop.RESULT).exists()]
     first = list(dict.fromkeys([*parents, *(run for run in left if run.parent is None)]))
     second = [run for run in left if run.parent is not None]
     broken: list[tuple[Run, str]] = []
@@ -69,7 +69,7 @@ def perform(
 
         def one(run: Run) -> None:
             if time.monotonic() < end:
-                if problem := _process(run, results, work, extra):
+                if problem := _process(run, results, macs_by_module, extra):
                     broken.append((run, problem))
                 bar.update()
 
@@ -78,12 +78,12 @@ def perform(
     return broken
 
 
-def _process(run: Run, results: Path, work: Path, extra: list[str]) -> str | None:
+def _process(run: Run, results: Path, macs_by_module: Path, extra: list[str]) -> str | None:
     """One run in a process of its own; None, or the last line it printed if it left no result."""
-    folder = work / run.name
+    folder = macs_by_module / run.name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.train", *run.arguments(), "--out", str(folder), *extra]
-    command += ["--parent", str(work / run.parent.name)] if run.parent else []
+    command += ["--parent", str(macs_by_module / run.parent.name)] if run.parent else []
     command += ["--measured", str(MEASURED)] if tables.is_measured(run) else []
     # It may be of a run with other steps; one that is finished writes it again.
     (folder / loop.RESULT).unlink(missing_ok=True)

@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octav_fx.ops import dequantize, fake_quantize, quantize
+from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.dequantize import reference
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.grid import Grid
-from tests.ops.compare import EXACT, assert_same_bits
-from tests.ops.strategies import DTYPES, axes, clips, codes, filled_with_nan, laid_out, tensors
+from octav_fx.ops.dequantize.op import dequantize
+from octav_fx.ops.fake_quantize.op import fake_quantize
+from octav_fx.ops.quantize.op import quantize
+from tests.support.compare import EXACT, assert_same_bits
+from tests.support.strategies import DTYPES, axes, clips, codes, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
@@ -18,7 +20,7 @@ GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
 
 def some_codes(shape, bits=4, signed=True):
     grid = Grid(bits, signed)
-    return torch.randint(grid.below, grid.high + 2, shape, dtype=grid.codes_dtype)
+    return torch.randint(grid.underflow_code, grid.high + 2, shape, dtype=grid.codes_dtype)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.dequantize import reference
-from octav_fx.quant.grid import Grid
-from tests.ops.compare import assert_same_bits
-from tests.ops.interpreter import DEVICE, poisoned, small_block
-from tests.ops.strategies import axes, clips, codes
+from tests.support.compare import assert_same_bits
+from tests.support.interpreter import DEVICE, poisoned, small_block
+from tests.support.strategies import axes, clips, codes
 
 kernel = pytest.importorskip("octav_fx.ops.dequantize.kernel")
 

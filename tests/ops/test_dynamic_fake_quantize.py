@@ -5,13 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octav_fx.ops import dynamic_fake_quantize, fake_quantize, optimal_clip
+from octav_fx.clips.gradients import GRADIENTS
+from octav_fx.clips.newton import METHODS
+from octav_fx.formats.granularity import clip_shape
 from octav_fx.ops.dynamic_fake_quantize import reference
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.gradient import GRADIENTS
-from octav_fx.quant.solver import METHODS
-from tests.ops.compare import EXACT
-from tests.ops.strategies import DTYPES, axes, filled_with_nan, tensors
+from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
+from octav_fx.ops.fake_quantize.op import fake_quantize
+from octav_fx.ops.optimal_clip.op import optimal_clip
+from tests.support.compare import EXACT
+from tests.support.strategies import DTYPES, axes, filled_with_nan, tensors
 
 COLD = torch.tensor(0.0)
 

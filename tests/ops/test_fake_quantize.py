@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octav_fx.ops import fake_quantize, fake_quantize_backward
+from octav_fx.clips.gradients import GRADIENTS
+from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.fake_quantize import reference
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.gradient import GRADIENTS
-from octav_fx.quant.grid import Grid
-from tests.ops.compare import EXACT, assert_same_bits
-from tests.ops.strategies import DTYPES, axes, clips, filled_with_nan, tensors
+from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
+from tests.support.compare import EXACT, assert_same_bits
+from tests.support.strategies import DTYPES, axes, clips, filled_with_nan, tensors
 
 SIGNED = [True, False]
 

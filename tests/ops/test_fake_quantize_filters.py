@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octav_fx.ops import fake_quantize, fake_quantize_backward, fake_quantize_filters, fake_quantize_filters_backward
+from octav_fx.clips.gradients import GRADIENTS
+from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from octav_fx.ops.fake_quantize_filters import reference
-from octav_fx.quant.gradient import GRADIENTS
-from tests.ops.compare import assert_same_bits
-from tests.ops.strategies import DTYPES, SIZES, SPECIAL, TIE, clips, filled_with_nan
+from octav_fx.ops.fake_quantize_filters.op import fake_quantize_filters, fake_quantize_filters_backward
+from tests.support.compare import assert_same_bits
+from tests.support.strategies import DTYPES, SIZES, SPECIAL, TIE, clips, filled_with_nan
 
 SIGNED = [True, False]
 

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octav_fx.formats.granularity import clip_shape
 from octav_fx.ops.fake_quantize import reference
-from octav_fx.quant.axis import clip_shape
-from tests.ops.compare import assert_same_bits
-from tests.ops.interpreter import DEVICE, poisoned, small_block
-from tests.ops.strategies import axes, clips, tensors
+from tests.support.compare import assert_same_bits
+from tests.support.interpreter import DEVICE, poisoned, small_block
+from tests.support.strategies import axes, clips, tensors
 
 kernel = pytest.importorskip("octav_fx.ops.fake_quantize.kernel")
 GRADIENTS = ["pwl", "mad"]

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from octav_fx.ops import fake_quantize_weights
 from octav_fx.ops.fake_quantize.reference import fake_quantize
 from octav_fx.ops.fake_quantize_weights import reference
-from tests.ops.compare import assert_same_bits
-from tests.ops.interpreter import DEVICE, poisoned
+from octav_fx.ops.fake_quantize_weights.op import fake_quantize_weights
+from tests.support.compare import assert_same_bits
+from tests.support.interpreter import DEVICE, poisoned
 
 kernel = pytest.importorskip("octav_fx.ops.fake_quantize_weights.kernel")
 # See test_solve_rows.py.

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octav_fx.errors import OctavError
-from octav_fx.ops import int_matmul
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.int_matmul import configs, reference
+from octav_fx.ops.int_matmul.op import int_matmul
 from octav_fx.ops.int_matmul.range import largest_k, largest_k_in_halves, offset
-from octav_fx.quant.grid import Grid
-from tests.ops.compare import EXACT
-from tests.ops.interpreter import DEVICE
-from tests.ops.offline import ROWS, compiled
+from tests.support.compare import EXACT
+from tests.support.interpreter import DEVICE
+from tests.support.offline import ROWS, compiled
 
 kernel = pytest.importorskip("octav_fx.ops.int_matmul.kernel")
 

@@ -3,15 +3,15 @@ import math
 import pytest
 import torch
 
-from octav_fx.ops import (
-    fake_quantize,
+from octav_fx.clips.learned import MIN_CLIP, clip_from_parameter, initial_clip, parameter_for
+from octav_fx.formats.granularity import along
+from octav_fx.formats.grid import Grid
+from octav_fx.ops.fake_quantize.op import fake_quantize
+from octav_fx.ops.learned_fake_quantize.op import (
     learned_fake_quantize,
     learned_fake_quantize_backward,
     learned_parameter_backward,
 )
-from octav_fx.quant.axis import along
-from octav_fx.quant.grid import Grid
-from octav_fx.quant.learned import LEAST, clip_of, first_clip, parameter_for
 
 METHODS = ["pact", "lsq"]
 
@@ -115,7 +115,7 @@ def test_gradients_by_hand():
 def test_forward_is_fake_quantize_with_the_clip_it_stands_for(method, dtype):
     x = torch.randn(5, 7, 3).to(dtype)
     parameter = torch.rand(7) + 0.1
-    clip = clip_of(parameter, Grid(4, True), method)
+    clip = clip_from_parameter(parameter, Grid(4, True), method)
     assert torch.equal(clip, parameter * (8 if method == "lsq" else 1))
     assert torch.equal(parameter_for(clip, Grid(4, True), method), parameter)
     y = learned_fake_quantize(x, parameter, 4, True, 1, method, False)
@@ -130,7 +130,7 @@ def test_a_parameter_of_nothing_counts_as_the_least(method, value, signed):
     x, parameter = torch.rand(100, requires_grad=True), torch.tensor(value, requires_grad=True)
     y = learned_fake_quantize(x, parameter, 4, signed, None, method, True)
     # Nothing is flipped, and no level lies beyond the least clip.
-    assert ((y >= 0) & (y <= 16 * LEAST)).all()
+    assert ((y >= 0) & (y <= 16 * MIN_CLIP)).all()
     (-y).sum().backward()
     # Larger clips would fit better: the gradient leads away from zero, to the side where the parameter is.
     assert 0 < -parameter.grad.item() * (-1 if value < 0 else 1) < math.inf
@@ -177,15 +177,15 @@ def test_where_they_begin(bits, signed):
     x = torch.randn(3, 500) if signed else torch.rand(3, 500)
     high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     grid = Grid(bits, signed)
-    step = parameter_for(first_clip(x, grid, "lsq"), grid, "lsq")
+    step = parameter_for(initial_clip(x, grid, "lsq"), grid, "lsq")
     # Sums of 500 floats in another order.
     torch.testing.assert_close(step, 2 * x.abs().mean(-1) / math.sqrt(high), rtol=1e-6, atol=0)
-    assert torch.equal(first_clip(x, grid, "pact"), x.abs().amax(-1))
+    assert torch.equal(initial_clip(x, grid, "pact"), x.abs().amax(-1))
     for nothing in (torch.zeros(2, 3), torch.empty(2, 0), torch.full((2, 3), math.nan)):
-        assert first_clip(nothing, grid, "lsq").tolist() == first_clip(nothing, grid, "pact").tolist() == [1, 1]
+        assert initial_clip(nothing, grid, "lsq").tolist() == initial_clip(nothing, grid, "pact").tolist() == [1, 1]
     worse = torch.cat([x, torch.tensor([math.inf, math.nan]).expand(3, -1)], -1)
     for method in METHODS:
-        torch.testing.assert_close(first_clip(worse, grid, method), first_clip(x, grid, method), rtol=1e-6, atol=0)
+        torch.testing.assert_close(initial_clip(worse, grid, method), initial_clip(x, grid, method), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)

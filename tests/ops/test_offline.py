@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.offline import ROOT, ROWS, TARGETS, compiled
+from tests.support.offline import ROOT, ROWS, TARGETS, compiled
 
 pytest.importorskip("triton")
 

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from octav_fx.ops.define import DEFINED
+from octav_fx.formats.granularity import clip_shape
 from octav_fx.ops.optimal_clip import reference
-from octav_fx.quant.axis import clip_shape
-from tests.ops.interpreter import DEVICE
+from octav_fx.ops.register import REGISTERED
+from tests.support.interpreter import DEVICE
 
 kernel = pytest.importorskip("octav_fx.ops.optimal_clip.kernel")
 
@@ -69,5 +69,5 @@ def test_what_no_kernel_knows_is_left_to_the_reference():
 @pytest.mark.parametrize("name", ["optimal_clip", "quantize", "dequantize", "fake_quantize", "fake_quantize_backward"])
 @pytest.mark.parametrize("overload", ["", ".out"])
 def test_the_ops_are_registered_for_gpus(name, overload):
-    assert name in DEFINED
+    assert name in REGISTERED
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"octav::{name}{overload}", "CUDA")

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octav_fx.ops import dequantize, quantize
+from octav_fx.clips.gradients import piecewise_linear
+from octav_fx.formats.granularity import along, clip_shape
+from octav_fx.formats.grid import Grid
+from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.quantize import reference
-from octav_fx.quant.axis import along, clip_shape
-from octav_fx.quant.gradient import piecewise_linear
-from octav_fx.quant.grid import Grid
-from tests.ops.strategies import DTYPES, axes, clips, filled_with_nan, laid_out, tensors
+from octav_fx.ops.quantize.op import quantize
+from tests.support.strategies import DTYPES, axes, clips, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
@@ -48,7 +49,7 @@ def test_a_ceiling_changes_no_level(kernels, bits):
     x, clip = (torch.randn(10_000) * 6).clamp(0, 6), torch.tensor(5.0)
     raised, plain = (quantize(x, clip, bits, False, None, ceiling) for ceiling in (6.0, None))
     assert torch.equal(raised, reference.quantize(x, clip, bits, False, None, 6.0))
-    assert torch.equal(raised >= Grid(bits, False).saturated, x == 6)
+    assert torch.equal(raised >= Grid(bits, False).ceiling_flag, x == 6)
     levels = [dequantize(codes, clip, bits, False, None, torch.float32) for codes in (raised, plain)]
     assert torch.equal(*levels)
 
@@ -115,7 +116,7 @@ def test_codes_tell_what_the_gradients_ask(data):
     assert torch.equal(codes == torch.iinfo(grid.codes_dtype).min, ~finite)
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     inside = piecewise_linear(value, along(clip, x, dim).to(value.dtype), signed).bool()
-    cut = (codes == grid.below) | (codes > grid.high)
+    cut = (codes == grid.underflow_code) | (codes > grid.high)
     assert torch.equal(cut[finite], ~inside[finite])
     if not signed:
         assert torch.equal((codes < 0)[finite], (x <= 0)[finite])
@@ -127,8 +128,8 @@ def test_the_clip_itself_is_inside_and_the_next_number_is_not(bits, signed, dtyp
     grid, clip = Grid(bits, signed), torch.tensor(0.7)
     edge = torch.stack([clip, -clip]).to(dtype)
     beyond = edge.nextafter(2 * edge)
-    assert quantize(edge, clip, bits, signed, None).tolist() == [grid.high, grid.low if signed else grid.below]
-    assert quantize(beyond, clip, bits, signed, None).tolist() == [grid.high + 1, grid.below]
+    assert quantize(edge, clip, bits, signed, None).tolist() == [grid.high, grid.low if signed else grid.underflow_code]
+    assert quantize(beyond, clip, bits, signed, None).tolist() == [grid.high + 1, grid.underflow_code]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +137,7 @@ def test_the_clip_itself_is_inside_and_the_next_number_is_not(bits, signed, dtyp
 def test_everything_but_zero_is_beyond_a_clip_of_zero(dtype, bits, signed):
     grid, x = Grid(bits, signed), torch.tensor([[1.0, -1.0, 0.0, -0.0]], dtype=dtype)
     zero = 0 if signed else grid.low - 1
-    expected = [grid.high + 1, grid.below, zero, zero]
+    expected = [grid.high + 1, grid.underflow_code, zero, zero]
     assert quantize(x, torch.tensor(0.0), bits, signed, None).tolist() == [expected]
     # In one channel only.
     codes = quantize(x.expand(2, 4), torch.tensor([0.0, 2.0]), bits, signed, 0)

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.quantize import reference
-from octav_fx.quant.grid import Grid
-from tests.ops.interpreter import DEVICE, poisoned, small_block
-from tests.ops.strategies import axes, clips, tensors
+from tests.support.interpreter import DEVICE, poisoned, small_block
+from tests.support.strategies import axes, clips, tensors
 
 kernel = pytest.importorskip("octav_fx.ops.quantize.kernel")
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.train import checkpoint, loop, recipes, tables
 from benchmarks.train.run import FLOAT, Run
 from octav_fx import OctavError
-from octav_fx.finite import NotFinite
+from octav_fx.debug import NotFinite
 
 ROOT = Path(__file__).parent.parent.parent
 DIGITS = Run("digits", "resnet", "octav")

@@ -8,8 +8,8 @@ import torch
 import octav_fx
 from benchmarks.train import measure, recipes
 from benchmarks.train.nets import MobileNet, ResNet, Transformer
-from octav_fx.quant import solver
-from octav_fx.quant.grid import Grid
+from octav_fx.clips import newton
+from octav_fx.formats.grid import Grid
 
 
 def test_kinds_of_operands():
@@ -46,17 +46,17 @@ def test_sqnr_is_that_of_the_operand():
 def test_newton_steps(bits, least, most):
     grid = Grid(bits, True)
     x = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
-    cold = measure.newton_steps(x, torch.zeros(1), grid, solver.octav_step)
+    cold = measure.newton_steps(x, torch.zeros(1), grid, newton.octav_step)
     assert least <= cold <= most
-    exact = solver.octav(x, torch.zeros(1), grid)
+    exact = newton.octav(x, torch.zeros(1), grid)
     # One step shows that nothing moves any more; from 5 % off, a few.
-    assert measure.newton_steps(x, exact, grid, solver.octav_step) == 1
-    assert 2 <= measure.newton_steps(x, 0.95 * exact, grid, solver.octav_step) <= 4
+    assert measure.newton_steps(x, exact, grid, newton.octav_step) == 1
+    assert 2 <= measure.newton_steps(x, 0.95 * exact, grid, newton.octav_step) <= 4
     # A hint beyond every value begins anew.
-    assert measure.newton_steps(x, 100 * exact, grid, solver.octav_step) >= least
+    assert measure.newton_steps(x, 100 * exact, grid, newton.octav_step) >= least
 
 
 def test_rows_of_nothing_and_of_one_value_settle():
     rows = torch.zeros(2, 9)
     rows[1, 4] = 3
-    assert measure.newton_steps(rows, torch.zeros(2), Grid(4, True), solver.octav_step) <= 2
+    assert measure.newton_steps(rows, torch.zeros(2), Grid(4, True), newton.octav_step) <= 2

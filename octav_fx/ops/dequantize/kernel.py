@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, offsets_of
-from octav_fx.quant.grid import Grid
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def dequantize(
         STEPS=grid.steps,
         LOW=grid.low,
         HIGH=grid.high,
-        SATURATED=grid.saturated,
+        SATURATED=grid.ceiling_flag,
         NOT_FINITE=torch.iinfo(codes.dtype).min,
         SIGNED=signed,
     )

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops import native
-from octav_fx.ops.define import define
+from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.grid import Grid
+from octav_fx.ops import cpu
 from octav_fx.ops.dequantize import reference
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.grid import Grid
+from octav_fx.ops.register import register_op
 
 
 def _empty(codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, dtype: torch.dtype) -> Tensor:
@@ -19,12 +19,12 @@ def _empty(codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None
 def _cpu(
     codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, dtype: torch.dtype, out: Tensor
 ) -> bool:
-    layout, library, grid = native.channel_layout(codes, dim), native.library(), Grid(bits, signed)
+    layout, library, grid = cpu.channel_layout(codes, dim), cpu.library(), Grid(bits, signed)
     floats = dtype is torch.float32 and out.dtype is dtype
-    fits = native.same_layout(out, codes) and codes.dtype is grid.codes_dtype
+    fits = cpu.same_layout(out, codes) and codes.dtype is grid.codes_dtype
     if library is None or layout is None or not floats or not fits:
         return False
-    clip = native.checked(clip, clip_shape(codes, dim))
+    clip = cpu.checked(clip, clip_shape(codes, dim))
     library.octav_dequantize(
         codes.data_ptr(),
         clip.data_ptr(),
@@ -45,7 +45,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
     return kernel.dequantize(*args, out=out)
 
 
-dequantize = define(
+dequantize = register_op(
     "dequantize",
     "Tensor codes, Tensor clip, int bits, bool signed, int? dim, ScalarType dtype",
     empty=_empty,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from octav_fx.quant.axis import along
-from octav_fx.quant.grid import Grid
+from octav_fx.formats.granularity import along
+from octav_fx.formats.grid import Grid
 
 
 def dequantize(codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, dtype: torch.dtype) -> Tensor:
@@ -15,6 +15,6 @@ def dequantize(codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | 
     """
     grid = Grid(bits, signed)
     value = torch.promote_types(dtype, torch.float32)
-    code = codes if signed else torch.where(codes >= grid.saturated, codes - grid.saturated, codes)
+    code = codes if signed else torch.where(codes >= grid.ceiling_flag, codes - grid.ceiling_flag, codes)
     level = code.clamp(grid.low, grid.high).to(value) * grid.step(along(clip, codes, dim).to(value))
     return torch.where(codes == torch.iinfo(codes.dtype).min, torch.nan, level).to(dtype)

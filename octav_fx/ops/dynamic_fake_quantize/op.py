@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops.define import LAYOUT_AGNOSTIC
+from octav_fx.formats.granularity import clip_shape
 from octav_fx.ops.fake_quantize.op import gradient_of_x, save_for_backward
-from octav_fx.quant.axis import clip_shape
+from octav_fx.ops.register import LAYOUT_AGNOSTIC
 
 _NAME = "octav::dynamic_fake_quantize"
 

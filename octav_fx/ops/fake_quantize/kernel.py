@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octav_fx.ops import native
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.grid import Grid
+from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.grid import Grid
+from octav_fx.ops import cpu
 
 FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 # Elements of one program, 16 for each of its threads: two loads of 16 bytes of a half-precision tensor.
@@ -87,7 +87,7 @@ def fake_quantize_backward_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """grad, x, out: [n] as they lie in memory. clip: [channels] float32. The factors are those of quant/gradient.py."""
+    """grad, x, out: [n] as they lie in memory. clip: [channels] float32. Factors as in clips/gradients.py."""
     offsets, mask = offsets_of(n, BLOCK, WIDE)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -109,12 +109,12 @@ def elementwise(
 
     An input that does not lie as out does (strided, expanded, permuted) is copied into that layout first.
     """
-    n, layout = out.numel(), native.channel_layout(out, dim)
+    n, layout = out.numel(), cpu.channel_layout(out, dim)
     if not n or layout is None:
         return not n
     _, channels, inner = layout
-    clip = native.checked(clip, clip_shape(out, dim))
-    lying = [x if native.same_layout(x, out) else torch.empty_like(out, dtype=x.dtype).copy_(x) for x in inputs]
+    clip = cpu.checked(clip, clip_shape(out, dim))
+    lying = [x if cpu.same_layout(x, out) else torch.empty_like(out, dtype=x.dtype).copy_(x) for x in inputs]
     sizes = {"PER_CHANNEL": dim is not None, "BLOCK": block, "WIDE": n + block > 2**31}
     kernel[(triton.cdiv(n, block),)](*lying, clip, out, n, channels, inner, **sizes, **constants)
     return True

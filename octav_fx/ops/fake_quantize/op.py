@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops import native
-from octav_fx.ops.define import define
+from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.grid import Grid
+from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize import reference
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.grid import Grid
+from octav_fx.ops.register import register_op
 
 
 def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
@@ -17,13 +17,13 @@ def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gr
 
 
 def _cpu(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, out: Tensor) -> bool:
-    layout = native.channel_layout(x, dim)
-    library = native.library()
+    layout = cpu.channel_layout(x, dim)
+    library = cpu.library()
     floats = x.dtype is torch.float32 and out.dtype is torch.float32
-    if library is None or layout is None or not floats or not native.same_layout(out, x):
+    if library is None or layout is None or not floats or not cpu.same_layout(out, x):
         return False
     grid = Grid(bits, signed)
-    clip = native.checked(clip, clip_shape(x, dim))
+    clip = cpu.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize(
         x.data_ptr(), clip.data_ptr(), out.data_ptr(), *layout, grid.steps, grid.low, grid.high, torch.get_num_threads()
     )
@@ -36,7 +36,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
     return kernel.fake_quantize(*args, out=out)
 
 
-fake_quantize = define(
+fake_quantize = register_op(
     "fake_quantize",
     "Tensor x, Tensor clip, int bits, bool signed, int? dim, str gradient",
     empty=_empty,
@@ -53,15 +53,15 @@ def _empty_gradient(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: in
 def _cpu_gradient(
     grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str, out: Tensor
 ) -> bool:
-    layout = native.channel_layout(x, dim)
-    library = native.library()
+    layout = cpu.channel_layout(x, dim)
+    library = cpu.library()
     floats = all(tensor.dtype is torch.float32 for tensor in (grad, x, out))
-    if library is None or layout is None or gradient == "ste" or not floats or not native.same_layout(out, x):
+    if library is None or layout is None or gradient == "ste" or not floats or not cpu.same_layout(out, x):
         return False
-    if not native.same_layout(grad, x):
+    if not cpu.same_layout(grad, x):
         # Autograd may hand over another layout than that of x; both are then walked in the order of x.
         grad = torch.empty_like(x).copy_(grad)
-    clip = native.checked(clip, clip_shape(x, dim))
+    clip = cpu.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize_backward(
         grad.data_ptr(),
         x.data_ptr(),
@@ -81,7 +81,7 @@ def _cuda_gradient(*args: Any, out: Tensor) -> bool:
     return kernel.fake_quantize_backward(*args, out=out)
 
 
-fake_quantize_backward = define(
+fake_quantize_backward = register_op(
     "fake_quantize_backward",
     "Tensor grad, Tensor x, Tensor clip, bool signed, int? dim, str gradient",
     empty=_empty_gradient,

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from octav_fx.quant.axis import along
-from octav_fx.quant.gradient import GRADIENTS
-from octav_fx.quant.grid import Grid
+from octav_fx.clips.gradients import GRADIENTS
+from octav_fx.formats.granularity import along
+from octav_fx.formats.grid import Grid
 
 
 def fake_quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:

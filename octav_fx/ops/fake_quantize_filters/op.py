@@ -7,10 +7,10 @@ By itself the conversion is a pass over all weights, forward and backward, and o
 import torch
 from torch import Tensor
 
-from octav_fx.ops import native
-from octav_fx.ops.define import define
+from octav_fx.formats.grid import Grid
+from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize_filters import reference
-from octav_fx.quant.grid import Grid
+from octav_fx.ops.register import register_op
 
 
 def _empty(filters: Tensor, clip: Tensor, bits: int, signed: bool) -> Tensor:
@@ -19,14 +19,14 @@ def _empty(filters: Tensor, clip: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def _cpu(filters: Tensor, clip: Tensor, bits: int, signed: bool, out: Tensor) -> bool:
-    library = native.library()
+    library = cpu.library()
     floats = filters.dtype is torch.float32 and out.dtype is torch.float32
     channels, inputs, positions = filters.shape
     contiguous = filters.is_contiguous() and out.is_contiguous() and out.shape == (channels, positions, inputs)
     if library is None or not floats or not contiguous:
         return False
     grid = Grid(bits, signed)
-    clip = native.checked(clip, (filters.shape[0],))
+    clip = cpu.checked(clip, (filters.shape[0],))
     library.octav_fake_quantize_filters(
         filters.data_ptr(),
         clip.data_ptr(),
@@ -40,7 +40,7 @@ def _cpu(filters: Tensor, clip: Tensor, bits: int, signed: bool, out: Tensor) ->
     return True
 
 
-fake_quantize_filters = define(
+fake_quantize_filters = register_op(
     "fake_quantize_filters",
     "Tensor filters, Tensor clip, int bits, bool signed",
     empty=_empty,
@@ -54,13 +54,13 @@ def _empty_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, g
 
 
 def _cpu_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gradient: str, out: Tensor) -> bool:
-    library = native.library()
+    library = cpu.library()
     floats = all(tensor.dtype is torch.float32 for tensor in (grad, filters, out))
     contiguous = filters.is_contiguous() and out.is_contiguous() and out.shape == filters.shape
     channels_last = grad.movedim(1, -1).is_contiguous()
     if library is None or not floats or not contiguous or not (channels_last or grad.is_contiguous()):
         return False
-    clip = native.checked(clip, (filters.shape[0],))
+    clip = cpu.checked(clip, (filters.shape[0],))
     library.octav_fake_quantize_filters_backward(
         grad.data_ptr(),
         filters.data_ptr(),
@@ -75,7 +75,7 @@ def _cpu_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gra
     return True
 
 
-fake_quantize_filters_backward = define(
+fake_quantize_filters_backward = register_op(
     "fake_quantize_filters_backward",
     "Tensor grad, Tensor filters, Tensor clip, bool signed, str gradient",
     empty=_empty_gradient,

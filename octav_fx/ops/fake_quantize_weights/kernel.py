@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octav_fx.ops import native
+from octav_fx.formats.grid import Grid
+from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize.kernel import FLOATS, nearest
-from octav_fx.ops.solve_rows.kernel import METHODS, solve_row, tile_of
-from octav_fx.quant.grid import Grid
+from octav_fx.ops.kernels.solve_rows.kernel import METHODS, solve_row, tile_of
 
 # Rows of up to so many elements are held by so many warps, 4 or 16 elements in the registers of each thread. Longer
 # rows are read again in each step, in tiles of the last length, from the cache. A class of its own keeps short rows
@@ -88,20 +88,20 @@ def fake_quantize_weights(
     # Of each launch: the entries of its table, the first weight, and how many programs there are.
     launches: dict[tuple[int, torch.dtype, int], tuple[list[tuple[int, ...]], Tensor, int]] = {}
     # A hint that had to be converted has to live until the launch.
-    kept, first_clip = [], 0
+    kept, initial_clip = [], 0
     for w, hint, b, dim, to in zip(weights, hints, bits, dims, out, strict=True):
-        layout = native.channel_layout(w, dim)
+        layout = cpu.channel_layout(w, dim)
         in_pieces = layout is None or (layout[0] > 1 and layout[1] > 1)
-        if w.dtype not in FLOATS or in_pieces or not native.same_layout(to, w):
+        if w.dtype not in FLOATS or in_pieces or not cpu.same_layout(to, w):
             return False
         rows = w.shape[dim]
         n = w.numel() // rows
-        kept.append(native.checked(hint, (rows,)))
+        kept.append(cpu.checked(hint, (rows,)))
         key = (b, w.dtype, sum(n > longest for longest, _ in classes))
         entries, of, programs = launches.get(key, ([], w, 0))
-        entry = (w.data_ptr(), to.data_ptr(), kept[-1].data_ptr(), programs, first_clip, n)
+        entry = (w.data_ptr(), to.data_ptr(), kept[-1].data_ptr(), programs, initial_clip, n)
         launches[key] = ([*entries, entry], of, programs + rows)
-        first_clip += rows
+        initial_clip += rows
     for (b, _, which), (entries, of, programs) in launches.items():
         grid = Grid(b, signed=True)
         block, warps = classes[min(which, len(classes) - 1)]

@@ -6,7 +6,7 @@ It comes after differentiation: the gradient of each weight is a fake_quantize_b
 import torch
 from torch import Tensor
 
-from octav_fx.ops.define import LAYOUT_AGNOSTIC, has_triton
+from octav_fx.ops.register import LAYOUT_AGNOSTIC, has_triton
 
 _NAME = "octav::fake_quantize_weights"
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops.define import define
 from octav_fx.ops.int_matmul import reference
+from octav_fx.ops.register import register_op
 
 
 def _empty(
@@ -29,7 +29,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
     return kernel.int_matmul(*args, out=out)
 
 
-int_matmul = define(
+int_matmul = register_op(
     "int_matmul",
     "Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, "
     "int x_bits, bool x_signed, int w_bits, ScalarType dtype",

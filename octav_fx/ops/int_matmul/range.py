@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from octav_fx.quant.grid import Grid
+from octav_fx.formats.grid import Grid
 
 # The integers that an accumulator holds, and their negatives: all up to the largest.
 INT32: Final = 2**31 - 1

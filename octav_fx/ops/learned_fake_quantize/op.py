@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops.define import define
+from octav_fx.clips.learned import clip_from_parameter
+from octav_fx.formats.granularity import along
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.learned_fake_quantize import reference
-from octav_fx.quant.axis import along
-from octav_fx.quant.grid import Grid
-from octav_fx.quant.learned import clip_of
+from octav_fx.ops.register import register_op
 
 _SETTINGS = "int bits, bool signed, int? dim, str method"
 
@@ -31,12 +31,12 @@ def _composed(
     out: Tensor,
 ) -> bool:
     """See reference.py. Composed of the op for a given clip, so that each device runs the kernel it has."""
-    clip = clip_of(parameter, Grid(bits, signed), method)
+    clip = clip_from_parameter(parameter, Grid(bits, signed), method)
     torch.ops.octav.fake_quantize(x, clip, bits, signed, dim, "pwl", out=out)
     return True
 
 
-learned_fake_quantize = define(
+learned_fake_quantize = register_op(
     "learned_fake_quantize",
     f"Tensor x, Tensor parameter, {_SETTINGS}, bool is_data",
     empty=_empty,
@@ -52,7 +52,7 @@ def _empty_gradient(
     return torch.empty_like(x, dtype=grad.dtype)
 
 
-learned_fake_quantize_backward = define(
+learned_fake_quantize_backward = register_op(
     "learned_fake_quantize_backward",
     f"Tensor grad, Tensor x, Tensor parameter, {_SETTINGS}",
     empty=_empty_gradient,
@@ -73,7 +73,7 @@ def _empty_parameter_gradient(
     return torch.empty_like(parameter)
 
 
-learned_parameter_backward = define(
+learned_parameter_backward = register_op(
     "learned_parameter_backward",
     f"Tensor grad, Tensor x, Tensor parameter, {_SETTINGS}, bool is_data",
     empty=_empty_parameter_gradient,

@@ -3,21 +3,23 @@
 import torch
 from torch import Tensor
 
+from octav_fx.clips.learned import LEARNED, clip_from_parameter, sign_of
+from octav_fx.formats.granularity import along, clip_shape, to_rows
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.fake_quantize import reference
-from octav_fx.quant.axis import along, clip_shape, to_rows
-from octav_fx.quant.grid import Grid
-from octav_fx.quant.learned import LEARNED, clip_of, side
 
 
 def learned_fake_quantize(
     x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str, is_data: bool
 ) -> Tensor:
-    """X [...], parameter [] or [C] -> [...]: x rounded to the grid of a learned clip (quant/learned.py).
+    """X [...], parameter [] or [C] -> [...]: x rounded to the grid of a learned clip (clips/learned.py).
 
     method: "pact", the parameter is the clip, or "lsq", it is the step. is_data: the first axis of x is the batch,
     which does not count as features in LSQ's gradient scale.
     """
-    return reference.fake_quantize(x, clip_of(parameter, Grid(bits, signed), method), bits, signed, dim, "pwl")
+    return reference.fake_quantize(
+        x, clip_from_parameter(parameter, Grid(bits, signed), method), bits, signed, dim, "pwl"
+    )
 
 
 def learned_fake_quantize_backward(
@@ -26,7 +28,7 @@ def learned_fake_quantize_backward(
     """Grad and x [...], parameter [] or [C] -> the gradient of x [...], the dtype of grad: 1 inside, 0 outside."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     grid = Grid(bits, signed)
-    clip = along(clip_of(parameter, grid, method), x, dim).to(value.dtype)
+    clip = along(clip_from_parameter(parameter, grid, method), x, dim).to(value.dtype)
     return torch.where(LEARNED[method].inside(value, clip, grid), grad, 0)
 
 
@@ -45,10 +47,10 @@ def learned_slopes(
     """The derivative of each rounded value by the parameter, times the method's scale, [...]; 0 for inf and NaN."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     grid = Grid(bits, signed)
-    clip = along(clip_of(parameter, grid, method), x, dim).to(value.dtype)
+    clip = along(clip_from_parameter(parameter, grid, method), x, dim).to(value.dtype)
     count = x.numel() // max(parameter.numel(), 1)
     if is_data and x.dim() > 1:
         count //= max(x.shape[0], 1)
-    scale = LEARNED[method].scale(count, grid) * along(side(parameter), x, dim).to(value.dtype)
+    scale = LEARNED[method].scale(count, grid) * along(sign_of(parameter), x, dim).to(value.dtype)
     slopes = LEARNED[method].slope(value, clip, grid) * scale
     return torch.where(x.isfinite(), slopes, 0)

@@ -1,4 +1,4 @@
-// The fixed point of both recursions over rows of floats. quant/solver.py is the definition; the bracket and the
+// The fixed point of both recursions over rows of floats. clips/newton.py is the definition; the bracket and the
 // restart are the same, but here the iteration stops when it stands still: on a CPU that costs no synchronisation.
 #include <type_traits>
 
@@ -110,7 +110,7 @@ Errors error_of(const float* x, int64_t n, float clip, const Grid& grid) {
   return {sum, power};
 }
 
-// The best of the neighbours of a fixed point, itself if none is better. The constants are those of quant/solver.py.
+// The best of the neighbours of a fixed point, itself if none is better. The constants are those of clips/newton.py.
 template <bool SIGNED, bool FINITE>
 float polish(const float* x, int64_t n, float clip, const Grid& grid, int threads) {
   float best = clip;

@@ -4,10 +4,10 @@ from typing import Final
 
 from torch import Tensor
 
-from octav_fx.ops.solve_passes.kernel import solve_passes
-from octav_fx.ops.solve_rows.kernel import LONGEST, solve_rows
-from octav_fx.ops.solve_tail.kernel import solve_tail
-from octav_fx.quant.solver import as_octav
+from octav_fx.clips.newton import as_octav
+from octav_fx.ops.kernels.solve_passes.kernel import solve_passes
+from octav_fx.ops.kernels.solve_rows.kernel import LONGEST, solve_rows
+from octav_fx.ops.kernels.solve_tail.kernel import solve_tail
 
 # Up to here one program, which holds the tensor, is a single launch and reads it once.
 ONE_PROGRAM: Final = LONGEST

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops import native
-from octav_fx.ops.define import define
+from octav_fx.clips.newton import as_octav
+from octav_fx.clips.percentile import ONE_IN
+from octav_fx.formats.granularity import clip_shape, to_rows
+from octav_fx.ops import cpu
 from octav_fx.ops.optimal_clip import reference
-from octav_fx.quant.axis import clip_shape, to_rows
-from octav_fx.quant.percentile import ONE_IN
-from octav_fx.quant.solver import as_octav
+from octav_fx.ops.register import register_op
 
 # Their order is the kernel's.
 _NEWTON = ("octav", "octav-grid")
@@ -21,16 +21,16 @@ def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, me
 
 
 def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
-    library = native.library()
+    library = cpu.library()
     bits, method = as_octav(bits, method)
     fits = out.shape == clip_shape(x, dim) and out.dtype is torch.float32 and out.is_contiguous()
     if library is None or x.dtype is torch.float64 or not fits:
         return False
     # The order of the elements does not matter: a dense tensor is one row, as it lies in memory.
-    flat = dim is None and native.is_dense(x)
+    flat = dim is None and cpu.is_dense(x)
     rows = x.as_strided((1, x.numel()), (x.numel(), 1)) if flat else to_rows(x, dim)
     rows = rows.to(torch.float32).contiguous()
-    hint = native.checked(hint, clip_shape(x, dim))
+    hint = cpu.checked(hint, clip_shape(x, dim))
     data, threads = (rows.data_ptr(), *rows.shape, hint.data_ptr(), out.data_ptr()), torch.get_num_threads()
     if method in _NEWTON:
         library.octav_optimal_clip(*data, bits, signed, _NEWTON.index(method), threads)
@@ -48,7 +48,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
     return kernel.optimal_clip(*args, out=out)
 
 
-optimal_clip = define(
+optimal_clip = register_op(
     "optimal_clip",
     "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
     empty=_empty,

@@ -1,4 +1,4 @@
-// A percentile of the magnitudes, or the largest. quant/percentile.py is the definition.
+// A percentile of the magnitudes, or the largest. clips/percentile.py is the definition.
 #include <functional>
 
 #include "rows.h"

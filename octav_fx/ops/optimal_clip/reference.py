@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from octav_fx.quant.axis import clip_shape, to_rows
-from octav_fx.quant.grid import Grid
-from octav_fx.quant.solver import METHODS, power_of_two
+from octav_fx.clips.newton import METHODS, power_of_two
+from octav_fx.formats.granularity import clip_shape, to_rows
+from octav_fx.formats.grid import Grid
 
 
 def optimal_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:

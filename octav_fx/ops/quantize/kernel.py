@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, nearest, offsets_of
-from octav_fx.quant.grid import Grid
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def quantize(
         STEPS=grid.steps,
         LOW=grid.low,
         HIGH=grid.high,
-        BELOW=grid.below,
-        SATURATED=grid.saturated,
+        BELOW=grid.underflow_code,
+        SATURATED=grid.ceiling_flag,
         NOT_FINITE=torch.iinfo(out.dtype).min,
         SIGNED=signed,
     )

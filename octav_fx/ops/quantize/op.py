@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops import native
-from octav_fx.ops.define import define
+from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.grid import Grid
+from octav_fx.ops import cpu
 from octav_fx.ops.quantize import reference
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.grid import Grid
+from octav_fx.ops.register import register_op
 
 
 def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None) -> Tensor:
@@ -20,11 +20,11 @@ def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ce
 def _cpu(
     x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None, *, out: Tensor
 ) -> bool:
-    layout, library, grid = native.channel_layout(x, dim), native.library(), Grid(bits, signed)
-    fits = native.same_layout(out, x) and out.dtype is grid.codes_dtype
+    layout, library, grid = cpu.channel_layout(x, dim), cpu.library(), Grid(bits, signed)
+    fits = cpu.same_layout(out, x) and out.dtype is grid.codes_dtype
     if library is None or layout is None or x.dtype is not torch.float32 or not fits:
         return False
-    clip = native.checked(clip, clip_shape(x, dim))
+    clip = cpu.checked(clip, clip_shape(x, dim))
     library.octav_quantize(
         x.data_ptr(),
         clip.data_ptr(),
@@ -46,7 +46,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
     return kernel.quantize(*args, out=out)
 
 
-quantize = define(
+quantize = register_op(
     "quantize",
     "Tensor x, Tensor clip, int bits, bool signed, int? dim, float? ceiling=None",
     empty=_empty,

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from octav_fx.quant.axis import along
-from octav_fx.quant.grid import Grid
+from octav_fx.formats.granularity import along
+from octav_fx.formats.grid import Grid
 
 
 def quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None) -> Tensor:
-    """X [...], clip [] or [C] in the units of x -> codes [...], int8 or int16 (quant/grid.py).
+    """X [...], clip [] or [C] in the units of x -> codes [...], int8 or int16 (formats/grid.py).
 
     The nearest code, ties to even, and for backward's sake some more.
     A value beyond the clip gets a code beyond those of the grid, high + 1 or grid.below: there the gradient is cut.
@@ -23,8 +23,8 @@ def quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, 
     step = grid.step(bound)
     code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
     code = torch.where(value > bound, grid.high + 1, code)
-    code = torch.where(value < (-bound if signed else 0), grid.below, code)
+    code = torch.where(value < (-bound if signed else 0), grid.underflow_code, code)
     if not signed:
         code = torch.where(value == 0, grid.low - 1, code)
-        code = torch.where(value >= (torch.inf if ceiling is None else ceiling), code + grid.saturated, code)
+        code = torch.where(value >= (torch.inf if ceiling is None else ceiling), code + grid.ceiling_flag, code)
     return torch.where(x.isfinite(), code, torch.iinfo(grid.codes_dtype).min).to(grid.codes_dtype)

@@ -7,10 +7,10 @@ ops in the same order on every rank, as collectives need it.
 import torch
 from torch import Tensor
 
-from octav_fx.ops.define import define
+from octav_fx.clips.distributed import has_others
+from octav_fx.formats.granularity import clip_shape
+from octav_fx.ops.register import register_op
 from octav_fx.ops.synced_clip import reference
-from octav_fx.quant.axis import clip_shape
-from octav_fx.quant.synced import has_others
 
 
 def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
@@ -25,7 +25,7 @@ def _alone(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, me
     return True
 
 
-synced_clip = define(
+synced_clip = register_op(
     "synced_clip",
     "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
     empty=_empty,

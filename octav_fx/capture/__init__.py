@@ -1,0 +1,1 @@
+"""How a module becomes a graph, and what holds the graph afterwards."""

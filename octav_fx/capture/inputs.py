@@ -1,0 +1,41 @@
+"""The arguments of a call, as quantize() is given them and as modules are called."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from octav_fx.capture.symbolic.patches import PLAIN
+
+
+class Inputs(NamedTuple):
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    # Never written into.
+    kwargs: dict[str, Any] = {}  # noqa: RUF012
+
+
+def as_inputs(inputs: Any) -> Inputs:
+    """A tensor, a tuple of arguments or a dict of keyword arguments as the call that a model gets."""
+    if isinstance(inputs, Mapping):
+        return Inputs((), dict(inputs))
+    return Inputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in arguments or results, in their order."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def same_kind(a: Inputs, b: Inputs) -> bool:
+    """Whether two calls differ in the contents of tensors only."""
+    (one, one_spec), (two, two_spec) = (pytree.tree_flatten((call.args, dict(call.kwargs))) for call in (a, b))
+    return one_spec == two_spec and all(map(_is_alike, one, two))
+
+
+def _is_alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)

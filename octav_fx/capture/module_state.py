@@ -1,0 +1,70 @@
+"""What forward does to its modules besides computing, undone."""
+
+import collections
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+_CONTAINERS: Final = (list, dict, set, collections.OrderedDict)
+# Where a module keeps its parts; forward does not rebind those of others.
+_OF_MODULES: Final = ("_modules", "_parameters", "_buffers")
+
+
+@contextmanager
+def preserved_attributes(root: nn.Module) -> Iterator[None]:
+    """Afterwards attributes and buffers that were set are as before, and so is what lists, dicts and sets hold.
+
+    What is written into tensors in place stays.
+    """
+    before = [(held, dict(held), _contents(held)) for _, held in attributes(root)]
+    try:
+        yield
+    finally:
+        for held, old, contents in before:
+            for key in [key for key in held if key not in _OF_MODULES]:
+                if key not in old:
+                    del held[key]
+            held.update(old)
+            for key, content in contents.items():
+                _refill(held[key], content)
+
+
+def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """(path, attributes by name) of each module, and of its buffers."""
+    named = [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    # A quantized module's own float one shares its children, and is none.
+    named += [(name, m._float_module) for name, m in named if "_float_module" in vars(m)]
+    return [(name, held) for name, module in named for held in (module.__dict__, module._buffers)]
+
+
+def _contents(held: dict[str, Any]) -> dict[str, Any]:
+    """A copy of each container; hooks are in some, and libraries install theirs in the first call."""
+    return {k: copy.copy(v) for k, v in held.items() if type(v) in _CONTAINERS and k not in _OF_MODULES}
+
+
+def _refill(container: Any, content: Any) -> None:
+    if type(container) is type(content):
+        container.clear()
+        getattr(container, "extend" if isinstance(container, list) else "update")(content)
+
+
+def own_copy(inputs: Any) -> Any:
+    """Inputs whose tensors and objects (a cache) are their own, so that forward may write into them."""
+    memo: dict[int, Any] = {}
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, nn.Module):
+            return leaf
+        if isinstance(leaf, torch.Tensor):
+            return memo.setdefault(id(leaf), leaf.clone())
+        try:
+            return copy.deepcopy(leaf, memo)
+        except Exception:
+            # A handle of something that cannot be copied: forward gets the one there is.
+            return leaf
+
+    return torch.utils._pytree.tree_map(copied, inputs)

@@ -1,0 +1,97 @@
+"""A module that runs its own Python, over children that are quantized."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.modules import QuantizedModule
+from octav_fx.errors import OctavError
+from octav_fx.ir.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class PartialInfo:
+    """What is known of a descended module."""
+
+    # Why no graph holds its forward, with the file and line that stopped the capture.
+    reason: str
+    # What its own code and its float children multiply.
+    records: tuple[Record, ...]
+    # Of the outermost one: what the whole model was quantized with. Not pickled.
+    example: Inputs | None = None
+
+
+class PartialModule:
+    """Marks such a module: descend() makes its class a subclass of its own and of this one.
+
+    isinstance, attributes, methods and keys stay those of the user's class; tables find what stays float, and the
+    backend sees that it is so on purpose.
+    """
+
+    octav_partial: PartialInfo
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The subclass has no name to be pickled by.
+        return _restore, (type(self).__mro__[2], self._state(), replace(self.octav_partial, example=None))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self._state(), memo))
+        copied.__dict__["octav_partial"] = self.octav_partial
+        return copied
+
+    def _state(self) -> Any:
+        """What the user's class says its state is."""
+        state = self.__getstate__()
+        return {k: v for k, v in state.items() if k != "octav_partial"} if isinstance(state, dict) else state
+
+
+def outermost(q: nn.Module) -> nn.Module:
+    """The module that quantize() returned, in whatever it is wrapped. Raises OctavError unless there is exactly one."""
+    found = [module for module in q.modules() if isinstance(module, (QuantizedModule, PartialModule))]
+    if not found:
+        raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
+    inside = set(found[0].modules())
+    if others := sum(module not in inside for module in found):
+        raise OctavError(
+            f"{type(q).__name__} holds {others + 1} modules that octav_fx.quantize returned, a table shows one"
+        )
+    return found[0]
+
+
+def example_of(quantized: nn.Module) -> Inputs | None:
+    """The inputs that quantize() was given."""
+    if isinstance(quantized, QuantizedModule):
+        return quantized.examples
+    return quantized.octav_partial.example if isinstance(quantized, PartialModule) else None
+
+
+def float_records(quantized: nn.Module) -> list[Record]:
+    """What descended modules multiply in float, each once."""
+    found = [r for m in quantized.modules() if isinstance(m, PartialModule) for r in m.octav_partial.records]
+    return list(dict.fromkeys(found))
+
+
+def partial_lines(quantized: nn.Module) -> list[str]:
+    """A line for each module that runs its own Python, and why."""
+    found = {name: m for name, m in quantized.named_modules() if isinstance(m, PartialModule)}
+    return [f"{name or 'the model'}: in parts, because {m.octav_partial.reason}" for name, m in found.items()]
+
+
+def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
+    """The same module, marked."""
+    kind = type(module)
+    if not isinstance(module, PartialModule):
+        module.__class__ = type(kind.__name__, (PartialModule, kind), {"__module__": kind.__module__})
+    module.__dict__["octav_partial"] = descent
+    return module
+
+
+def _restore(kind: type[nn.Module], state: Any, descent: PartialInfo) -> nn.Module:
+    module = kind.__new__(kind)
+    module.__setstate__(state)
+    return mark_partial(module, descent)

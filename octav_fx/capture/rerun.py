@@ -1,0 +1,218 @@
+"""Running a model once without leaving a trace."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
+from octav_fx.capture.module_state import own_copy, preserved_attributes
+from octav_fx.capture.modules import QuantizedModule
+from octav_fx.clips.distributed import no_sync
+from octav_fx.ir.macs import MacCounter
+from octav_fx.nn import FakeQuantizer
+
+# Larger numbers stand for minus infinity in masks.
+_MASKED: Final = 1e30
+# Rounding moves an index (argmax) to its neighbour so often at most.
+_RARELY: Final = 0.1
+
+
+def has_data(module: nn.Module, inputs: Any) -> bool:
+    """Whether nothing is on the meta device, so that the module can run."""
+    return not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *tensors_of(inputs)))
+
+
+def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The outputs of one forward in the module's own mode; state, random states and inputs are as before.
+
+    Only the hints of quantizers change.
+    """
+    with preserved_buffers(module), preserved_attributes(module):
+        return run_keeping_state(module, *own_copy((args, dict(kwargs))))
+
+
+@contextmanager
+def preserved_buffers(module: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers that were there hold what they held; the hints of quantizers may change."""
+    hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
+    buffers = {b: b.clone() for b in module.buffers() if b not in hints}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers.items():
+                # An expanded one cannot be written, and nobody has.
+                if buffer.is_meta or not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def run_keeping_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The same, but what forward sets on its modules and writes into its inputs stays."""
+    tensors = (*module.parameters(), *module.buffers())
+    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers(), no_sync():
+        return module(*args, **kwargs)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Those of Python and NumPy; torch has fork_rng for its own."""
+    numpy = sys.modules.get("numpy")
+    drawn, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(drawn)
+        if numpy:
+            numpy.random.set_state(of_numpy)
+
+
+@contextmanager
+def preserved_modes(module: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode it was in, frozen BatchNorms too."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            if isinstance(m, QuantizedModule):
+                m.train(training)
+        for m, training in modes.items():
+            m.training = training
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode."""
+    with preserved_modes(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def without_quantizers(module: nn.Module) -> Iterator[None]:
+    """Inside, every quantizer returns its input: the rewritten graph computes in float."""
+    quantizers = [m for m in module.modules() if isinstance(m, FakeQuantizer)]
+    for quantizer in quantizers:
+        quantizer.__dict__["forward"] = lambda x: x
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            del quantizer.__dict__["forward"]
+
+
+def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
+    """Which modules multiply, the innermost each, in the order in which they do: (path, multiply-accumulates)."""
+    found: list[tuple[str, int]] = []
+    inside = [""]
+    counted = 0
+
+    def settle() -> None:
+        nonlocal counted
+        if counter.macs > counted:
+            found.append((inside[-1], counter.macs - counted))
+            counted = counter.macs
+
+    def enter(path: str) -> None:
+        settle()
+        inside.append(path)
+
+    def leave() -> None:
+        settle()
+        inside.pop()
+
+    with (
+        MacCounter() as counter,
+        _hooked(dict(root.named_modules()), lambda path, _: enter(path), lambda path, failed: leave()),
+    ):
+        run_once(root, *call)
+        settle()
+    return found
+
+
+def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Module]) -> dict[str, list[Inputs]]:
+    """How a module calls its children: the first Call of each kind (is_alike) that its example leads to.
+
+    A call that fails, and one inside a transform of torch.func, is none that a child could be captured with.
+    """
+    found: dict[str, list[Inputs]] = {name: [] for name in children}
+    begun: dict[str, list[Inputs | None]] = {name: [] for name in children}
+
+    def enter(name: str, made: Inputs) -> None:
+        wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_of(made)))
+        begun[name].append(None if wrapped or any(same_kind(made, known) for known in found[name]) else own_copy(made))
+
+    def leave(name: str, failed: bool) -> None:
+        made = begun[name].pop()
+        if made is not None and not failed:
+            found[name].append(made)
+
+    with _hooked(children, enter, leave):
+        run_once(module, *call)
+    return found
+
+
+@contextmanager
+def _hooked(
+    modules: Mapping[str, nn.Module], enter: Callable[[str, Inputs], None], leave: Callable[[str, bool], None]
+) -> Iterator[None]:
+    """Inside, enter(path, call) runs before each call of the modules, and leave(path, whether it failed) after it."""
+    handles = []
+    for path, module in modules.items():
+        if path and not isinstance(module, torch.jit.ScriptModule):
+            succeeded: list[nn.Module] = []
+
+            def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                enter(path, Inputs(args, kwargs))
+
+            def success(m: nn.Module, args: Any, result: Any, succeeded: list[nn.Module] = succeeded) -> None:
+                succeeded.append(m)
+
+            def after(
+                _: nn.Module, args: Any, result: Any, path: str = path, succeeded: list[nn.Module] = succeeded
+            ) -> None:
+                leave(path, not succeeded)
+                succeeded.clear()
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(success))
+            handles.append(module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def difference(expected: Any, found: Any) -> str | None:
+    """How two results of a model differ by more than rounding, or None. NaN equals NaN."""
+    expected_leaves, expected_spec = pytree.tree_flatten(expected)
+    found_leaves, found_spec = pytree.tree_flatten(found)
+    if expected_spec != found_spec:
+        return f"its result is {found_spec} instead of {expected_spec}"
+    for e, f in zip(expected_leaves, found_leaves, strict=True):
+        if not isinstance(e, Tensor) or not isinstance(f, Tensor):
+            if type(e) is not type(f):
+                return f"it returns {f!r} instead of {e!r}"
+        elif e.shape != f.shape or e.dtype != f.dtype:
+            return f"it returns {f.dtype} {tuple(f.shape)} instead of {e.dtype} {tuple(e.shape)}"
+        elif not torch.equal(e, f) and e.is_floating_point():
+            # Fused inference paths of torch (attention) round otherwise; another branch taken differs by far more.
+            e, f = e.double(), f.double()
+            # Masks and what is no number count by their places: beside them all else would be nothing.
+            ordinary = e.abs() < _MASKED
+            if not torch.equal(ordinary, f.abs() < _MASKED):
+                return f"its result of shape {tuple(e.shape)} is inf, NaN or masked in other places"
+            e, f = e[ordinary], f[ordinary]
+            if (e - f).norm() > 1e-2 * e.norm():
+                return f"its result of shape {tuple(ordinary.shape)} is off by {float((e - f).norm() / e.norm()):.1%}"
+        elif not e.is_floating_point() and (e != f).double().mean() > _RARELY:
+            return f"its result of shape {tuple(e.shape)} and {e.dtype} is another one"
+    return None

@@ -1,0 +1,171 @@
+"""What user code holds while it is traced: proxies that know what the example inputs make of them."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from octav_fx.capture.user_stack import TORCH, caller
+
+if TYPE_CHECKING:
+    from octav_fx.capture.symbolic.tracer import ValueTracer
+
+# Facts about a tensor that no input of the same kind changes.
+_STATIC_ATTRIBUTES: Final = frozenset(
+    {"ndim", "layout", "requires_grad", "is_nested", "is_sparse", "is_cuda", "is_meta"}
+)
+
+
+class _Unknown:
+    """The value of what cannot be known without data, such as the result of item()."""
+
+    def __repr__(self) -> str:
+        return "a value that depends on data"
+
+
+UNKNOWN: Final = _Unknown()
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that answers what Python asks of a value: truth, length, iteration, index."""
+
+    tracer: "ValueTracer"
+
+    @property
+    def value(self) -> Any:
+        """What the example inputs make of this: a fake tensor, a number, a shape, UNKNOWN."""
+        return self.node.meta["value"]
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        if isinstance(value, Mapping):
+            self._settle()
+            match name:
+                case "values":
+                    return lambda: [self[key] for key in value]
+                case "items":
+                    return lambda: [(key, self[key]) for key in value]
+        if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
+            return getattr(value, name)
+        if isinstance(value, torch.device) and name == "type":
+            # Regions of autocast take nothing but a str.
+            return self.tracer.decide(AttributeProxy(self, name), str)
+        if value is not UNKNOWN and not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        return AttributeProxy(self, name)
+
+    def keys(self) -> Any:
+        """The keys of a dict, which fx asks the tracer for."""
+        return list(self.value) if isinstance(self.value, Mapping) else super().keys()
+
+    def _settle(self) -> None:
+        """An argument of forward may have more or other items in a later call; the graph is for those of this one."""
+        node = self.node
+        while node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+        if node.op == "placeholder":
+            self.tracer.settle(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self, bool))
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float))
+
+    def __len__(self) -> int:
+        return int(self.tracer.create_proxy("call_function", len, (self,), {}))
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.value
+        if isinstance(value, (Mapping, tuple, list)):
+            self._settle()
+        if isinstance(value, Mapping):
+            return iter(list(value))
+        if isinstance(value, (tuple, list)):
+            return (self[i] for i in range(len(value)))
+        if isinstance(value, Tensor):
+            return (self[i] for i in range(len(self)))
+        return super().__iter__()
+
+    def __round__(self, *digits: Any) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __divmod__(self, divisor: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (self, divisor), {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.clone() if isinstance(self.value, Tensor) else self
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.value if isinstance(self.value, Mapping) else any(item is x or item == x for x in self)
+
+    def __setitem__(self, index: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", setitem_, (self, index, item), {})
+
+    # fx.Proxy defines __eq__; a proxy is still hashed by identity.
+    __hash__ = object.__hash__
+
+
+class AttributeProxy(ValueProxy):
+    """x.attribute: a method call if it is called, else a getattr node made on first use."""
+
+    def __init__(self, owner: ValueProxy, name: str) -> None:
+        self.__dict__.update(tracer=owner.tracer, owner=owner, name=name, made=None)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The getattr node, made on first use: most attributes are methods about to be called."""
+        if self.__dict__["made"] is None:
+            made = self.tracer.create_proxy(
+                "call_function", getattr, (self.__dict__["owner"], self.__dict__["name"]), {}
+            )
+            self.__dict__["made"] = made.node
+        return self.__dict__["made"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The method call."""
+        return self.tracer.create_proxy("call_method", self.__dict__["name"], (self.__dict__["owner"], *args), kwargs)
+
+
+PROXIES: Final = (ValueProxy, AttributeProxy)
+
+
+def setitem_(target: Any, index: Any, item: Any) -> Any:
+    """target[index] = item, as a call that returns target: later readers of the target follow it in the graph."""
+    target[index] = item
+    return target
+
+
+fx.node.has_side_effect(setitem_)
+
+
+class TrainingFlag:
+    """Stands for module.training while tracing: an operation that takes it gets a node that reads it at run time."""
+
+    def __init__(self, tracer: "ValueTracer", target: str, value: bool) -> None:
+        self.tracer, self.target, self.value = tracer, target, value
+
+    def __fx_create_arg__(self, tracer: "ValueTracer") -> fx.Node:
+        return tracer.create_node("get_attr", self.target, (), {})
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        if caller().startswith(TORCH):
+            # torch's own modules ask only to choose an inference fast path, which hides the operands.
+            return True
+        self.tracer.branched_on.append(self.target)
+        return self.value

@@ -1,0 +1,74 @@
+"""torch.no_grad(), torch.autocast() and autograd.Function in forward: what a trace of single calls would lose."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.amp import autocast_mode
+from torch.utils import _pytree as pytree
+
+from octav_fx.capture.symbolic.proxies import PROXIES
+
+if TYPE_CHECKING:
+    from octav_fx.capture.symbolic.tracer import ValueTracer
+
+
+@contextmanager
+def regions(tracer: "ValueTracer") -> Iterator[None]:
+    """Entering and leaving torch.autocast makes nodes, and so does a function with a gradient of its own.
+
+    Gradients are on, so that the tracer sees who turns them off.
+    """
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entered(region: torch.autocast) -> Any:
+        if not tracer.evaluating:
+            settings = (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+            region.node = tracer.create_node(  # type: ignore[attr-defined]
+                "call_function", autocast_mode._enter_autocast, settings, {}
+            )
+        return enter(region)
+
+    def left(region: torch.autocast, *error: Any) -> Any:
+        if hasattr(region, "node"):
+            tracer.create_node("call_function", autocast_mode._exit_autocast, (region.node,), {})
+            del region.node
+        return leave(region, *error)
+
+    original: Any = vars(torch.autograd.Function)["apply"]
+
+    def applied(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if tracer.evaluating or not any(type(leaf) in PROXIES for leaf in pytree.tree_leaves((args, kwargs))):
+            return original.__func__(function, *args, **kwargs)
+        return tracer.create_proxy("call_function", apply_function, (tracer.constant(Kept(function)), *args), kwargs)
+
+    setattr(torch.autograd.Function, "apply", classmethod(applied))  # noqa: B010
+    try:
+        with torch.enable_grad(), _patched(entered, left):
+            yield
+    finally:
+        setattr(torch.autograd.Function, "apply", original)  # noqa: B010
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A function with a gradient of its own, which a graph cannot hold by itself."""
+
+    function: type[torch.autograd.Function]
+
+
+def apply_function(kept: Kept, *args: Any, **kwargs: Any) -> Any:
+    """Its result, as a call that a graph can hold."""
+    return kept.function.apply(*args, **kwargs)
+
+
+@contextmanager
+def _patched(enter: Callable[..., Any], leave: Callable[..., Any]) -> Iterator[None]:
+    originals = torch.autocast.__enter__, torch.autocast.__exit__
+    torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = originals  # type: ignore[method-assign]

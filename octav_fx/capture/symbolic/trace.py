@@ -1,0 +1,90 @@
+"""Capture by symbolic tracing with values: each proxy knows what the example inputs make of it.
+
+Values are fake tensors (shapes and dtypes, no data), so sizes stay symbolic in the graph, while a branch on a size
+takes the side that the example inputs take and leaves a check behind. That traces what plain fx.Tracer cannot:
+attention with shape checks, loops over a list of features, functions hidden behind fx.wrap.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.symbolic.patches import quiet, symbolic_isinstance, symbolic_torch, training_flags
+from octav_fx.capture.symbolic.regions import regions
+from octav_fx.capture.symbolic.side_effects import undone_writes
+from octav_fx.capture.symbolic.tracer import ValueTracer
+from octav_fx.capture.user_stack import user_line
+from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.rules import Own
+
+_NOTHING: Final = Own()
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A traced graph. Its nodes carry meta["value"] (fake) and meta["macs"]."""
+
+    graph: fx.Graph
+    # Modules whose Python code branches on self.training: the graph holds for one mode only.
+    depends_on_training: tuple[str, ...]
+    # What the user has to know about this capture.
+    notes: tuple[str, ...]
+    # Attributes that forward sets on its modules, and the graph does not.
+    stored: tuple[str, ...]
+
+
+def capture(root: nn.Module, arguments: Mapping[str, Any], own: Own = _NOTHING) -> Capture:
+    """Trace root.forward for these arguments by name; root is in the mode to be captured.
+
+    Tensor constants that forward makes on the way become non-persistent buffers of root. Raises NotCaptured with
+    the user's file and line where the Python code needs data to go on.
+    """
+    # Evaluation may write into objects among them.
+    tracer = ValueTracer(own_copy(dict(arguments)), own=own)
+    before = set(root.__dict__)
+    try:
+        with (
+            undone_writes(tracer, root),
+            training_flags(tracer, root),
+            symbolic_torch(tracer),
+            symbolic_isinstance(root),
+            regions(tracer),
+            quiet(),
+        ):
+            graph = tracer.trace(root)
+            # Also set on root, by the tracer: they are the graph's.
+            constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
+    except Exception as error:
+        if isinstance(error, OctavError):
+            raise NotCaptured(str(error)) from error
+        raise NotCaptured(f"capture stopped at {user_line(error)}: {type(error).__name__}: {error}") from error
+    for name, constant in constants.items():
+        if isinstance(constant, Tensor):
+            root.register_buffer(name, constant, persistent=False)
+        else:
+            setattr(root, name, constant)
+    _remove_unused(graph)
+    for node in graph.nodes:
+        # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
+        node.meta.pop("is_wrapped", None)
+    return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)), tuple(tracer.notes), tuple(tracer.stored))
+
+
+def _is_constant(name: str) -> bool:
+    """Whether fx or our tracer named it."""
+    return name.startswith(("_tensor_constant", "octav_object_"))
+
+
+def _remove_unused(graph: fx.Graph) -> None:
+    """Shape arithmetic and attributes that only a branch needed. Nothing that touches tensors: it could be in place."""
+    for node in reversed(graph.nodes):
+        if node.users or node.op in ("placeholder", "output", "call_module") or node.is_impure():
+            continue
+        if node.op == "get_attr" or not any(
+            isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta["value"])
+        ):
+            graph.erase_node(node)

@@ -1,0 +1,460 @@
+"""ValueTracer: fx.Tracer whose proxies have values, whose branches leave checks, and that sees through wrappers."""
+
+import dataclasses
+import inspect
+import itertools
+import os
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.amp import autocast_mode
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from octav_fx.capture.symbolic.guards import guard_equal
+from octav_fx.capture.symbolic.objects import (
+    is_built_around_proxies,
+    is_plain_dataclass,
+    rebuild,
+    template_of,
+    with_items,
+)
+from octav_fx.capture.symbolic.patches import PLAIN, plain_training
+from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
+from octav_fx.capture.symbolic.regions import apply_function
+from octav_fx.capture.user_stack import TORCH, caller, user_caller
+from octav_fx.errors import OctavError
+from octav_fx.ir.dataflow import holds_tensor, is_value_source
+from octav_fx.ir.macs import MacCounter
+from octav_fx.ir.ops import in_place, is_altered
+from octav_fx.ir.rules import LEAF, OWN, Own
+
+# torch.nn modules are leaves: they are what rules speak of, and their checks on shapes are torch's own business.
+# These are made of other modules, some of which multiply matrices, so they are traced into.
+_TRANSPARENT: Final = (
+    nn.Sequential,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+_DETECTS_CAUSAL: Final = TORCH + os.path.join("nn", "modules", "transformer.py")
+
+
+@dataclass
+class _Mark:
+    """A place in the graph to go back to."""
+
+    last: fx.Node
+    branches: int
+
+
+@dataclass(eq=False)
+class ValueTracer(fx.Tracer):
+    """One trace. What it overrides of fx.Tracer and why is said at each method."""
+
+    # Example values by argument name.
+    arguments: Mapping[str, Any]
+    # Modes that Python code asked for, and what else the user has to know.
+    branched_on: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    # Attributes that forward sets.
+    stored: list[str] = field(default_factory=list)
+    checked: set[tuple[fx.Node, str]] = field(default_factory=set)
+    # Whether what a node computes would get a gradient.
+    gradients: dict[fx.Node, bool] = field(default_factory=dict)
+    own: Own = field(default_factory=Own)
+    evaluating: bool = False
+    # Read by fx: buffers become proxies, not constants.
+    proxy_buffer_attributes = True
+
+    def __post_init__(self) -> None:
+        # Functions with a rule are calls in the graph, not what they do.
+        self.rules = {rule.target: rule for rule in self.own.rules}
+        super().__init__(autowrap_functions=tuple(f for f in self.rules if isinstance(f, types.FunctionType)))
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.attributes: dict[int, str] = {}
+        self.attribute_nodes: dict[str, fx.Node] = {}
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Learn the names of parameters and buffers first."""
+        # The first name of a tied tensor is its name: readers of either read one node.
+        named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        for name, tensor in reversed(named):
+            self.attributes[id(tensor)] = name
+        return super().trace(root)
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        """Proxies have values."""
+        return ValueProxy(node, self)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """A placeholder for each parameter of forward; arguments without tensors are Python values, with a check."""
+        # Decorators hide the parameters, and fx itself patches the code of the outermost, which has none of them.
+        parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
+        self._check_signature(parameters)
+        takes_keywords = _has(inspect.signature(root_fn, follow_wrapped=False).parameters.values(), "VAR_KEYWORD")
+        by_keyword = takes_keywords and not _has(parameters, "VAR_POSITIONAL")
+
+        def call(root: nn.Module, *values: Any) -> Any:
+            positional: list[Any] = []
+            keywords: dict[str, Any] = {}
+            for parameter, value in zip(parameters, values, strict=True):
+                match parameter.kind.name:
+                    case "VAR_POSITIONAL":
+                        positional.extend(value)
+                    case "VAR_KEYWORD":
+                        keywords |= self._further_keywords(value)
+                    case "POSITIONAL_ONLY":
+                        positional.append(value)
+                    case "POSITIONAL_OR_KEYWORD" if not by_keyword:
+                        positional.append(value)
+                    case _:
+                        keywords[parameter.name] = value
+            return root_fn(root, *positional, **keywords)
+
+        return call, [self.root, *map(self._placeholder, parameters)]
+
+    def _placeholder(self, parameter: inspect.Parameter) -> Any:
+        stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
+        default = () if stars or parameter.default is parameter.empty else (parameter.default,)
+        annotation = parameter.annotation
+        # Written into the generated code, where only names of torch and of Python are sure to be found.
+        is_known = isinstance(annotation, type) and annotation.__module__.partition(".")[0] in ("torch", "builtins")
+        proxy = self.create_proxy(
+            "placeholder",
+            stars + parameter.name,
+            default,
+            {},
+            type_expr=annotation if is_known and annotation is not parameter.empty else None,
+        )
+        return proxy if stars else self._concrete(proxy)
+
+    def _further_keywords(self, collected: Any) -> dict[str, Any]:
+        """What **kwargs held in the example call, and a check that it holds the same keywords later."""
+        keys = list(collected.value)
+        found = self.create_proxy("call_function", list, (collected,), {})
+        self._check(found.node, keys, f"further keywords of {type(self.root).__name__}.forward")
+        return {key: self._concrete(collected[key]) for key in keys}
+
+    @staticmethod
+    def _check_signature(parameters: list[inspect.Parameter]) -> None:
+        """Fx writes keyword-only parameters before *args, where a caller's positional arguments would land in them."""
+        collected = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+        keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if collected and keyword_only:
+            raise OctavError(
+                f"forward(*{collected[0]}, {keyword_only[0]}=...) cannot be captured: keyword-only parameters after "
+                f"*{collected[0]}: take {keyword_only[0]} out, or give it a default before *{collected[0]}"
+            )
+
+    def _concrete(self, proxy: ValueProxy) -> Any:
+        """A placeholder without tensors in it is a Python value that code branches on, None above all."""
+        value = proxy.value
+        if not isinstance(value, PLAIN):
+            return proxy
+        self._check(proxy.node, value, f"argument {proxy.node.target}")
+        return value
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Nodes carry what they compute for the example inputs."""
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind != "output":
+            node.meta["value"], node.meta["macs"] = self._evaluate(node)
+            if (called := self._called(node)) is not None and isinstance(called, self.own.leaves):
+                node.meta[LEAF] = True
+            if node.meta["value"] is UNKNOWN and not any(n.meta["value"] is UNKNOWN for n in node.all_input_nodes):
+                node.meta["unknown"] = user_caller()
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Parameters and buffers are found by identity, by their first name."""
+        if type(a) in PROXIES:
+            return a.node
+        if type(a) is OrderedDict:
+            # fx would make a plain dict of it.
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        if isinstance(a, Tensor) and id(a) in self.attributes:
+            return self._attribute(self.attributes[id(a)]).node
+        if is_built_around_proxies(a):
+            return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
+        return super().create_arg(a)
+
+    def _made_again(self, a: Any) -> fx.Node:
+        """A dataclass, made by its fields in each call: what Dynamo follows best, and what a reader expects."""
+        fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a) if f.init}
+        return self.create_node("call_function", type(a), (), fields)
+
+    def constant(self, value: Any) -> ValueProxy:
+        """An object that graphs cannot hold, as an attribute of root."""
+        name = next(f"octav_object_{i}" for i in itertools.count() if not hasattr(self.root, f"octav_object_{i}"))
+        setattr(self.root, name, value)
+        return self.proxy(self.create_node("get_attr", name, (), {}))
+
+    def _rebuilt(self, a: Any) -> fx.Node:
+        """An object with tensors in it (a cache, a dataclass): its own copy of it in each call of the graph."""
+        skeleton, proxies = template_of(a)
+        nodes = [proxy.node for proxy in proxies]
+        built = self.create_node("call_function", rebuild, (self.constant(skeleton).node, nodes), {})
+        if not isinstance(a, dict):
+            return built
+        return self.create_node("call_function", with_items, (built, self.create_arg(dict(a))), {})
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        """Calls of wrapped functions are traced through."""
+        if kind == "call_function" and target is F.multi_head_attention_forward:
+            return self._inline_attention(args, kwargs)
+        if kind == "call_function" and target in self.rules:
+            # Rules speak of positions.
+            bound = inspect.signature(target).bind(*args, **kwargs) if inspect.isfunction(target) else None
+            args, kwargs = (args, kwargs) if bound is None else (bound.args, bound.kwargs)
+            proxy = super().create_proxy(kind, target, args, kwargs)
+            proxy.node.meta[OWN] = self.rules[target]
+            return proxy
+        if kind == "call_function" and _is_user_function(target):
+            return self._inline(target, args, kwargs)
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        return proxy if torch.is_grad_enabled() else self._without_gradient(proxy)
+
+    def _without_gradient(self, proxy: Any) -> Any:
+        """What is computed under no_grad is a constant to autograd; so is what is detached: a graph has no modes."""
+        node, value = proxy.node, proxy.value
+        if isinstance(value, tuple) and holds_tensor(node) and self._has_gradient(node):
+            items = [proxy[i] for i in range(len(value))]
+            is_named = hasattr(value, "_fields")
+            return type(value)(*items) if is_named else type(value)(items)
+        if not (isinstance(value, Tensor) and value.is_floating_point() and self._has_gradient(node)):
+            return proxy
+        if self._writes(node):
+            raise OctavError(f"{user_caller()}: forward writes into {node.args[0]} under no_grad; use detach() instead")
+        return super().create_proxy("call_method", "detach", (proxy,), {})
+
+    def _has_gradient(self, node: fx.Node) -> bool:
+        if node not in self.gradients:
+            is_cut = not holds_tensor(node) or (node.op == "call_method" and node.target == "detach")
+            self.gradients[node] = not is_cut and (
+                is_value_source(node, self.root) or any(map(self._has_gradient, node.all_input_nodes))
+            )
+        return self.gradients[node]
+
+    def _writes(self, node: fx.Node) -> bool:
+        called = self._called(node)
+        return in_place(node) if called is None else bool(getattr(called, "inplace", False))
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """self.weight in forward is a get_attr node; so is a buffer, which plain fx bakes into what is computed."""
+        if not self.evaluating and isinstance(attr_val, Tensor) and id(attr_val) in self.attributes:
+            return self._attribute(self.attributes[id(attr_val)])
+        return attr_val
+
+    def _attribute(self, name: str) -> ValueProxy:
+        if name not in self.attribute_nodes:
+            self.attribute_nodes[name] = self.create_node("get_attr", name, (), {})
+        return self.proxy(self.attribute_nodes[name])
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's modules and a subclass that keeps their forward."""
+        if isinstance(m, torch.jit.ScriptModule):
+            raise OctavError(
+                f"{module_qualified_name} is a scripted module, without Python code to trace: use the original"
+            )
+        return isinstance(m, self.own.leaves) or is_torch_leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Stochastic depth and its like stay calls: traced through, they would be on or off for good."""
+        if self.evaluating or m not in (self.submodule_paths or ()):
+            # A module made inside forward has no name to call it by; its forward is traced through.
+            return forward(*args, **kwargs)
+        mark, path = self._mark(), self.path_of_module(m)
+        if (m._forward_hooks or m._forward_pre_hooks) and not self.is_leaf_module(m, path):
+            self.notes.append(f"{path}: hooks were traced once; what they do besides computing tensors is not repeated")
+        result = super().call_module(m, forward, args, kwargs)
+        if _is_stateless(m) and self._is_random(mark):
+            self._go_back(mark)
+            return super().create_proxy("call_module", path, args, kwargs)
+        return result
+
+    def _inline(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace through a function that its author hid with fx.wrap; keep the call where that is not possible."""
+        mark = self._mark()
+        try:
+            result = function(*args, **kwargs)
+            if type(result) in PROXIES and not self._is_random(mark):
+                return result
+        except Exception:
+            # It was wrapped for a reason, whatever that is. The call stays, and what it multiplies is a float row.
+            pass
+        self._go_back(mark)
+        return super().create_proxy("call_function", function, args, kwargs)
+
+    def _inline_attention(self, args: Any, kwargs: Any) -> Any:
+        """Run torch's own Python code of multi_head_attention_forward on proxies, past its dispatch to them."""
+        source = F.multi_head_attention_forward
+        names = {**vars(F), "has_torch_function": lambda operands: False}
+        inner = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+        bound = inspect.signature(source).bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["dropout_p"] == 0:
+            bound.arguments["training"] = False
+        elif isinstance(flag := bound.arguments["training"], TrainingFlag):
+            self.branched_on.append(flag.target)
+            bound.arguments["training"] = flag.value
+        return inner(*bound.args, **bound.kwargs)
+
+    def _mark(self) -> _Mark:
+        return _Mark(next(iter(reversed(self.graph.nodes))), len(self.branched_on))
+
+    def _is_random(self, mark: _Mark) -> bool:
+        """Whether what was traced since then is an on/off of training (stochastic depth) and multiplies nothing."""
+        return len(self.branched_on) > mark.branches and not any(node.meta["macs"] for node in self._since(mark))
+
+    def _since(self, mark: _Mark) -> list[fx.Node]:
+        nodes = []
+        node = mark.last.next
+        while node.op != "root":
+            nodes.append(node)
+            node = node.next
+        return nodes
+
+    def _go_back(self, mark: _Mark) -> None:
+        nodes = self._since(mark)
+        for node in reversed(nodes):
+            self.graph.erase_node(node)
+        self.attribute_nodes = {name: node for name, node in self.attribute_nodes.items() if node not in set(nodes)}
+        self.checked = {(node, expected) for node, expected in self.checked if node not in nodes}
+        del self.branched_on[mark.branches :]
+
+    def decide(self, proxy: ValueProxy, kind: type) -> Any:
+        """The Python value of a proxy, remembered as a fact of this graph."""
+        value, where = proxy.value, caller()
+        if kind is bool and isinstance(value, Tensor) and where.startswith(_DETECTS_CAUSAL):
+            # nn.Transformer looks whether a mask happens to be causal, to leave it out. Not known is right, too.
+            return False
+        if value is UNKNOWN or isinstance(value, Tensor):
+            raise OctavError(
+                f"{user_caller()}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a "
+                "tensor; a graph cannot follow that. Compute it outside of forward, or quantize the modules around it"
+            )
+        if not where.startswith(TORCH):
+            # torch's own code asks to validate arguments or to choose a fast path; both stay right without a check.
+            node = proxy.node if isinstance(value, kind) else self.create_node("call_function", kind, (proxy.node,), {})
+            self._check(node, kind(value), where)
+        return value
+
+    def settle(self, collection: ValueProxy) -> None:
+        """A check that a list or dict among the arguments has the length or the keys that the graph is for."""
+        value, where = collection.value, caller()
+        kind, expected = (list, list(value)) if isinstance(value, Mapping) else (len, len(value))
+        asked = [user for user in collection.node.users if user.target is kind]
+        node = asked[0] if asked else self.create_node("call_function", kind, (collection.node,), {})
+        self._check(node, expected, where)
+
+    def _check(self, node: fx.Node, expected: Any, where: str) -> None:
+        if (key := (node, repr(expected))) not in self.checked:
+            self.checked.add(key)
+            self.create_node("call_function", guard_equal, (node, expected, where), {})
+
+    def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
+        """What a node computes on fake tensors, and the multiply-accumulates it takes."""
+        outer, self.evaluating = self.evaluating, True
+        try:
+            return self._evaluate_inside(node)
+        finally:
+            self.evaluating = outer
+
+    def _evaluate_inside(self, node: fx.Node) -> tuple[Any, int]:
+        if node.op == "placeholder":
+            value = self.arguments[str(node.target).lstrip("*")]
+            return pytree.tree_map_only(Tensor, self.fake_mode.from_tensor, value), 0
+        if node.op == "get_attr":
+            value = self.root
+            for atom in str(node.target).split("."):
+                value = getattr(value, atom)
+            value = value.value if isinstance(value, TrainingFlag) else value
+            return (self.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value), 0
+        args, kwargs = _mutable(fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"]))
+        if any(value is UNKNOWN for value in pytree.tree_leaves((args, kwargs))):
+            return UNKNOWN, 0
+        try:
+            with plain_training(self._called(node)), self.fake_mode, torch.no_grad(), MacCounter() as counter:
+                value = self._call(node, args, kwargs)
+            return value, counter.macs
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return UNKNOWN, 0
+
+    def _called(self, node: fx.Node) -> nn.Module | None:
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        match node.op:
+            case "call_function":
+                assert callable(node.target)
+                return (
+                    None if node.target in _NOT_EVALUATED else _STAND_INS.get(node.target, node.target)(*args, **kwargs)
+                )
+            case "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            case _:
+                module = self._called(node)
+                assert module is not None
+                # With fake state: FakeTensorMode would count num_batches_tracked up for real.
+                state = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+                fake: dict[str, Tensor] = {name: self.fake_mode.from_tensor(tensor) for name, tensor in state.items()}
+                return torch.func.functional_call(module, fake, args, kwargs)
+
+
+def is_torch_leaf(m: nn.Module) -> bool:
+    """Whether a module is torch's own, forward and all, and not made of others."""
+    own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
+    return own and not is_altered(m)
+
+
+def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
+    """Shape and work of rows [S, I] sorted by expert times weights [E, I, O], or of a batch of products."""
+    return torch.bmm(mat_a, mat_b) if mat_a.dim() == 3 else mat_a @ mat_b[0]
+
+
+# A check holds by construction, and regions have been entered by the code that is traced.
+_NOT_EVALUATED: Final = (guard_equal, autocast_mode._enter_autocast, autocast_mode._exit_autocast)
+
+# What evaluates a function on fake tensors in its place: torch's own for this one takes bfloat16 only, kernels do not.
+_STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, torch._grouped_mm: _grouped_mm}
+
+
+def _mutable(argument: Any) -> Any:
+    """Lists and dicts of a node are immutable; a function may write into what it is given."""
+    if isinstance(argument, list):
+        return [_mutable(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: _mutable(item) for key, item in argument.items()}
+    return tuple(map(_mutable, argument)) if type(argument) is tuple else argument
+
+
+def _is_user_function(target: Any) -> bool:
+    if not isinstance(target, types.FunctionType) or target in _OURS:
+        return False
+    return (target.__module__ or "torch").partition(".")[0] not in ("torch", "math", "operator", "builtins")
+
+
+_OURS: Final = (guard_equal, setitem_, rebuild, with_items, apply_function)
+
+
+def _has(parameters: Iterable[inspect.Parameter], kind: str) -> bool:
+    return any(parameter.kind.name == kind for parameter in parameters)
+
+
+def _is_stateless(module: nn.Module) -> bool:
+    return not any(True for held in (module.children(), module.parameters(), module.buffers()) for _ in held)

@@ -1,0 +1,73 @@
+"""The clip of a tensor whose parts lie on several processes: each computes its sums, and the totals decide.
+
+Layers are solved one after another, since what comes into one depends on the clips before it, so there is no collective
+for a whole model at once. Per operand there is one for the largest magnitude, and then, but for "max", one for the
+mean, one for each Newton step until nothing moves (some three to six from the hint of the last call, STEPS
+at most) and, for "octav-grid", one for the neighbours' errors. Each takes a few numbers for each row.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from octav_fx.clips.newton import Total, octav, octav_grid, octav_tight, power_of_two
+from octav_fx.formats.grid import Grid, magnitudes
+
+_NEWTON: Final[dict[str, Callable[[Tensor, Tensor, Grid, Total], Tensor]]] = {
+    "octav": octav,
+    "octav-grid": octav_grid,
+    "octav-tight": octav_tight,
+}
+# The methods that sums over all ranks decide; another one needs all values in one place.
+SYNCED: Final = (*_NEWTON, "max")
+
+_APART: Final = ContextVar("apart", default=False)
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Inside, this process solves by itself: what one rank alone runs must not wait for the others."""
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+def has_others() -> bool:
+    """Whether there are other processes to agree with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _APART.get()
+
+
+def all_reduced_clip(rows: Tensor, hint: Tensor, grid: Grid, method: str) -> Tensor:
+    """Rows [R, N] of float32 or float64, N of this rank, and hint [R] -> the clip [R] of what all ranks hold.
+
+    The same on every rank, whatever its hint is. Every rank of the default process group has to call.
+    """
+    magnitude = magnitudes(rows, grid)
+    extent = torch.where(rows.isfinite(), rows.abs(), 0)
+    known = torch.where((hint > 0) & hint.isfinite(), hint, 0).to(rows.dtype)
+    # One hint for all: from different ones the ranks would ask for sums at different clips.
+    agreed = torch.stack([_greatest(extent), _greatest(magnitude), known])
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    extent, largest, hint = agreed.unbind()
+    if method == "max":
+        return largest
+    scale = power_of_two(extent)
+    return _NEWTON[method](rows / scale.unsqueeze(-1), hint / scale, grid, _over_ranks) * scale
+
+
+def _greatest(rows: Tensor) -> Tensor:
+    return rows.amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[0])
+
+
+def _over_ranks(*sums: Tensor) -> tuple[Tensor, ...]:
+    """Totals of the ranks' sums, in one collective; added up in float64."""
+    totals = torch.stack([value.double() for value in sums])
+    dist.all_reduce(totals)
+    return totals.to(sums[0].dtype).unbind()

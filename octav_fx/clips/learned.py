@@ -1,0 +1,99 @@
+"""Clips that are parameters: PACT learns the clip (arXiv 1805.06085), LSQ the step (arXiv 1902.08153).
+
+Here as everywhere steps * step = clip. PACT's own grid has its highest level on the clip, this one a step below it.
+For LSQ the grid is the paper's: Q_N = -low, Q_P = high. A value equal to a bound counts as inside.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from octav_fx.formats.grid import Grid, magnitudes
+
+# An optimizer may take a parameter past zero: then its magnitude counts, and what would have gone on to zero grows
+# again. MQBench sets the parameters of LSQ to their magnitudes in each forward, and to no less than this; the papers
+# say nothing. Clamping alone would leave a channel at nothing for as long as its parameter is below zero.
+MIN_CLIP: Final = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """One method. Every function takes rows of x [R, N] and a clip [R] or [R, 1]."""
+
+    # Whether the parameter is the step, not the clip.
+    is_step: bool
+    # Rows of data, grid -> where the clip begins, [R]; 0 for a row of zeros.
+    init_from_data: Callable[[Tensor, Grid], Tensor]
+    # Where x lets its gradient through, [R, N]: bool.
+    inside: Callable[[Tensor, Tensor, Grid], Tensor]
+    # The derivative of the rounded x by the parameter, [R, N].
+    slope: Callable[[Tensor, Tensor, Grid], Tensor]
+    # Elements that share the parameter, grid -> what the parameter's gradient is multiplied with.
+    scale: Callable[[int, Grid], float]
+
+
+def _pact_begin(x: Tensor, grid: Grid) -> Tensor:
+    """At the largest magnitude, as PACT begins far out: the L2 penalty brings it in."""
+    return magnitudes(x, grid).amax(-1)
+
+
+def _pact_inside(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+    return (x.abs() <= clip) & (x >= 0 if not grid.signed else True)
+
+
+def _pact_slope(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+    """1 above the clip (eq. 3), 0 inside; on a signed grid, which PACT's paper has none of, -1 below -clip."""
+    return torch.where(x.abs() > clip, x.sign() if grid.signed else (x > 0).to(x.dtype), 0)
+
+
+def _lsq_begin(x: Tensor, grid: Grid) -> Tensor:
+    """Step 2 * mean|x| / sqrt(Q_P) (section 2.1)."""
+    finite = x.isfinite()
+    mean = torch.where(finite, x.abs(), 0).sum(-1) / finite.sum(-1).clamp(min=1)
+    return grid.steps * 2 * mean / grid.high**0.5
+
+
+def _lsq_inside(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+    code = x / grid.step(clip)
+    return (code >= grid.low) & (code <= grid.high)
+
+
+def _lsq_slope(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+    """round(x / step) - x / step inside, -Q_N below and Q_P above (eq. 3)."""
+    code = x / grid.step(clip)
+    bounded = code.clamp(grid.low, grid.high)
+    return bounded.round() - torch.where(code == bounded, code, 0)
+
+
+LEARNED: Final[dict[str, Learned]] = {
+    "pact": Learned(False, _pact_begin, _pact_inside, _pact_slope, lambda count, grid: 1.0),
+    # Section 2.2: 1 / sqrt(N * Q_P).
+    "lsq": Learned(True, _lsq_begin, _lsq_inside, _lsq_slope, lambda count, grid: (max(count, 1) * grid.high) ** -0.5),
+}
+
+
+def clip_from_parameter(parameter: Tensor, grid: Grid, method: str) -> Tensor:
+    """The clip that a parameter [...] stands for, [...]: positive whatever the optimizer has made of it."""
+    held = parameter.abs().clamp(min=MIN_CLIP)
+    return held * grid.steps if LEARNED[method].is_step else held
+
+
+def sign_of(parameter: Tensor) -> Tensor:
+    """The derivative of what clip_of holds by the parameter, [...]: 1, or -1 below zero."""
+    return torch.where(parameter < 0, -1.0, 1.0)
+
+
+def parameter_for(clip: Tensor, grid: Grid, method: str) -> Tensor:
+    """The parameter [...] that stands for a clip [...]."""
+    return grid.step(clip) if LEARNED[method].is_step else clip
+
+
+def initial_clip(x: Tensor, grid: Grid, method: str) -> Tensor:
+    """Where the clip begins for rows x [R, N] -> [R]; 1 where a row has nothing but zeros, inf and NaN."""
+    if x.shape[-1] == 0:
+        return x.new_ones(x.shape[:-1])
+    clip = LEARNED[method].init_from_data(x, grid)
+    return torch.where(clip > 0, clip, 1)

@@ -1,0 +1,1 @@
+"""From a trained model to integers: static clips, integer weights, files for other runtimes."""

@@ -1,0 +1,147 @@
+"""calibrate(), freeze(), unfreeze(): static clips, so that a deployed model has nothing left to solve.
+
+Static OCTAV (arXiv 2206.06501, appendix E.3): weights keep their own fixed point, activations the average of theirs.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from octav_fx.capture.inputs import as_inputs
+from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.rerun import in_eval_mode, run_once
+from octav_fx.errors import OctavError
+from octav_fx.ir.dataflow import constants, value_of
+from octav_fx.ir.printer import fingerprint
+from octav_fx.nn import FakeQuantizer
+
+
+def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Run batches in eval mode and keep, for each activation, the average of its clips over them, for freeze().
+
+    batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them; each counts the same.
+    q keeps its parameters, statistics, modes and random state. Returns q. Raises OctavError if there is no batch, or
+    if q is frozen.
+    """
+    named = _named_quantizers(q)
+    if frozen := [name for name, quantizer in named if quantizer.clip is not None]:
+        raise OctavError(f"{frozen[0]} has a static clip already: call octav_fx.unfreeze before calibrate")
+    sums: dict[FakeQuantizer, Tensor] = {}
+    calls: dict[FakeQuantizer, int] = {}
+
+    def collect(quantizer: FakeQuantizer) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            sums[quantizer] = sums.get(quantizer, 0) + quantizer.used.double()
+            calls[quantizer] = calls.get(quantizer, 0) + 1
+
+        return hook
+
+    count = 0
+    with ExitStack() as stack:
+        stack.enter_context(in_eval_mode(q))
+        # Hooks are Python code: they want the modules themselves, compiled or not.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for _, quantizer in named:
+            if quantizer.mean is not None:
+                stack.callback(quantizer.register_forward_hook(collect(quantizer)).remove)
+        for batch in batches:
+            args, kwargs = as_inputs(batch)
+            run_once(q, args, kwargs)
+            count += 1
+    if not count:
+        raise OctavError("calibrate got no batches: give at least one like the example inputs of quantize")
+    for quantizer, total in sums.items():
+        quantizer.average = total / calls[quantizer]
+    return q
+
+
+def freeze(q: nn.Module) -> nn.Module:
+    """Give every quantizer in q a static clip, as a float32 buffer that is part of the state_dict; returns q.
+
+    Activations: the average that calibrate() left, moved on by the running mean of later training steps. Weights:
+    their own fixed point now. Learned clips ("pact", "lsq"): what has been learned. Freezing again takes new ones. A
+    state_dict of a frozen model loads into another one, or into one that is not frozen yet and freezes it. Raises
+    OctavError for a quantizer that has seen no data.
+    """
+    modules = quantized_modules(q)
+    clips = {quantizer: clip for module in modules for quantizer, clip in _clips(module).items()}
+    for quantizer, clip in clips.items():
+        quantizer.clip = clip.detach().to(torch.float32).clone()
+    for module in modules:
+        module.meta["octav"]["frozen"] = {mode: fingerprint(module.graph_of(mode)) for mode in module.modes}
+    return q
+
+
+def unfreeze(q: nn.Module) -> nn.Module:
+    """Take freeze() back: every quantizer finds the clip of each tensor anew. Returns q."""
+    for module in quantized_modules(q):
+        module.meta["octav"].pop("frozen", None)
+    for _, quantizer in _named_quantizers(q):
+        quantizer.clip = None
+    return q
+
+
+def check_frozen(module: QuantizedModule) -> None:
+    """Raises OctavError unless every quantizer of eval mode is frozen and the graphs are those that were frozen."""
+    calls = _quantizer_calls(module, module.graph_of(False))
+    if loose := [node.target for node, quantizer in calls if quantizer.clip is None]:
+        raise OctavError(
+            f"{loose[0]} finds a clip for each tensor: call octav_fx.calibrate with a few batches, then octav_fx.freeze"
+        )
+    # A state that was loaded brings clips and no graphs.
+    for mode, known in module.meta["octav"].get("frozen", {}).items():
+        if fingerprint(module.graph_of(mode)) != known:
+            raise OctavError(
+                f"the graph of {'training' if mode else 'eval'} mode was edited after octav_fx.freeze, its clips may "
+                "be of other values: call octav_fx.freeze again, after calibrate if activations changed"
+            )
+
+
+def _clips(module: QuantizedModule) -> dict[FakeQuantizer, Tensor]:
+    """The static clip of each quantizer; those that training mode alone calls may go without."""
+    clips: dict[FakeQuantizer, Tensor] = {}
+    for mode in sorted(module.modes):
+        known = constants(module.graph_of(mode))
+        for node, quantizer in _quantizer_calls(module, module.graph_of(mode)):
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            if quantizer.learned is not None and quantizer.initialized:
+                clips[quantizer] = quantizer.used
+            elif value in known:
+                clips[quantizer] = _fixed_point(quantizer, value_of(module, value))
+            elif (clip := _seen(quantizer)) is not None:
+                clips[quantizer] = clip
+            elif not mode or len(module.modes) == 1:
+                raise OctavError(
+                    f"{node.target} has seen no data: call octav_fx.calibrate with a few batches before octav_fx.freeze"
+                )
+    return clips
+
+
+def _seen(quantizer: FakeQuantizer) -> Tensor | None:
+    """What calibration or training left, else the clip of an earlier freeze, else None."""
+    average = quantizer.average
+    return quantizer.clip if average is None else average
+
+
+def _quantizer_calls(module: QuantizedModule, graph: fx.Graph) -> list[tuple[fx.Node, FakeQuantizer]]:
+    calls = [(node, module.get_submodule(str(node.target))) for node in graph.find_nodes(op="call_module")]
+    return [(node, called) for node, called in calls if isinstance(called, FakeQuantizer)]
+
+
+def _fixed_point(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
+    spec = quantizer.spec
+    if quantizer.learned is not None:
+        quantizer.init_from_data(x)
+        return quantizer.used
+    return torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, spec.bits, spec.signed, spec.dim, spec.method)
+
+
+def _named_quantizers(q: nn.Module) -> list[tuple[str, FakeQuantizer]]:
+    named = [(name, module) for name, module in q.named_modules() if isinstance(module, FakeQuantizer)]
+    if not named:
+        quantized_modules(q)
+    return named

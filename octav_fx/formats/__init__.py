@@ -1,0 +1,1 @@
+"""Numbers: levels of a format, which elements share a scale, how codes are packed. Imports torch and nothing else."""

@@ -1,1 +1,0 @@
-"""Reading and editing fx graphs. Knows no pass."""

@@ -1,0 +1,173 @@
+"""FakeQuantizer: the module that stands before one operand. Until it is frozen its state is a hint and a mean."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from octav_fx.clips.learned import LEARNED, clip_from_parameter, initial_clip, parameter_for
+from octav_fx.formats.granularity import clip_shape, to_rows
+from octav_fx.formats.grid import Grid
+
+# The child of a quantized module that holds its quantizers.
+QUANTIZERS: Final = "quantizers"
+
+# How far one training step moves the running mean of the clips: that of BatchNorm.
+MOMENTUM: Final = 0.1
+# So many steps that nothing is left of where the running mean began.
+_MANY: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How one operand is quantized. Two operands with equal value and equal Spec share one quantizer."""
+
+    bits: int
+    signed: bool
+    # The channel axis, with one clip for each of its indices; None: one clip for the tensor.
+    dim: int | None
+    method: str
+    gradient: str
+    # In training mode the clip is that of what all ranks of a distributed run hold.
+    sync: bool = False
+
+
+class FakeQuantizer(nn.Module):
+    """x [...] -> x on the grid of its own optimal clip, [...].
+
+    hint [] or [C] is the clip of the last call: where Newton starts, never what is used. It is not part of the
+    state_dict, so a checkpoint of the float model loads with strict=True, and losing it changes no result.
+
+    mean [] or [C] and steps [], of an operand that is data: the running mean of the clips in training mode, begun at
+    zero, and of how many. Freezing may use them; nothing else does.
+    clip [] or [C]: None, or the static clip of a frozen quantizer, which is part of the state_dict. Loading one
+    freezes; loading a state without one into a frozen quantizer is an error.
+    learned [] or [C]: None, or the parameter of a clip that is learned ("pact": the clip, "lsq": the step), float32 and
+    part of the state_dict. It begins with the first data, as begun says. A state without one loads, too: it is a
+    float model's. The clip of a weight then begins anew, that of data stays.
+    """
+
+    hint: Tensor
+    mean: Tensor | None
+    steps: Tensor | None
+    clip: Tensor | None
+    learned: nn.Parameter | None
+
+    def __init__(
+        self, spec: Spec, channels: int | None = None, device: torch.device | None = None, *, running: bool = False
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        shape = () if channels is None else (channels,)
+        self.register_buffer("hint", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("mean", torch.zeros_like(self.hint) if running else None, persistent=False)
+        steps = torch.zeros((), dtype=torch.float32, device=device) if running else None
+        self.register_buffer("steps", steps, persistent=False)
+        self.register_buffer("clip", None)
+        is_learned = spec.method in LEARNED
+        self.register_parameter("learned", nn.Parameter(torch.ones_like(self.hint)) if is_learned else None)
+        self.initialized = False
+
+    @property
+    def used(self) -> Tensor:
+        """The clip of the last call, [] or [C]; the clip itself where it is learned."""
+        if self.clip is not None:
+            return self.clip
+        return (
+            self.hint
+            if self.learned is None
+            else clip_from_parameter(self.learned.detach(), self._grid, self.spec.method)
+        )
+
+    @property
+    def _grid(self) -> Grid:
+        return Grid(self.spec.bits, self.spec.signed)
+
+    def init_from_data(self, x: Tensor) -> None:
+        """Set a learned clip to where its method begins for x [...]; the hint becomes that clip."""
+        assert self.learned is not None
+        spec = self.spec
+        with torch.no_grad():
+            rows = to_rows(x.detach(), spec.dim)
+            rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+            self.hint.copy_(initial_clip(rows, self._grid, spec.method).reshape(clip_shape(x, spec.dim)))
+            self.learned.copy_(parameter_for(self.hint, self._grid, spec.method))
+        self.initialized = True
+
+    @property
+    def average(self) -> Tensor | None:
+        """The running mean of the clips, [] or [C]; None before the first."""
+        if self.mean is None or self.steps is None or not self.steps:
+            return None
+        # As in Adam: what is left of the zero that it began with is divided out.
+        return self.mean / (1 - (1 - MOMENTUM) ** self.steps.double())
+
+    @average.setter
+    def average(self, value: Tensor) -> None:
+        assert self.mean is not None and self.steps is not None
+        self.mean.copy_(value)
+        self.steps.fill_(_MANY)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [...] -> the nearest levels of its grid [...]; the clip that was used becomes the hint."""
+        spec = self.spec
+        if self.clip is not None:
+            return torch.ops.octav.fake_quantize(x, self.clip, spec.bits, spec.signed, spec.dim, spec.gradient)
+        if self.learned is not None:
+            if not self.initialized:
+                self.init_from_data(x)
+            return torch.ops.octav.learned_fake_quantize(
+                x, self.learned, spec.bits, spec.signed, spec.dim, spec.method, self.mean is not None
+            )
+        if spec.sync and self.training and dist.is_available() and dist.is_initialized():
+            clip = torch.ops.octav.synced_clip(x.detach(), self.hint, spec.bits, spec.signed, spec.dim, spec.method)
+            y = torch.ops.octav.fake_quantize(x, clip, spec.bits, spec.signed, spec.dim, spec.gradient)
+        else:
+            y, clip = torch.ops.octav.dynamic_fake_quantize(
+                x, self.hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient
+            )
+        with torch.no_grad():
+            self.hint.copy_(clip)
+            if self.training and self.mean is not None and self.steps is not None:
+                self.mean.lerp_(clip, MOMENTUM)
+                self.steps.add_(1)
+        return y
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        had_data = not self.hint.is_meta
+        learned = None if self.learned is None else self.learned.data
+        super()._apply(fn, recurse)
+        if self.learned is not None and learned is not None and self.learned.dtype is not torch.float32:
+            self.learned.data = learned.to(self.learned.device)
+        # .half() and .to(bfloat16) convert floating-point buffers; a clip is float32 whatever the model is.
+        for name, value in self._buffers.items():
+            self._buffers[name] = None if value is None else value.to(torch.float32)
+        if not had_data and not self.hint.is_meta and self.mean is not None and self.steps is not None:
+            # What to_empty() leaves must not pass for a mean.
+            self.mean.zero_()
+            self.steps.zero_()
+        if not had_data and not self.hint.is_meta:
+            self.initialized = False
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if self.clip is None and f"{prefix}clip" in state_dict:
+            self.clip = torch.zeros_like(self.hint)
+        if self.learned is not None:
+            known = f"{prefix}learned" in state_dict
+            # A weight's clip can begin at once, on every rank alike.
+            self.initialized = known or (self.initialized and self.mean is not None)
+            if not known:
+                # Without it in the state it would count as missing; it stays.
+                state_dict = {**state_dict, f"{prefix}learned": self.learned.detach()}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        """Bits, sign, granularity, clip and gradient."""
+        spec = self.spec
+        granularity = "per-tensor" if spec.dim is None else f"per-channel dim={spec.dim}"
+        sign = "signed" if spec.signed else "unsigned"
+        return f"{spec.bits} bits, {sign}, {granularity}, {spec.method}, {spec.gradient}"

@@ -1,0 +1,80 @@
+"""How an op is registered: its reference, its kernel where there is one, and out= for Inductor's memory plan.
+
+torch.library.custom_op would do the same with four times the Python in each call, and a network has hundreds of them.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
+LAYOUT_AGNOSTIC = (torch.Tag.flexible_layout,)
+
+# Every op that define() has registered, by name.
+REGISTERED: dict[str, Any] = {}
+
+
+def register_op(
+    name: str,
+    arguments: str,
+    *,
+    empty: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    cpu: Callable[..., bool] | None = None,
+    cuda: Callable[..., bool] | None = None,
+) -> Any:
+    """Register octav::name(arguments) -> Tensor and octav::name.out, which writes into out; return the op.
+
+    empty(*args) allocates the result, and is its shape, dtype and layout for tracing; reference(*args) computes it in
+    pure torch; cpu(*args, out=) writes it into out, or returns False where only the reference will do. So does
+    cuda(*args, out=), which may import Triton: it is called where there is one.
+    """
+
+    def run_reference(*args: Any, out: Tensor) -> None:
+        out.copy_(reference(*args))
+
+    def run_cpu(*args: Any, out: Tensor) -> None:
+        if cpu is None or not cpu(*args, out=out):
+            run_reference(*args, out=out)
+
+    def run_cuda(*args: Any, out: Tensor) -> None:
+        # Triton launches on the current device, whatever the tensors are on.
+        with torch.cuda.device(out.device):
+            written = cuda is not None and has_triton() and cuda(*args, out=out)
+        if not written:
+            run_reference(*args, out=out)
+
+    def allocate(run: Callable[..., None]) -> Callable[..., Tensor]:
+        def allocated(*args: Any) -> Tensor:
+            out = empty(*args)
+            run(*args, out=out)
+            return out
+
+        return allocated
+
+    functional, into = f"octav::{name}", f"octav::{name}.out"
+    torch.library.define(functional, f"({arguments}) -> Tensor", tags=LAYOUT_AGNOSTIC)
+    # Neither tagged as an out variant nor returning out: Inductor's own lowering for those does not know symbolic
+    # shapes (torch 2.13), so octav_fx/backend/inductor.py has another.
+    torch.library.define(into, f"({arguments}, *, Tensor(a!) out) -> ()", tags=LAYOUT_AGNOSTIC)
+    for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu, "CUDA": run_cuda}.items():
+        torch.library.impl(functional, key, allocate(run))
+        torch.library.impl(into, key, run)
+    torch.library.register_fake(functional, empty)
+    torch.library.register_fake(into, lambda *args, out: None)
+    REGISTERED[name] = getattr(torch.ops.octav, name)
+    return REGISTERED[name]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled for a GPU; a warning says, once, if not."""
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn("octav_fx: no Triton, quantizers on the GPU will be slow: pip install triton", stacklevel=2)
+    return found

@@ -1,1 +1,0 @@
-"""Quantizer maths on plain tensors. Imports torch and nothing else."""

@@ -1,0 +1,1 @@
+"""quantize(): from a float model to one that trains quantized."""

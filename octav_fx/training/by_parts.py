@@ -1,0 +1,269 @@
+"""Capture that does not give up: a module in one graph; else its children, each by the same ladder.
+
+What no rung reaches stays float, runs as it did, and is a record with its reason.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.partial import PartialInfo, PartialModule, mark_partial
+from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
+from octav_fx.capture.symbolic.tracer import is_torch_leaf
+from octav_fx.config import Config
+from octav_fx.errors import NotCaptured
+from octav_fx.ir.ops import CONTRACTIONS, op_of_module
+from octav_fx.ir.records import Record
+from octav_fx.ir.rules import Own
+from octav_fx.nn import FakeQuantizer
+from octav_fx.training.one_graph import Position, check_equal, prepare_module
+
+# Modules with their classes, children and descents.
+_Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], Any]]
+
+
+@dataclass
+class Ladder:
+    """One climb: what holds for the whole model, and what was found on the way."""
+
+    config: Config
+    own: Own
+    # Which modules multiply and how much, in the order in which they do; known from the first descent on.
+    macs_by_module: list[tuple[str, int]] = field(default_factory=list)
+    # The same by identity, as a module may have several paths.
+    workers: set[int] = field(default_factory=set)
+    # By identity of the float module: one that is reached by two ways is quantized once.
+    done: dict[int, nn.Module] = field(default_factory=dict)
+
+    def climb(self, module: nn.Module, calls: list[Inputs], path: str = "") -> nn.Module:
+        """The module quantized for these calls, the first of which is the example; itself, changed, after a descent.
+
+        Raises NotCaptured where not one multiplication below the module could be quantized.
+        """
+        has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS
+        if path and (has_no_rule or isinstance(module, self.own.leaves)):
+            raise NotCaptured(f"no rule for {type(module).__name__}")
+        if id(module) not in self.done:
+            self.done[id(module)] = self._climbed(module, calls, path)
+        return self.done[id(module)]
+
+    def _climbed(self, module: nn.Module, calls: list[Inputs], path: str) -> nn.Module:
+        try:
+            return self._whole(module, calls, path)
+        except NotCaptured as reason:
+            try:
+                return self._descend(module, calls, path, str(reason))
+            except NotCaptured:
+                # One mode is better than none; entering the other raises.
+                with contextlib.suppress(NotCaptured):
+                    return self._whole(module, calls, path, both_modes=False)
+                raise
+
+    def _whole(self, module: nn.Module, calls: list[Inputs], path: str, both_modes: bool = True) -> QuantizedModule:
+        position = Position()
+        if self.macs_by_module:
+            is_op, first, last = op_of_module(module) is not None, self.macs_by_module[0][0], self.macs_by_module[-1][0]
+            position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
+        quantized = prepare_module(module, calls[0], self.config, position, self.own, both_modes)
+        for call in calls:
+            check_equal(quantized, call)
+        return quantized
+
+    def _descend(self, module: nn.Module, calls: list[Inputs], path: str, reason: str) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotCaptured(reason)
+        if not self.macs_by_module:
+            try:
+                self.macs_by_module = macs_by_module(module, calls[0])
+                self.workers = {id(module.get_submodule(at)) for at, _ in self.macs_by_module}
+            except Exception as error:
+                raise NotCaptured(f"{reason}; the model itself fails on these inputs, too: {error}") from error
+        try:
+            expected = [run_once(module, *call) for call in calls]
+            children = self._children(module, calls[0], path)
+        except Exception as error:
+            raise NotCaptured(f"{reason}; by itself the module does not run: {error}") from error
+        float_records: list[Record] = []
+        placed: list[str] = []
+        trees = {name: _tree(child) for name, (child, _) in children.items()}
+        for name, (child, its_calls) in children.items():
+            below = _join(path, name)
+            try:
+                if not its_calls:
+                    raise NotCaptured("no call of it succeeds outside of a transform of torch.func")
+                quantized = self.climb(child, its_calls, below)
+            except NotCaptured as why:
+                float_records.append(self._float(below, child, str(why)))
+                continue
+            if any(isinstance(m, FakeQuantizer) for m in quantized.modules()):
+                _set(module, name, quantized)
+                placed.append(name)
+            else:
+                # Captured, and nothing of it quantized: it has its reasons, an override among them.
+                del self.done[id(child)]
+                float_records += [record for part in quantized_modules(quantized) for record in part.records]
+        if _fault(module, calls, expected) is not None:
+            placed_children = {name: (*children[name], trees[name]) for name in placed}
+            float_records += self._replace_misfits(module, placed_children, calls, expected, path)
+            if (fault := _fault(module, calls, expected)) is not None:
+                raise NotCaptured(f"{reason}; with its children quantized it does not run as before: {fault}")
+        if not any(isinstance(m, FakeQuantizer) for m in module.modules()):
+            raise NotCaptured(reason)
+        if own := sum(macs for at, macs in self.macs_by_module if at == path):
+            float_records.insert(0, Record(path or "forward", type(module).__name__, None, (), own, None, reason))
+        return mark_partial(module, PartialInfo(reason, tuple(float_records)))
+
+    def _replace_misfits(
+        self,
+        module: nn.Module,
+        children: dict[str, tuple[nn.Module, list[Inputs], _Tree]],
+        calls: list[Inputs],
+        expected: list[Any],
+        path: str,
+    ) -> list[Record]:
+        """Only the call of a child is captured, and the code around it may use more: then its own children have to do.
+
+        Returns records of what stays float because of that.
+        """
+        # A child that is in parts is itself, changed: it goes in with its parts, and comes out without them.
+        descended = {name: _tree(child) for name, (child, *_) in children.items()}
+        for name, (child, _, tree) in children.items():
+            _restore(tree)
+            _set(module, name, child)
+        float_records = []
+        for name, (child, its_calls, tree) in children.items():
+            below, quantized = _join(path, name), self.done.pop(id(child))
+            _restore(descended[name])
+            _set(module, name, quantized)
+            if (fault := _fault(module, calls, expected)) is None:
+                self.done[id(child)] = quantized
+                continue
+            _set(module, name, child)
+            try:
+                if quantized is child:
+                    raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
+                changed = self._descend(child, its_calls, below, f"the code around it: {fault}")
+                if fault := _fault(module, calls, expected):
+                    raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
+                self.done[id(child)] = changed
+            except NotCaptured as why:
+                _restore(tree)
+                for module_below, *_ in tree:
+                    self.done.pop(id(module_below), None)
+                float_records.append(self._float(below, child, str(why)))
+        return float_records
+
+    def _float(self, path: str, module: nn.Module, reason: str) -> Record:
+        return Record(path, type(module).__name__, None, (), self._macs(path), None, reason)
+
+    def _children(self, module: nn.Module, call: Inputs, path: str) -> dict[str, tuple[nn.Module, list[Inputs]]]:
+        """The children that multiply, by name, and their calls; of a mere container, its children (`blocks.0`)."""
+
+        def working(within: str, parent: nn.Module) -> dict[str, nn.Module]:
+            named = {_join(within, name): child for name, child in parent.named_children()}
+            return {
+                name: child for name, child in named.items() if not self.workers.isdisjoint(map(id, child.modules()))
+            }
+
+        children = working("", module)
+        while True:
+            calls = record_calls(module, call, children)
+            containers = {n: parts for n in children if not calls[n] and (parts := working(n, children[n]))}
+            if not containers:
+                return {name: (child, calls[name]) for name, child in children.items()}
+            for name, parts in containers.items():
+                del children[name]
+                children |= parts
+
+    def _macs(self, path: str) -> int:
+        return sum(macs for at, macs in self.macs_by_module if _is_at(at, path))
+
+
+def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, own: Own) -> nn.Module:
+    """The model, one graph where one holds all of it; raises OctavError where nothing of it can be quantized."""
+    ladder = Ladder(config, own)
+    quantized = ladder.climb(model, [example])
+    if isinstance(quantized, QuantizedModule):
+        quantized.examples = example
+        return quantized
+    _tie(quantized, ladder.done)
+    assert isinstance(quantized, PartialModule)
+    descent = quantized.octav_partial
+    ran = {path for path, _ in ladder.macs_by_module}
+    idle = [
+        Record(path, type(module).__name__, None, (), 0, None, "not called for the example inputs")
+        for path, module in _outside(quantized)
+        if path not in ran and op_of_module(module) in CONTRACTIONS
+    ]
+    # They take no hooks, so what they multiply is in the row of the code around them.
+    idle += [
+        Record(path, "ScriptModule", None, (), 0, None, "a scripted module, without Python code to capture")
+        for path, module in _outside(quantized)
+        if isinstance(module, torch.jit.ScriptModule)
+    ]
+    return mark_partial(quantized, PartialInfo(descent.reason, (*descent.records, *idle), example))
+
+
+def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules below that no graph holds, with their paths."""
+    for name, child in module.named_children():
+        if not isinstance(child, QuantizedModule):
+            yield _join(path, name), child
+            if not isinstance(child, torch.jit.ScriptModule):
+                yield from _outside(child, _join(path, name))
+
+
+def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
+    """Put the quantized module wherever its float one is: a module may have several parents."""
+    for parent in list(root.modules()):
+        if not isinstance(parent, QuantizedModule):
+            for name, child in parent._modules.items():
+                if child is not None and id(child) in done:
+                    parent._modules[name] = done[id(child)]
+
+
+def _tree(root: nn.Module) -> _Tree:
+    """What a descent changes: classes, children, and what is known of it."""
+    return [(m, type(m), dict(m._modules), vars(m).get("octav_partial")) for m in root.modules()]
+
+
+def _restore(tree: _Tree) -> None:
+    for module, kind, children, descent in tree:
+        module.__class__ = kind
+        module._modules.update(children)
+        vars(module).pop("octav_partial", None)
+        if descent is not None:
+            vars(module)["octav_partial"] = descent
+
+
+def _fault(module: nn.Module, calls: list[Inputs], expected: list[Any]) -> str | None:
+    """How a module with quantized children, its quantizers aside, differs from the float one; None if it does not."""
+    try:
+        # fx prints where in its generated code an error came up.
+        with without_quantizers(module), contextlib.redirect_stderr(io.StringIO()):
+            found = [run_once(module, *call) for call in calls]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if not has_data(module, calls):
+        return None
+    return next((detail for e, f in zip(expected, found, strict=True) if (detail := difference(e, f))), None)
+
+
+def _set(module: nn.Module, path: str, child: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    module.get_submodule(owner)._modules[name] = child
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _is_at(path: str, place: str) -> bool:
+    return not place or path == place or path.startswith(place + ".")

@@ -1,0 +1,152 @@
+"""quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from octav_fx.capture.inputs import Inputs, as_inputs
+from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.partial import float_records
+from octav_fx.capture.rerun import has_data, preserved_modes, run_once
+from octav_fx.config import Config
+from octav_fx.errors import OctavError
+from octav_fx.ir.records import Record
+from octav_fx.ir.rules import Own, Rule
+from octav_fx.nn import FakeQuantizer
+from octav_fx.training.by_parts import quantize_by_parts
+from octav_fx.training.one_graph import arguments_of
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def quantize(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    config: Config | None = None,
+    *,
+    strict: bool = False,
+    rules: Sequence[Rule] = (),
+    leaves: Sequence[type[nn.Module]] = (),
+) -> nn.Module:
+    """A copy of the model with a fake-quantizer before every matmul and convolution operand, ready to train.
+
+    example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; a batch like those to come. It
+    decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
+    rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
+    leaves: classes of modules to leave as they are, float.
+    Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
+    where no single graph holds the model's Python code, a module of the model's own class whose children are such
+    GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
+    Raises OctavError for a model of which nothing can be captured, for operands that are not floating point, and with
+    strict=True if anything that multiplies stays float in the present mode, or was not run.
+    """
+    config = Config() if config is None else config
+    _check_model(model)
+    example = as_inputs(example_inputs)
+    # Wrong arguments are the caller's error, not something to descend from.
+    arguments_of(model, example)
+    quantized = quantize_by_parts(_copy(model), example, config, _own(rules, leaves))
+    graphs = quantized_modules(quantized)
+    captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
+    _check_overrides(config, [*captured, *float_records(quantized)])
+    for rule in rules:
+        if all(row.op != rule.op for row in captured):
+            raise OctavError(
+                f"rules: no graph calls {rule.target}, whose rule is {rule.op!r}; a function is seen where a forward "
+                "calls it by a global name that does not begin with an underscore"
+            )
+    if strict:
+        _check_strict([*float_records(quantized), *(row for part in graphs for row in part.records)])
+    if has_data(quantized, example):
+        run_once(quantized, *example)
+        _begin_learned(quantized, example)
+    return quantized
+
+
+@contextmanager
+def float_mode(q: nn.Module) -> Iterator[None]:
+    """Inside, q and every quantized module in it compute what the float model computes, bit for bit."""
+    with ExitStack() as stack:
+        for module in quantized_modules(q):
+            stack.enter_context(module.as_float())
+        yield
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise OctavError(f"quantize takes an nn.Module, not {type(model).__name__}")
+    if isinstance(model, _WRAPPERS):
+        raise OctavError(
+            f"quantize the module first and wrap it in {type(model).__name__} afterwards: pass model.module"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")
+    if "forward" in vars(model):
+        raise OctavError(f"forward of this {type(model).__name__} was replaced on the instance: define it in the class")
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise OctavError("the model, or a part of it, is quantized already")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise OctavError(f"{name} has no shape yet: run the model once before quantizing it")
+
+
+def _begin_learned(q: nn.Module, example: Inputs) -> None:
+    """Mark the learned clips that the example inputs have reached as begun, in both modes where each has a graph."""
+    learned = [m for m in q.modules() if isinstance(m, FakeQuantizer) and m.learned is not None]
+    for quantizer in learned:
+        quantizer.initialized = bool(quantizer.hint.any())
+    if all(quantizer.initialized for quantizer in learned):
+        return
+    # Where the other mode does not run on the example inputs, its quantizers begin with the first data they get.
+    with contextlib.suppress(Exception), preserved_modes(q):
+        run_once(q.train(not q.training), *example)
+    for quantizer in learned:
+        quantizer.initialized = bool(quantizer.hint.any())
+
+
+def _own(rules: Sequence[Rule], leaves: Sequence[type[nn.Module]]) -> Own:
+    for rule in rules:
+        if not isinstance(rule, Rule) or not callable(rule.target):
+            raise OctavError(f"rules: {rule!r} is no octav_fx.Rule with a function as its target")
+    for leaf in leaves:
+        if not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
+            raise OctavError(f"leaves: {leaf!r} is no class of modules")
+    return Own(tuple(rules), tuple(leaves))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    # What forward has left on a trained model, a table with its history, cannot be copied as it is.
+    kept = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise OctavError(
+            f"{type(model).__name__} cannot be copied (copy.deepcopy), and quantize changes only a copy: {error}"
+        ) from error
+
+
+def _check_overrides(config: Config, found: list[Record]) -> None:
+    sites = {record.site for record in found}
+    matched = {config.pattern_for(site) for site in sites}
+    for pattern in config.overrides:
+        # A glob may lose every node to a later or exact one; a pattern that fits no node at all is a typing error.
+        if pattern not in matched and not any(_fits(site, pattern) for site in sites):
+            raise OctavError(f"overrides[{pattern!r}] fits no node; there are {', '.join(sorted(sites))}")
+
+
+def _fits(site: str, pattern: str) -> bool:
+    return Config(overrides={pattern: None}).pattern_for(site) is not None
+
+
+def _check_strict(rows: list[Record]) -> None:
+    float_records = [row for row in rows if row.quantizer is None]
+    if float_records:
+        listing = "\n".join(f"  {row.site} {row.operand or ''}: {row.reason}" for row in float_records)
+        raise OctavError(f"strict=True, and {len(float_records)} operands stay float:\n{listing}")

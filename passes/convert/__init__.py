@@ -1,0 +1,1 @@
+"""Passes over the eval graph of a frozen model."""

@@ -1,0 +1,45 @@
+"""Store the integer codes of a quantized weight in place of the weight.
+
+    conv2d(x, quantizers.conv_weight(conv.weight), b)       ->  conv2d(x, quantizers.conv_weight(), b)
+    matmul(x, quantizers.matmul_other(transpose(w, 0, 1)))  ->  matmul(x, quantizers.matmul_other())
+
+for a weight that the module's state alone decides: quantizers.conv_weight becomes an IntegerWeight, with the codes that
+the frozen quantizer gives now. The float parameter goes where nothing else reads it.
+"""
+
+from torch import fx
+
+from octav_fx.errors import OctavError
+from octav_fx.ir.dataflow import constants, value_of
+from octav_fx.ir.edits import Edit
+from octav_fx.ir.ops import module_of
+from octav_fx.nn import FakeQuantizer, IntegerWeight
+
+
+def pack_weights(gm: fx.GraphModule) -> list[Edit]:
+    """See the module's docstring. Raises OctavError for a weight with inf or NaN in it."""
+    edits = []
+    known = constants(gm.graph)
+    for node in gm.graph.find_nodes(op="call_module"):
+        quantizer = module_of(node)
+        if not isinstance(quantizer, FakeQuantizer) or quantizer.clip is None or node.args[0] not in known:
+            continue
+        source, spec = node.args[0], quantizer.spec
+        assert isinstance(source, fx.Node)
+        weight = value_of(gm, source)
+        if not weight.isfinite().all():
+            raise OctavError(f"{node.target}: the weight {source} holds inf or NaN, which no integer stands for")
+        gm.set_submodule(str(node.target), IntegerWeight(weight, quantizer.clip, spec.bits, spec.dim), strict=True)
+        node.args = ()
+        _erase_unused(gm.graph, source)
+        edits.append(Edit(str(node.target), "store", f"{spec.bits} bits"))
+    return edits
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Remove a constant that nothing reads any more, and what only it read."""
+    if not node.users:
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        for source in sources:
+            _erase_unused(graph, source)

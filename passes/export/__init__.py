@@ -1,0 +1,1 @@
+"""Passes over a converted model, before a file is written."""

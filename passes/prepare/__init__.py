@@ -1,0 +1,1 @@
+"""Passes over a captured graph (torch functions and modules)."""

@@ -1,0 +1,40 @@
+"""Quantize a value once, however many operands read it.
+
+    linear(quantizers.q_input(x), wq), linear(quantizers.k_input(x), wk)  ->  both read quantizers.q_input(x)
+
+Two quantizers are one if they read the same value with the same Spec: the same node of the graph, so q, k and v
+projections, residual forks, both sides of matmul(x, x), and the weight of a module that is called twice. Not if
+something writes into that value between the two.
+"""
+
+from torch import fx
+
+from octav_fx.ir.aliasing import aliasing
+from octav_fx.ir.edits import Edit, skip
+from octav_fx.ir.ops import module_of
+from octav_fx.nn import FakeQuantizer, Spec
+
+
+def deduplicate_quantizers(gm: fx.GraphModule) -> list[Edit]:
+    """See the module's docstring."""
+    edits: list[Edit] = []
+    memory = aliasing(gm.graph)
+    first: dict[tuple[fx.Node, Spec], fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_module" or not isinstance(quantizer := module_of(node), FakeQuantizer):
+            continue
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        kept = first.setdefault((value, quantizer.spec), node)
+        if kept is node:
+            continue
+        if memory.written(value, after=kept, before=node):
+            edits.append(
+                skip(str(node.target), f"not shared with {kept.target}: {value.name} is written in place between")
+            )
+            first[value, quantizer.spec] = node
+            continue
+        node.replace_all_uses_with(kept)
+        gm.graph.erase_node(node)
+        edits.append(Edit(str(node.target), "share", str(kept.target)))
+    return edits

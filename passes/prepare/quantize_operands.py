@@ -1,0 +1,176 @@
+"""Put a fake-quantizer before every operand that a rule names.
+
+    conv2d(x, w, b, ...)  ->  conv2d(quantizers.site_input(x), quantizers.site_weight(w), b, ...)
+    matmul(x, y)          ->  matmul(quantizers.site_input(x), quantizers.site_other(y))
+
+A value that is computed from parameters alone is a weight wherever a rule allows both: signed, one clip per output
+channel. An activation gets one clip, on an unsigned grid if it cannot be negative. A product of constants stays as it
+is. What stays float is an edit with its reason, whether a rule, the configuration or a missing rule decided it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, static, tensor_flow
+from octav_fx.ir.edits import Edit, operand_of, set_operand, site_of, skip
+from octav_fx.ir.first_last import first_and_last_layers
+from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.rules import OWN, Operand, Role, Rule, rule_of
+from octav_fx.ir.signedness import nonnegative
+from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn.fake_quantizer import QUANTIZERS
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Everything about one operand that decides how it is quantized."""
+
+    site: str
+    op: str
+    operand: str
+    # WEIGHT or ACTIVATION.
+    role: Role
+    # One of the first convolutions or last linear layers.
+    edge: bool
+    signed: bool
+    # The channel axis, counted from the front; None: per tensor.
+    dim: int | None
+
+
+# A Spec, or the reason why the operand stays float.
+Choose = Callable[[Place], Spec | str]
+
+
+def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
+    """See the module's docstring."""
+    edits: list[Edit] = []
+    flow = tensor_flow(gm.graph)
+    parameters, edges, unsigned = static(flow), first_and_last_layers(flow), nonnegative(gm.graph)
+    known = constants(gm.graph)
+    sources = [node for node in flow if is_value_source(node, gm)]
+    valued = {*sources, *downstream(flow, sources)}
+    for node in list(gm.graph.nodes):
+        op, rule = op_of(node), rule_of(node)
+        if rule is None:
+            if node.meta.get("macs"):
+                edits.append(skip(_name(node), f"no rule for {_kind(node)}"))
+            continue
+        is_canonical = OWN in node.meta or (op is not None and node.target is op.target and "out" not in node.kwargs)
+        if node.op != "call_function" or not is_canonical:
+            # canonicalize has said why.
+            continue
+        if node not in valued and all(_is_floating(operand_of(node, o)) for o in _operands(node, rule)):
+            # Rotary embeddings multiply positions by frequencies: rounded, positions would be others.
+            edits.append(skip(node, "computed from integers and constants, nothing is learned or measured here"))
+            continue
+        for operand in _operands(node, rule):
+            value = operand_of(node, operand)
+            if _is_quantized(value):
+                continue
+            place = _place(node, rule, operand, value, value in parameters, node in edges, value not in unsigned)
+            choice = choose(place)
+            if isinstance(choice, str):
+                edits.append(skip(node, choice, operand.name))
+                continue
+            _check_floating(place, value)
+            with gm.graph.inserting_before(node):
+                quantizer = gm.graph.call_module(_add(gm, place, choice, value, running=value not in known), (value,))
+            set_operand(node, operand, quantizer)
+            edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
+    return edits
+
+
+def _operands(node: fx.Node, rule: Rule) -> list[Operand]:
+    """The operands of this very call; a contraction of one operand is none (einsum as a transpose or a sum)."""
+    if not rule.variadic:
+        return list(rule.operands)
+    first = rule.operands[0]
+    count = len(node.args) - first.index
+    return [replace(first, index=first.index + i, name=f"{first.name}{i}") for i in range(count)] if count > 1 else []
+
+
+def _is_floating(value: Any) -> bool:
+    fake = value.meta.get("value") if isinstance(value, fx.Node) else value
+    return isinstance(fake, Tensor) and fake.is_floating_point()
+
+
+def _is_quantized(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "call_module" and isinstance(module_of(value), FakeQuantizer)
+
+
+def _place(node: fx.Node, rule: Rule, operand: Operand, value: Any, is_static: bool, edge: bool, signed: bool) -> Place:
+    fake = value.meta.get("value") if isinstance(value, fx.Node) else value
+    site = site_of(node)
+    if not isinstance(fake, Tensor):
+        since = f", since {_unknown_since(value)}" if isinstance(value, fx.Node) else ""
+        raise NotCaptured(f"{site}: {operand.name} is {fake!r}, not a tensor whose shape is known at capture{since}")
+    is_weight = operand.role is Role.WEIGHT or (operand.role is Role.EITHER and is_static)
+    # A vector has no channel axis besides the one that is summed over.
+    channel = operand.channel if is_weight and fake.dim() > 1 else None
+    return Place(
+        site=site,
+        op=rule.op,
+        operand=operand.name,
+        role=Role.WEIGHT if is_weight else Role.ACTIVATION,
+        edge=edge,
+        signed=signed or is_weight,
+        dim=None if channel is None else channel % fake.dim(),
+    )
+
+
+def _unknown_since(node: fx.Node) -> str:
+    """The line of the user's code that asked for data."""
+    return next((str(source.meta["unknown"]) for source in ancestors(node) if "unknown" in source.meta), "?")
+
+
+def _check_floating(place: Place, value: fx.Node) -> None:
+    fake = value.meta["value"]
+    if not fake.is_floating_point():
+        raise OctavError(
+            f"{place.site}: {place.operand} has dtype {fake.dtype} and shape {tuple(fake.shape)}, only floating point "
+            f"can be quantized; convert it in the model, or leave it float with overrides={{{place.site!r}: None}}"
+        )
+
+
+def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node, *, running: bool) -> str:
+    """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
+    quantizers = gm.get_submodule(QUANTIZERS)
+    fake = value.meta["value"]
+    channels = None if spec.dim is None else fake.shape[spec.dim]
+    base = f"{place.site}_{place.operand}".replace(".", "_").replace(":", "_")
+    name, count = base, 0
+    used = {node.target for node in gm.graph.nodes if node.op == "call_module"}
+    while hasattr(quantizers, name):
+        existing = getattr(quantizers, name)
+        same = existing.spec == spec and existing.hint.numel() == (channels or 1)
+        same = same and (existing.mean is not None) is running
+        if same and f"{QUANTIZERS}.{name}" not in used:
+            return f"{QUANTIZERS}.{name}"
+        count += 1
+        name = f"{base}_{count}"
+    quantizer = FakeQuantizer(spec, channels, fake.device, running=running)
+    quantizers.add_module(name, quantizer.train(gm.training))
+    return f"{QUANTIZERS}.{name}"
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else site_of(node)
+
+
+def _kind(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(module_of(node)).__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def remove_unused(gm: fx.GraphModule, graphs: list[fx.Graph]) -> None:
+    """Drop the quantizers that no graph calls any more."""
+    used = {node.target for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    quantizers: nn.Module = gm.get_submodule(QUANTIZERS)
+    for name, _ in list(quantizers.named_children()):
+        if f"{QUANTIZERS}.{name}" not in used:
+            delattr(quantizers, name)

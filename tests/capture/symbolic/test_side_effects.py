@@ -1,0 +1,174 @@
+"""written: what forward sets on its modules is back after a capture, and what that means for the graph is told."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import octav_fx
+from octav_fx.capture.symbolic.trace import capture
+from octav_fx.errors import NotCaptured
+from octav_fx.ir.printer import graph_text
+from tests.support.graphs import captured, model, run_alike
+
+
+def remembering(self: nn.Module, x: Tensor) -> Tensor:
+    self.last = self.fc(x)
+    self.inner.last = x * 2
+    return self.last + self.inner.last
+
+
+def test_attributes_are_what_they_were() -> None:
+    float_module = model(remembering, fc=nn.Linear(4, 4), inner=nn.Identity())
+    float_module.inner.last = "nothing yet"
+    before = {name: dict(vars(m)) for name, m in float_module.named_modules()}
+    found = capture(float_module, {"x": torch.randn(2, 4)})
+    assert sorted(found.stored) == ["inner.last", "last"]
+    assert {name: dict(vars(m)) for name, m in float_module.named_modules()} == before
+    assert not hasattr(float_module, "last") and float_module.inner.last == "nothing yet"
+
+
+def test_attributes_are_what_they_were_after_an_error() -> None:
+    def forward(self, x):
+        self.last = self.table = self.fc(x)
+        raise ValueError("as asked")
+
+    float_module = model(forward, fc=nn.Linear(4, 4), table=torch.ones(3))
+    with pytest.raises(NotCaptured, match="as asked"):
+        capture(float_module, {"x": torch.randn(2, 4)})
+    assert not hasattr(float_module, "last")
+    assert type(float_module.table) is Tensor and torch.equal(float_module.table, torch.ones(3))
+
+
+def test_a_model_that_remembers_its_last_result_is_one_graph_and_a_note_says_so() -> None:
+    float_module, x = model(remembering, fc=nn.Linear(4, 4), inner=nn.Identity()), torch.randn(2, 4)
+    q = octav_fx.quantize(float_module, x)
+    assert isinstance(q, fx.GraphModule)
+    assert "last: forward stores it, the graph computes it anew" in octav_fx.table(q)
+    with octav_fx.float_mode(q):
+        assert run_alike(q, float_module, torch.randn(3, 4))
+    assert not hasattr(float_module.inner, "nothing")
+
+
+class Table(nn.Module):
+    """Makes a table on its first run and reads it ever after."""
+
+    def __init__(self, as_buffer: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.made = 0
+        if as_buffer:
+            self.register_buffer("table", None, persistent=False)
+        else:
+            self.table: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.made += 1
+            self.table = torch.arange(x.shape[1], dtype=x.dtype, device=x.device).cos()
+        return self.fc(x * self.table)
+
+
+@pytest.mark.parametrize("as_buffer", [True, False])
+def test_a_table_that_is_made_once_is_read_by_the_graph(as_buffer: bool) -> None:
+    float_module, x = Table(as_buffer), torch.randn(2, 4)
+    q = octav_fx.quantize(float_module, x)
+    assert isinstance(q, fx.GraphModule)
+    assert float_module.table is None and float_module.made == 0
+    assert "cos" not in graph_text(q.graph)
+    for module in (q, copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        with octav_fx.float_mode(module):
+            assert torch.equal(module(x), copy.deepcopy(float_module)(x))
+        assert torch.equal(module(x), q(x))
+
+
+@pytest.mark.parametrize("as_buffer", [True, False])
+def test_on_the_meta_device_the_table_is_made_in_each_call(as_buffer: bool) -> None:
+    with torch.device("meta"):
+        float_module, x = Table(as_buffer), torch.randn(2, 4)
+    q = octav_fx.quantize(float_module, x)
+    assert isinstance(q, fx.GraphModule) and q(x).is_meta
+
+
+def accumulating(self: nn.Module, x: Tensor) -> Tensor:
+    self.total = self.total + x.mean(0)
+    return self.fc(x) + self.total
+
+
+def test_a_value_computed_from_its_own_last_value_is_no_graph() -> None:
+    float_module = model(accumulating, fc=nn.Linear(4, 4), total=torch.zeros(4))
+    words = "forward computes total from its own last value, and a graph has no memory: write into it in place"
+    with pytest.raises(NotCaptured, match=words):
+        capture(float_module, {"x": torch.randn(2, 4)})
+    assert torch.equal(float_module.total, torch.zeros(4))
+
+
+@pytest.mark.parametrize("as_buffer", [True, False])
+def test_quantized_it_still_remembers(as_buffer: bool) -> None:
+    float_module, x = model(accumulating, fc=nn.Linear(4, 4)), torch.randn(2, 4)
+    if as_buffer:
+        float_module.register_buffer("total", torch.zeros(4))
+    else:
+        float_module.total = torch.zeros(4)
+    q = octav_fx.quantize(float_module, x, strict=True)
+    assert isinstance(q.fc, fx.GraphModule) and "has no memory" in octav_fx.table(q)
+    assert torch.equal(float_module.total, torch.zeros(4))
+    with octav_fx.float_mode(q):
+        for values in (x, x + 1, x):
+            assert torch.equal(q(values), float_module(values))
+    assert torch.equal(q.total, float_module.total)
+
+
+def test_a_buffer_that_is_written_in_place_stays_in_the_graph() -> None:
+    def forward(self, x):
+        self.total.add_(x.mean(0))
+        self.count.add_(1)
+        return self.fc(x) + self.total
+
+    float_module, x = model(forward, fc=nn.Linear(4, 4), total=torch.zeros(4), count=torch.zeros(())), torch.randn(3, 4)
+    gm, other = captured(copy.deepcopy(float_module), x=torch.randn(2, 4)), float_module
+    for values in (x, x + 1):
+        assert torch.equal(gm(values), other(values))
+    assert torch.equal(gm.total, other.total) and gm.count == 2
+
+
+def test_adding_to_a_buffer_with_an_operator_is_remembered() -> None:
+    def forward(self, x):
+        self.total += x.mean(0)
+        return self.fc(x) + self.total
+
+    float_module, x = model(forward, fc=nn.Linear(4, 4), total=torch.zeros(4)), torch.randn(3, 4)
+    q = octav_fx.quantize(float_module, x, strict=True)
+    with octav_fx.float_mode(q):
+        for values in (x, x + 1):
+            assert torch.equal(q(values), float_module(values))
+    total = q.total.clone()
+    assert torch.equal(total, float_module.total)
+    q(x)
+    assert torch.equal(q.total, total + x.mean(0))
+
+
+def test_a_number_that_forward_counts_is_what_it_was() -> None:
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(x)
+
+    float_module, x = model(forward, fc=nn.Linear(4, 4)), torch.randn(2, 4)
+    float_module.calls = 0
+    capture(float_module, {"x": x})
+    assert float_module.calls == 0
+    assert octav_fx.quantize(float_module, x).calls == 0
+
+
+def test_a_first_run_that_makes_a_table_moves_no_statistics() -> None:
+    def forward(self, x):
+        self.last = self.fc(x)
+        return self.norm(self.last)
+
+    float_module = model(forward, fc=nn.Linear(4, 4), norm=nn.BatchNorm1d(4)).train()
+    q = octav_fx.quantize(float_module, torch.randn(8, 4))
+    for name, value in float_module.state_dict().items():
+        assert torch.equal(q.state_dict()[name], value), name

@@ -1,0 +1,258 @@
+"""convert: integers that compute what the frozen model computes, and nothing else in the file."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from octav_fx import Config, OctavError, calibrate, convert, freeze, quantize, unfreeze
+from octav_fx.capture.modules import IntegerModule
+from octav_fx.deploy.convert import size_of
+from octav_fx.nn import IntegerWeight
+from tests.support.deployable_models import (
+    LANGUAGE,
+    WHOLE,
+    check_codes,
+    forced,
+    frozen,
+    images,
+    made,
+    named,
+    observed,
+    relative,
+)
+
+# One rounding for a multiplication and an addition, as torch's own batch norm has there.
+FUSED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)
+    ).eval()
+
+
+def ready(model: nn.Module | None = None, config: Config | None = None):
+    x = torch.randn(2, 3, 8, 8)
+    q = quantize(small() if model is None else model, x, config)
+    return freeze(calibrate(q, [x])), x
+
+
+@pytest.fixture(autouse=True)
+def _fast_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Truncated normal numbers take most of the time that it takes to make a transformer.
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda t, mean=0.0, std=1.0, *_, **__: t.data.normal_(mean, std))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_code_is_that_of_the_frozen_model(name):
+    q, inputs = frozen(WHOLE[name])
+    c = convert(q)
+    out, activations, weights = observed(q, inputs)
+    stored = {path: part for path, part in c.named_modules() if isinstance(part, IntegerWeight)}
+    assert stored.keys() == weights.keys()
+    for path, part in stored.items():
+        clip = q.get_submodule(path).clip
+        step = clip / 2 ** (part.bits - 1)
+        shape = [1] * len(part.shape)
+        shape[part.dim] = -1
+        # Where the step is zero, so are the levels. Both the level and the quotient are rounded.
+        expected = (weights[path] / torch.where(step > 0, step, 1).reshape(shape)).round()
+        assert torch.equal(part.integers().float(), expected), path
+        assert torch.equal(part(), weights[path]), path
+    forced_out, found = forced(c, inputs, activations)
+    moved = check_codes(activations, found)
+    assert relative(forced_out, out) < 1e-4
+    if FUSED:
+        # Not only from equal operands: the whole model, bit for bit.
+        assert moved == 0
+        with torch.no_grad():
+            assert torch.equal(c(*inputs), out)
+
+
+def test_resnet50_takes_at_most_014_of_its_file(tmp_path):
+    model = made(named("resnet50"))
+    model.fc = nn.Linear(2048, 1000)
+    x = images(1)
+    q = freeze(calibrate(quantize(model, x), [x]))
+    c = convert(q)
+    torch.save(model.state_dict(), tmp_path / "float.pt")
+    torch.save(c.state_dict(), tmp_path / "integer.pt")
+    save_file(c.state_dict(), tmp_path / "integer.safetensors")
+    whole = (tmp_path / "float.pt").stat().st_size
+    assert (tmp_path / "integer.pt").stat().st_size <= 0.14 * whole
+    assert (tmp_path / "integer.safetensors").stat().st_size <= 0.14 * whole
+    # Headers aside that is what size_of says.
+    assert size_of(c) <= (tmp_path / "integer.safetensors").stat().st_size <= 1.01 * size_of(c)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("clip", ["octav", "max"])
+def test_other_widths(bits, clip):
+    q, x = ready(config=Config(weight_bits=bits, activation_bits=bits, edge_bits=None, clip=clip))
+    c = convert(q)
+    weight = c.get_submodule("quantizers.3_weight")
+    assert weight.codes.dtype is (torch.uint8 if bits <= 4 else torch.int8)
+    assert weight.codes.numel() == (135 if bits <= 4 else 270)
+    if FUSED:
+        assert torch.equal(c(x), q(x))
+
+
+def test_the_state_is_codes_scales_and_biases():
+    q, _ = ready()
+    state = convert(q).state_dict()
+    kinds = {name.rpartition(".")[2]: value.dtype for name, value in state.items()}
+    assert kinds.keys() == {"codes", "scale", "factor", "offset", "bias"}
+    assert sorted(name for name in state if not name.startswith("quantizers.")) == [
+        *("0.bias", "1.factor", "1.offset", "3.bias", "6.bias")
+    ]
+    assert {kinds[kind] for kind in ("scale", "factor", "offset", "bias")} == {torch.float32}
+    assert not list(convert(q).named_parameters(recurse=True))[3:]
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "safetensors", "torch.save", "pickle", "deepcopy"])
+def test_round_trips(how, tmp_path):
+    q, x = ready()
+    c = convert(q)
+    if how == "torch.save":
+        file = io.BytesIO()
+        torch.save(c, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    elif how in ("pickle", "deepcopy"):
+        other = pickle.loads(pickle.dumps(c)) if how == "pickle" else copy.deepcopy(c)
+    else:
+        other, state = convert(ready()[0]), c.state_dict()
+        assert not torch.equal(other(x), c(x))
+        if how == "safetensors":
+            save_file(state, tmp_path / "state.safetensors")
+            state = load_file(tmp_path / "state.safetensors")
+        other.load_state_dict(state, strict=True)
+    assert torch.equal(other(x), c(x))
+    assert not {v.data_ptr() for v in other.state_dict().values()} & {v.data_ptr() for v in c.state_dict().values()}
+
+
+@pytest.mark.parametrize("name", ["small", *LANGUAGE])
+def test_torch_export(name):
+    q, inputs = ready() if name == "small" else frozen(LANGUAGE[name])
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    c = convert(q)
+    program = torch.export.export(c, inputs)
+    assert torch.equal(program.module()(*inputs), c(*inputs))
+    # Plain PyTorch: the file can be loaded where octav_fx is not.
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [target for target in called if target.startswith("octav")]
+
+
+def test_the_model_is_not_changed_and_not_shared():
+    q, x = ready()
+    before, y = {k: v.clone() for k, v in q.state_dict().items()}, q(x)
+    c = convert(q)
+    expected = c(x)
+    assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
+    assert torch.equal(q(x), y)
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.zero_()
+    assert torch.equal(c(x), expected)
+
+
+def test_part_of_a_larger_module():
+    q, x = ready()
+    whole = nn.Sequential(q, nn.Softmax(1))
+    c = convert(whole)
+    assert isinstance(c[0], IntegerModule)
+    assert torch.equal(c(x), convert(q)(x).softmax(1))
+    assert whole[0] is q
+
+
+def test_from_training_mode_it_is_the_eval_graph():
+    q, x = ready()
+    expected = convert(q)(x)
+    q.train()
+    c = convert(q)
+    assert q.training
+    assert not c.training
+    assert torch.equal(c(x), expected)
+
+
+def test_float_operands_stay_float():
+    q, x = ready(config=Config(overrides={"3": None}))
+    c = convert(q)
+    assert "3.weight" in c.state_dict()
+    if FUSED:
+        assert torch.equal(c(x), q(x))
+
+
+def test_zero_weights_and_activations():
+    model = small()
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[3].weight.zero_()
+        model[3].bias.fill_(-1)
+    q, x = ready(model)
+    # The last layer reads nothing but zeros: its clip is zero, and so is everything on its grid.
+    assert q.get_submodule("quantizers.6_input").clip == 0
+    c = convert(q)
+    assert torch.equal(c(x), q(x))
+    assert torch.equal(c(100 * x), q(100 * x))
+
+
+def test_half_precision_models():
+    model = small().to(torch.bfloat16)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)
+    q = freeze(calibrate(quantize(model, x), [x]))
+    c = convert(q)
+    assert c(x).dtype is torch.bfloat16
+    # Batch norm in half precision stays as it is, so nothing rounds otherwise.
+    assert torch.equal(c(x), q(x))
+    assert c.get_submodule("quantizers.0_weight").scale.dtype is torch.float32
+
+
+def test_casting_keeps_scales_and_codes():
+    c = convert(ready()[0]).half()
+    weight = c.get_submodule("quantizers.3_weight")
+    assert weight.scale.dtype is torch.float32
+    assert weight.codes.dtype is torch.uint8
+
+
+def test_copies_of_a_frozen_model_convert_alike():
+    q, x = ready()
+    for copied in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert torch.equal(convert(copied)(x), convert(q)(x))
+
+
+# Errors.
+
+
+def test_a_model_that_is_not_frozen():
+    q, _ = ready()
+    unfreeze(q)
+    with pytest.raises(OctavError, match=r"finds a clip for each tensor: call octav_fx\.calibrate .* octav_fx\.freeze"):
+        convert(q)
+    with pytest.raises(OctavError, match=r"Linear holds no module that octav_fx\.quantize returned"):
+        convert(nn.Linear(2, 2))
+
+
+def test_a_graph_that_was_edited_after_freezing():
+    q, x = ready()
+    (node,) = q.graph.find_nodes(op="call_module", target="2")
+    node.replace_all_uses_with(node.args[0])
+    q.graph.erase_node(node)
+    q.recompile()
+    with pytest.raises(OctavError, match=r"eval mode was edited after octav_fx\.freeze.*call octav_fx\.freeze again"):
+        convert(q)
+    freeze(q)
+    assert torch.equal(convert(q)(x), q(x)) or not FUSED
+
+
+def test_weights_that_are_not_finite():
+    q, _ = ready()
+    with torch.no_grad():
+        q.get_submodule("3").weight[0, 0] = torch.inf
+    with pytest.raises(OctavError, match=r"quantizers\.3_weight: the weight .* holds inf or NaN"):
+        convert(q)

@@ -1,0 +1,115 @@
+"""ops: each spelling is one op, and a subclass counts while it computes what its parent computes."""
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from octav_fx.capture.symbolic.proxies import setitem_
+from octav_fx.ir.ops import CONTRACTIONS, OTHERS, in_place, module_of, op_of, op_of_module
+from tests.support.graphs import captured, model
+
+
+def test_no_name_and_no_spelling_is_given_twice() -> None:
+    ops = (*CONTRACTIONS, *OTHERS)
+    names = [op.name for op in ops]
+    assert len(set(names)) == len(names)
+    for spellings in (
+        # F.pad is torch.nn.functional.pad; a row may repeat a spelling of its own, no other row may.
+        [s for op in ops for s in {op.target, *op.functions}],
+        [s for op in ops for s in op.methods],
+        [s for op in ops for s in op.modules],
+    ):
+        assert len(set(spellings)) == len(spellings)
+
+
+@pytest.mark.parametrize("op", (*CONTRACTIONS, *OTHERS), ids=lambda op: op.name)
+def test_a_node_is_known_by_each_spelling_of_its_op(op: Any) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for target in (op.target, *op.functions):
+        assert op_of(graph.call_function(target, (x,))) is op
+    for name in op.methods:
+        assert op_of(graph.call_method(name, (x,))) is op
+        # A method of this name has to be one of a tensor, or no graph can hold it.
+        assert hasattr(Tensor, name) or name == "__imatmul__"
+    for kind in op.modules:
+        assert issubclass(kind, nn.Module)
+
+
+def test_other_nodes_are_no_op() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    others = (x, graph.get_attr("weight"), graph.call_function(F.gelu, (x,)), graph.call_method("tanh", (x,)))
+    assert [op_of(node) for node in (*others, graph.output(x))] == [None] * 5
+
+
+def test_a_module_is_its_class_and_a_subclass_that_keeps_the_forward() -> None:
+    class Same(nn.Conv2d):
+        pass
+
+    class Other(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return input
+
+    class Deeper(Other):
+        pass
+
+    names = [
+        op and op.name for op in map(op_of_module, (nn.Conv2d(1, 1, 1), Same(1, 1, 1), Other(1, 1, 1), Deeper(1, 1, 1)))
+    ]
+    assert names == ["conv2d", "conv2d", None, None]
+    # A subclass of one row that is a row of its own.
+    assert [op_of_module(m).name for m in (nn.ReLU6(), nn.Hardtanh(), nn.Dropout2d())] == ["relu6", "clamp", "dropout"]
+    assert op_of_module(nn.GELU()) is None
+    assert op_of_module(nn.MultiheadAttention(4, 2).out_proj).name == "linear"
+
+
+def test_op_of_a_module_call_and_the_module_itself() -> None:
+    inner = nn.Linear(2, 2)
+    gm = captured(model(lambda self, x: self.a.b(x), a=model(lambda self, x: x, b=inner)), x=torch.randn(1, 2))
+    (call,) = [node for node in gm.graph.nodes if node.op == "call_module"]
+    assert module_of(call) is inner and op_of(call).name == "linear"
+
+
+IN_PLACE = {
+    "method": (lambda x: x.add_(1), True),
+    "method with an alias": (lambda x: x[0].fill_(1.0), True),
+    "function": (lambda x: torch.relu_(x), True),
+    "inplace=True": (lambda x: F.relu(x, inplace=True), True),
+    "inplace by position": (lambda x: F.leaky_relu(x, 0.1, True), True),
+    "module": (nn.ReLU(inplace=True), True),
+    "out of place": (lambda x: x.add(1), False),
+    "inplace=False": (lambda x: F.relu(x, inplace=False), False),
+    "module, out of place": (nn.ReLU(), False),
+    "operator": (lambda x: x + 1, False),
+    "dunder": (lambda x: x.__add__(1), False),
+    "matmul": (lambda x: x @ x, False),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place(name: str) -> None:
+    function, expected = IN_PLACE[name]
+    parts = {"act": function} if isinstance(function, nn.Module) else {}
+    forward = (lambda self, x: self.act(x)) if parts else (lambda self, x: function(x))
+    gm = captured(model(forward, **parts), x=torch.randn(3, 3))
+    assert any(in_place(node) for node in gm.graph.nodes) is expected
+
+
+@pytest.mark.parametrize(
+    "target", [operator.iadd, operator.imul, operator.itruediv, operator.isub, operator.ipow, setitem_]
+)
+def test_augmented_assignment_is_in_place(target: Any) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    assert in_place(graph.call_function(target, (x, 2)))
+
+
+def test_out_is_in_place() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    assert in_place(graph.call_function(torch.add, (x, 2), {"out": y}))

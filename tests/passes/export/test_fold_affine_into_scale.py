@@ -1,0 +1,74 @@
+"""fold_affine_into_scale: the factor of a channel in the weight's scale, its sign behind the convolution."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from octav_fx import convert
+from octav_fx.ir.printer import graph_text
+from octav_fx.passes import fold_affine_into_scale
+from tests.support.deployable import frozen, trained
+from tests.support.graphs import model
+from tests.support.passes import declined, made
+
+
+def converted(float_module: nn.Module, x: torch.Tensor) -> nn.Module:
+    return convert(frozen(float_module, x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_factors_of_both_signs(bias):
+    x = torch.randn(2, 3, 6, 6)
+    c = converted(nn.Sequential(nn.Conv2d(3, 5, 3, bias=bias), trained(nn.BatchNorm2d(5))), x)
+    before = copy.deepcopy(c)
+    codes = c.get_submodule("quantizers.0_weight").codes.clone()
+    assert [edit.node for edit in made(c, fold_affine_into_scale)] == ["1"]
+    assert (
+        graph_text(c.graph)
+        == """\
+quantizers_0_input = self.quantizers.0_input(input_1)
+quantizers_0_weight = self.quantizers.0_weight()
+folded__1_bias = self.folded._1.bias
+_0 = conv2d(quantizers_0_input, quantizers_0_weight, folded__1_bias, (1, 1), (0, 0), (1, 1), 1)
+folded__1_sign = self.folded._1.sign
+mul = mul(_0, folded__1_sign)
+return mul"""
+    )
+    weight = c.get_submodule("quantizers.0_weight")
+    assert torch.equal(weight.codes, codes)
+    assert (weight.scale > 0).all()
+    # 27 products and the folded factor, each rounded to 2**-24 of values below 30.
+    torch.testing.assert_close(c(x), before(x), rtol=0, atol=30 * 30 * 2**-24)
+    # The factor of channel 1 is zero: nothing but its offset.
+    assert torch.equal(c(x)[:, 1], before(x)[:, 1])
+    assert made(c, fold_affine_into_scale) == []
+
+
+def test_positive_factors_leave_one_node():
+    x = torch.randn(2, 3, 6)
+    norm = trained(nn.BatchNorm1d(5))
+    norm.weight.data.abs_()
+    c = converted(nn.Sequential(nn.Conv1d(3, 5, 3), norm), x)
+    before = copy.deepcopy(c)
+    assert len(made(c, fold_affine_into_scale)) == 1
+    assert "mul" not in graph_text(c.graph)
+    torch.testing.assert_close(c(x), before(x), rtol=0, atol=30 * 30 * 2**-24)
+
+
+def test_what_stays():
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.shared(x)
+        return self.norm1(y) + y + self.norm2(z) + self.norm3(self.shared(x)) + self.norm4(x)
+
+    parts = {f"norm{i}": trained(nn.BatchNorm2d(3)) for i in (1, 2, 3, 4)}
+    convs = {"conv": nn.Conv2d(3, 3, 1), "shared": nn.Conv2d(3, 3, 1)}
+    c = converted(model(forward, **convs, **parts), torch.randn(2, 3, 4, 4))
+    reasons = {node: reason for node, _, reason in declined(c, fold_affine_into_scale)}
+    assert reasons.keys() == {"norm1", "norm2", "norm3", "norm4"}
+    assert "has other readers" in reasons["norm1"]
+    assert "the weight of" in reasons["norm2"]
+    assert "the weight of" in reasons["norm3"]
+    assert "is not a convolution" in reasons["norm4"]

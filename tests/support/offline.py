@@ -1,0 +1,248 @@
+"""Compile Triton kernels for GPUs that are not on this machine, and read what the assembler made of them.
+
+A kernel is a row of ROWS. compiled(op) compiles all rows of an op for all TARGETS, once in a process, in a process of
+its own: where TRITON_INTERPRET=1 is set, triton.jit and the functions of triton.language are interpreted, and nothing
+in them can be compiled any more. Triton's own cache on disk makes the second run fast.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Compute capabilities of NVIDIA, and one architecture of AMD.
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel as it is launched.
+
+    kernel: its name in octav_fx/ops/<op>/kernel.py. signature: parameter -> Triton's type of it, such as "*bf16" or
+    "i32"; ":16" behind it says what Triton finds out at a launch, that an address or a number divides by 16.
+    constexprs: parameter -> value. A parameter that is None at a launch, or an integer 1, is a constexpr for Triton.
+    targets: where this row is ever launched.
+    """
+
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, int | float | bool | str | None]
+    num_warps: int = 4
+    num_stages: int = 3
+    targets: tuple[str, ...] = TARGETS
+    # Further options of a launch, such as enable_fp_fusion.
+    options: tuple[tuple[str, int | bool], ...] = ()
+
+
+def _int_matmul(warps: int, stages: int, m: int, n: int, k: int, *targets: str, halves: bool = False) -> list[Row]:
+    """A tile at its best, and at its worst: codes 0..255, a rest of K, and a result of four bytes."""
+    pointers = {"x": "*i8", "x_scale": "*fp32", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*bf16"}
+    best = {f"{name}_ptr": f"{kind}:16" for name, kind in pointers.items()}
+    best |= dict.fromkeys(("out_n", "k", "x_stride", "w_stride", "out_stride"), "i32:16") | {"m": "i32", "n": "i32"}
+    worst = {**best, "out_ptr": "*fp32:16", "w_sums_ptr": "*i32:16"}
+    shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
+    flags = {"SCALED_ROWS": True, "SCALED_COLUMNS": True, "HALVES": halves, **shape}
+    launch = {"num_warps": warps, "num_stages": stages, "targets": targets, "options": (("enable_fp_fusion", False),)}
+    return [
+        Row("int_matmul_kernel", best, {"w_sums_ptr": None, "OFFSET": 0, "EVEN_K": True, **flags}, **launch),
+        Row("int_matmul_kernel", worst, {"OFFSET": 128, "EVEN_K": False, **flags}, **launch),
+    ]
+
+
+# A tensor of its own clip, and one by channel whose channels come last, so that inner is a constant.
+_SIZES = {"n": "i32:16", "channels": "i32", "inner": "i32"}
+_TILED = {"BLOCK": 2048, "WIDE": False}
+_SIGNED = {"STEPS": 8, "LOW": -8, "HIGH": 7}
+_UNSIGNED = {"STEPS": 16, "LOW": 0, "HIGH": 15}
+
+
+def _elementwise(kernel: str, pointers: dict[str, str], **constexprs) -> Row:
+    signature = {f"{name}_ptr": f"{kind}:16" for name, kind in {**pointers, "clip": "*fp32"}.items()}
+    constexprs = {**_TILED, "PER_CHANNEL": False, **constexprs}
+    sizes = {name: kind for name, kind in _SIZES.items() if name not in constexprs}
+    if constexprs["WIDE"]:
+        sizes["n"] = "i64:16"
+    return Row(kernel, {**signature, **sizes, **({"ceiling": "fp32"} if "BELOW" in constexprs else {})}, constexprs)
+
+
+_BFLOAT16 = {"x": "*bf16", "out": "*bf16"}
+_CODES = {"SATURATED": 32, "NOT_FINITE": -128, "SIGNED": False}
+
+
+def _solve_rows(kind: str, method: int, block: int, fits: bool, contiguous: bool = True) -> Row:
+    signature = {"x_ptr": f"*{kind}:16", "hint_ptr": "*fp32:16", "clip_ptr": "*fp32:16", "n": "i32", "rows": "i32"}
+    constexprs = {**_SIGNED, "SIGNED": True, "METHOD": method, "BLOCK": block, "CONTIGUOUS": contiguous, "FITS": fits}
+    warps = min(max(block // 512, 1), 16)
+    return Row("solve_rows_kernel", {**signature, "inner": "i32"}, constexprs, num_warps=warps)
+
+
+def _solve_pass(which: int, method: int) -> Row:
+    pointers = {"x": "*bf16", "hint": "*fp32", "clip": "*fp32", "numbers": "*fp64", "counters": "*i64"}
+    signature = {f"{name}_ptr": f"{kind}:16" for name, kind in {**pointers, "partials": "*fp64"}.items()}
+    constexprs = {**_SIGNED, "PASS": which, "SIGNED": True, "METHOD": method, "BLOCK": 4096, "PROGRAMS": 512}
+    return Row("solve_pass_kernel", {**signature, "n": "i32:16"}, constexprs, num_warps=8)
+
+
+def _solve_tail(stage: int, kind: str, bins: str, infinite: int, shift: int, is_half: bool = False, **ones) -> Row:
+    pointers = {"x": kind, "hint": "*fp32", "clip": "*fp32", "bins": bins, "counters": "*i64", "numbers": "*fp64"}
+    signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in pointers.items()}
+    constexprs = {"STAGE": stage, "SIGNED": True, "NOISE": 1 / 768, "INFINITE": infinite, "SHIFT": shift}
+    constexprs |= {"IS_HALF": is_half, "BLOCK": 2048, "CHUNK": 1024}
+    sizes = {"n": "i32:16", "keep": "fp32", **({} if ones else {"replicas": "i32"})}
+    return Row("solve_tail_kernel", {**signature, **sizes}, {**constexprs, **ones}, num_warps=8)
+
+
+def _weights(kind: str, method: int, block: int, warps: int, fits: bool = True) -> Row:
+    signature = {"table_ptr": "*i64:16", "clips_ptr": "*fp32:16", "first_ptr": f"*{kind}:16", "weights": "i32"}
+    constexprs = {**_SIGNED, "METHOD": method, "WEIGHTS": 64, "BLOCK": block, "FITS": fits}
+    return Row("fake_quantize_weights_kernel", signature, constexprs, num_warps=warps)
+
+
+# op -> how its kernels are launched. Every @triton.jit function that is launched has at least one row.
+ROWS: dict[str, tuple[Row, ...]] = {
+    "fake_quantize": (
+        _elementwise("fake_quantize_kernel", _BFLOAT16, **_SIGNED),
+        _elementwise("fake_quantize_kernel", {"x": "*fp32", "out": "*fp32"}, **_SIGNED, PER_CHANNEL=True),
+        _elementwise("fake_quantize_kernel", _BFLOAT16, **_UNSIGNED, PER_CHANNEL=True, inner=1, WIDE=True),
+        _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=True, MAD=True),
+        _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=False, MAD=False),
+    ),
+    "fake_quantize_weights": (
+        _weights("fp32", 0, 128, 1),
+        _weights("fp32", 0, 1024, 2),
+        _weights("fp32", 1, 8192, 16),
+        _weights("bf16", 1, 8192, 16, fits=False),
+    ),
+    "quantize": (
+        _elementwise("quantize_kernel", {"x": "*bf16", "out": "*i8"}, **_UNSIGNED, BELOW=-2, **_CODES),
+        _elementwise(
+            "quantize_kernel", {"x": "*fp32", "out": "*i16"}, **_SIGNED, BELOW=-9, **{**_CODES, "SIGNED": True}
+        ),
+    ),
+    "dequantize": (
+        _elementwise("dequantize_kernel", {"codes": "*i8", "out": "*bf16"}, **_UNSIGNED, **_CODES),
+        _elementwise("dequantize_kernel", {"codes": "*i16", "out": "*fp32"}, **_SIGNED, **{**_CODES, "SIGNED": True}),
+    ),
+    # "octav", "octav-grid" and "max", held and read again.
+    "solve_rows": (
+        _solve_rows("fp32", 0, 512, True),
+        _solve_rows("fp32", 1, 2**14, True),
+        _solve_rows("bf16", 1, 2**14, False, contiguous=False),
+        _solve_rows("fp32", 2, 4096, True),
+    ),
+    "solve_passes": (
+        *(_solve_pass(which, 0) for which in range(3)),
+        *(_solve_pass(which, 1) for which in range(1, 4)),
+        _solve_pass(0, 2),
+    ),
+    # bfloat16, float16 and float32.
+    "solve_tail": (
+        *(_solve_tail(stage, "*i16", "*i32", 0x7F80, 0) for stage in range(2)),
+        _solve_tail(0, "*i16", "*i32", 0x7C00, 0, is_half=True),
+        _solve_tail(0, "*i32", "*i64", 0x7F800000, 16),
+        _solve_tail(2, "*i32", "*i32", 0x7F800000, 16),
+        _solve_tail(2, "*i32", "*i32", 0x7F800000, 16, replicas=1),
+    ),
+    "int_matmul": (
+        *_int_matmul(16, 3, 128, 256, 128, "sm_90"),
+        *_int_matmul(8, 3, 128, 128, 128, "sm_80", "sm_90"),
+        *_int_matmul(4, 4, 64, 64, 128, "sm_80", "sm_90"),
+        *_int_matmul(8, 3, 128, 128, 128, "sm_100", halves=True),
+        *_int_matmul(4, 4, 64, 64, 128, "sm_100", halves=True),
+        *_int_matmul(8, 2, 128, 128, 64, "gfx942"),
+        *_int_matmul(4, 2, 64, 64, 64, *TARGETS),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out for one row and one target. The numbers are of NVIDIA's targets only, per thread and in bytes."""
+
+    row: int
+    kernel: str
+    target: str
+    # PTX of NVIDIA, assembly of AMD.
+    text: str
+    registers: int | None = None
+    # Local memory: where registers are spilled to, on or off the stack.
+    local: int | None = None
+    # Shared memory of one program, in bytes.
+    shared: int | None = None
+
+
+@functools.cache
+def compiled(op: str) -> tuple[Compiled, ...]:
+    """Every row of the op for every target it names."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "compiled.json"
+        command = [sys.executable, "-m", "tests.support.offline", op, str(path)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{op}: not compiled:\n{done.stderr}"
+        return tuple(Compiled(**fields) for fields in json.loads(path.read_text()))
+
+
+def main(op: str, path: str) -> None:
+    """Compile the rows of an op and write them as JSON; in a process without TRITON_INTERPRET."""
+    module = importlib.import_module(f"octav_fx.ops.{op}.kernel")
+    found = [
+        _compile(getattr(module, row.kernel), index, row, target)
+        for index, row in enumerate(ROWS[op])
+        for target in row.targets
+    ]
+    Path(path).write_text(json.dumps([dataclasses.asdict(one) for one in found]))
+
+
+def _compile(function, index: int, row: Row, target: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: kind.partition(":")[0] for name, kind in row.signature.items()}
+    # Triton wants the parameters in their order.
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(function.arg_names)
+        if row.signature.get(name, "").endswith(":16")
+    }
+    source = ASTSource(function, signature, row.constexprs, attributes)
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages, **dict(row.options)}
+    if target.startswith("sm_"):
+        kernel = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
+        registers, local = _usage(kernel.asm["cubin"])
+        return Compiled(index, row.kernel, target, kernel.asm["ptx"], registers, local, kernel.metadata.shared)
+    kernel = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+    return Compiled(index, row.kernel, target, kernel.asm["amdgcn"])
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, as cuobjdump, which Triton brings along, reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(_only(rf"\b{name}:(\d+)", printed)) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _only(pattern: str, text: str) -> str:
+    found = re.findall(pattern, text)
+    assert len(found) == 1, f"{pattern} {len(found)} times in {text}"
+    return found[0]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
