@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octav_fx.compat.modules import allow_missing_binary_ops
 from octav_fx.errors import OctavError
 
 
@@ -23,8 +24,8 @@ def torchvision() -> Any:
     except RuntimeError:
         _declare_missing_ops()
         found = importlib.import_module("torchvision")
-        # It looks for its library of binary ops before it calls nms, which is there by now without it.
-        found.ops.boxes._assert_has_ops = lambda: None
+        # nms is there by now without the library of binary ops that it asks for.
+        allow_missing_binary_ops(found)
         return found
 
 

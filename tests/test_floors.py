@@ -1,6 +1,6 @@
 """Imports go down only, and optional packages stay in their one file.
 
-formats < clips < ops < nn < config < ir < capture < passes < everything else.
+compat, formats < clips < ops < nn < config < ir < capture < passes < everything else.
 """
 
 import ast
@@ -8,12 +8,12 @@ import fnmatch
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FLOORS = {"formats": 0, "clips": 1, "ops": 2, "nn": 3, "config": 4, "ir": 5, "capture": 6, "passes": 7}
+from tests.support.sources import SOURCES
+
+FLOORS = {"compat": 0, "formats": 0, "clips": 1, "ops": 2, "nn": 3, "config": 4, "ir": 5, "capture": 6, "passes": 7}
 # Modules of the top folder that stand on the lowest floor.
 LOW = {"octav_fx.errors": 0, "octav_fx.version": 0}
 TOP = 8
@@ -38,19 +38,6 @@ class Import:
     # Names taken out of it; empty for `import module`.
     names: tuple[str, ...]
     line: int
-
-
-def sources() -> dict[str, str]:
-    """Dotted name -> source of every module of the library; passes/ is octav_fx.passes."""
-    # The symlink octav_fx/passes is left out, whether glob follows links or not.
-    files = [path for path in (ROOT / "octav_fx").rglob("*.py") if "passes" not in path.parts[len(ROOT.parts) :]]
-    named = {dotted(path.relative_to(ROOT)): path for path in files}
-    named |= {f"octav_fx.{dotted(path.relative_to(ROOT))}": path for path in (ROOT / "passes").rglob("*.py")}
-    return {name: path.read_text() for name, path in named.items()}
-
-
-def dotted(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(source: str) -> Iterator[Import]:
@@ -102,9 +89,6 @@ def is_allowed(name: str, package: str) -> bool:
     if place is None:
         return package == "torch" or floor(name) >= FLOORS["ops"]
     return fnmatch.fnmatchcase(name, place)
-
-
-SOURCES = sources()
 
 
 def test_all_modules_are_looked_at():

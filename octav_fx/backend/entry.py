@@ -9,15 +9,19 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import ShortenTraceback
-from torch._inductor import list_mode_options, list_options
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
 
 import octav_fx
 from octav_fx.backend import inductor
 from octav_fx.capture.from_dynamo import find_opaque, from_dynamo, has_quantizers, is_within_quantized, lift_hints
+from octav_fx.compat.inductor import (
+    CustomGraphPass,
+    ShortenTraceback,
+    compile_fx,
+    get_hash_for_files,
+    list_mode_options,
+    list_options,
+)
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.ir.edits import Edit

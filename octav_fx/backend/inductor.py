@@ -6,10 +6,7 @@ that is warm and mapped already; on a CPU fresh pages cost more than the passes 
 
 from typing import Any
 
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.virtualized import V
-
+from octav_fx.compat.inductor import ir, lowerings, planned_fake_mode, register_lowering
 from octav_fx.ops.register import REGISTERED
 
 
@@ -23,7 +20,7 @@ def register() -> None:
 def _register(name: str, packet: Any) -> None:
     @register_lowering(packet.default, type_promotion_kind=None)
     def lower(*args: Any) -> ir.TensorBox:
-        with V.graph.fake_mode:
+        with planned_fake_mode():
             example, tensors, constants, *_ = ir.FallbackKernel.process_kernel(packet.default, *args)
         # All tensors come first in our schemas: inputs and constants together are the arguments in their order.
         call = ir.ExternKernelOut(

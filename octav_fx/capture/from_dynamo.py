@@ -13,14 +13,22 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.partial import PartialModule
+from octav_fx.compat.graphs import (
+    FUSED_ENCODER_LAYER,
+    copy_dynamo_names,
+    copy_dynamo_source,
+    dynamo_source,
+    locals_of_traced_frame,
+    root_of,
+    without_dynamo_source,
+)
+from octav_fx.compat.modules import CALL_CODE
+from octav_fx.compat.tensors import FakeTensor, is_higher_order, pytree
 from octav_fx.ir.dataflow import PARAMETER, STATE
 from octav_fx.ir.edits import Edit, skip
 from octav_fx.ir.macs import MacCounter
@@ -58,10 +66,10 @@ def is_within_quantized() -> bool:
     Where the user's Python breaks the graph, pieces of it have no quantizer in them, and functions that it calls are
     compiled without the module among their variables: it is that of a call further up.
     """
-    local = list(InstructionTranslator.current_tx().output.root_tx.f_locals.values())
+    local = locals_of_traced_frame()
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
+        if frame.f_code is CALL_CODE:
             local.append(frame.f_locals["self"])
         frame = frame.f_back
     modules = [module for value in local if isinstance(value, nn.Module) for module in value.modules()]
@@ -76,7 +84,7 @@ def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
             node.meta["value"] = node.meta["example_value"]
         if node.op == "placeholder" and (name := _state_name(node)) is not None:
             node.meta[STATE] = name
-            node.meta[PARAMETER] = "._parameters[" in node._dynamo_source.name
+            node.meta[PARAMETER] = "._parameters[" in dynamo_source(node)
         # L['self'].encoder.layers.0
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {k: (v[0].partition(".")[2], v[1]) for k, v in stack.items()}
@@ -95,12 +103,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, copies))
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
-    # What AOTAutograd asks of a graph from Dynamo.
-    if hasattr(gm, "_param_name_to_source"):
-        copied._param_name_to_source = gm._param_name_to_source
+    copy_dynamo_names(gm, copied)
     for original, node in copies.items():
-        if hasattr(original, "_dynamo_source"):
-            node._dynamo_source = original._dynamo_source
+        copy_dynamo_source(original, node)
     return copied
 
 
@@ -137,7 +142,7 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
 
 def _state_name(node: fx.Node) -> str | None:
     """The name of the parameter or buffer that a placeholder stands for; None for an argument of forward."""
-    source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    source = dynamo_source(node)
     return ".".join(_PATH.findall(source)) if _STATE_SOURCE.search(source) else None
 
 
@@ -147,7 +152,7 @@ def find_opaque(gm: fx.GraphModule) -> list[Edit]:
     for node in gm.graph.nodes:
         attributes = [getattr(gm, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
         bodies = [value for value in attributes if isinstance(value, fx.GraphModule)]
-        if node.target is torch._transformer_encoder_layer_fwd:
+        if node.target is FUSED_ENCODER_LAYER:
             reason = "torch's fused layer of inference; torch.backends.mha.set_fastpath_enabled(False) undoes that"
             edits.append(skip(node, reason))
         elif any(op_of(inner) in CONTRACTIONS for body in bodies for inner in body.graph.nodes):
@@ -160,7 +165,7 @@ def find_opaque(gm: fx.GraphModule) -> list[Edit]:
 def _macs(node: fx.Node) -> int:
     """Multiply-accumulates of a call that no row of ops.py knows, so that it can be reported."""
     is_call = node.op in ("call_function", "call_method")
-    if not is_call or op_of(node) is not None or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not is_call or op_of(node) is not None or is_higher_order(node.target):
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("value"))
     # It is counted for a message only: what does not run on fake values is no reason to stop.
@@ -178,7 +183,7 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
     graph = gm.graph
     inputs = graph.find_nodes(op="placeholder")
     # A graph of constants has no inputs.
-    last = inputs[-1] if inputs else graph._root
+    last = inputs[-1] if inputs else root_of(graph)
     lifted: dict[str, FakeQuantizer] = {}
     values = [node.meta.get("example_value") for node in graph.nodes]
     # That of the values: the one of the tracing context, which detect_fake_mode prefers, is another.
@@ -193,8 +198,7 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
         hint.meta["example_value"] = quantizer.hint if mode is None else mode.from_tensor(quantizer.hint)
         # Its storage stays where it is: CUDA graphs need not copy it in.
         hint.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        # No source: nothing in the user's code leads to it, so there is nothing to guard.
-        hint._dynamo_source = None
+        without_dynamo_source(hint)
         with graph.inserting_before(node):
             outputs = graph.call_function(
                 torch.ops.octav.dynamic_fake_quantize.default,

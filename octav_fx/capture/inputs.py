@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.symbolic.patches import PLAIN
+from octav_fx.compat.tensors import pytree
 
 
 class Inputs(NamedTuple):

@@ -9,9 +9,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of
+from octav_fx.compat.tensors import pytree
+
 _CONTAINERS: Final = (list, dict, set, collections.OrderedDict)
-# Where a module keeps its parts; forward does not rebind those of others.
-_OF_MODULES: Final = ("_modules", "_parameters", "_buffers")
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def preserved_attributes(root: nn.Module) -> Iterator[None]:
         yield
     finally:
         for held, old, contents in before:
-            for key in [key for key in held if key not in _OF_MODULES]:
+            for key in [key for key in held if key not in PART_ATTRIBUTES]:
                 if key not in old:
                     del held[key]
             held.update(old)
@@ -38,12 +39,12 @@ def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     named = [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     # A quantized module's own float one shares its children, and is none.
     named += [(name, m._float_module) for name, m in named if "_float_module" in vars(m)]
-    return [(name, held) for name, module in named for held in (module.__dict__, module._buffers)]
+    return [(name, held) for name, module in named for held in (module.__dict__, buffers_of(module))]
 
 
 def _contents(held: dict[str, Any]) -> dict[str, Any]:
     """A copy of each container; hooks are in some, and libraries install theirs in the first call."""
-    return {k: copy.copy(v) for k, v in held.items() if type(v) in _CONTAINERS and k not in _OF_MODULES}
+    return {k: copy.copy(v) for k, v in held.items() if type(v) in _CONTAINERS and k not in PART_ATTRIBUTES}
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -67,4 +68,4 @@ def own_copy(inputs: Any) -> Any:
             # A handle of something that cannot be copied: forward gets the one there is.
             return leaf
 
-    return torch.utils._pytree.tree_map(copied, inputs)
+    return pytree.tree_map(copied, inputs)

@@ -8,17 +8,20 @@ from typing import Any, Final
 from torch import fx, nn
 
 from octav_fx.capture.inputs import Inputs
+from octav_fx.compat.modules import (
+    HOOK_ATTRIBUTES,
+    buffers_of,
+    children_of,
+    parameters_of,
+    replace_children,
+    share_parts,
+    transient_buffers_of,
+)
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # What a quantized module has besides what its class has.
 _RESERVED: Final = (QUANTIZERS, "meta", "examples")
-
-_HOOKS: Final = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
 
 
 class QuantizedModule(fx.GraphModule):
@@ -30,7 +33,7 @@ class QuantizedModule(fx.GraphModule):
     """
 
     def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
-        taken = (*float_module._modules, *float_module._parameters, *float_module._buffers)
+        taken = (*children_of(float_module), *parameters_of(float_module), *buffers_of(float_module))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
             raise NotCaptured(
                 f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
@@ -38,13 +41,13 @@ class QuantizedModule(fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
         # Not a registered child: the tree below both is the same one.
         self.__dict__["_float_module"] = float_module
-        self._parameters = float_module._parameters
-        self._buffers = float_module._buffers
-        self._non_persistent_buffers_set = float_module._non_persistent_buffers_set
+        self._parameters = parameters_of(float_module)
+        self._buffers = buffers_of(float_module)
+        self._non_persistent_buffers_set = transient_buffers_of(float_module)
         # A dict of its own: the float module's forward may iterate over its children and must not meet the quantizers.
-        self._modules = dict(float_module._modules)
+        self._modules = dict(children_of(float_module))
         self._modules[QUANTIZERS] = nn.Module()
-        for name in _HOOKS:
+        for name in HOOK_ATTRIBUTES:
             setattr(self, name, getattr(float_module, name))
         self.training = float_module.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
@@ -89,7 +92,7 @@ class QuantizedModule(fx.GraphModule):
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The float module's own forward, on the parameters and buffers of this one."""
         float_module = self._float_module
-        float_module._modules.update({name: self._modules[name] for name in float_module._modules})
+        children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
         float_module.training = self.training
         return float_module.forward(*args, **kwargs)
 
@@ -119,13 +122,13 @@ class QuantizedModule(fx.GraphModule):
         """All that this module is made of, as values that copy and pickle."""
         float_module = copy.copy(self._float_module)
         float_module.__dict__ = {**vars(self._float_module)}
-        float_module._modules = {name: module for name, module in self._modules.items() if name != QUANTIZERS}
+        replace_children(float_module, {name: m for name, m in children_of(self).items() if name != QUANTIZERS})
         float_module.training = self.training
-        for name in _HOOKS:
+        for name in HOOK_ATTRIBUTES:
             float_module.__dict__[name] = getattr(self, name)
         flat = {mode: _flatten(self._graphs[mode]) for mode in self.modes}
         shared = [mode for mode in self._graphs if mode not in flat]
-        return float_module, flat, shared, self.meta, self._modules[QUANTIZERS]
+        return float_module, flat, shared, self.meta, children_of(self)[QUANTIZERS]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild, self._parts()
@@ -155,7 +158,7 @@ def _rebuild(
     graphs = {mode: _unflatten(rows) for mode, rows in flat.items()}
     graphs.update({mode: graphs[not mode] for mode in shared})
     module = QuantizedModule(float_module, graphs, meta)
-    module._modules[QUANTIZERS] = quantizers
+    children_of(module)[QUANTIZERS] = quantizers
     return module
 
 
@@ -206,8 +209,7 @@ class IntegerModule(fx.GraphModule):
 
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
-        root._modules, root._parameters, root._buffers = self._modules, self._parameters, self._buffers
-        root._non_persistent_buffers_set = self._non_persistent_buffers_set
+        share_parts(self, root)
         return root, _flatten(self.graph), type(self).__name__, self.meta
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

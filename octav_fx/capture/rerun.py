@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
 from octav_fx.capture.module_state import own_copy, preserved_attributes
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.clips.distributed import no_sync
+from octav_fx.compat.tensors import is_functorch_wrapped, pytree
 from octav_fx.ir.macs import MacCounter
 from octav_fx.nn import FakeQuantizer
 
@@ -146,7 +146,7 @@ def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Modu
     begun: dict[str, list[Inputs | None]] = {name: [] for name in children}
 
     def enter(name: str, made: Inputs) -> None:
-        wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_of(made)))
+        wrapped = any(map(is_functorch_wrapped, tensors_of(made)))
         begun[name].append(None if wrapped or any(same_kind(made, known) for known in found[name]) else own_copy(made))
 
     def leave(name: str, failed: bool) -> None:

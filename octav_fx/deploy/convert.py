@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
+from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import run
@@ -39,7 +40,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def _convert(module: QuantizedModule) -> IntegerModule:
     check_frozen(module)
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_forward_hooks(module):
         raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from octav_fx.compat.tensors import pytree, storage_id
 from octav_fx.ir.ops import in_place
 
 
@@ -36,4 +36,4 @@ def aliasing(graph: fx.Graph) -> Aliasing:
 
 def _storages(node: fx.Node) -> set[int]:
     leaves = pytree.tree_leaves(node.meta.get("value"))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+    return {storage_id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import networkx as nx
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from octav_fx.compat.modules import parameters_of
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.ops import in_place, op_of
 
@@ -45,7 +46,7 @@ def is_value_source(node: fx.Node, root: nn.Module) -> bool:
             return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
         case "get_attr":
             owner, _, name = str(node.target).rpartition(".")
-            return name in root.get_submodule(owner)._parameters
+            return name in parameters_of(root.get_submodule(owner))
         case "call_module":
             return next(root.get_submodule(str(node.target)).parameters(), None) is not None
     return False

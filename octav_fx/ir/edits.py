@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
+from octav_fx.compat.tensors import FakeTensor, detect_fake_mode, pytree
 from octav_fx.ir.macs import MacCounter
 from octav_fx.ir.rules import Operand
 

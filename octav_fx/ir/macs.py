@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from octav_fx.compat.tensors import TorchDispatchMode, is_higher_order, packet_of
 
 aten = torch.ops.aten
 
@@ -58,9 +59,9 @@ class MacCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and add its work; an op without an entry counts by what it is made of."""
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.HigherOrderOperator):
+        if is_higher_order(func):
             return func(*args, **kwargs)
-        packet = func._overloadpacket
+        packet = packet_of(func)
         if packet not in _OURS and packet not in flop_registry and func is not torch.ops.prim.device.default:
             with self:
                 result = func.decompose(*args, **kwargs)

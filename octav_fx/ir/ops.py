@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from octav_fx.compat.modules import conv_forward_of, has_own_forward
 from octav_fx.ir.masked_softmax import masked_softmax
 
 aten = torch.ops.aten
@@ -155,11 +156,10 @@ def op_of(node: fx.Node) -> Op | None:
 
 def is_altered(module: nn.Module) -> bool:
     """Whether forward, or what the forward of a convolution calls, is not that of torch's class."""
-    if "forward" in vars(module) or "_conv_forward" in vars(module):
+    if has_own_forward(module):
         return True
     torch_class = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch."))
-    inherited = getattr(torch_class, "_conv_forward", None)
-    return getattr(type(module), "_conv_forward", None) is not inherited
+    return conv_forward_of(type(module)) is not conv_forward_of(torch_class)
 
 
 def op_of_module(module: nn.Module) -> Op | None:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from octav_fx.compat.tensors import pytree
 from octav_fx.ir.aliasing import aliasing
 from octav_fx.ir.ops import module_of, op_of
 

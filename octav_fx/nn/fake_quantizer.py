@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from octav_fx.clips.learned import LEARNED, clip_from_parameter, initial_clip, parameter_for
+from octav_fx.compat.modules import buffers_of
 from octav_fx.formats.granularity import clip_shape, to_rows
 from octav_fx.formats.grid import Grid
 
@@ -143,8 +144,8 @@ class FakeQuantizer(nn.Module):
         if self.learned is not None and learned is not None and self.learned.dtype is not torch.float32:
             self.learned.data = learned.to(self.learned.device)
         # .half() and .to(bfloat16) convert floating-point buffers; a clip is float32 whatever the model is.
-        for name, value in self._buffers.items():
-            self._buffers[name] = None if value is None else value.to(torch.float32)
+        for name, value in buffers_of(self).items():
+            buffers_of(self)[name] = None if value is None else value.to(torch.float32)
         if not had_data and not self.hint.is_meta and self.mean is not None and self.steps is not None:
             # What to_empty() leaves must not pass for a mean.
             self.mean.zero_()

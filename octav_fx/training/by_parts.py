@@ -17,6 +17,7 @@ from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import PartialInfo, PartialModule, mark_partial
 from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
 from octav_fx.capture.symbolic.tracer import is_torch_leaf
+from octav_fx.compat.modules import children_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.ops import CONTRACTIONS, op_of_module
@@ -224,20 +225,20 @@ def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
     """Put the quantized module wherever its float one is: a module may have several parents."""
     for parent in list(root.modules()):
         if not isinstance(parent, QuantizedModule):
-            for name, child in parent._modules.items():
+            for name, child in children_of(parent).items():
                 if child is not None and id(child) in done:
-                    parent._modules[name] = done[id(child)]
+                    children_of(parent)[name] = done[id(child)]
 
 
 def _tree(root: nn.Module) -> _Tree:
     """What a descent changes: classes, children, and what is known of it."""
-    return [(m, type(m), dict(m._modules), vars(m).get("octav_partial")) for m in root.modules()]
+    return [(m, type(m), dict(children_of(m)), vars(m).get("octav_partial")) for m in root.modules()]
 
 
 def _restore(tree: _Tree) -> None:
     for module, kind, children, descent in tree:
         module.__class__ = kind
-        module._modules.update(children)
+        children_of(module).update(children)
         vars(module).pop("octav_partial", None)
         if descent is not None:
             vars(module)["octav_partial"] = descent
@@ -258,7 +259,7 @@ def _fault(module: nn.Module, calls: list[Inputs], expected: list[Any]) -> str |
 
 def _set(module: nn.Module, path: str, child: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
-    module.get_submodule(owner)._modules[name] = child
+    children_of(module.get_submodule(owner))[name] = child
 
 
 def _join(path: str, name: str) -> str:

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.inputs import Inputs, as_inputs
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
+from octav_fx.compat.modules import is_compiled
+from octav_fx.compat.tensors import pytree
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
@@ -85,7 +85,7 @@ def _check_model(model: nn.Module) -> None:
         raise OctavError(
             f"quantize the module first and wrap it in {type(model).__name__} afterwards: pass model.module"
         )
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if is_compiled(model):
         raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")
     if "forward" in vars(model):
         raise OctavError(f"forward of this {type(model).__name__} was replaced on the instance: define it in the class")

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks, padding_of
 from octav_fx.ir.dataflow import state_name
 from octav_fx.ir.edits import Edit, copy_meta, site_of, skip
 from octav_fx.ir.ops import CONTRACTIONS, Op, module_of, op_of
@@ -53,7 +54,7 @@ def _refusal(node: fx.Node) -> str | None:
     if node.op != "call_module":
         return None
     module = module_of(node)
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if has_forward_hooks(module) or has_backward_hooks(module):
         return "the module has hooks, which a function call would not run"
     if isinstance(module, _TRANSPOSED) and len(node.args) + len(node.kwargs) > 1:
         return "called with output_size"
@@ -114,11 +115,9 @@ def _of_module(node: fx.Node, names: dict[int, str]) -> tuple[tuple[Any, ...], d
     padding: Any = module.padding
     if module.padding_mode != "zeros":
         with node.graph.inserting_before(node):
-            pad = node.graph.call_function(
-                F.pad, (x, module._reversed_padding_repeated_twice), {"mode": module.padding_mode}
-            )
+            pad = node.graph.call_function(F.pad, (x, padding_of(module)), {"mode": module.padding_mode})
         # The padded value differs from x, so it is what the quantizer has to see.
-        pad.meta["value"] = F.pad(x.meta["value"], module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        pad.meta["value"] = F.pad(x.meta["value"], padding_of(module), mode=module.padding_mode)
         x, padding = pad, (0,) * len(module.kernel_size)
     return (x, weight, bias, module.stride, padding, module.dilation, module.groups), {}
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.formats.granularity import along
 from octav_fx.ir.aliasing import aliasing
 from octav_fx.ir.dataflow import state_name
@@ -97,7 +98,7 @@ def _refusal_of_module(norm: fx.Node) -> str | None:
         return "not folded: training mode"
     if module.running_var is None:
         return "not folded: it keeps no running statistics"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_forward_hooks(module):
         return "not folded: the module has hooks"
     return None
 

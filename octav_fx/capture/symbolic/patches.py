@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.symbolic.proxies import PROXIES, TrainingFlag
+from octav_fx.compat.tensors import pytree
 
 if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer

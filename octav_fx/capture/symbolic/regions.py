@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.amp import autocast_mode
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.symbolic.proxies import PROXIES
+from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST, autocast_settings
+from octav_fx.compat.tensors import pytree
 
 if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
@@ -25,15 +25,15 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
 
     def entered(region: torch.autocast) -> Any:
         if not tracer.evaluating:
-            settings = (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+            settings = autocast_settings(region)
             region.node = tracer.create_node(  # type: ignore[attr-defined]
-                "call_function", autocast_mode._enter_autocast, settings, {}
+                "call_function", ENTER_AUTOCAST, settings, {}
             )
         return enter(region)
 
     def left(region: torch.autocast, *error: Any) -> Any:
         if hasattr(region, "node"):
-            tracer.create_node("call_function", autocast_mode._exit_autocast, (region.node,), {})
+            tracer.create_node("call_function", EXIT_AUTOCAST, (region.node,), {})
             del region.node
         return leave(region, *error)
 

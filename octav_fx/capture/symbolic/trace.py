@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.patches import quiet, symbolic_isinstance, symbolic_torch, training_flags
@@ -18,6 +17,7 @@ from octav_fx.capture.symbolic.regions import regions
 from octav_fx.capture.symbolic.side_effects import undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.rules import Own
 

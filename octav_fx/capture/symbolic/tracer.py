@@ -12,10 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.amp import autocast_mode
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.objects import (
@@ -29,6 +26,9 @@ from octav_fx.capture.symbolic.patches import PLAIN, plain_training
 from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
 from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
+from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
+from octav_fx.compat.modules import has_forward_hooks
+from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
@@ -279,7 +279,7 @@ class ValueTracer(fx.Tracer):
             # A module made inside forward has no name to call it by; its forward is traced through.
             return forward(*args, **kwargs)
         mark, path = self._mark(), self.path_of_module(m)
-        if (m._forward_hooks or m._forward_pre_hooks) and not self.is_leaf_module(m, path):
+        if has_forward_hooks(m) and not self.is_leaf_module(m, path):
             self.notes.append(f"{path}: hooks were traced once; what they do besides computing tensors is not repeated")
         result = super().call_module(m, forward, args, kwargs)
         if _is_stateless(m) and self._is_random(mark):
@@ -392,7 +392,7 @@ class ValueTracer(fx.Tracer):
             with plain_training(self._called(node)), self.fake_mode, torch.no_grad(), MacCounter() as counter:
                 value = self._call(node, args, kwargs)
             return value, counter.macs
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except NEEDS_DATA:
             return UNKNOWN, 0
 
     def _called(self, node: fx.Node) -> nn.Module | None:
@@ -428,7 +428,7 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
 
 
 # A check holds by construction, and regions have been entered by the code that is traced.
-_NOT_EVALUATED: Final = (guard_equal, autocast_mode._enter_autocast, autocast_mode._exit_autocast)
+_NOT_EVALUATED: Final = (guard_equal, ENTER_AUTOCAST, EXIT_AUTOCAST)
 
 # What evaluates a function on fake tensors in its place: torch's own for this one takes bfloat16 only, kernels do not.
 _STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, torch._grouped_mm: _grouped_mm}

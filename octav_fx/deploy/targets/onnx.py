@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.inputs import as_inputs, tensors_of
 from octav_fx.capture.modules import IntegerModule
+from octav_fx.compat.tensors import pytree
 from octav_fx.deploy.convert import convert
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid

@@ -1,0 +1,54 @@
+"""fx graphs, the graphs of Dynamo, and the calls that regions of autocast make."""
+
+from typing import Any, Final
+
+import torch
+from torch import fx
+from torch.amp import autocast_mode
+
+# What entering and leaving torch.autocast is in a graph.
+ENTER_AUTOCAST: Final = autocast_mode._enter_autocast
+EXIT_AUTOCAST: Final = autocast_mode._exit_autocast
+
+# Torch's fused encoder layer of inference, one node in a graph.
+FUSED_ENCODER_LAYER: Final = torch._transformer_encoder_layer_fwd
+
+
+def autocast_settings(region: torch.autocast) -> tuple[Any, ...]:
+    """Return the arguments of ENTER_AUTOCAST for a region: device, dtype, whether it is on, whether it caches."""
+    return region.device, region.fast_dtype, region._enabled, region._cache_enabled
+
+
+def root_of(graph: fx.Graph) -> fx.Node:
+    """Return the node before the first and after the last one."""
+    return graph._root
+
+
+def copy_dynamo_names(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Copy what AOTAutograd asks of a graph from Dynamo: the source of each parameter."""
+    if hasattr(source, "_param_name_to_source"):
+        target._param_name_to_source = source._param_name_to_source
+
+
+def copy_dynamo_source(source: fx.Node, target: fx.Node) -> None:
+    """Copy where in the user's objects the value of a placeholder comes from, if Dynamo said so."""
+    if hasattr(source, "_dynamo_source"):
+        target._dynamo_source = source._dynamo_source
+
+
+def dynamo_source(node: fx.Node) -> str:
+    """Return where the value of a placeholder comes from, L['self']._modules['fc']._parameters['weight']; or ""."""
+    return str(getattr(getattr(node, "_dynamo_source", None), "name", ""))
+
+
+def without_dynamo_source(node: fx.Node) -> None:
+    """Mark a placeholder as one that nothing in the user's code leads to, so that Dynamo guards nothing."""
+    node._dynamo_source = None
+
+
+def locals_of_traced_frame() -> list[Any]:
+    """Return the local variables of the function that Dynamo is compiling."""
+    # Dynamo takes seconds to import, and is there when this is asked.
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return list(InstructionTranslator.current_tx().output.root_tx.f_locals.values())

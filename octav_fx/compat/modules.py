@@ -1,0 +1,85 @@
+"""What nn.Module keeps, and what its subclasses in torch.nn keep."""
+
+import types
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+# Where a module keeps its parts.
+PART_ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
+
+HOOK_ATTRIBUTES: Final = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+# The code object of nn.Module.__call__'s inner function: a frame of it has the module as `self`.
+CALL_CODE: Final[types.CodeType] = nn.Module._call_impl.__code__
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the children of a module by name: the dict itself."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters that a module itself holds, by name: the dict itself."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Return the buffers that a module itself holds, by name: the dict itself."""
+    return module._buffers
+
+
+def transient_buffers_of(module: nn.Module) -> set[str]:
+    """Return the names of the buffers that are not part of the state_dict: the set itself."""
+    return module._non_persistent_buffers_set
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether calling a module runs hooks besides its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Tell whether the backward of a module runs hooks."""
+    return bool(module._backward_hooks)
+
+
+def conv_forward_of(convolution: type[nn.Module]) -> Any:
+    """Return what forward of a class of convolutions calls, or None for any other class."""
+    return getattr(convolution, "_conv_forward", None)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether forward, or what forward of a convolution calls, was replaced on the instance."""
+    return "forward" in vars(module) or "_conv_forward" in vars(module)
+
+
+def padding_of(convolution: nn.Module) -> tuple[int, ...]:
+    """Return the padding of a convolution in the order that F.pad takes it."""
+    return tuple(convolution._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile returned a module; the original is in `_orig_mod`."""
+    return isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def allow_missing_binary_ops(torchvision: types.ModuleType) -> None:
+    """Let torchvision call nms without asking whether its library of binary ops was loaded."""
+    torchvision.ops.boxes._assert_has_ops = lambda: None
+
+
+def share_parts(source: nn.Module, target: nn.Module) -> None:
+    """Let a module hold the very children, parameters and buffers of another one."""
+    target._modules, target._parameters, target._buffers = source._modules, source._parameters, source._buffers
+    target._non_persistent_buffers_set = source._non_persistent_buffers_set
+
+
+def replace_children(module: nn.Module, children: dict[str, nn.Module | None]) -> None:
+    """Give a module other children, in a dict of its own."""
+    module._modules = children
