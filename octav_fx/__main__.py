@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> None:
-    """Clips are static, of the same random inputs: a trained model is calibrated in Python, or built by a callable."""
+    """Write the model as ONNX, with static clips of the same random inputs."""
     q, x = _quantized(options)
     freeze(calibrate(q, [x]))
     export_onnx(q, x, options.onnx)

@@ -91,7 +91,7 @@ class Config:
 
     @property
     def learned(self) -> str | None:
-        """The first choice of clip, here or in an override, that is a parameter of the model; None if none is."""
+        """Return the first clip, here or in an override, that is a parameter of the model; None if none is."""
         clips = [
             self.clip,
             *(settings["clip"] for settings in self.overrides.values() if settings and "clip" in settings),
@@ -99,19 +99,19 @@ class Config:
         return next((clip for clip in clips if clip in LEARNED), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; from_dict is the way back."""
+        """Return plain JSON values; from_dict is the way back."""
         return dataclasses.asdict(dataclasses.replace(self, overrides=dict(self.overrides)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """A Config from to_dict's values; a key that is not a field is an OctavError."""
+        """Return the Config of to_dict's values; raise OctavError for a key that is not a field."""
         fields = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(fields)):
             raise OctavError(f"Config has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         return cls(**values)
 
     def pattern_for(self, site: str) -> str | None:
-        """The override that holds for a node: its exact name, else the last glob that matches."""
+        """Return the override that holds for a node: its exact name, else the last glob that matches."""
         if site in self.overrides:
             return site
         return next((p for p in reversed(list(self.overrides)) if fnmatch.fnmatchcase(site, p)), None)

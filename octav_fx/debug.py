@@ -17,7 +17,7 @@ class NotFinite(OctavError):
 
 
 def check_finite(loss: Tensor, model: nn.Module, batch: Any) -> None:
-    """Raises NotFinite if the loss [] is NaN or inf, with the first node whose operand was not finite.
+    """Raise NotFinite if the loss [] is NaN or inf, with the first node whose operand was not finite.
 
     model: what computed the loss, float or from quantize(), with the parameters that it had then: call this before the
     optimizer moves them. batch: its input, as quantize() takes it; it is run once more, and changes no state.
@@ -37,7 +37,7 @@ def check_finite(loss: Tensor, model: nn.Module, batch: Any) -> None:
 
 
 def first_not_finite(model: nn.Module, batch: Any) -> str | None:
-    """The first operand, in the order of execution, that holds NaN or inf on a batch; None if there is none.
+    """Find the first operand, in the order of execution, that holds NaN or inf on a batch; None if there is none.
 
     "NODE, operand NAME [shape]" for what quantize() found; for a module that is left as it is, its path and "input" or
     the name of the parameter.
@@ -69,7 +69,7 @@ def first_not_finite(model: nn.Module, batch: Any) -> str | None:
 
 
 def _names(model: nn.Module) -> dict[nn.Module, tuple[str, str | None]]:
-    """Each module's node, and its operand where it is a quantizer."""
+    """Return the node of each module, and its operand where it is a quantizer."""
     names: dict[nn.Module, tuple[str, str | None]] = {m: (name, None) for name, m in model.named_modules()}
     for part in model.modules():
         if isinstance(part, QuantizedModule):

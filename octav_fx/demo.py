@@ -42,7 +42,7 @@ class Outcome:
 
 
 def digits(seed: int) -> Data:
-    """scikit-learn's 1797 digits of 8 x 8 pixels, scaled up, three equal channels; a quarter is for testing."""
+    """Return scikit-learn's 1797 digits of 8 x 8 pixels, scaled up, in three equal channels; a quarter is for tests."""
     source = _optional("sklearn.datasets").load_digits()
     images = torch.tensor(source.images, dtype=torch.float32).unsqueeze(1)
     images = F.interpolate(images, size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)
@@ -54,7 +54,7 @@ def digits(seed: int) -> Data:
 
 
 def train(model: nn.Module, data: Data, epochs: int, title: str) -> float:
-    """SGD with momentum and a cosine schedule; returns the median milliseconds of a step."""
+    """Train by SGD with momentum and a cosine schedule; return the median milliseconds of a step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
     batches = len(data.train_images) // BATCH
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
@@ -86,7 +86,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def main(epochs: int = 4, seed: int = 0) -> Outcome:
-    """Train, quantize, train again; print the table, both accuracies and step times, and return them."""
+    """Train in float, quantize, train again; print the table, both accuracies and step times, and return them."""
     torch.manual_seed(seed)
     data = digits(seed)
     model = zoo.load("resnet18", num_classes=10)

@@ -14,7 +14,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def optimal_clip(x: Tensor, bits: int, *, signed: bool = True, dim: int | None = None, method: str = "octav") -> Tensor:
-    """The clip with the least quantization error (arXiv 2206.06501, eq. 6), found from scratch.
+    """Find the clip with the least quantization error (arXiv 2206.06501, eq. 6), from scratch.
 
     x [...] floating point; zeros, inf and NaN do not take part. dim is the channel axis for one clip per index of it.
     method is one of Config's clips that is not learned: "octav", "octav-grid", "octav-tight", "max", "percentile",
@@ -48,7 +48,7 @@ def fake_quantize(
 
 
 def _check(x: Tensor, bits: int, dim: int | None) -> int | None:
-    """Raises OctavError for what cannot be quantized; returns the channel axis counted from the front."""
+    """Raise OctavError for what cannot be quantized; return the channel axis counted from the front."""
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         raise OctavError(
             f"x is {f'a {x.layout} tensor' if isinstance(x, Tensor) else type(x).__name__}: give a dense tensor"

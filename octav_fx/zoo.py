@@ -12,7 +12,7 @@ from octav_fx.errors import OctavError
 
 
 def torchvision() -> Any:
-    """The torchvision package, importable beside a CPU-only torch too.
+    """Import torchvision, beside a CPU-only torch too.
 
     Its wheels want CUDA libraries for the binary ops; without them the import fails on the missing schemas of two
     detection ops, which are declared here first.
@@ -30,7 +30,7 @@ def torchvision() -> Any:
 
 
 def load(name: str, **options: Any) -> nn.Module:
-    """A new model with random weights: "resnet18", "fcn_resnet50" (torchvision) or "package.module:callable"."""
+    """Make a model with random weights: "resnet18", "fcn_resnet50" (torchvision) or "package.module:callable"."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
@@ -62,7 +62,7 @@ def _declare_missing_ops() -> None:
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Boxes [N, 4] (x1, y1, x2, y2) -> the indices of those that no better one covers, best first."""
+    """Return the indices of the boxes [N, 4] (x1, y1, x2, y2) that no better one covers, best first."""
     left = scores.argsort(descending=True, stable=True)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     kept = []

@@ -18,19 +18,19 @@ class Inputs(NamedTuple):
 
 
 def as_inputs(inputs: Any) -> Inputs:
-    """A tensor, a tuple of arguments or a dict of keyword arguments as the call that a model gets."""
+    """Return a tensor, a tuple of arguments or a dict of keyword arguments as the Inputs of a call."""
     if isinstance(inputs, Mapping):
         return Inputs((), dict(inputs))
     return Inputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
 
 
 def tensors_of(values: Any) -> list[Tensor]:
-    """The tensors in arguments or results, in their order."""
+    """Return the tensors in arguments or results, in their order."""
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def same_kind(a: Inputs, b: Inputs) -> bool:
-    """Whether two calls differ in the contents of tensors only."""
+    """Tell whether two calls differ in the contents of tensors only."""
     (one, one_spec), (two, two_spec) = (pytree.tree_flatten((call.args, dict(call.kwargs))) for call in (a, b))
     return one_spec == two_spec and all(map(_is_alike, one, two))
 

@@ -17,7 +17,7 @@ _CONTAINERS: Final = (list, dict, set, collections.OrderedDict)
 
 @contextmanager
 def preserved_attributes(root: nn.Module) -> Iterator[None]:
-    """Afterwards attributes and buffers that were set are as before, and so is what lists, dicts and sets hold.
+    """Put back, afterwards, attributes and buffers that were set, and what lists, dicts and sets held.
 
     What is written into tensors in place stays.
     """
@@ -35,7 +35,7 @@ def preserved_attributes(root: nn.Module) -> Iterator[None]:
 
 
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """(path, attributes by name) of each module, and of its buffers."""
+    """Return (path, attributes by name) of each module, and of its buffers."""
     named = [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     # A quantized module's own float one shares its children, and is none.
     named += [(name, m._float_module) for name, m in named if "_float_module" in vars(m)]
@@ -43,7 +43,7 @@ def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _contents(held: dict[str, Any]) -> dict[str, Any]:
-    """A copy of each container; hooks are in some, and libraries install theirs in the first call."""
+    """Copy each container; hooks are in some, and libraries install theirs in the first call."""
     return {k: copy.copy(v) for k, v in held.items() if type(v) in _CONTAINERS and k not in PART_ATTRIBUTES}
 
 
@@ -54,7 +54,7 @@ def _refill(container: Any, content: Any) -> None:
 
 
 def own_copy(inputs: Any) -> Any:
-    """Inputs whose tensors and objects (a cache) are their own, so that forward may write into them."""
+    """Copy inputs, so that forward may write into their tensors and objects (a cache)."""
     memo: dict[int, Any] = {}
 
     def copied(leaf: Any) -> Any:

@@ -60,23 +60,23 @@ class QuantizedModule(fx.GraphModule):
 
     @property
     def records(self) -> list[Any]:
-        """What became of each operand, in the graph of the present mode: Records."""
+        """Return what became of each operand, in the graph of the present mode: Records."""
         return list(self.all_records[self.training])
 
     @property
     def all_records(self) -> Mapping[bool, list[Any]]:
-        """The records of each mode."""
+        """Return the records of each mode."""
         return self.meta["octav"]["records"]
 
     @property
     def modes(self) -> tuple[bool, ...]:
-        """The training modes that have a graph of their own, the present one first."""
+        """Return the training modes that have a graph of their own, the present one first."""
         first, other = self.training, not self.training
         own = other in self._graphs and self._graphs[other] is not self._graphs[first]
         return (first, other) if own else (first,)
 
     def graph_of(self, mode: bool) -> fx.Graph:
-        """The graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
+        """Return the graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
         if mode not in self._graphs:
             raise OctavError(f"{self.meta['octav']['missing']}; call octav_fx.quantize with inputs that fit both modes")
         return self._graphs[mode]
@@ -90,7 +90,7 @@ class QuantizedModule(fx.GraphModule):
         return self
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The float module's own forward, on the parameters and buffers of this one."""
+        """Return the float module's own forward, on the parameters and buffers of this one."""
         float_module = self._float_module
         children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
         float_module.training = self.training
@@ -98,7 +98,7 @@ class QuantizedModule(fx.GraphModule):
 
     @contextmanager
     def as_float(self) -> Iterator[None]:
-        """Calls run float_forward inside."""
+        """Let calls run float_forward inside."""
         outer = self.__dict__.get("forward")
         self.__dict__["forward"] = self.float_forward
         try:
@@ -119,7 +119,7 @@ class QuantizedModule(fx.GraphModule):
             return value
 
     def _parts(self) -> tuple[Any, ...]:
-        """All that this module is made of, as values that copy and pickle."""
+        """Return all that this module is made of, as values that copy and pickle."""
         float_module = copy.copy(self._float_module)
         float_module.__dict__ = {**vars(self._float_module)}
         replace_children(float_module, {name: m for name, m in children_of(self).items() if name != QUANTIZERS})
@@ -141,7 +141,7 @@ class QuantizedModule(fx.GraphModule):
 
 
 def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
-    """The modules in q that quantize() returned, q itself included. Raises OctavError if there is none."""
+    """Return the modules in q that quantize() returned, q itself included. Raises OctavError if there is none."""
     found = [module for module in q.modules() if isinstance(module, QuantizedModule)]
     if not found:
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")

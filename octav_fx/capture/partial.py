@@ -45,13 +45,13 @@ class PartialModule:
         return copied
 
     def _state(self) -> Any:
-        """What the user's class says its state is."""
+        """Return what the user's class says its state is."""
         state = self.__getstate__()
         return {k: v for k, v in state.items() if k != "octav_partial"} if isinstance(state, dict) else state
 
 
 def outermost(q: nn.Module) -> nn.Module:
-    """The module that quantize() returned, in whatever it is wrapped. Raises OctavError unless there is exactly one."""
+    """Return the one module that quantize() returned, in whatever it is wrapped. Raise OctavError unless there is one."""
     found = [module for module in q.modules() if isinstance(module, (QuantizedModule, PartialModule))]
     if not found:
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
@@ -64,26 +64,26 @@ def outermost(q: nn.Module) -> nn.Module:
 
 
 def example_of(quantized: nn.Module) -> Inputs | None:
-    """The inputs that quantize() was given."""
+    """Return the inputs that quantize() was given."""
     if isinstance(quantized, QuantizedModule):
         return quantized.examples
     return quantized.octav_partial.example if isinstance(quantized, PartialModule) else None
 
 
 def float_records(quantized: nn.Module) -> list[Record]:
-    """What descended modules multiply in float, each once."""
+    """Return what partial modules multiply in float, each once."""
     found = [r for m in quantized.modules() if isinstance(m, PartialModule) for r in m.octav_partial.records]
     return list(dict.fromkeys(found))
 
 
 def partial_lines(quantized: nn.Module) -> list[str]:
-    """A line for each module that runs its own Python, and why."""
+    """Return a line for each module that runs its own Python, and why."""
     found = {name: m for name, m in quantized.named_modules() if isinstance(m, PartialModule)}
     return [f"{name or 'the model'}: in parts, because {m.octav_partial.reason}" for name, m in found.items()]
 
 
 def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
-    """The same module, marked."""
+    """Mark a module as one that runs its own Python over quantized children; return the same module."""
     kind = type(module)
     if not isinstance(module, PartialModule):
         module.__class__ = type(kind.__name__, (PartialModule, kind), {"__module__": kind.__module__})

@@ -24,12 +24,12 @@ _RARELY: Final = 0.1
 
 
 def has_data(module: nn.Module, inputs: Any) -> bool:
-    """Whether nothing is on the meta device, so that the module can run."""
+    """Tell whether nothing is on the meta device, so that the module can run."""
     return not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *tensors_of(inputs)))
 
 
 def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The outputs of one forward in the module's own mode; state, random states and inputs are as before.
+    """Return the outputs of one forward in the module's own mode; state, random states and inputs are as before.
 
     Only the hints of quantizers change.
     """
@@ -39,7 +39,7 @@ def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 @contextmanager
 def preserved_buffers(module: nn.Module) -> Iterator[None]:
-    """Afterwards the buffers that were there hold what they held; the hints of quantizers may change."""
+    """Put back, afterwards, what the buffers held; the hints of quantizers may change."""
     hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
     buffers = {b: b.clone() for b in module.buffers() if b not in hints}
     try:
@@ -53,7 +53,7 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def run_keeping_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The same, but what forward sets on its modules and writes into its inputs stays."""
+    """Run a forward like run_once, but keep what it sets on its modules and writes into its inputs."""
     tensors = (*module.parameters(), *module.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers(), no_sync():
@@ -62,7 +62,7 @@ def run_keeping_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """Those of Python and NumPy; torch has fork_rng for its own."""
+    """Put back, afterwards, the random states of Python and NumPy; torch has fork_rng for its own."""
     numpy = sys.modules.get("numpy")
     drawn, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
     try:
@@ -75,7 +75,7 @@ def _same_random_numbers() -> Iterator[None]:
 
 @contextmanager
 def preserved_modes(module: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in the mode it was in, frozen BatchNorms too."""
+    """Put back, afterwards, the mode of every module, frozen BatchNorms too."""
     modes = {m: m.training for m in module.modules()}
     try:
         yield
@@ -89,7 +89,7 @@ def preserved_modes(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode."""
+    """Set every module to eval mode inside."""
     with preserved_modes(module):
         module.eval()
         yield
@@ -97,7 +97,7 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_quantizers(module: nn.Module) -> Iterator[None]:
-    """Inside, every quantizer returns its input: the rewritten graph computes in float."""
+    """Let every quantizer return its input inside: the rewritten graph computes in float."""
     quantizers = [m for m in module.modules() if isinstance(m, FakeQuantizer)]
     for quantizer in quantizers:
         quantizer.__dict__["forward"] = lambda x: x
@@ -109,7 +109,7 @@ def without_quantizers(module: nn.Module) -> Iterator[None]:
 
 
 def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
-    """Which modules multiply, the innermost each, in the order in which they do: (path, multiply-accumulates)."""
+    """Count what each innermost module multiplies, in the order in which they do: (path, multiply-accumulates)."""
     found: list[tuple[str, int]] = []
     inside = [""]
     counted = 0
@@ -138,7 +138,7 @@ def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
 
 
 def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Module]) -> dict[str, list[Inputs]]:
-    """How a module calls its children: the first Call of each kind (is_alike) that its example leads to.
+    """Record how a module calls its children: the first Inputs of each kind that its example leads to.
 
     A call that fails, and one inside a transform of torch.func, is none that a child could be captured with.
     """
@@ -163,7 +163,7 @@ def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Modu
 def _hooked(
     modules: Mapping[str, nn.Module], enter: Callable[[str, Inputs], None], leave: Callable[[str, bool], None]
 ) -> Iterator[None]:
-    """Inside, enter(path, call) runs before each call of the modules, and leave(path, whether it failed) after it."""
+    """Run enter(path, call) before each call of the modules inside, and leave(path, whether it failed) after it."""
     handles = []
     for path, module in modules.items():
         if path and not isinstance(module, torch.jit.ScriptModule):
@@ -192,7 +192,7 @@ def _hooked(
 
 
 def difference(expected: Any, found: Any) -> str | None:
-    """How two results of a model differ by more than rounding, or None. NaN equals NaN."""
+    """Say how two results of a model differ by more than rounding, or return None. NaN equals NaN."""
     expected_leaves, expected_spec = pytree.tree_flatten(expected)
     found_leaves, found_spec = pytree.tree_flatten(found)
     if expected_spec != found_spec:

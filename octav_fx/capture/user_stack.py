@@ -12,7 +12,7 @@ _HERE: Final = str(Path(__file__).parent.parent) + os.sep
 
 
 def caller() -> str:
-    """file:line of the nearest frame outside of fx and this package."""
+    """Return file:line of the nearest frame outside of fx and this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_code.co_filename
@@ -23,7 +23,7 @@ def caller() -> str:
 
 
 def user_caller() -> str:
-    """file:line of the nearest frame that is the user's code."""
+    """Return file:line of the nearest frame that is the user's code."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, TORCH)):
         frame = frame.f_back
@@ -31,7 +31,7 @@ def user_caller() -> str:
 
 
 def user_line(error: BaseException) -> str:
-    """file:line of the innermost frame of a traceback that is the user's code."""
+    """Return file:line of the innermost frame of a traceback that is the user's code."""
     line = "?"
     trace = error.__traceback__
     while trace is not None:

@@ -31,7 +31,7 @@ _APART: Final = ContextVar("apart", default=False)
 
 @contextmanager
 def no_sync() -> Iterator[None]:
-    """Inside, this process solves by itself: what one rank alone runs must not wait for the others."""
+    """Let this process solve by itself inside: what one rank alone runs must not wait for the others."""
     token = _APART.set(True)
     try:
         yield
@@ -40,12 +40,12 @@ def no_sync() -> Iterator[None]:
 
 
 def has_others() -> bool:
-    """Whether there are other processes to agree with."""
+    """Tell whether there are other processes to agree with."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _APART.get()
 
 
 def all_reduced_clip(rows: Tensor, hint: Tensor, grid: Grid, method: str) -> Tensor:
-    """Rows [R, N] of float32 or float64, N of this rank, and hint [R] -> the clip [R] of what all ranks hold.
+    """Return the clip [R] of what all ranks hold; rows [R, N] (float32 or float64, N of this rank), hint [R].
 
     The same on every rank, whatever its hint is. Every rank of the default process group has to call.
     """
@@ -67,7 +67,7 @@ def _greatest(rows: Tensor) -> Tensor:
 
 
 def _over_ranks(*sums: Tensor) -> tuple[Tensor, ...]:
-    """Totals of the ranks' sums, in one collective; added up in float64."""
+    """Return the totals of the ranks' sums, in one collective; added up in float64."""
     totals = torch.stack([value.double() for value in sums])
     dist.all_reduce(totals)
     return totals.to(sums[0].dtype).unbind()

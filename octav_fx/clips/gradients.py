@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def straight_through(x: Tensor, clip: Tensor, signed: bool) -> Tensor:
-    """1 everywhere (STE)."""
+    """Return 1 everywhere (STE)."""
     return torch.ones_like(x)
 
 
 def piecewise_linear(x: Tensor, clip: Tensor, signed: bool) -> Tensor:
-    """1 inside, 0 outside (PWL). x [...], clip broadcastable to it."""
+    """Return 1 inside the clip, 0 outside (PWL). x [...], clip broadcastable to it."""
     return ((x.abs() <= clip) & (x >= 0 if not signed else True)).to(x.dtype)
 
 
 def magnitude_aware(x: Tensor, clip: Tensor, signed: bool) -> Tensor:
-    """1 inside, clip / |x| outside (MAD, proposition 4.3). x [...], clip broadcastable to it."""
+    """Return 1 inside the clip, clip / |x| outside (MAD, proposition 4.3). x [...], clip broadcastable to it."""
     factor = torch.where(x.abs() <= clip, 1, clip / x.abs())
     return factor if signed else torch.where(x >= 0, factor, 0)
 

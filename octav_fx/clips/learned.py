@@ -36,7 +36,7 @@ class Learned:
 
 
 def _pact_begin(x: Tensor, grid: Grid) -> Tensor:
-    """At the largest magnitude, as PACT begins far out: the L2 penalty brings it in."""
+    """Return the largest magnitude, as PACT begins far out: the L2 penalty brings it in."""
     return magnitudes(x, grid).amax(-1)
 
 
@@ -45,12 +45,12 @@ def _pact_inside(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
 
 
 def _pact_slope(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
-    """1 above the clip (eq. 3), 0 inside; on a signed grid, which PACT's paper has none of, -1 below -clip."""
+    """Return 1 above the clip (eq. 3), 0 inside, and -1 below -clip on a signed grid, which PACT's paper lacks."""
     return torch.where(x.abs() > clip, x.sign() if grid.signed else (x > 0).to(x.dtype), 0)
 
 
 def _lsq_begin(x: Tensor, grid: Grid) -> Tensor:
-    """Step 2 * mean|x| / sqrt(Q_P) (section 2.1)."""
+    """Return the clip of step 2 * mean|x| / sqrt(Q_P) (section 2.1)."""
     finite = x.isfinite()
     mean = torch.where(finite, x.abs(), 0).sum(-1) / finite.sum(-1).clamp(min=1)
     return grid.steps * 2 * mean / grid.high**0.5
@@ -62,7 +62,7 @@ def _lsq_inside(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
 
 
 def _lsq_slope(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
-    """round(x / step) - x / step inside, -Q_N below and Q_P above (eq. 3)."""
+    """Return round(x / step) - x / step inside, -Q_N below and Q_P above (eq. 3)."""
     code = x / grid.step(clip)
     bounded = code.clamp(grid.low, grid.high)
     return bounded.round() - torch.where(code == bounded, code, 0)
@@ -76,23 +76,23 @@ LEARNED: Final[dict[str, Learned]] = {
 
 
 def clip_from_parameter(parameter: Tensor, grid: Grid, method: str) -> Tensor:
-    """The clip that a parameter [...] stands for, [...]: positive whatever the optimizer has made of it."""
+    """Return the clip that a parameter [...] stands for, [...]: positive whatever the optimizer has made of it."""
     held = parameter.abs().clamp(min=MIN_CLIP)
     return held * grid.steps if LEARNED[method].is_step else held
 
 
 def sign_of(parameter: Tensor) -> Tensor:
-    """The derivative of what clip_of holds by the parameter, [...]: 1, or -1 below zero."""
+    """Return the derivative of the magnitude of a parameter [...] with respect to it, [...]: 1, or -1 below zero."""
     return torch.where(parameter < 0, -1.0, 1.0)
 
 
 def parameter_for(clip: Tensor, grid: Grid, method: str) -> Tensor:
-    """The parameter [...] that stands for a clip [...]."""
+    """Return the parameter [...] that stands for a clip [...]."""
     return grid.step(clip) if LEARNED[method].is_step else clip
 
 
 def initial_clip(x: Tensor, grid: Grid, method: str) -> Tensor:
-    """Where the clip begins for rows x [R, N] -> [R]; 1 where a row has nothing but zeros, inf and NaN."""
+    """Return where the clip begins for rows x [R, N] -> [R]; 1 where a row has nothing but zeros, inf and NaN."""
     if x.shape[-1] == 0:
         return x.new_ones(x.shape[:-1])
     clip = LEARNED[method].init_from_data(x, grid)

@@ -16,7 +16,7 @@ _LONG: Final = 4
 
 
 def mse_search(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
-    """Rows [R, N] -> [R]: the one of k / 100 * max|x|, k = 1 .. 100, with the least error, the first of equal ones."""
+    """Return the k / 100 * max|x|, k = 1 .. 100, with the least error, the first of equal ones: rows [R, N] -> [R]."""
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
     clips = magnitudes(x, grid).amax(-1, keepdim=True) * candidates(x)
@@ -27,12 +27,12 @@ def mse_search(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
 
 
 def candidates(x: Tensor) -> Tensor:
-    """The shares of the largest magnitude that are tried, [100], in the dtype and on the device of x."""
+    """Return the shares of the largest magnitude that are tried, [100], in the dtype and on the device of x."""
     return torch.arange(1, POINTS + 1, dtype=x.dtype, device=x.device) / POINTS
 
 
 def errors_one_by_one(x: Tensor, clips: Tensor, grid: Grid) -> Tensor:
-    """Sums of squared errors of finite rows [R, N] for clips [R, K] -> [R, K], float64: the definition."""
+    """Return sums of squared errors of finite rows [R, N] for clips [R, K] -> [R, K], float64: the definition."""
 
     def errors(x: Tensor, step: Tensor) -> Tensor:
         x = x.unsqueeze(-2)
@@ -44,7 +44,7 @@ def errors_one_by_one(x: Tensor, clips: Tensor, grid: Grid) -> Tensor:
 
 
 def errors_from_sums(x: Tensor, clips: Tensor, grid: Grid) -> Tensor:
-    """The same, from the sums of what each level stands for: the row is sorted once, not gone through for each clip.
+    """Return the same from sums over each level: the row is sorted once, not gone through for each clip.
 
     sum((level - x)**2) = sum(x**2) + sum over levels of level**2 * count - 2 * level * sum(x). A value half-way
     between two levels is as far from both, so it does not matter to which one it counts.
@@ -70,7 +70,7 @@ def errors_from_sums(x: Tensor, clips: Tensor, grid: Grid) -> Tensor:
 
 
 def _by_rows(errors: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: Tensor, width: int) -> Tensor:
-    """Errors of a few rows at a time, so that what they need for each row, width elements, stays small."""
+    """Return the errors of a few rows at a time, so that what they need for each row, width elements, stays small."""
 
     def parts() -> Iterator[Tensor]:
         rows = max(_CHUNK // width, 1)

@@ -27,7 +27,7 @@ Total = Callable[..., tuple[Tensor, ...]]
 
 
 def octav_step(x: Tensor, clip: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """One step of the paper's recursion (eq. 6): returns its numerator and denominator, [R] each.
+    """Take one step of the paper's recursion (eq. 6): return its numerator and denominator, [R] each.
 
     s' = sum(|x| over |x| >= s) / (noise * #{0 < |x| < s} + #{|x| >= s}). Comparing with >= where the paper has >
     keeps a row of one magnitude at that magnitude; with > it would alternate between it and zero.
@@ -40,7 +40,7 @@ def octav_step(x: Tensor, clip: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def octav_grid_step(x: Tensor, clip: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """One step on the grid that is really used: returns numerator and denominator, [R] each.
+    """Take one step on the grid that is really used: return numerator and denominator, [R] each.
 
     Two terms differ from the paper's. The highest level is k * s with k = 1 - 1 / steps, so values clip there. The
     cell around zero adds no noise to d(error) / d(step); instead half a step of the density at its edge does
@@ -64,19 +64,19 @@ def octav_grid_step(x: Tensor, clip: Tensor, grid: Grid) -> tuple[Tensor, Tensor
 
 
 def local_sums(*sums: Tensor) -> tuple[Tensor, ...]:
-    """Sums over the whole tensor, where this process holds all of it; clips/distributed.py has them over all ranks."""
+    """Return the sums as they are: this process holds all of the tensor. clips/distributed.py adds over ranks."""
     return sums
 
 
 def mean_magnitude(x: Tensor, grid: Grid, total: Total = local_sums) -> Tensor:
-    """The mean magnitude of the non-zeros, [R]; 0 where there are none."""
+    """Return the mean magnitude of the non-zeros, [R]; 0 where there are none."""
     magnitude = magnitudes(x, grid)
     sums, count = total(magnitude.sum(-1), (magnitude > 0).sum(-1))
     return sums / count.clamp(min=1)
 
 
 def newton(x: Tensor, mean: Tensor, hint: Tensor, grid: Grid, step: NewtonStep, total: Total = local_sums) -> Tensor:
-    """The fixed point of a recursion, [R], in a fixed number of steps; without ranks the host waits for nothing.
+    """Return the fixed point of a recursion, [R], in a fixed number of steps; without ranks the host waits for nothing.
 
     Starts at hint [R] where it is positive and finite, else at mean [R], the mean magnitude of the non-zeros (the
     paper's start, section 4), and returns there from a hint beyond every value. The result does not depend on the hint.
@@ -100,12 +100,12 @@ def newton(x: Tensor, mean: Tensor, hint: Tensor, grid: Grid, step: NewtonStep, 
 
 
 def octav(x: Tensor, hint: Tensor, grid: Grid, total: Total = local_sums) -> Tensor:
-    """The paper's clip (eq. 6)."""
+    """Return the paper's clip (eq. 6)."""
     return newton(x, mean_magnitude(x, grid, total), hint, grid, octav_step, total)
 
 
 def octav_tight(x: Tensor, hint: Tensor, grid: Grid, total: Total = local_sums) -> Tensor:
-    """The paper's clip where a rounding error costs four times what a clipping error does: that for one bit less.
+    """Return the paper's clip where a rounding error costs four times what a clipping error does: that of one bit less.
 
     Both count alike in eq. 4. In training they may not: what is clipped is clipped again in the next step, and the
     layers around it learn with it, while what is rounded is noise to them. The noise term of eq. 6 is then
@@ -115,12 +115,12 @@ def octav_tight(x: Tensor, hint: Tensor, grid: Grid, total: Total = local_sums) 
 
 
 def as_octav(bits: int, method: str) -> tuple[int, str]:
-    """Bits and method as kernels know them: "octav-tight" is "octav" for one bit less."""
+    """Return bits and method as kernels know them: "octav-tight" is "octav" for one bit less."""
     return (bits - 1, "octav") if method == "octav-tight" else (bits, method)
 
 
 def octav_grid(x: Tensor, hint: Tensor, grid: Grid, total: Total = local_sums) -> Tensor:
-    """The clip for the two's-complement or unsigned grid itself: the fixed point, and the best of its neighbours.
+    """Return the clip for the two's-complement or unsigned grid itself: the fixed point or the best of its neighbours.
 
     A hint whose first cell swallows the mean magnitude belongs to another fixed point, the one that gives up the bulk
     for a few outliers; from there the start is cold.
@@ -131,7 +131,7 @@ def octav_grid(x: Tensor, hint: Tensor, grid: Grid, total: Total = local_sums) -
 
 
 def refine(x: Tensor, clip: Tensor, grid: Grid, total: Total = local_sums) -> Tensor:
-    """The one of NEIGHBOURS * clip, [R], with the least squared error on the grid; the clip itself if none is better.
+    """Return the one of NEIGHBOURS * clip, [R], with the least squared error on the grid; the clip if none is better.
 
     Where a density has a peak (the minimum of GELU) or a row is short, the error ripples as levels pass over it, and
     the fixed point, which takes densities for smooth, can lie beside a dip: 4 % above the least error for GELU at 6
@@ -157,12 +157,12 @@ def squared_error(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
 
 
 def power_of_two(extent: Tensor) -> Tensor:
-    """[...] -> [...], near a largest magnitude: dividing by it is exact, and no sum over- or underflows then."""
+    """Return a power of two near a largest magnitude [...]: dividing by it is exact, and then no sum overflows."""
     return torch.exp2(torch.frexp(extent).exponent.clamp(-100, 100).to(extent.dtype))
 
 
 def max_abs(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
-    """No clipping below the largest magnitude: max-scaling, the usual default elsewhere."""
+    """Return the largest magnitude: no clipping, the usual default elsewhere."""
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
     return magnitudes(x, grid).amax(-1)

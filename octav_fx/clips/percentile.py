@@ -18,10 +18,10 @@ ONE_IN: Final = {
 
 
 def percentile(one_in: int) -> Callable[[Tensor, Tensor, Grid], Tensor]:
-    """The method that lets one in so many values lie beyond the clip."""
+    """Return the method that lets one in so many values lie beyond the clip."""
 
     def clip_of(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
-        """Rows [R, N] -> [R], the least magnitude that n // one_in of the row's n finite values exceed at most.
+        """Return the least magnitude that n // one_in of the row's n finite values exceed at most: rows [R, N] -> [R].
 
         Zeros count, as in its source; nothing is interpolated. A row of so many zeros that this is zero gets its
         largest magnitude: a clip of zero would send everything to zero.

@@ -19,41 +19,41 @@ class Grid:
 
     @property
     def steps(self) -> int:
-        """Steps between zero and the clip: clip / step. A power of two, so dividing by it is exact."""
+        """Return the steps between zero and the clip, clip / step: a power of two, so that dividing by it is exact."""
         return 2 ** (self.bits - 1) if self.signed else 2**self.bits
 
     @property
     def low(self) -> int:
-        """The lowest code."""
+        """Return the lowest code."""
         return -self.steps if self.signed else 0
 
     @property
     def high(self) -> int:
-        """The highest code."""
+        """Return the highest code."""
         return self.steps - 1
 
     @property
     def noise(self) -> float:
-        """Mean squared rounding error over clip**2: step**2 / 12 (eq. 4: 4**-B / 3 signed, 4**-B / 12 unsigned)."""
+        """Return the mean squared rounding error over clip**2, step**2 / 12 (eq. 4: 4**-B / 3 signed, a fourth of it unsigned)."""
         return 1 / (12 * self.steps**2)
 
     def step(self, clip: Tensor) -> Tensor:
-        """The distance between levels, in the units of clip."""
+        """Return the distance between levels, in the units of clip."""
         return clip / self.steps
 
     @property
     def underflow_code(self) -> int:
-        """What ops/quantize writes for a value below the lowest level; low - 1 is taken by zero on unsigned grids."""
+        """Return what ops/quantize writes below the lowest level; low - 1 is taken by zero on unsigned grids."""
         return self.low - 1 if self.signed else self.low - 2
 
     @property
     def ceiling_flag(self) -> int:
-        """What an unsigned code is raised by where the value had reached the ceiling of a clamp (ops/quantize)."""
+        """Return what an unsigned code is raised by where the value reached the ceiling of a clamp (ops/quantize)."""
         return 2 * self.steps
 
     @property
     def codes_dtype(self) -> torch.dtype:
-        """The integers that hold all codes of ops/quantize and, as their least, what is not finite.
+        """Return the integers that hold all codes of ops/quantize and, as their least, what is not finite.
 
         One byte for up to 7 bits signed and 5 bits unsigned, else two.
         """
@@ -62,5 +62,5 @@ class Grid:
 
 
 def magnitudes(x: Tensor, grid: Grid) -> Tensor:
-    """What can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
+    """Return what can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
     return torch.where(x.isfinite(), x.abs() if grid.signed else x.clamp(min=0), 0)

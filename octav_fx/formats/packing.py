@@ -8,7 +8,7 @@ from octav_fx.formats.grid import Grid
 
 
 def integer_codes(x: Tensor, clip: Tensor, grid: Grid, dim: int | None) -> Tensor:
-    """X [...] finite, clip [] or [C] in the units of x -> the codes of ops/fake_quantize [...], int8; signed grids."""
+    """Return the codes of ops/fake_quantize for finite x [...] and a clip [] or [C]: int8 [...]; signed grids."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     step = grid.step(along(clip, x, dim).to(value.dtype))
     code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
@@ -16,7 +16,7 @@ def integer_codes(x: Tensor, clip: Tensor, grid: Grid, dim: int | None) -> Tenso
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes [...] in -8..7 -> uint8 [(n + 1) // 2], n of them in their order, the first of each two in the low bits."""
+    """Pack n codes [...] in -8..7 into uint8 [(n + 1) // 2], in order, the first of each two in the low bits."""
     flat = codes.reshape(-1)
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
@@ -25,7 +25,7 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of pack: uint8 [(n + 1) // 2] -> codes, int8, in a shape of n elements."""
+    """Undo pack: uint8 [(n + 1) // 2] -> codes, int8, in a shape of n elements."""
     count = 1
     for size in shape:
         count *= size

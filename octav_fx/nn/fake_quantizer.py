@@ -74,7 +74,7 @@ class FakeQuantizer(nn.Module):
 
     @property
     def used(self) -> Tensor:
-        """The clip of the last call, [] or [C]; the clip itself where it is learned."""
+        """Return the clip of the last call, [] or [C]; the clip itself where it is learned."""
         if self.clip is not None:
             return self.clip
         return (
@@ -100,7 +100,7 @@ class FakeQuantizer(nn.Module):
 
     @property
     def average(self) -> Tensor | None:
-        """The running mean of the clips, [] or [C]; None before the first."""
+        """Return the running mean of the clips, [] or [C]; None before the first."""
         if self.mean is None or self.steps is None or not self.steps:
             return None
         # As in Adam: what is left of the zero that it began with is divided out.
@@ -113,7 +113,7 @@ class FakeQuantizer(nn.Module):
         self.steps.fill_(_MANY)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [...] -> the nearest levels of its grid [...]; the clip that was used becomes the hint."""
+        """Round x [...] to the nearest levels of its grid [...]; the clip that was used becomes the hint."""
         spec = self.spec
         if self.clip is not None:
             return torch.ops.octav.fake_quantize(x, self.clip, spec.bits, spec.signed, spec.dim, spec.gradient)
@@ -167,7 +167,7 @@ class FakeQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        """Bits, sign, granularity, clip and gradient."""
+        """Show bits, sign, granularity, clip and gradient."""
         spec = self.spec
         granularity = "per-tensor" if spec.dim is None else f"per-channel dim={spec.dim}"
         sign = "signed" if spec.signed else "unsigned"

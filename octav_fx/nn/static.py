@@ -34,7 +34,7 @@ class IntegerWeight(nn.Module):
         self.register_buffer("scale", grid.step(clip.detach()).clone())
 
     def integers(self) -> Tensor:
-        """The codes [...], int8."""
+        """Return the codes [...], int8."""
         return unpack(self.codes, self.shape) if self.bits <= PACKED else self.codes
 
     def forward(self) -> Tensor:
@@ -46,7 +46,7 @@ class IntegerWeight(nn.Module):
         return _keep_float32(self, fn, recurse)
 
     def extra_repr(self) -> str:
-        """Bits, shape and granularity."""
+        """Show bits, shape and granularity."""
         return f"{self.bits} bits, {self.shape}, {'per-tensor' if self.dim is None else f'per-channel dim={self.dim}'}"
 
 
@@ -75,7 +75,7 @@ class StaticQuantizer(nn.Module):
         return _keep_float32(self, fn, recurse)
 
     def extra_repr(self) -> str:
-        """Bits, sign and granularity."""
+        """Show bits, sign and granularity."""
         granularity = "per-tensor" if self.dim is None else f"per-channel dim={self.dim}"
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, {granularity}"
 
@@ -98,7 +98,7 @@ class ChannelAffine(nn.Module):
 
 
 def _keep_float32(module, fn, recurse):  # type: ignore[no-untyped-def]
-    """What .half() would do to scales; codes are integers and stay by themselves."""
+    """Undo what .half() would do to scales; codes are integers and stay by themselves."""
     nn.Module._apply(module, fn, recurse)
     module.scale = module.scale.to(torch.float32)
     return module

@@ -71,7 +71,7 @@ class _Statistics:
 
 
 def rows(q: nn.Module, example_inputs: Any = None) -> list[Row]:
-    """A Row for each operand of each matmul and convolution, and one for each node that no rule covers.
+    """Return a Row for each operand of each matmul and convolution, and one for each node that no rule covers.
 
     Measures one forward in q's mode on example_inputs, by default those given to quantize(); parameters, statistics
     and random states stay as they are.
@@ -85,7 +85,7 @@ def rows(q: nn.Module, example_inputs: Any = None) -> list[Row]:
 
 
 def coverage(q: nn.Module) -> Coverage:
-    """How much of the model's work is quantized, and what is not."""
+    """Count how much of the model's work is quantized, and say what is not."""
     nodes: dict[str, list[Record]] = {}
     for _, record in _records(outermost(q)):
         nodes.setdefault(record.site, []).append(record)
@@ -102,7 +102,7 @@ def coverage(q: nn.Module) -> Coverage:
 
 
 def table(q: nn.Module, example_inputs: Any = None) -> str:
-    """rows() as text, with the coverage and what passes declined below."""
+    """Return rows() as text, with the coverage and what passes declined below."""
     headers: tuple[str, ...] = (
         *(
             "node",
@@ -137,7 +137,7 @@ def table(q: nn.Module, example_inputs: Any = None) -> str:
 
 
 def _records(quantized: nn.Module) -> list[tuple[QuantizedModule | None, Record]]:
-    """Each record and the graph it is of; None for what no graph holds."""
+    """Return each record and the graph it is of; None for what no graph holds."""
     found = [(part, record) for part in quantized_modules(quantized) for record in part.records]
     return [*found, *((None, record) for record in float_records(quantized))]
 
@@ -147,7 +147,7 @@ def _total(found: list[Record]) -> int:
 
 
 def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
-    """Statistics by quantizer, from one forward; empty where there is nothing to run on."""
+    """Return statistics by quantizer, from one forward; none where there is nothing to run on."""
     call = example_of(q) if example_inputs is None else as_inputs(example_inputs)
     if call is None or not has_data(q, call):
         return {}

@@ -9,7 +9,7 @@ from octav_fx.errors import OctavError
 
 @fx.node.has_side_effect
 def guard_equal(value: Any, expected: Any, where: str) -> None:
-    """Raises OctavError when a value that decided a branch at capture is another one now."""
+    """Raise OctavError when a value that decided a branch at capture is another one now."""
     if value is not expected and value != expected:
         raise OctavError(
             f"{where}: the captured graph holds for the value {expected!r} there, these inputs give {value!r}; "

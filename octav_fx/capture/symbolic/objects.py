@@ -32,17 +32,17 @@ class ObjectTemplate:
 
 
 def is_object(a: Any) -> bool:
-    """Whether a is an object of some other kind than graphs hold."""
+    """Tell whether a is an object of some other kind than graphs hold."""
     return not (a is None or isinstance(a, (fx.Proxy, *_PLAIN)) or type(a) in _CONTAINERS or hasattr(a, "_fields"))
 
 
 def is_built_around_proxies(a: Any) -> bool:
-    """Whether a is such an object, with tensors of the graph in it."""
+    """Tell whether a is such an object, with tensors of the graph in it."""
     return is_object(a) and bool(proxies_in(a))
 
 
 def is_plain_dataclass(a: Any) -> bool:
-    """Whether a is what its fields make, and of a class that generated code can name."""
+    """Tell whether a is what its fields make, and of a class that generated code can name."""
     kind: Any = type(a)
     made_by_fields = dataclasses.is_dataclass(kind) and "__init__" in vars(kind) and kind.__dataclass_params__.init  # type: ignore[union-attr]
     named = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
@@ -50,7 +50,7 @@ def is_plain_dataclass(a: Any) -> bool:
 
 
 def template_of(a: Any) -> tuple[ObjectTemplate, list[fx.Proxy]]:
-    """The object with a hole for each proxy in it, and the proxies."""
+    """Return a template with a slot for each proxy in an object, and the proxies."""
     proxies = list({id(proxy): proxy for proxy in proxies_in(a)}.values())
     slots = tuple(Slot() for _ in proxies)
     body = copy.deepcopy(a, {id(proxy): hole for proxy, hole in zip(proxies, slots, strict=True)})
@@ -58,19 +58,19 @@ def template_of(a: Any) -> tuple[ObjectTemplate, list[fx.Proxy]]:
 
 
 def rebuild(skeleton: ObjectTemplate, tensors: list[Any]) -> Any:
-    """A copy of the object with its tensors."""
+    """Copy the object of a template, with these tensors in its slots."""
     return copy.deepcopy(skeleton.body, {id(h): tensor for h, tensor in zip(skeleton.slots, tensors, strict=True)})
 
 
 def with_items(built: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """The same dict with these items: Dynamo copies dicts of a user's class without what is in them."""
+    """Put items into a dict and return it: Dynamo copies dicts of a user's class without what is in them."""
     for key, value in items.items():
         dict.__setitem__(built, key, value)
     return built
 
 
 def proxies_in(a: Any, seen: set[int] | None = None) -> list[fx.Proxy]:
-    """The proxies in an object, however deep. seen: what has been looked at, by identity."""
+    """Find the proxies in an object, however deep. seen: what has been looked at, by identity."""
     seen = set() if seen is None else seen
     if isinstance(a, fx.Proxy):
         return [a]

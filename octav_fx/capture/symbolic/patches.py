@@ -30,7 +30,7 @@ _LITERAL: Final = (*PLAIN, complex, torch.layout, torch.memory_format, torch.Gen
 
 @contextlib.contextmanager
 def symbolic_torch(tracer: "ValueTracer") -> Iterator[None]:
-    """Functions of torch that refuse proxies, or that must run anew with the graph, as nodes while tracing."""
+    """Make nodes, while tracing, of functions of torch that refuse proxies or that must run anew with the graph."""
 
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ def symbolic_torch(tracer: "ValueTracer") -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_flags(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
-    """module.training is a flag that the tracer sees; afterwards, whatever happened, it is the bool again."""
+    """Make module.training a flag that the tracer sees; afterwards, whatever happened, it is the bool again."""
     # nn.Module keeps it as a plain attribute; a scripted module does not, and has no Python code to read it.
     modes = {module: module.training for module in root.modules() if "training" in module.__dict__}
     try:
@@ -83,7 +83,7 @@ def training_flags(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_training(module: nn.Module | None) -> Iterator[None]:
-    """Real bools while a leaf module is evaluated: compiled functions take nothing else."""
+    """Show real bools while a leaf module is evaluated: compiled functions take nothing else."""
     modules = [] if module is None else [m for m in module.modules() if "training" in m.__dict__]
     flags = {m: m.__dict__["training"] for m in modules}
     for m, flag in flags.items():
@@ -97,7 +97,7 @@ def plain_training(module: nn.Module | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Shape errors reach the user as one OctavError; torch would log a traceback of each besides."""
+    """Keep torch from logging a traceback of each shape error, which reach the user as one OctavError."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:
@@ -108,7 +108,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def symbolic_isinstance(root: nn.Module) -> Iterator[None]:
-    """isinstance(x, Tensor) is True of a proxy for a tensor, in torch.nn.functional and the files of forward methods.
+    """Let isinstance(x, Tensor) be True of a proxy for a tensor, in torch.nn.functional and files of forward methods.
 
     Shadowed in those files rather than answered by the proxy: torch's C++ would take such a proxy for a tensor.
     """

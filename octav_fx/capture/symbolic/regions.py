@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def regions(tracer: "ValueTracer") -> Iterator[None]:
-    """Entering and leaving torch.autocast makes nodes, and so does a function with a gradient of its own.
+    """Make nodes where torch.autocast is entered and left, and where a function with a gradient of its own is called.
 
     Gradients are on, so that the tracer sees who turns them off.
     """
@@ -60,7 +60,7 @@ class Kept:
 
 
 def apply_function(kept: Kept, *args: Any, **kwargs: Any) -> Any:
-    """Its result, as a call that a graph can hold."""
+    """Call a function with a gradient of its own, as a graph can hold it."""
     return kept.function.apply(*args, **kwargs)
 
 

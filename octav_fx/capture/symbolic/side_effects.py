@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
-    """Afterwards every attribute and buffer is what it was before the trace.
+    """Put back, after the trace, every attribute and buffer.
 
     tracer.stored names what forward keeps for later calls (a table of positions): the graph computes it anew. Raises
     NotCaptured for what it computes from its own last value: a graph has no memory.
@@ -48,7 +48,7 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
 
 
 def _objects(root: nn.Module) -> list[tuple[Any, Any]]:
-    """Objects of the user's that modules hold, a cache or a log, each with a copy of what it holds now."""
+    """Return the user's objects that modules hold, a cache or a log, each with a copy of what it holds now."""
     known: dict[int, Any] = {id(m): m for m in root.modules()}
     known |= {id(t): t for t in (*root.parameters(), *root.buffers())}
     held = {id(value): value for _, values in attributes(root) for value in values.values() if is_object(value)}
@@ -63,7 +63,7 @@ def _objects(root: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def _reads(node: fx.Node, name: str) -> bool:
-    """Whether a node is computed from an attribute; tensors that are no buffers have lost their names."""
+    """Tell whether a node is computed from an attribute; tensors that are no buffers have lost their names."""
     return any(
         source.op == "get_attr" and (source.target == name or str(source.target).startswith("_tensor_constant"))
         for source in ancestors(node)
