@@ -1,11 +1,12 @@
 """python -m benchmarks.replay: record what the compiler does with each model, and compare it with what is committed.
 
-Exit 0: all of it is as committed. Exit 1: the list says what is not.
+Exit 0: all of it is as committed. Exit 1: the list says what is not. Exit 2: no model has such a name.
 """
 
 import argparse
 import fnmatch
 import json
+import logging
 import multiprocessing
 import sys
 import time
@@ -16,33 +17,39 @@ import torch
 from benchmarks.replay import compare
 from benchmarks.replay.compare import Hashes
 from benchmarks.replay.models import MODELS, Model
-from benchmarks.replay.record import record
+from benchmarks.replay.record import FAILED, record
 
 _PROCESSES = 2
+_ALL = "*"
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    globs = [arguments.diff] if arguments.diff else arguments.only or ["*"]
+    globs = arguments.only or [arguments.diff or _ALL]
     chosen = [model for model in MODELS if any(fnmatch.fnmatchcase(model.name, glob) for glob in globs)]
     if not chosen:
         print(f"no model is named {' or '.join(globs)}", file=sys.stderr)
-        return 2
+        return compare.NO_MODEL
     began = time.monotonic()
     texts = recorded([model for model in chosen if model.is_here])
     print(f"{len(texts)} models in {time.monotonic() - began:.0f} s", flush=True)
     _tell_missing(chosen)
+    failed = [f"{name}: {found[FAILED]}" for name, found in texts.items() if FAILED in found]
+    print("".join(f"failed: {line}\n" for line in failed), end="")
     if arguments.texts:
         arguments.texts.write_text(json.dumps(texts))
         return 0
     if arguments.write:
-        compare.write(compare.hashes(texts))
-        return 0
+        # A failure is not to be compared with.
+        compare.write(compare.hashes({name: found for name, found in texts.items() if FAILED not in found}))
+        return int(bool(failed))
     differing = _differing(compare.hashes(texts), compare.committed())
     for name, what, how in differing:
         print(f"{how}: {name}: {what}")
     if arguments.diff:
-        _print_diff(texts, [name for name, *_ in differing], arguments.against)
+        # A model that was asked for is shown whether its committed hashes fit or not.
+        names = [name for name, *_ in differing] if arguments.diff == _ALL else list(texts)
+        _print_diff(texts, names, arguments.against)
     return int(bool(differing))
 
 
@@ -59,7 +66,6 @@ def _differing(found: Hashes, committed: Hashes) -> list[tuple[str, str, str]]:
 
 def recorded(models: list[Model]) -> dict[str, dict[str, str]]:
     """Record models, each in a process of its own: model -> what -> text."""
-    torch.set_num_threads(1)
     # Forked, importing takes longer than most models; one model each, as it must not matter which came before.
     with multiprocessing.get_context("fork").Pool(_PROCESSES, maxtasksperchild=1) as pool:
         # The longest first, so that none is left alone at the end.
@@ -69,6 +75,9 @@ def recorded(models: list[Model]) -> dict[str, dict[str, str]]:
 
 
 def _recorded(name: str) -> tuple[str, dict[str, str]]:
+    torch.set_num_threads(1)
+    # What stays float is told there, and is in the table.
+    logging.getLogger("octav_fx").setLevel(logging.ERROR)
     return name, record(next(model for model in MODELS if model.name == name))
 
 
@@ -92,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", metavar="GLOB", help="models by name (may be given again)")
     parser.add_argument("--write", action="store_true", help="update the committed hashes instead of comparing")
     parser.add_argument(
-        "--diff", nargs="?", const="*", metavar="GLOB", help="also print how the texts differ (default: of all models)"
+        "--diff", nargs="?", const=_ALL, metavar="GLOB", help="print how the texts differ (default: of all that differ)"
     )
     parser.add_argument("--against", default="HEAD", metavar="REF", help="the commit to print the difference to")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="write the texts into a file and do no more")

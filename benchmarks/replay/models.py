@@ -78,6 +78,12 @@ def _swin(kind: str) -> tuple[nn.Module, Any]:
     return net, torch.randn(2, 3, 32, 32)
 
 
+def _of_transformers(name: str) -> tuple[nn.Module, Any]:
+    # It imports torchvision, which needs help beside a CPU-only torch.
+    zoo.torchvision()
+    return zoo_transformers.make(name)
+
+
 def _model(name: str, builder: Callable[..., Any], *arguments: Any, **settings: Any) -> Model:
     return Model(name, functools.partial(builder, *arguments), **settings)
 
@@ -215,5 +221,5 @@ MODELS: Final = (
     *_TORCHVISION,
     *_ATTENTION,
     *_HOSTILE,
-    *(_model(name, zoo_transformers.make, name, needs="transformers") for name in _OF_TRANSFORMERS),
+    *(_model(name, _of_transformers, name, needs="transformers") for name in _OF_TRANSFORMERS),
 )

@@ -19,7 +19,7 @@ _NORMAL: Final = (
     # /home/me/octav_fx/nets.py:31 -> nets.py
     (re.compile(r"(?:[\w.~-]*/)*([\w.-]+\.py):\d+"), r"\1"),
     # octav_fx.graph.rebuild.Rebuilt -> Rebuilt, but octav_fx.quantize is a public name.
-    (re.compile(r"\boctav_fx(?:\.\w+)+\.(?=\w)"), ""),
+    (re.compile(r"\b(?:octav_fx|benchmarks)(?:\.\w+)+\.(?=\w)"), ""),
 )
 # Where tables and reports look instead of running the model: figures that a CPU rounds are none of ours.
 _NO_DATA: Final = torch.empty(0, device="meta")
