@@ -14,8 +14,9 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from octav_fx import backend, zoo
-from octav_fx.graph.text import graph_text
+from octav_fx import zoo
+from octav_fx.backend import entry
+from octav_fx.ir.printer import graph_text
 
 __all__ = ["graph_text", "lowered_graphs", "zoo"]
 
@@ -36,7 +37,7 @@ def lowered_graphs(text: Callable[[fx.Graph], str]) -> Iterator[list[str]]:
 
     torch.compiler.reset()
     with (
-        mock.patch.object(backend, "compile_fx", instead),
+        mock.patch.object(entry, "compile_fx", instead),
         # A graph that comes out of a cache does not pass LOWER.
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._inductor.config.patch(force_disable_caches=True),

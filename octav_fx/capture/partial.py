@@ -51,7 +51,7 @@ class PartialModule:
 
 
 def outermost(q: nn.Module) -> nn.Module:
-    """Return the one module that quantize() returned, in whatever it is wrapped. Raise OctavError unless there is one."""
+    """Return the module that quantize() returned, whatever wraps it. Raise OctavError unless there is exactly one."""
     found = [module for module in q.modules() if isinstance(module, (QuantizedModule, PartialModule))]
     if not found:
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")

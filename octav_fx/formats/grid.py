@@ -34,7 +34,7 @@ class Grid:
 
     @property
     def noise(self) -> float:
-        """Return the mean squared rounding error over clip**2, step**2 / 12 (eq. 4: 4**-B / 3 signed, a fourth of it unsigned)."""
+        """Return the mean squared rounding error over clip**2, step**2 / 12 (eq. 4: 4**-B / 3 if signed)."""
         return 1 / (12 * self.steps**2)
 
     def step(self, clip: Tensor) -> Tensor:

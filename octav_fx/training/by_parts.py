@@ -165,7 +165,7 @@ class Ladder:
         return Record(path, type(module).__name__, None, (), self._macs(path), None, reason)
 
     def _children(self, module: nn.Module, call: Inputs, path: str) -> dict[str, tuple[nn.Module, list[Inputs]]]:
-        """Return the children that multiply, by name, and their calls; for a mere container, its children (blocks.0)."""
+        """Return the children that multiply, by name, and their calls; of a container, its children (blocks.0)."""
 
         def working(within: str, parent: nn.Module) -> dict[str, nn.Module]:
             named = {_join(within, name): child for name, child in parent.named_children()}

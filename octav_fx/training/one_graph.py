@@ -49,7 +49,7 @@ class Position:
         return f"{self.path}.{site}" if self.path else site
 
     def placed(self, place: Place) -> Place:
-        """Return the place of an operand in the whole model: a first layer of the module need not be one of the model."""
+        """Return the place of an operand in the whole model: a first layer of it need not be one of the model."""
         edge = place.edge and (self.holds_last if place.op == "linear" else self.holds_first)
         return replace(place, site=self.named(place.site), edge=edge)
 

@@ -423,7 +423,7 @@ def is_torch_leaf(m: nn.Module) -> bool:
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
-    """Return a result of the shape and work of rows [S, I] times experts' weights [E, I, O], or of [G, S, I] products."""
+    """Return a result of the shape and work of rows [S, I] times experts' weights [E, I, O], or of a batch of those."""
     return torch.bmm(mat_a, mat_b) if mat_a.dim() == 3 else mat_a @ mat_b[0]
 
 
