@@ -109,6 +109,7 @@ def test_the_public_names():
         "freeze",
         "optimal_clip",
         "pact_penalty",
+        "param_groups",
         "quantize",
         "rows",
         "table",
