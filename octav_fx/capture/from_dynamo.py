@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import IntegerModule, QuantizedModule
 from octav_fx.capture.partial import PartialModule
 from octav_fx.compat.graphs import (
     FUSED_ENCODER_LAYER,
@@ -61,7 +61,7 @@ def has_quantizers(gm: fx.GraphModule) -> bool:
 
 
 def is_within_quantized() -> bool:
-    """Tell whether the code that Dynamo compiles runs in a quantized module: what is float there is so on purpose.
+    """Tell whether Dynamo compiles code of a quantized or converted module: what is float there is so on purpose.
 
     Where the user's Python breaks the graph, pieces of it have no quantizer in them, and functions that it calls are
     compiled without the module among their variables: it is that of a call further up.
@@ -73,7 +73,7 @@ def is_within_quantized() -> bool:
             local.append(frame.f_locals["self"])
         frame = frame.f_back
     modules = [module for value in local if isinstance(value, nn.Module) for module in value.modules()]
-    return any(isinstance(module, (QuantizedModule, PartialModule)) for module in modules)
+    return any(isinstance(module, (QuantizedModule, PartialModule, IntegerModule)) for module in modules)
 
 
 def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:

@@ -306,6 +306,18 @@ def test_a_quantized_model_is_not_quantized_again(reached):
     assert reached.count("dynamic_fake_quantize") == len(q.quantizers._modules)
 
 
+def test_a_converted_model_is_not_quantized_again():
+    x = torch.randn(4, 8)
+    q = quantize(Mlp().eval(), x)
+    converted = octav_fx.convert(octav_fx.freeze(octav_fx.calibrate(q, [x])))
+    # The same calls of the same library: there is nothing to fuse that would sum otherwise.
+    with torch.no_grad():
+        assert torch.equal(octav(converted)(x), converted(x))
+        # In the code of a user's own module, too.
+        whole = nn.Sequential(nn.Identity(), converted)
+        assert torch.equal(octav(whole)(x), converted(x))
+
+
 def test_beside_a_quantized_part_the_rest_stays_float(reached):
     x = torch.randn(16, 8)
     model = nn.Sequential(quantize(Mlp(), x), nn.Linear(8, 3))

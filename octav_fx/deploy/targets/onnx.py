@@ -30,17 +30,17 @@ from octav_fx.passes.export.fold_affine_into_scale import NOTHING
 OPSET: Final = 21
 # The domain of the nodes that stand for quantizers while PyTorch's exporter works.
 _DOMAIN: Final = "octav"
-# onnxruntime moves a QuantizeLinear before these.
-_MOVERS: Final = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Expand", "Identity")
+# Bits of the type that activations are stored in.
+BYTE: Final = 8
 
 
 def export_onnx(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = True) -> None:
     """Write a frozen model as ONNX (opset 21, QDQ) that computes what convert(q) computes.
 
     Weights are int4 or int8 initializers behind a DequantizeLinear for each channel; activations pass QuantizeLinear
-    and DequantizeLinear with static scales, int4, uint4, int8 or uint8. A factor of a batch norm is in the weight's
-    scale, its sign, where negative, in a Mul behind the convolution. example_inputs: as for quantize(). With
-    dynamic_batch the first axis of every input that has the size of the first one's is free.
+    and DequantizeLinear with static scales as uint8, with a zero point where they are signed. A factor of a batch norm
+    is in the weight's scale, its sign, where negative, in a Mul behind the convolution. example_inputs: as for
+    quantize(). With dynamic_batch the first axis of every input that has the size of the first one's is free.
     The file is written whole or not at all. Raises OctavError for a model that is not frozen or is not float32, for an
     op that ONNX lacks, and for a path that cannot be written.
     """
@@ -208,9 +208,7 @@ def _write_quantizers(onnx: Any, model: Any, quantizers: Mapping[str, IntegerWei
         if isinstance(part, IntegerWeight):
             made, initializers = _weight(onnx, key, part, node.output[0])
         else:
-            made, initializers = _activation(
-                onnx, key, part, node.input[0], node.output[0], _type_bits(part, makers.get(node.input[0]), makers)
-            )
+            made, initializers = _activation(onnx, key, part, node.input[0], node.output[0])
         # A module that is called twice has one set of initializers.
         graph.initializer.extend([] if key in written else initializers)
         written.add(key)
@@ -250,45 +248,30 @@ def _weight(onnx: Any, key: str, weight: IntegerWeight, output: str) -> tuple[li
 
 
 def _activation(
-    onnx: Any, key: str, quantizer: StaticQuantizer, source: str, output: str, type_bits: int
+    onnx: Any, key: str, quantizer: StaticQuantizer, source: str, output: str
 ) -> tuple[list[Any], list[Any]]:
-    make, bits, shape = onnx.helper.make_node, quantizer.bits, list(quantizer.scale.shape)
-    kind = f"{'' if quantizer.signed else 'U'}INT{type_bits}"
-    zeros = [0] * quantizer.scale.numel()
-    zero = onnx.helper.make_tensor(f"{key}.zero", getattr(onnx.TensorProto, kind), shape, zeros)
+    """QuantizeLinear, Clip below 8 bits, DequantizeLinear; the codes are uint8, the lowest level of the grid is 0.
+
+    onnxruntime computes with uint8 on x64 whatever is written, and gets its own change from int8 wrong for some models.
+    QuantizeLinear saturates at the ends of the type only; a Clip of the codes keeps the pattern that runtimes fuse.
+    """
+    make, grid, shape = onnx.helper.make_node, Grid(quantizer.bits, quantizer.signed), list(quantizer.scale.shape)
+    zeros = [-grid.low] * quantizer.scale.numel()
+    zero = onnx.helper.make_tensor(f"{key}.zero", onnx.TensorProto.UINT8, shape, zeros)
     scale = _floats(onnx, f"{key}.scale", quantizer.scale)
     axis = {} if quantizer.dim is None else {"axis": quantizer.dim}
-    nodes, initializers = [], [scale, zero]
     # A quantizer may be called for several tensors; each call has its own names.
-    call = f"{key}/{output}"
-    if bits != type_bits:
-        # QuantizeLinear saturates at the ends of its integer type only.
-        if quantizer.dim is not None:
-            raise OctavError(
-                f"{key}: {bits} bits with a scale for each channel of data have no place in ONNX; use 4 or 8 bits there"
-            )
-        grid = Grid(bits, quantizer.signed)
-        ends = [_floats(onnx, f"{key}.{level}", level * quantizer.scale) for level in (grid.low, grid.high)]
-        initializers += ends
-        nodes.append(make("Clip", [source, *(end.name for end in ends)], [f"{call}.clipped"], f"{call}.clip"))
-        source = f"{call}.clipped"
-    codes, parameters = f"{call}.codes", [scale.name, zero.name]
-    nodes.append(make("QuantizeLinear", [source, *parameters], [codes], f"{call}.quantize", **axis))
+    call, parameters, initializers = f"{key}/{output}", [scale.name, zero.name], [scale, zero]
+    codes = f"{call}.codes"
+    nodes = [make("QuantizeLinear", [source, *parameters], [codes], f"{call}.quantize", **axis)]
+    if quantizer.bits < BYTE:
+        ends = zip(("low", "high"), (0, grid.high - grid.low), strict=True)
+        bounds = [onnx.helper.make_tensor(f"{key}.{end}", onnx.TensorProto.UINT8, [], [code]) for end, code in ends]
+        initializers += bounds
+        nodes.append(make("Clip", [codes, *(bound.name for bound in bounds)], [f"{codes}.clipped"], f"{call}.clip"))
+        codes = f"{codes}.clipped"
     nodes.append(make("DequantizeLinear", [codes, *parameters], [output], f"{call}.dequantize", **axis))
     return nodes, initializers
-
-
-def _type_bits(quantizer: StaticQuantizer, maker: Any, makers: Mapping[str, Any]) -> int:
-    """The width of the integer type for codes: 4 or 8.
-
-    Moved before a MaxPool, which has no 4-bit kernel, a QuantizeLinear of 4 bits makes a model that onnxruntime 1.31
-    does not load; a Clip before one of 8 bits keeps it in its place.
-    """
-    while maker is not None and maker.op_type in _MOVERS:
-        if maker.op_type == "MaxPool":
-            return 8
-        maker = makers.get(maker.input[0])
-    return 4 if quantizer.bits == 4 else 8
 
 
 def _as_it_is(onnx: Any, node: Any, graph: Any, makers: Mapping[str, Any]) -> list[Any]:
@@ -318,20 +301,25 @@ def _bias_apart(onnx: Any, node: Any, graph: Any, makers: Mapping[str, Any]) -> 
     return [node, onnx.helper.make_node("Add", [node.output[0], shaped.name], [output], f"{output}.add")]
 
 
-def _clip_by_two(onnx: Any, clip: Any, graph: Any, makers: Mapping[str, Any]) -> list[Any]:
-    """Clip as Max and Min: onnxruntime 1.31 does not load a Clip before a QuantizeLinear of 4 bits."""
-    (source, *bounds), output = clip.input, clip.output[0]
-    steps = [(kind, bound) for kind, bound in zip(("Max", "Min"), bounds, strict=False) if bound]
-    nodes = []
-    for i, (kind, bound) in enumerate(steps):
-        result = output if i == len(steps) - 1 else f"{output}.{kind}"
-        nodes.append(onnx.helper.make_node(kind, [source, bound], [result], result))
-        source = result
-    return nodes or [clip]
+def _bias_of_rank_three(onnx: Any, node: Any, graph: Any, makers: Mapping[str, Any]) -> list[Any]:
+    """The bias of a linear layer with two axes of one in front.
+
+    With one axis alone onnxruntime makes a Gemm of the two nodes, and rounds the bias as it does that of a convolution.
+    """
+    biases = [tensor for tensor in graph.initializer if tensor.name in node.input and len(tensor.dims) == 1]
+    products = [makers[name] for name in node.input if name in makers and makers[name].op_type == "MatMul"]
+    if len(biases) == len(products) == 1:
+        shaped = onnx.TensorProto()
+        shaped.CopyFrom(biases[0])
+        shaped.name = f"{node.output[0]}.bias"
+        shaped.dims[:] = [1, 1, *biases[0].dims]
+        graph.initializer.append(shaped)
+        node.input[list(node.input).index(biases[0].name)] = shaped.name
+    return [node]
 
 
-# What onnxruntime 1.31 gets wrong beside 4-bit operands, and what is written instead.
-_TRANSLATIONS: Final = {"Clip": _clip_by_two, "Conv": _bias_apart, "ConvTranspose": _bias_apart}
+# What onnxruntime 1.31 gets wrong beside integer operands, and what is written instead.
+_TRANSLATIONS: Final = {"Conv": _bias_apart, "ConvTranspose": _bias_apart, "Add": _bias_of_rank_three}
 
 
 def _floats(onnx: Any, name: str, value: Tensor) -> Any:

@@ -68,13 +68,9 @@ def with_given_activations(path: Path) -> tuple[bytes, list[tuple[str, str]]]:
         # <quantizer>/<value>.dequantize; of a weight there is no value.
         if dequantize.op_type != "DequantizeLinear" or "/" not in dequantize.name:
             continue
-        quantize_ = makers[dequantize.input[0]]
-        clip = makers.get(quantize_.input[0])
-        chain = [
-            node
-            for node in (clip, quantize_, dequantize)
-            if node is not None and node.name.startswith(quantize_.name.removesuffix("quantize"))
-        ]
+        call, chain = dequantize.name.removesuffix("dequantize"), [dequantize]
+        while (maker := makers.get(chain[0].input[0])) is not None and maker.name.startswith(call):
+            chain.insert(0, maker)
         output = dequantize.output[0]
         previous = chain[0].input[0]
         for node in chain:
@@ -193,6 +189,18 @@ def test_every_width_behind_every_kind_of_clamp(bits, extra, tmp_path):
         assert relative(ours, out) < 1e-4
         (whole,) = run_onnx(path, given).values()
         assert relative(whole, out) < 1e-4
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_transformers_of_every_width_with_a_free_and_a_fixed_batch(name, bits, dynamic_batch, tmp_path):
+    q, inputs = frozen(LANGUAGE[name], Config(*bits))
+    export_onnx(q, inputs, tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
+    out, activations, _ = observed(q, inputs)
+    ours, found = computed(tmp_path / "model.onnx", inputs, activations)
+    check_codes(activations, found)
+    assert relative(ours, out) < 1e-4
 
 
 def test_ties_go_to_the_even_code(tmp_path):
