@@ -1,13 +1,19 @@
-"""One thread, one seed, own caches: no test depends on another, on the machine's cores, or on an earlier run."""
+"""One thread, one seed, own caches: no test depends on another, on the machine's cores, or on an earlier run.
+
+--fast leaves out every test with a marker of MARKERS, and holds the others to a second each.
+"""
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
+from octav_fx import zoo
 from octav_fx.ops import cpu
+from tests.support.examples import PROFILES
 
 torch.set_num_threads(1)
 # Read when triton is first imported. Without a GPU its kernels run interpreted, the same source on CPU tensors.
@@ -17,8 +23,56 @@ if not torch.cuda.is_available():
 _CACHE = tempfile.TemporaryDirectory(prefix="octav_fx_tests_")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 # Cores are shared with other processes: how long one example takes says nothing.
-settings.register_profile("octav_fx", deadline=None)
-settings.load_profile("octav_fx")
+for _name, _count in PROFILES.items():
+    settings.register_profile(f"octav_fx_{_name}", deadline=None, max_examples=_count)
+settings.load_profile("octav_fx_full")
+
+# What a fast run leaves out; pyproject.toml says what they mean.
+MARKERS = ("models", "compile", "ranks", "slow", "gpu")
+# Seconds of CPU time that any other test may take in a fast run.
+LIMIT = 1.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests without a marker, and a tenth of the examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make a run fast before any module of tests is imported, which asks for its number of examples."""
+    if config.getoption("fast"):
+        settings.load_profile("octav_fx_fast")
+        given = config.option.markexpr
+        config.option.markexpr = " and ".join([*([f"({given})"] if given else []), *(f"not {m}" for m in MARKERS)])
+
+
+def _cpu_seconds() -> float:
+    """Return what this process and the ended ones that it started have computed.
+
+    The time of the clock would say how busy the machine is with other things, and the time of one thread would miss
+    a subprocess.
+    """
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test of a fast run that takes longer than LIMIT."""
+    start = _cpu_seconds()
+    result = yield
+    spent = _cpu_seconds() - start
+    if item.config.getoption("fast") and spent > LIMIT:
+        pytest.fail(f"{spent:.1f} s of CPU time: make it cheaper, or mark it with one of {', '.join(MARKERS)}")
+    return result
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warm(request: pytest.FixtureRequest) -> None:
+    """Pay what the first test that needs it would: the C++ kernels are built, and large packages imported, once."""
+    if request.config.getoption("fast"):
+        cpu.library()
+        zoo.torchvision()
+        torch.library.opcheck(torch.ops.octav.quantize.default, (torch.ones(1), torch.ones(()), 4, True, None))
 
 
 @pytest.fixture(autouse=True)

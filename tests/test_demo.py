@@ -21,6 +21,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "BATCH", 8)
 
 
+@pytest.mark.models
 def test_one_epoch_prints_the_table_and_returns_what_it_prints(few_digits, capsys):
     found = demo.main(epochs=1, seed=0)
     out = capsys.readouterr().out
@@ -35,6 +36,7 @@ def test_one_epoch_prints_the_table_and_returns_what_it_prints(few_digits, capsy
     assert found.quantized_ms > 0
 
 
+@pytest.mark.models
 def test_the_seed_decides_everything_but_the_times(few_digits):
     first, again = (demo.main(epochs=1, seed=1) for _ in range(2))
     assert (first.float_accuracy, first.quantized_accuracy) == (again.float_accuracy, again.quantized_accuracy)

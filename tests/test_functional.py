@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import octav_fx
 from octav_fx import OctavError, fake_quantize, optimal_clip
+from tests.support.examples import examples
 from tests.support.samples import fixed_point
 
 METHODS = ["octav", "octav-grid", "max", "percentile", "mse"]
@@ -78,7 +79,7 @@ def test_a_clip_can_be_any_number(clip):
     assert torch.equal(fake_quantize(x, clip, 4), fake_quantize(x, torch.tensor(1.0), 4))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     bits=st.integers(2, 8),
     signed=st.booleans(),
@@ -96,7 +97,7 @@ def test_no_more_values_than_levels_and_all_within_the_clip(bits, signed, dim, m
         assert (-bound if signed else 0) <= row.min() <= row.max() < bound
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(bits=st.integers(2, 8), signed=st.booleans(), gradient=st.sampled_from(GRADIENTS))
 def test_quantizing_twice_is_quantizing_once(bits, signed, gradient):
     x = torch.randn(300)

@@ -13,6 +13,8 @@ from benchmarks import result
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import dequantize, fake_quantize, int_matmul, limited, optimal_clip, quantize, step, worker
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

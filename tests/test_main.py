@@ -22,6 +22,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "octav_fx", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_help_names_the_commands():
     shown = command("--help")
     assert shown.returncode == 0
@@ -30,6 +31,7 @@ def test_help_names_the_commands():
     assert shown.stderr == ""
 
 
+@pytest.mark.slow
 def test_errors_have_no_traceback():
     shown = command("table", "no_such_module:build")
     assert (shown.returncode, shown.stdout) == (1, "")

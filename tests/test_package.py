@@ -44,6 +44,7 @@ def tracked(folder: str) -> set[str]:
     return {f"octav_fx/{name}" if folder == "passes" else name for name in named}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_source_file_once(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {name for name in names if not name.startswith(f"octav_fx-{octav_fx.__version__}.dist-info/")}
@@ -53,6 +54,7 @@ def test_the_wheel_holds_every_source_file_once(wheel):
     assert {"octav_fx/ops/fake_quantize/kernel.cpp", "octav_fx/ops/optimal_clip/kernel.cpp"} <= inside
 
 
+@pytest.mark.slow
 def test_the_wheel_has_one_top_level_name_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         information = f"octav_fx-{octav_fx.__version__}.dist-info"
@@ -60,6 +62,7 @@ def test_the_wheel_has_one_top_level_name_and_the_licence(wheel):
         assert f"{information}/licenses/LICENSE" in archive.namelist()
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_works_without_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

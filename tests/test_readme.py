@@ -5,10 +5,13 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_its_python_runs(tmp_path, monkeypatch):
     # It writes files beside itself.
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,7 @@ def test_without_torchvision_it_says_what_to_install(monkeypatch):
         zoo.load("resnet18")
 
 
+@pytest.mark.slow
 def test_importing_octav_fx_imports_none_of_the_optional_packages():
     optional = ("torchvision", "sklearn", "onnx", "triton")
     # Dynamo imports triton by itself where there is one.
@@ -124,6 +125,7 @@ DETECTORS: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_is_quantized_in_parts_and_its_boxes_are_the_float_models(name: str):
     model = zoo.load(name, num_classes=5, **DETECTORS[name]).eval()
@@ -147,6 +149,7 @@ def test_a_detector_is_quantized_in_parts_and_its_boxes_are_the_float_models(nam
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 
+@pytest.mark.models
 def test_a_detector_learns():
     model = zoo.load("fasterrcnn_mobilenet_v3_large_320_fpn", num_classes=5, **FEW).train()
     images: list[Tensor] = [torch.rand(3, 64, 64)] * 2

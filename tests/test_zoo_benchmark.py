@@ -50,17 +50,20 @@ def check_right(row: zoo.Row) -> None:
     assert "stopped" not in row
 
 
+@pytest.mark.models
 def test_torchvision_squeezenet():
     made = next(made for made in zoo_models.entries() if made.name == "squeezenet1_1")
     assert (made.library, made.family) == ("torchvision", "squeezenet")
     check_right(measured(made))
 
 
+@pytest.mark.models
 def test_timm_test_vit():
     needs("timm")
     check_right(measured(Entry("timm", "vision_transformer", "test_vit", zoo_timm.make)))
 
 
+@pytest.mark.models
 def test_transformers_bert():
     needs("transformers")
     name = "BertForSequenceClassification"

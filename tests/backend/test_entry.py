@@ -187,6 +187,7 @@ def assert_same_step(ours, theirs, **tolerance) -> None:
 # Its name and its options.
 
 
+@pytest.mark.compile
 def test_a_process_that_never_imports_octav_fx_finds_it():
     code = """
 import sys, torch
@@ -241,6 +242,7 @@ def test_a_mode_reaches_inductor(monkeypatch):
     assert patches["triton.cudagraphs"] is True
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="Inductor leaves layouts alone")
 def test_gradients_of_depthwise_convolutions_run_channels_last():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
@@ -252,12 +254,14 @@ def test_gradients_of_depthwise_convolutions_run_channels_last():
     assert len(strides) == 2 and all(channel == "1" for _, channel, *_ in strides)
 
 
+@pytest.mark.compile
 def test_reduce_overhead_computes_what_eager_does():
     model, x = Mlp(), torch.randn(16, 8)
     q = quantize(model, x)
     assert_same_step(step(octav(model, mode="reduce-overhead"), model, x), step(q, q, x), **CLOSE)
 
 
+@pytest.mark.compile
 def test_dynamic_is_one_graph_for_all_batch_sizes():
     model = Mlp()
     q, compiled = quantize(model, torch.randn(6, 8)), octav(model, dynamic=True)
@@ -282,6 +286,7 @@ def test_a_float_model_is_the_quantized_one(reached):
     assert_same_step(step(octav(model, options=OPTIONS), model, x), step(q, q, x), rtol=0, atol=0)
 
 
+@pytest.mark.compile
 def test_float_and_quantized_models_compute_the_same_compiled():
     model, x = Attentive(), torch.randn(4, 5, 6)
     q = quantize(model, x, Config(**OPTIONS))
@@ -448,6 +453,7 @@ def test_hints_are_the_clips_of_the_last_call(reached):
         torch.testing.assert_close(hint, octav_fx.optimal_clip(x * factor, 4), rtol=1e-6, atol=0)
 
 
+@pytest.mark.compile
 def test_hints_go_when_the_model_goes():
     gc.collect()
     before = len(entry._HINTS)
@@ -500,6 +506,7 @@ def test_train_and_eval_take_turns(reached):
     assert len(reached) == 2
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference(context):
     model, x = with_statistics(), images()
@@ -592,6 +599,7 @@ def codes(y: Tensor, clip: Tensor, spec) -> Tensor:
     return (y / along(Grid(spec.bits, spec.signed).step(clip), y, spec.dim)).round()
 
 
+@pytest.mark.compile
 def test_clips_and_codes_of_compiled_and_eager_agree(one_step):
     _, eager, _ = one_step
     different = total = 0
@@ -606,6 +614,7 @@ def test_clips_and_codes_of_compiled_and_eager_agree(one_step):
     assert different <= 1e-4 * total
 
 
+@pytest.mark.compile
 def test_gradients_are_those_of_float64_with_the_same_codes(one_step):
     compiled, _, exact = one_step
     # A sum of K terms in float32 is off by about sqrt(K) * 2**-24 of the norm of its terms, when roundings go either
@@ -632,6 +641,7 @@ def train(call, model: nn.Module, x: Tensor, target: Tensor, steps: int) -> list
     return losses
 
 
+@pytest.mark.compile
 def test_losses_of_compiled_and_eager_track():
     x, target = digits(64 * 20)
     model = Cnn()
@@ -651,6 +661,7 @@ def test_losses_of_compiled_and_eager_track():
 # Whole models.
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
 def test_one_graph_and_no_recompilation(reached, name, quantized):
@@ -674,6 +685,7 @@ def checkpointed(use_reentrant: bool | None) -> Checkpointed:
     return Checkpointed(use_reentrant)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(use_reentrant):
     x = torch.randn(16, 8, requires_grad=True)
@@ -686,6 +698,7 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
 # Bits and dtypes.
 
 
+@pytest.mark.compile
 def test_eight_bits_everywhere_train():
     # A linear problem of 8 classes. Codes of 8 bits unsigned take two bytes.
     x = torch.randn(256, 8)
@@ -714,10 +727,12 @@ def assert_near_eager_in_bfloat16(model: nn.Module, x: Tensor, context) -> None:
     assert (out - expected).float().norm() < (12 / 30) ** 0.5 * (unquantized - expected).float().norm()
 
 
+@pytest.mark.compile
 def test_a_model_in_bfloat16():
     assert_near_eager_in_bfloat16(Mlp().bfloat16(), torch.randn(64, 8).bfloat16(), nullcontext())
 
 
+@pytest.mark.compile
 def test_autocast():
     assert_near_eager_in_bfloat16(Mlp(), torch.randn(64, 8), torch.autocast("cpu", torch.bfloat16))
 

@@ -19,6 +19,8 @@ from octav_fx.ops.optimal_clip.op import optimal_clip
 from octav_fx.ops.quantize.op import quantize
 from octav_fx.ops.register import REGISTERED
 
+pytestmark = pytest.mark.compile
+
 OCTAV = ("optimal_clip", "fake_quantize", "fake_quantize_backward", "quantize", "dequantize")
 FILTERS = ("fake_quantize_filters", "fake_quantize_filters_backward")
 

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Layers(nn.Module):
         return self.conv(images), self.strided(images), self.linear(rows), self.bare(rows)
 
 
+@pytest.mark.compile
 def test_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
     torch.compiler.reset()
     done = []

@@ -114,6 +114,7 @@ def test_a_copy_of_what_holds_it_keeps_ties_across_its_border(duplicate: Any) ->
     assert torch.equal(again["inner"](X), q(X))
 
 
+@pytest.mark.slow
 def test_long_graphs_copy_and_pickle() -> None:
     # fx nodes link to their neighbours: pickled as they are, 1600 of them are deeper than Python's stack.
     x = torch.randn(2, 4)

@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips import mse as module
 from octav_fx.clips.mse import candidates, errors_from_sums, errors_one_by_one, mse_search
 from octav_fx.formats.grid import Grid
+from tests.support.examples import examples
 from tests.support.samples import SAMPLES, SIGNS
 
 
@@ -54,7 +55,7 @@ def test_short_rows(bits, n):
         check(torch.randn(n).abs() if not signed else torch.randn(n), bits, signed)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     row=st.lists(st.integers(-64, 64).map(lambda i: i / 8), min_size=1, max_size=80).filter(any),
     bits=st.integers(2, 4),
@@ -68,7 +69,7 @@ def test_rows_of_ties(row, bits, signed):
     check(x, bits, signed)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data())
 def test_the_sums_are_the_definition(data):
     bits, signed = data.draw(st.integers(2, 8)), data.draw(st.booleans())

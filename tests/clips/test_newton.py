@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips.newton import METHODS, octav_grid_step, octav_step
 from octav_fx.formats.grid import Grid
+from tests.support.examples import examples
 from tests.support.samples import NON_NEGATIVE, SAMPLES, SIGNS, fixed_point, least_error, squared_error
 
 NEWTON = ["octav", "octav-grid"]
@@ -66,7 +67,7 @@ def test_octav_finds_the_fixed_point_from_any_hint(name, signed, bits):
     torch.testing.assert_close(clip, torch.full_like(clip, expected), rtol=1e-6, atol=0)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     row=st.lists(st.sampled_from([0.0, 1.0, -1.0, 1.5, 2.0, -3.0, 7.0, 100.0, 1e-3]), min_size=1, max_size=12),
     bits=st.integers(2, 8),
@@ -186,6 +187,7 @@ def test_octav_grid_costs_the_same_from_any_hint(name, bits):
     torch.testing.assert_close(squared_error(rows, warm, bits, signed), same, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", NEWTON)
 def test_with_huge_outliers_the_minimum_nearest_zero_is_taken(method):
     x = torch.randn(1, 100_000)

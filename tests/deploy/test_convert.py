@@ -48,6 +48,7 @@ def _fast_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda t, mean=0.0, std=1.0, *_, **__: t.data.normal_(mean, std))
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_code_is_that_of_the_frozen_model(name):
     q, inputs = frozen(WHOLE[name])
@@ -74,6 +75,7 @@ def test_every_code_is_that_of_the_frozen_model(name):
             assert torch.equal(c(*inputs), out)
 
 
+@pytest.mark.models
 def test_resnet50_takes_at_most_014_of_its_file(tmp_path):
     model = made(named("resnet50"))
     model.fc = nn.Linear(2048, 1000)
@@ -90,6 +92,7 @@ def test_resnet50_takes_at_most_014_of_its_file(tmp_path):
     assert size_of(c) <= (tmp_path / "integer.safetensors").stat().st_size <= 1.01 * size_of(c)
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("clip", ["octav", "max"])
 def test_other_widths(bits, clip):
@@ -136,6 +139,7 @@ def test_round_trips(how, tmp_path):
     assert not {v.data_ptr() for v in other.state_dict().values()} & {v.data_ptr() for v in c.state_dict().values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", *LANGUAGE])
 def test_torch_export(name):
     q, inputs = ready() if name == "small" else frozen(LANGUAGE[name])

@@ -21,6 +21,7 @@ def ready(**config):
     return freeze(calibrate(q, [x])), x
 
 
+@pytest.mark.models
 def test_rows_and_sizes():
     q, x = ready()
     found = deployment(q, x)
@@ -36,6 +37,7 @@ def test_rows_and_sizes():
     assert found.onnx_bytes > found.bytes
 
 
+@pytest.mark.models
 def test_differences_are_measured(tmp_path):
     q, x = ready()
     export_onnx(q, x, tmp_path / "model.onnx")
@@ -49,6 +51,7 @@ def test_differences_are_measured(tmp_path):
     assert deployment(q, x, tmp_path / "model.onnx").onnx_difference > 0.1
 
 
+@pytest.mark.models
 def test_what_stays_float_has_its_reason():
     q, x = ready(overrides={"0": None})
     row = deployment(q, x).rows[0]
@@ -63,6 +66,7 @@ def test_only_the_module_itself():
         deployment(convert(q), x)
 
 
+@pytest.mark.models
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "out.onnx"
     assert main(["export", "tests.deploy.test_deployment:model", "--input", "2x3x8x8", "--onnx", str(path)]) == 0

@@ -287,6 +287,7 @@ def test_memory_without_data_is_no_mean():
 # Compiled.
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_before_and_after(training):
     torch._dynamo.reset()

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 from octav_fx import Config, coverage, float_mode, quantize, zoo
 from tests.support.on_grid import OnGrid
 
+pytestmark = pytest.mark.models
+
 models = zoo.torchvision().models
 VIDEO = set(models.list_models(module=models.video))
 NAMES = [*models.list_models(module=models), *models.list_models(module=models.segmentation), *sorted(VIDEO)]

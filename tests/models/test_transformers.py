@@ -15,6 +15,8 @@ from tests.support.on_grid import OnGrid
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.models
+
 WORDS = 50
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL = {

@@ -4,12 +4,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize import reference
 from octav_fx.ops.fake_quantize.op import fake_quantize
+from tests.support.examples import examples
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def test_a_cache_that_cannot_be_written_warns(fresh, monkeypatch, tmp_path):
         assert cpu.library() is None
 
 
+@pytest.mark.slow
 def test_kernels_are_built_once(kernels, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = cpu._built()
@@ -108,7 +110,7 @@ def test_dense_tensors_fill_one_stretch_of_memory(x, dense):
     assert cpu.is_dense(x) is dense
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data())
 def test_channel_layout_tells_the_channel_of_each_element_in_memory(data):
     shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 5]), min_size=1, max_size=4))

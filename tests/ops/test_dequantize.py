@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.formats.granularity import clip_shape
@@ -12,6 +12,7 @@ from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.ops.quantize.op import quantize
 from tests.support.compare import EXACT, assert_same_bits
+from tests.support.examples import examples
 from tests.support.strategies import DTYPES, axes, clips, codes, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
@@ -38,7 +39,7 @@ def test_levels_by_hand(signed, values, expected):
         assert_same_bits(y, torch.tensor(expected))
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(data=st.data())
 def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     bits, signed = data.draw(st.sampled_from(GRIDS))
@@ -53,7 +54,7 @@ def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     assert y.stride() == torch.empty_like(stored).stride()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_after_quantize_it_is_fake_quantize_where_x_is_finite_and_nan_elsewhere(data):
     x = data.draw(tensors(DTYPES))

@@ -1,18 +1,21 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.formats.grid import Grid
 from octav_fx.ops.dequantize import reference
 from tests.support.compare import assert_same_bits
+from tests.support.examples import examples
 from tests.support.interpreter import DEVICE, poisoned, small_block
 from tests.support.strategies import axes, clips, codes
 
 kernel = pytest.importorskip("octav_fx.ops.dequantize.kernel")
 
+pytestmark = pytest.mark.gpu
 
-@settings(max_examples=80)
+
+@examples(80)
 @given(data=st.data())
 def test_levels_are_those_of_the_reference_bit_for_bit(data):
     bits, signed = data.draw(st.integers(2, 8)), data.draw(st.booleans())

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips.gradients import GRADIENTS
@@ -13,12 +13,13 @@ from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from tests.support.compare import EXACT
+from tests.support.examples import examples
 from tests.support.strategies import DTYPES, axes, filled_with_nan, tensors
 
 COLD = torch.tensor(0.0)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(data=st.data())
 def test_it_is_the_composition_of_the_two_ops(data):
     x = data.draw(tensors(DTYPES))

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips.gradients import GRADIENTS
@@ -11,6 +11,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ops.fake_quantize import reference
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from tests.support.compare import EXACT, assert_same_bits
+from tests.support.examples import examples
 from tests.support.strategies import DTYPES, axes, clips, filled_with_nan, tensors
 
 SIGNED = [True, False]
@@ -44,7 +45,7 @@ def test_levels_are_kept_and_are_all_there_are(bits, signed):
     assert torch.equal(fake_quantize(torch.randn(10**5), clip, bits, signed, None, "pwl").unique(), levels)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     x = data.draw(tensors(DTYPES))
@@ -56,7 +57,7 @@ def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     assert y.stride() == promised_strides(x)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_the_backward_kernel_is_the_reference_bit_for_bit(kernels, data):
     x = data.draw(tensors(DTYPES))

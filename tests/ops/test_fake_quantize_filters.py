@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from octav_fx.ops.fake_quantize_filters import reference
 from octav_fx.ops.fake_quantize_filters.op import fake_quantize_filters, fake_quantize_filters_backward
 from tests.support.compare import assert_same_bits
+from tests.support.examples import examples
 from tests.support.strategies import DTYPES, SIZES, SPECIAL, TIE, clips, filled_with_nan
 
 SIGNED = [True, False]
@@ -50,7 +51,7 @@ def test_by_hand_input_channels_come_last():
     assert y.is_contiguous()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     x = data.draw(filters())
@@ -62,7 +63,7 @@ def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     assert y.is_contiguous()
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(data=st.data())
 def test_values_are_those_of_fake_quantize(data):
     x = data.draw(filters())
@@ -71,7 +72,7 @@ def test_values_are_those_of_fake_quantize(data):
     assert_same_bits(y, fake_quantize(x, clip, bits, signed, 0, "ste").permute(0, 2, 1))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_the_backward_kernel_is_the_reference_bit_for_bit(kernels, data):
     x = data.draw(filters())

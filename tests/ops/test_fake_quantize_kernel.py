@@ -2,20 +2,23 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.formats.granularity import clip_shape
 from octav_fx.ops.fake_quantize import reference
 from tests.support.compare import assert_same_bits
+from tests.support.examples import examples
 from tests.support.interpreter import DEVICE, poisoned, small_block
 from tests.support.strategies import axes, clips, tensors
 
 kernel = pytest.importorskip("octav_fx.ops.fake_quantize.kernel")
+
+pytestmark = pytest.mark.gpu
 GRADIENTS = ["pwl", "mad"]
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(data=st.data())
 def test_it_is_the_reference_bit_for_bit(data):
     x = data.draw(tensors(kernel.FLOATS)).to(DEVICE)
@@ -26,7 +29,7 @@ def test_it_is_the_reference_bit_for_bit(data):
     assert_same_bits(out, reference.fake_quantize(x, clip, bits, signed, dim, "pwl"))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(data=st.data())
 def test_the_gradient_is_the_reference_bit_for_bit(data):
     x = data.draw(tensors(kernel.FLOATS)).to(DEVICE)

@@ -10,6 +10,8 @@ from tests.support.compare import assert_same_bits
 from tests.support.interpreter import DEVICE, poisoned
 
 kernel = pytest.importorskip("octav_fx.ops.fake_quantize_weights.kernel")
+
+pytestmark = pytest.mark.gpu
 # See test_solve_rows.py.
 CLOSE = {"rtol": 1e-6, "atol": 0}
 SHAPES = [(3, 2, 3, 3), (2, 40), (1, 7), (4, 1), (2, 16)]

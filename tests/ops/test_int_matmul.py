@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.errors import OctavError
@@ -13,10 +13,13 @@ from octav_fx.ops.int_matmul import configs, reference
 from octav_fx.ops.int_matmul.op import int_matmul
 from octav_fx.ops.int_matmul.range import largest_k, largest_k_in_halves, offset
 from tests.support.compare import EXACT
+from tests.support.examples import examples
 from tests.support.interpreter import DEVICE
 from tests.support.offline import ROWS, compiled
 
 kernel = pytest.importorskip("octav_fx.ops.int_matmul.kernel")
+
+pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in (True, False)]
@@ -59,7 +62,7 @@ def test_by_hand():
     assert int_matmul(*args, 8, False, 8, torch.float32).tolist() == [[12 + 10 + 128 * 15, (383 + 128 * 126) / 8]]
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(data=st.data())
 def test_the_reference_is_the_exact_result_rounded_once(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
@@ -85,7 +88,7 @@ SIZES = [0, 1, 2, 3, 31, 64, 65, 100]
 # A float16 that is infinite in the reference is one in the interpreter, too.
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 # On a GPU most of them are another kernel to compile.
-@settings(max_examples=150 if DEVICE == "cpu" else 40)
+@examples(150 if DEVICE == "cpu" else 40)
 @given(data=st.data())
 def test_the_kernel_is_the_reference_bit_for_bit(data):
     m, n, k = (data.draw(st.sampled_from(SIZES)) for _ in "mnk")

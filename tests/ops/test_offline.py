@@ -10,6 +10,8 @@ from tests.support.offline import ROOT, ROWS, TARGETS, compiled
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.gpu
+
 
 def launched(path: Path) -> set[str]:
     """The @triton.jit functions of a file that no other of them calls."""

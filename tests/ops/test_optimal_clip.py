@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips.newton import METHODS
@@ -11,6 +11,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ops import cpu
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.ops.optimal_clip.op import optimal_clip
+from tests.support.examples import examples
 from tests.support.samples import SAMPLES, SIGNS, fixed_point, least_error, squared_error
 from tests.support.strategies import DTYPES, axes, filled_with_nan, tensors
 
@@ -53,7 +54,7 @@ def test_the_kernel_is_near_the_least_error_on_short_rows(kernels, elements):
     assert squared_error(x, clip, 4, True).sum() < 1.2 * least_error(x, 4, True, candidates=300).sum()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_the_kernel_finds_what_the_reference_finds(kernels, data):
     x = data.draw(tensors(DTYPES))
@@ -82,7 +83,7 @@ def test_the_kernel_finds_what_the_reference_finds_on_the_grid(kernels, shape, d
     torch.testing.assert_close(warm, expected, **CLOSE)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_the_kernel_selects_what_the_reference_selects(kernels, data):
     x = data.draw(tensors(DTYPES))
@@ -127,7 +128,7 @@ def error_and_rounding(row, clip, bits, signed):
     return errors.square().sum(), ((errors + moved).square() * (1 + 65 * 2**-24) - errors.square()).sum()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_the_kernel_sweeps_as_the_reference_does(kernels, data):
     # float16 holds no magnitude that is beyond the reference's float32 once it is squared.

@@ -10,6 +10,8 @@ from tests.support.interpreter import DEVICE
 
 kernel = pytest.importorskip("octav_fx.ops.optimal_clip.kernel")
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture
 def solves(monkeypatch):

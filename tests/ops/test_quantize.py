@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips.gradients import piecewise_linear
@@ -11,6 +11,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.quantize import reference
 from octav_fx.ops.quantize.op import quantize
+from tests.support.examples import examples
 from tests.support.strategies import DTYPES, axes, clips, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
@@ -65,7 +66,7 @@ def test_levels_have_their_codes(bits, signed):
     assert codes.tolist() == expected.tolist()
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(data=st.data())
 def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     x = data.draw(tensors(DTYPES))
@@ -105,7 +106,7 @@ def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, b
     assert kernel_calls == ["octav_quantize"]
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(data=st.data())
 def test_codes_tell_what_the_gradients_ask(data):
     x = data.draw(tensors(DTYPES))

@@ -1,17 +1,20 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.formats.grid import Grid
 from octav_fx.ops.quantize import reference
+from tests.support.examples import examples
 from tests.support.interpreter import DEVICE, poisoned, small_block
 from tests.support.strategies import axes, clips, tensors
 
 kernel = pytest.importorskip("octav_fx.ops.quantize.kernel")
 
+pytestmark = pytest.mark.gpu
 
-@settings(max_examples=80)
+
+@examples(80)
 @given(data=st.data())
 def test_codes_are_those_of_the_reference(data):
     x = data.draw(tensors(kernel.FLOATS)).to(DEVICE)

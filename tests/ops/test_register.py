@@ -83,6 +83,7 @@ def test_both_overloads_take_any_layout(overload):
     assert torch.Tag.flexible_layout in getattr(scale, overload).tags
 
 
+@pytest.mark.slow
 def test_nothing_imports_triton_before_a_gpu_asks_for_a_kernel():
     code = "import sys, octav_fx.ops; sys.exit(any(name.endswith('.kernel') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,6 +18,7 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKE)
 def test_a_batch_depends_on_seed_and_step_alone(name):
     data, again = MAKE[name](0), MAKE[name](0)

@@ -85,6 +85,7 @@ def test_options_that_change_the_arithmetic_run(data, whole, tmp_path, more):
     assert (rows == curve(whole)) == ("fsdp2" in more)
 
 
+@pytest.mark.compile
 def test_compiled(data, tmp_path):
     """The same numbers, to the roundings of fused kernels: the first loss, before one of them can move a weight."""
     # Without dropout, which draws other numbers when compiled. One size of batch, so that it is compiled for once.

@@ -17,6 +17,8 @@ from benchmarks.train.run import FLOAT, Run
 from octav_fx import OctavError
 from octav_fx.debug import NotFinite
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 DIGITS = Run("digits", "resnet", "octav")
 

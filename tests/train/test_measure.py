@@ -12,6 +12,7 @@ from octav_fx.clips import newton
 from octav_fx.formats.grid import Grid
 
 
+@pytest.mark.slow
 def test_kinds_of_operands():
     mobile = octav_fx.quantize(MobileNet(10, width=4), torch.randn(2, 1, 16, 16))
     kinds = measure.kinds(mobile)
@@ -31,6 +32,7 @@ def test_kinds_of_operands():
     assert kinds["blocks.0.qkv", "weight"] == "linear"
 
 
+@pytest.mark.slow
 def test_sqnr_is_that_of_the_operand():
     recipe = recipes.RECIPES["digits", "resnet", "small"]
     x = recipe.data(0).batch(0)[0]

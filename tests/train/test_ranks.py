@@ -12,6 +12,8 @@ from octav_fx import OctavError, quantize
 from tests.train import imagefolder, torchrun
 from tests.train.imagefolder import SIZES, GroupNormNet, Remembers, arguments, curve, same, weights
 
+pytestmark = pytest.mark.ranks
+
 STEPS = sum(SIZES["train"]) // 4
 
 

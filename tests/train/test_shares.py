@@ -43,6 +43,7 @@ def test_top1_and_top5_of_known_logits():
     assert found == {"top1": 2 / 7, "top5": 5 / 7, "images": 7}
 
 
+@pytest.mark.ranks
 def test_the_ranks_share_one_batch_out_and_resume_in_its_middle(data):
     images, _ = folders(data, 32, seed=3)
     images.epoch = 1

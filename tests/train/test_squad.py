@@ -63,6 +63,7 @@ def test_a_run(data, bert, whole):
     model.load_state_dict(found, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_stopped_and_resumed(data, bert, whole, tmp_path, step):
     with torchrun.stopped_at(step):
@@ -71,6 +72,7 @@ def test_stopped_and_resumed(data, bert, whole, tmp_path, step):
     assert curve(tmp_path) == curve(whole)
 
 
+@pytest.mark.ranks
 def test_two_ranks_of_fsdp2_train_what_one_process_with_their_windows_does(data, tmp_path):
     """In float: a quantizer's clip is that of the batch of its rank. Without dropout: each rank draws its own."""
     bert, one, two = tinysquad.bert(tmp_path / "bert", dropout=0.0), tmp_path / "one", tmp_path / "two"

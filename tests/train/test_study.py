@@ -16,6 +16,8 @@ from benchmarks.train import loop, recipes, summary, tables
 from benchmarks.train import study as study_module
 from benchmarks.train.run import FLOAT, Run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 24
 RUNS = [run for _, run in tables.TABLES["digits"].runs]

@@ -161,6 +161,7 @@ def test_what_the_models_own_code_multiplies_is_a_float_row_with_its_line_and_it
     assert (seen.checked, [shape for _, shape in seen.off_grid]) == (3, [(10, 8), (8, 8)])
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("backend", ["eager", "octav"])
 def test_compiled_the_hole_stays_float_and_the_parts_quantized(backend: str) -> None:
     torch._dynamo.reset()
@@ -193,6 +194,7 @@ class Helped(nn.Module):
         return y if float(y.detach().sum()) > 1e9 else squared(y)
 
 
+@pytest.mark.compile
 def test_compiled_a_helper_that_breaks_the_graph_stays_float() -> None:
     torch._dynamo.reset()
     q, x = quantize(Helped(), torch.randn(6, 8), TWO_BITS), torch.randn(6, 8)

@@ -77,6 +77,7 @@ def train(rank: int, static_graph: bool, broadcast_buffers: bool) -> None:
         torch.testing.assert_close(p.grad, (one + two) / 2, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(("static_graph", "broadcast_buffers"), [(False, True), (True, False)])
 def test_two_steps_on_two_ranks(static_graph, broadcast_buffers):
     spawn(train, static_graph, broadcast_buffers)
@@ -99,5 +100,6 @@ def look(rank: int) -> None:
         quantize(wrapped.module, x)
 
 
+@pytest.mark.ranks
 def test_float_mode_tables_and_refusals_see_through_the_wrapper():
     spawn(look)

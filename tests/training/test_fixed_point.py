@@ -118,6 +118,7 @@ class Net(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
+@pytest.mark.compile
 def test_compiled_hints_five_percent_off_change_no_clip():
     torch.compiler.reset()
     x = torch.randn(128, 32)

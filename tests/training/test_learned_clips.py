@@ -280,6 +280,7 @@ def test_float_mode_is_the_float_model(clip):
 # Static, deployed, shown.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIPS)
 def test_frozen_they_are_what_was_learned(clip, tmp_path):
     _, q, x = quantized(clip)
@@ -314,6 +315,7 @@ def test_the_table_shows_them(clip):
 # Compiled and distributed.
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("clip", CLIPS)
 def test_compiled_it_computes_the_same(clip, fresh_dynamo):
     _, q, x = quantized(clip)
@@ -351,6 +353,7 @@ def step(rank: int, clip: str) -> None:
     assert all(same_everywhere(p.detach()) for p in q.parameters())
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("clip", CLIPS)
 def test_ranks_learn_the_same(clip):
     spawn(step, clip)

@@ -532,6 +532,7 @@ def test_a_frozen_part_gets_no_gradient():
 # Compilers.
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_equals_eager(backend, training):

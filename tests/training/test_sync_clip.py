@@ -44,6 +44,7 @@ def solve(rank: int) -> None:
                         assert torch.equal(y, codes * grid.step(quantizer.hint)), name
 
 
+@pytest.mark.ranks
 def test_each_rank_finds_the_clip_and_the_codes_of_the_whole():
     spawn(solve)
 
@@ -75,6 +76,7 @@ def special(rank: int) -> None:
         )
 
 
+@pytest.mark.ranks
 def test_what_is_not_finite_empty_huge_or_half_precise():
     spawn(special)
 
@@ -106,6 +108,7 @@ def count(rank: int) -> None:
         assert not calls
 
 
+@pytest.mark.ranks
 def test_how_many_collectives_there_are():
     spawn(count)
 
@@ -151,11 +154,13 @@ def train(rank: int, clip: str, compiled: bool) -> None:
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("clip", SYNCED)
 def test_a_step_of_two_ranks_is_the_step_of_the_whole_batch(clip):
     spawn(train, clip, False)
 
 
+@pytest.mark.ranks
 def test_a_compiled_step_is_the_same():
     spawn(train, "octav", True)
 

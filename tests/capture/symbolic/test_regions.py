@@ -222,6 +222,7 @@ def alike(one: Tensor, other: Tensor) -> bool:
     return one.dtype is other.dtype and torch.equal(one, other)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("name", "backend"),
     [*((name, "eager") for name in REGIONS), ("disabled inside", "octav"), ("one in the other", "octav")],

@@ -122,6 +122,7 @@ def initializers(path: Path) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("name", CASES)
 def test_onnxruntime_computes_the_same(name, tmp_path):
     q, inputs = frozen(CASES[name])
@@ -138,6 +139,7 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
         assert moved <= math.ceil(1e-4 * total)
 
 
+@pytest.mark.models
 def test_the_whole_model_computes_the_same_and_classifies_alike(tmp_path):
     torch.manual_seed(1)
     q, x = ready()
@@ -152,6 +154,7 @@ def test_the_whole_model_computes_the_same_and_classifies_alike(tmp_path):
     assert torch.equal(found.argmax(1), expected.argmax(1))
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_as_accurate(tmp_path):
     data = digits(0)
     model = nn.Sequential(
@@ -174,6 +177,7 @@ def test_a_trained_model_is_as_accurate(tmp_path):
     assert right > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("extra", [(), (nn.ReLU6(),), (nn.Hardtanh(),), (nn.MaxPool2d(1), nn.Flatten(2))])
 def test_every_width_behind_every_kind_of_clamp(bits, extra, tmp_path):
@@ -191,6 +195,7 @@ def test_every_width_behind_every_kind_of_clamp(bits, extra, tmp_path):
         assert relative(whole, out) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic_batch", [True, False])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -216,6 +221,7 @@ def test_ties_go_to_the_even_code(tmp_path):
     assert found["quantizers.0_input"][0].flatten().tolist() == expected
 
 
+@pytest.mark.slow
 def test_weights_are_stored_as_integers_with_positive_scales(tmp_path):
     model = small()
     with torch.no_grad():
@@ -238,6 +244,7 @@ def test_weights_are_stored_as_integers_with_positive_scales(tmp_path):
         assert relative(next(iter(run_onnx(path, x).values())), q(x)) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_file_is_standard_small_and_says_nothing_of_this_machine(tmp_path):
     q, x = ready()
     path = tmp_path / "model.onnx"
@@ -249,6 +256,7 @@ def test_the_file_is_standard_small_and_says_nothing_of_this_machine(tmp_path):
     assert [path] == list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_example_and_one_batch_size(tmp_path):
     q, x = ready()
     export_onnx(q, {"input": x[:1]}, tmp_path / "free.onnx")
@@ -271,6 +279,7 @@ class Unsupported(nn.Module):
         return torch.special.i0e(self.fc(x))
 
 
+@pytest.mark.slow
 def test_an_op_that_onnx_lacks(tmp_path):
     x = torch.randn(2, 4)
     q = freeze(calibrate(quantize(Unsupported().eval(), x), [x]))
@@ -279,6 +288,7 @@ def test_an_op_that_onnx_lacks(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_older_file_outlives_a_failure(tmp_path):
     x, path = torch.randn(2, 4), tmp_path / "model.onnx"
     path.write_bytes(b"older")

@@ -8,6 +8,8 @@ from octav_fx.ops.optimal_clip import reference
 from tests.support.interpreter import DEVICE
 
 kernel = pytest.importorskip("octav_fx.ops.kernels.solve_rows.kernel")
+
+pytestmark = pytest.mark.gpu
 # What kernel and reference may differ by: both end within a few roundings (2**-24 = 6e-8 each) of one fixed point.
 CLOSE = {"rtol": 1e-6, "atol": 0}
 

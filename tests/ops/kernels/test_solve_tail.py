@@ -8,6 +8,8 @@ from tests.support.interpreter import DEVICE
 from tests.support.samples import fixed_point
 
 kernel = pytest.importorskip("octav_fx.ops.kernels.solve_tail.kernel")
+
+pytestmark = pytest.mark.gpu
 DTYPES = list(kernel.PATTERNS)
 # Counts and sums are exact up to roundings of float64; what is left is the rounding of the clip to float32, 2**-24.
 EXACT = 2**-24 + 1e-12

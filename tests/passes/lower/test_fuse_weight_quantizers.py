@@ -117,6 +117,7 @@ def test_it_is_the_last_pass_and_for_gpus() -> None:
     assert not gathered(unchanged(joint(mlp, *arguments), arguments, save_codes, fuse_weight_quantizers))
 
 
+@pytest.mark.compile
 def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entry, "LOWER", (*LOWER, ANYWHERE))
     ran = []

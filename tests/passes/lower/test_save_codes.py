@@ -403,6 +403,7 @@ class Small(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@pytest.mark.compile
 def test_a_compiled_model_holds_no_float_copy_of_what_it_quantized() -> None:
     torch.compiler.reset()
     float_module, x = Small(), torch.randn(4, 3, 6, 6).to(memory_format=torch.channels_last)

@@ -118,6 +118,7 @@ def test_full_quantizes_the_softmax_output_unsigned(attention):
     assert (seen.off_grid, seen.checked) == ([], 2)
 
 
+@pytest.mark.compile
 def test_the_backend_takes_it_as_an_option():
     float_module = attends(is_causal=True)
     q = octav_fx.quantize(float_module, (QUERY, KEY, VALUE), octav_fx.Config(attention="full"))
