@@ -13,8 +13,8 @@ from octav_fx.clips import newton
 from octav_fx.formats.granularity import to_rows
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.edits import site_of
+from octav_fx.ir.op import Role
 from octav_fx.ir.ops import module_of, op_of
-from octav_fx.ir.rules import Role, rule_of
 from octav_fx.nn import FakeQuantizer
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
@@ -112,7 +112,7 @@ def kinds(q: QuantizedModule) -> dict[tuple[str, str], str]:
     """(node, operand) -> what kind of operand it is, for every quantized one."""
     found = {}
     for node in q.graph.nodes:
-        rule = rule_of(node)
+        rule = op_of(node)
         for operand in rule.operands if rule is not None else ():
             value = node.args[operand.index]
             if isinstance(value, fx.Node) and value.op == "call_module" and str(value.target).startswith(QUANTIZERS):

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "GROUPED_MM",
     "NEEDS_DATA",
     "FakeTensor",
     "FakeTensorMode",
@@ -26,6 +27,9 @@ __all__ = [
     "pytree",
     "storage_id",
 ]
+
+# F.grouped_mm under its older name.
+GROUPED_MM: Final = torch._grouped_mm
 
 # What a fake tensor raises where only data could tell the answer.
 NEEDS_DATA: Final = (DataDependentOutputException, DynamicOutputShapeException)

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from octav_fx.formats.grid import Grid
-from octav_fx.ir.edits import Edit, insert_aten, skip
+from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ops.int_matmul.configs import declined
 from octav_fx.ops.int_matmul.range import largest_k, offset
 
@@ -57,7 +57,7 @@ def integer_matmul(gm: fx.GraphModule, device: str = "cuda", decline: Decline = 
                 m, n, k = matmul.sizes
                 edits.append(Edit(node.name, "integer matmul", f"[{m}, {k}] times [{k}, {n}]"))
             else:
-                edits.append(skip(node.name, reason))
+                edits.append(Edit.unsupported(node.name, reason))
     return edits
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from octav_fx.ir.edits import Edit, skip
+from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import name_of, run
 from tests.support.graphs import captured, model
 
@@ -20,7 +20,7 @@ def to_tanh(gm: fx.GraphModule) -> list[Edit]:
         if node.op == "call_method" and node.target == "relu":
             node.target = "tanh"
             return [Edit("relu", "change", "tanh")]
-    return [skip("relu", "there is none")]
+    return [Edit.unsupported("relu", "there is none")]
 
 
 def broken(gm: fx.GraphModule) -> list[Edit]:

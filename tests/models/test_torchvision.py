@@ -93,7 +93,7 @@ def test_eval(name):
         with OnGrid(4) as seen:
             q(x)
     assert seen.off_grid == []
-    nodes = {record.site for record in q.meta["octav"]["records"][False]}
+    nodes = {record.site for record in q.all_records[False]}
     assert seen.checked >= len(nodes) > 0
     assert coverage(q).quantized_macs == coverage(q).total_macs > 0
 

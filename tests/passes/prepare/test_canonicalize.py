@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.ir.edits import site_of
-from octav_fx.ir.ops import CONTRACTIONS, op_of
+from octav_fx.ir.meta import info
+from octav_fx.ir.ops import op_of
 from octav_fx.ir.printer import graph_text
-from octav_fx.ir.rules import RULES
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.passes import canonicalize
 from tests.support.graphs import captured, model, parameter, run_alike
 from tests.support.passes import declined, made
@@ -164,7 +165,7 @@ def test_a_call_becomes_the_canonical_function_with_its_operands_in_place(case: 
     (call,) = [n for n in gm.graph.nodes if n.op == "call_function"]
     assert (call.target, call.name) == (op.target, node.name)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for operand in RULES[op.name].operands:
+    for operand in op.operands:
         assert call.args[operand.index] is placeholders[operand.index]
     assert torch.equal(gm(*inputs), before)
     text = graph_text(gm.graph)
@@ -397,7 +398,7 @@ def test_sites_are_the_names_that_users_know() -> None:
     )
     gm = captured(float_module, x=torch.randn(4, 4))
     made(gm, canonicalize)
-    sites = [site_of(node) for node in gm.graph.nodes if "site" in node.meta]
+    sites = [site_of(node) for node in gm.graph.nodes if info(node).site is not None]
     assert sites == [
         *("blocks.0.proj", "blocks.0.matmul", "blocks.0.matmul:1", "blocks.0"),
         *("blocks.1.proj", "blocks.1.matmul", "blocks.1.matmul:1", "blocks.1"),

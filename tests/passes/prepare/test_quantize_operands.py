@@ -15,9 +15,10 @@ from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.errors import OctavError
 from octav_fx.ir.edits import Edit
+from octav_fx.ir.op import Role
 from octav_fx.ir.printer import graph_text
 from octav_fx.ir.records import records
-from octav_fx.ir.rules import RULES, Role
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.passes import Place, canonicalize, quantize_operands
 from tests.support.graphs import captured, model, parameter
@@ -193,11 +194,11 @@ CASES = {
 }
 
 
-def test_every_rule_has_a_case() -> None:
-    assert set(CASES) == set(RULES)
-    for op, cases in CASES.items():
-        operands = {operand for case in cases for operand, *_ in case.expected.values()}
-        assert operands >= {operand.name for operand in RULES[op].operands} - {"operand"}
+def test_every_contraction_has_a_case() -> None:
+    assert set(CASES) == {op.name for op in CONTRACTIONS}
+    for op in CONTRACTIONS:
+        operands = {operand for case in CASES[op.name] for operand, *_ in case.expected.values()}
+        assert operands >= {operand.name for operand in op.operands} - {"operand"}
 
 
 @pytest.mark.parametrize(("op", "case"), [pytest.param(op, c, id=op) for op, cases in CASES.items() for c in cases])
