@@ -167,3 +167,16 @@ def test_no_module_is_part_of_a_circle():
         leaves = {name for name, needed in reached.items() if not needed & set(reached)}
         assert leaves, f"a circle among {sorted(reached)}"
         reached = {name: needed for name, needed in reached.items() if name not in leaves}
+
+
+def test_tests_take_their_helpers_from_support():
+    files = {dotted(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    imported = {
+        name: {target for made in imports(source) for target in targets(made, set(files))}
+        for name, source in files.items()
+    }
+    assert "tests.support.graphs" in imported["tests.ir.test_macs"]
+    taken = [
+        (name, target) for name in files for target in imported[name] if target.rpartition(".")[2].startswith("test_")
+    ]
+    assert taken == []

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "GROUPED_MM",
     "NEEDS_DATA",
+    "TORCH_GROUPED_MM",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # F.grouped_mm under its older name.
-GROUPED_MM: Final = torch._grouped_mm
+TORCH_GROUPED_MM: Final = torch._grouped_mm
 
 # What a fake tensor raises where only data could tell the answer.
 NEEDS_DATA: Final = (DataDependentOutputException, DynamicOutputShapeException)

@@ -28,7 +28,7 @@ from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_forward_hooks
-from octav_fx.compat.tensors import GROUPED_MM, NEEDS_DATA, FakeTensorMode, pytree
+from octav_fx.compat.tensors import NEEDS_DATA, TORCH_GROUPED_MM, FakeTensorMode, pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
@@ -435,7 +435,7 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
 _NOT_EVALUATED: Final = (guard_equal, ENTER_AUTOCAST, EXIT_AUTOCAST)
 
 # What evaluates a function on fake tensors in its place: torch's own for this one takes bfloat16 only, kernels do not.
-_STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, GROUPED_MM: _grouped_mm}
+_STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, TORCH_GROUPED_MM: _grouped_mm}
 
 
 def _mutable(argument: Any) -> Any:

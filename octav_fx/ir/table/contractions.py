@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from octav_fx.compat.modules import padding_of
-from octav_fx.compat.tensors import GROUPED_MM
+from octav_fx.compat.tensors import TORCH_GROUPED_MM
 from octav_fx.ir.op import MakeCall, Op, Trait, activation, either, parameters, weight
 
 aten = torch.ops.aten
@@ -174,7 +174,7 @@ GROUPED_MM: Final = Op(
     # [rows, in] sorted by expert times [experts, in, out]: channel j of every expert shares a clip.
     (either(0, "mat_a", -2, "input", reduction=-1), either(1, "mat_b", -1, "mat2", reduction=-2)),
     target=F.grouped_mm,
-    functions=(GROUPED_MM, aten._grouped_mm.default),
+    functions=(TORCH_GROUPED_MM, aten._grouped_mm.default),
     parameters=parameters("mat_a", "mat_b", offs=None, bias=None, out_dtype=None),
 )
 EINSUM: Final = Op(

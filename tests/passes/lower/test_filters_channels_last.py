@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.passes import LOWER, filters_channels_last, save_codes
-from tests.passes.lower.test_save_codes import joint, leaf, lower, tagged, targets, unchanged, weight
+from tests.support.joint import joint, leaf, lower, tagged, targets, unchanged, weight
 
 octav = torch.ops.octav
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="Inductor leaves layouts alone")

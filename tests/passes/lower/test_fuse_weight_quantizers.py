@@ -13,7 +13,7 @@ from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import LOWER, fuse_weight_quantizers, integer_matmul, save_codes
-from tests.passes.lower.test_save_codes import joint, kept, leaf, lower, quantized, unchanged, weight
+from tests.support.joint import joint, kept, leaf, lower, quantized, unchanged, weight
 
 ANYWHERE = functools.partial(fuse_weight_quantizers, device="cpu")
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.int_matmul import configs
 from octav_fx.passes import LOWER, integer_matmul
-from tests.passes.lower.test_save_codes import codes_of, joint, kept, leaf, lower, quantized, results, targets, weight
+from tests.support.joint import codes_of, joint, kept, leaf, lower, quantized, results, targets, weight
 
 octav, aten = torch.ops.octav, torch.ops.aten
 # On any device, whatever it pays.

@@ -1,6 +1,5 @@
 """quantize_operands: a quantizer of the right role, axis and sign before each operand; elsewhere a reason."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,29 +13,14 @@ from torch.nn.utils import parametrizations
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.errors import OctavError
-from octav_fx.ir.edits import Edit
 from octav_fx.ir.op import Role
 from octav_fx.ir.printer import graph_text
 from octav_fx.ir.records import records
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer, Spec
-from octav_fx.passes import Place, canonicalize, quantize_operands
-from tests.support.graphs import captured, model, parameter
-from tests.support.passes import made
-
-
-def four_bits(place: Place) -> Spec:
-    return Spec(4, place.signed, place.dim, "octav", "pwl")
-
-
-def canonical(float_module: nn.Module, **arguments: Any) -> QuantizedModule:
-    gm = captured(float_module, **arguments)
-    made(gm, canonicalize)
-    return gm
-
-
-def quantize_with(choose: Callable[[Place], Spec | str]) -> Callable[[Any], list[Edit]]:
-    return functools.partial(quantize_operands, choose=choose)
+from octav_fx.passes import Place, quantize_operands
+from tests.support.graphs import model, parameter
+from tests.support.passes import canonical, four_bits, made, on_grid, quantize_with
 
 
 def places(gm: QuantizedModule) -> list[Place]:
@@ -49,11 +33,6 @@ def places(gm: QuantizedModule) -> list[Place]:
 
     made(gm, quantize_with(choose))
     return seen
-
-
-def on_grid(x: Tensor, signed: bool, dim: int | None) -> Tensor:
-    hint = x.new_zeros(() if dim is None else (x.shape[dim],))
-    return torch.ops.octav.dynamic_fake_quantize(x, hint, 4, signed, dim, "octav", "pwl")[0]
 
 
 @dataclass(frozen=True)

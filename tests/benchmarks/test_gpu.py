@@ -15,7 +15,7 @@ from benchmarks.gpu import dequantize, fake_quantize, int_matmul, limited, optim
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
