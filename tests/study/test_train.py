@@ -81,18 +81,9 @@ def test_a_stopped_run_goes_on_to_the_same_curve(tmp_path, monkeypatch, clip):
 def test_a_killed_process_goes_on_to_the_same_curve(tmp_path):
     train.train(DIGITS, tmp_path / "whole", steps=60)
     folder = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.study.train",
-        *DIGITS.arguments(),
-        "--steps",
-        "60",
-        "--save-every",
-        "4",
-    ]
+    options = ["--steps", "60", "--save-every", "4", "--out", str(folder)]
     process = subprocess.Popen(
-        [*command, "--out", str(folder)],
+        [sys.executable, "-m", "benchmarks.study.train", *DIGITS.arguments(), *options],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
