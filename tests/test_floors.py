@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.support.sources import SOURCES
+from tests.support.sources import ROOT, SOURCES, dotted
 
 FLOORS = {"compat": 0, "formats": 0, "clips": 1, "ops": 2, "nn": 3, "config": 4, "ir": 5, "capture": 6, "passes": 7}
 # Modules of the top folder that stand on the lowest floor.
