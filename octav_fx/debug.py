@@ -1,4 +1,9 @@
-"""Where training broke: the first node whose operand was not finite."""
+"""Find where training broke: the first node whose operand was not finite.
+
+octav_fx.debug.check_finite(loss, model, batch) belongs between loss and backward, in a loop with any optimizer;
+first_not_finite(model, batch) asks at any time. Both take float models, too. They are called by these names: what
+octav_fx itself exports is what every user needs.
+"""
 
 from typing import Any
 
@@ -17,7 +22,7 @@ class NotFinite(OctavError):
 
 
 def check_finite(loss: Tensor, model: nn.Module, batch: Any) -> None:
-    """Raises NotFinite if the loss [] is NaN or inf, with the first node whose operand was not finite.
+    """Raise NotFinite if the loss [] is NaN or inf, with the first node whose operand was not finite.
 
     model: what computed the loss, float or from quantize(), with the parameters that it had then: call this before the
     optimizer moves them. batch: its input, as quantize() takes it; it is run once more, and changes no state.
@@ -37,7 +42,7 @@ def check_finite(loss: Tensor, model: nn.Module, batch: Any) -> None:
 
 
 def first_not_finite(model: nn.Module, batch: Any) -> str | None:
-    """The first operand, in the order of execution, that holds NaN or inf on a batch; None if there is none.
+    """Return the first operand, in the order of execution, that holds NaN or inf on a batch; None if there is none.
 
     "NODE, operand NAME [shape]" for what quantize() found; for a module that is left as it is, its path and "input" or
     the name of the parameter.

@@ -1,4 +1,8 @@
-"""Models by name: torchvision's builders, or any "package.module:callable"."""
+"""Models by name, for the README, the command line and the recipes: octav_fx.zoo.load("resnet18").
+
+load() takes the names of torchvision's builders, and any "package.module:callable". torchvision() imports torchvision
+beside a CPU-only torch, too. They are called by these names, and octav_fx does not import this module by itself.
+"""
 
 import importlib
 import inspect
@@ -11,7 +15,7 @@ from octav_fx.errors import OctavError
 
 
 def torchvision() -> Any:
-    """The torchvision package, importable beside a CPU-only torch too.
+    """Return the torchvision package, importable beside a CPU-only torch too.
 
     Its wheels want CUDA libraries for the binary ops; without them the import fails on the missing schemas of two
     detection ops, which are declared here first.
@@ -29,7 +33,7 @@ def torchvision() -> Any:
 
 
 def load(name: str, **options: Any) -> nn.Module:
-    """A new model with random weights: "resnet18", "fcn_resnet50" (torchvision) or "package.module:callable"."""
+    """Return a new model with random weights: "resnet18", "fcn_resnet50" (torchvision) or "package.module:callable"."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
