@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     # The same parameters on every rank. A clip is found anew for each tensor, so that quantizers need no seed.
     torch.manual_seed(0)
     model = net().to(device)

@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to logits."""
+        """Map images to logits."""
         return self.head(self.tail(self.body(self.stem(x))).mean((2, 3)))
 
 

@@ -80,7 +80,7 @@ def perform(
 
 
 def _process(run: Run, results: Path, work: Path, extra: list[str]) -> str | None:
-    """One run in a process of its own; None, or the last line it printed if it left no result."""
+    """Run in a process of its own; return None, or the last line it printed if it left no result."""
     folder = work / run.name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.study.train", *run.arguments(), "--out", str(folder), *extra]
@@ -101,7 +101,7 @@ def _process(run: Run, results: Path, work: Path, extra: list[str]) -> str | Non
 
 
 def _keep(results: Path, run: Run, found: dict[str, Any]) -> None:
-    """The result of a run, with as much of its curve and errors as plots show."""
+    """Keep the result of a run, with as much of its curve and errors as plots show."""
     path = kept(results, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, lambda place: place.write_text(json.dumps(_short(found), indent=1) + "\n"))

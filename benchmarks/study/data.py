@@ -13,16 +13,16 @@ class Data(Protocol):
     """Inputs and targets, both [N, ...]."""
 
     def batch(self, step: int) -> Batch:
-        """The training batch of a step; the same whenever it is asked for."""
+        """Return the training batch of a step; the same whenever it is asked for."""
         ...
 
     def test(self) -> Iterator[Batch]:
-        """The whole test set, the same for every seed."""
+        """Return the whole test set, the same for every seed."""
         ...
 
 
 def generator(*keys: int) -> torch.Generator:
-    """Random numbers that depend on the keys alone, each below 2**31."""
+    """Return random numbers that depend on the keys alone, each below 2**31."""
     # Mixed, so that neighbouring keys do not give overlapping streams.
     state = 0x9E3779B97F4A7C15
     for key in keys:

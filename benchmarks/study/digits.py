@@ -20,10 +20,10 @@ class Digits:
         self.test_images = self.source.test_images[:, :1, 2::4, 2::4].contiguous()
 
     def batch(self, step: int) -> Batch:
-        """Images drawn with replacement."""
+        """Draw images with replacement."""
         chosen = torch.randint(len(self.images), (self.size,), generator=generator(3, self.seed, step))
         return self.images[chosen], self.source.train_labels[chosen]
 
     def test(self) -> Iterator[Batch]:
-        """The quarter, in one batch."""
+        """Return the quarter, in one batch."""
         yield self.test_images, self.source.test_labels

@@ -26,7 +26,7 @@ _TEST_BATCH: Final = 310
 
 
 def fonts() -> tuple[list[Path], list[Path]]:
-    """The fonts for training and those for testing, by name; each has a glyph for every character."""
+    """Return the fonts for training and those for testing, by name; each has a glyph for every character."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     usable = [path for path in sorted(folder.glob("*.ttf")) if _has_all(path)]
     test = usable[_TEST_EVERY // 2 :: _TEST_EVERY]
@@ -35,7 +35,7 @@ def fonts() -> tuple[list[Path], list[Path]]:
 
 @functools.cache
 def rendered(paths: tuple[Path, ...]) -> Tensor:
-    """Glyphs [fonts, 62, 64, 64] from 0 to 1, all of a font at one size and on one baseline: o is smaller than O."""
+    """Return glyphs [fonts, 62, 64, 64] from 0 to 1, those of a font of one size, on one baseline: o is less than O."""
     return torch.stack([torch.stack([_render(path, character) for character in CHARACTERS]) for path in paths])
 
 
@@ -52,19 +52,19 @@ class Glyphs:
         self.test_images = distorted(test_glyphs.repeat(views, 1, 1, 1).flatten(0, 1), generator(0))
 
     def batch(self, step: int) -> Batch:
-        """Characters and fonts drawn evenly."""
+        """Draw characters and fonts evenly."""
         random = generator(1, self.seed, step)
         font = torch.randint(len(self.glyphs), (self.size,), generator=random)
         label = torch.randint(len(CHARACTERS), (self.size,), generator=random)
         return distorted(self.glyphs[font, label], random), label
 
     def test(self) -> Iterator[Batch]:
-        """Every glyph of every test font, in several views."""
+        """Return every glyph of every test font, in several views."""
         yield from zip(self.test_images.split(_TEST_BATCH), self.test_labels.split(_TEST_BATCH), strict=True)
 
 
 def distorted(glyphs: Tensor, random: torch.Generator) -> Tensor:
-    """Views [N, 1, 32, 32] of glyphs [N, 64, 64]: turned, scaled, sheared and moved, with contrast and noise."""
+    """Return views [N, 1, 32, 32] of glyphs [N, 64, 64]: turned, scaled, sheared and moved, with contrast and noise."""
     count = len(glyphs)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -82,7 +82,7 @@ def distorted(glyphs: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _has_all(path: Path) -> bool:
-    """Whether a font has a glyph of its own for each character, and is made for text."""
+    """Return whether a font has a glyph of its own for each character, and is made for text."""
     # Of the fonts for mathematics, some put symbols where letters would be and name them so.
     if path.name.startswith(("cmsy", "cmex", "cmmi", "LastResort")):
         return False

@@ -41,7 +41,7 @@ _PASSING: Final = frozenset(
 
 
 def operands(q: nn.Module, x: Tensor) -> list[dict[str, Any]]:
-    """A row for each quantized operand on a batch, in q's mode: SQNR in dB, and the steps of Newton, cold and hinted.
+    """Return a row for each quantized operand on a batch, in q's mode: SQNR in dB, steps of Newton, cold and hinted.
 
     kind: what weights belong to ("depthwise", "1x1", "3x3", "linear") or what an activation comes after ("after relu").
     steps: of the row that took most, with Newton's plain steps; None where a method has none. Nothing in q changes.
@@ -79,7 +79,7 @@ def operands(q: nn.Module, x: Tensor) -> list[dict[str, Any]]:
 
 @contextmanager
 def same_hints(model: nn.Module) -> Iterator[None]:
-    """Afterwards Newton starts where it would have: what is read inside leaves no trace in the training."""
+    """Let Newton start afterwards where it would have: what is read inside leaves no trace in the training."""
     hints = {module: module.hint.clone() for module in model.modules() if isinstance(module, FakeQuantizer)}
     try:
         yield
@@ -89,7 +89,7 @@ def same_hints(model: nn.Module) -> Iterator[None]:
 
 
 def newton_steps(rows: Tensor, hint: Tensor, grid: Grid, step: newton.NewtonStep) -> int:
-    """Plain Newton steps [R, N], from hint [R] or cold where it is 0, until every row's clip has settled.
+    """Count plain Newton steps [R, N], from hint [R] or cold where it is 0, until every row's clip has settled.
 
     Rows that alternate between two clips around the crossing never do; they count as settled when a step leads back
     to the clip before the last. Other cycles end at MOST: newton() leaves them through its bracket.
@@ -109,7 +109,7 @@ def newton_steps(rows: Tensor, hint: Tensor, grid: Grid, step: newton.NewtonStep
 
 
 def kinds(q: QuantizedModule) -> dict[tuple[str, str], str]:
-    """(node, operand) -> what kind of operand it is, for every quantized one."""
+    """Return (node, operand) -> what kind of operand it is, for every quantized one."""
     found = {}
     for node in q.graph.nodes:
         rule = op_of(node)
@@ -124,7 +124,7 @@ def kinds(q: QuantizedModule) -> dict[tuple[str, str], str]:
 
 
 def _layer(q: QuantizedModule, node: fx.Node) -> str:
-    """depthwise, 1x1, 3x3, linear, ..."""
+    """Return depthwise, 1x1, 3x3, linear, ..."""
     op = op_of(node)
     assert op is not None
     if op.name != "conv2d":
@@ -135,7 +135,7 @@ def _layer(q: QuantizedModule, node: fx.Node) -> str:
 
 
 def _origin(node: fx.Node) -> str:
-    """The op that made the values."""
+    """Return the op that made the values."""
     op = op_of(node)
     while op is not None and op.name in _PASSING:
         source = node.args[0]

@@ -24,7 +24,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to logits."""
+        """Map images to logits."""
         x = self.blocks(F.relu(self.stem(x)))
         return self.head(x.mean((2, 3)))
 
@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if channels == out and stride == 1 else _conv_bn(channels, out, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, channels, H, W] -> [N, out, H / stride, W / stride]."""
+        """Map [N, channels, H, W] -> [N, out, H / stride, W / stride]."""
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
 
 
@@ -65,7 +65,7 @@ class MobileNet(nn.Module):
         self.head = nn.Linear(4 * channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to logits."""
+        """Map images to logits."""
         x = F.relu6(self.last(self.blocks(F.relu6(self.stem(x)))))
         return self.head(x.mean((2, 3)))
 
@@ -82,7 +82,7 @@ class InvertedResidual(nn.Module):
         self.is_residual = stride == 1 and channels == out
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, channels, H, W] -> [N, out, H / stride, W / stride]."""
+        """Map [N, channels, H, W] -> [N, out, H / stride, W / stride]."""
         y = self.project(F.relu6(self.depthwise(F.relu6(self.expand(x)))))
         return x + y if self.is_residual else y
 
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Bytes to the logits of the byte after each."""
+        """Map bytes to the logits of the byte after each."""
         return self.head(self.norm(self.blocks(self.symbols(x))))
 
 
@@ -132,7 +132,7 @@ class TransformerBlock(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, T, width] -> [N, T, width]."""
+        """Map [N, T, width] -> [N, T, width]."""
         count, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(count, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -143,7 +143,7 @@ class TransformerBlock(nn.Module):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs of features of x [N, heads, T, D] as plane vectors, turned by angles [T, D / 2]."""
+    """Turn pairs of features of x [N, heads, T, D], as plane vectors, by angles [T, D / 2]."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 

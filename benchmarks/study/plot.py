@@ -21,7 +21,7 @@ _COLOURS: Final = {clip: f"C{i}" for i, clip in enumerate(EVERY)}
 
 
 def curve(source: Path, target: Path, title: str, score: str) -> None:
-    """Loss and score over the steps of a run's CSV."""
+    """Plot loss and score over the steps of a run's CSV."""
     with source.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
@@ -35,7 +35,7 @@ def curve(source: Path, target: Path, title: str, score: str) -> None:
 
 
 def scores(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size: str) -> None:
-    """A point for each run of a table, a panel for each net."""
+    """Plot a point for each run of a table, a panel for each net."""
 
     def draw(axes: Any, runs: list[tuple[str, Run]]) -> None:
         labels = list(dict.fromkeys(label for label, _ in runs))
@@ -50,7 +50,7 @@ def scores(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size
 
 
 def losses(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size: str) -> None:
-    """The training loss of a table's runs with seed 0, a panel for each net."""
+    """Plot the training loss of a table's runs with seed 0, a panel for each net."""
 
     def draw(axes: Any, runs: list[tuple[str, Run]]) -> None:
         for label, run in runs:
@@ -63,7 +63,7 @@ def losses(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size
 
 
 def errors(found: Mapping[Run, dict[str, Any]], target: Path, size: str) -> None:
-    """SQNR over training, a panel for each net and kind of operand, a line for each method."""
+    """Plot SQNR over training, a panel for each net and kind of operand, a line for each method."""
     panels: dict[tuple[str, str, str], list[tuple[str, list[tuple[int, float]]]]] = {}
     for run, values in found.items():
         if run.size == size and run.recipe != "digits":
@@ -97,7 +97,7 @@ def _panels(
     size: str,
     draw: Callable[[Any, list[tuple[str, Run]]], None],
 ) -> None:
-    """A figure with a panel for each net of a table of which a finished run is there; none, no figure."""
+    """Draw a figure with a panel for each net of a table that has a finished run; without any, none."""
     sized = [(label, dataclasses.replace(run, size=size)) for label, run in table.runs]
     there = [(label, run) for label, run in sized if run in found and found[run]["final"] is not None]
     nets = list(dict.fromkeys((run.recipe, run.net) for _, run in there))

@@ -39,7 +39,7 @@ class Recipe:
     evaluations: int = 4
 
     def schedule(self, run: Run) -> "Recipe":
-        """The recipe of a run: that for retraining where it starts from a trained net."""
+        """Return the recipe of a run: that for retraining where it starts from a trained net."""
         if run.start == "scratch":
             return self
         return replace(
@@ -133,17 +133,17 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
 
 
 def names() -> list[str]:
-    """The recipes."""
+    """Return the recipes."""
     return list(dict.fromkeys(recipe for recipe, _, _ in RECIPES))
 
 
 def nets(recipe: str) -> list[str]:
-    """The nets of a recipe, its default first."""
+    """Return the nets of a recipe, its default first."""
     return list(dict.fromkeys(net for name, net, _ in RECIPES if name == recipe))
 
 
 def of(run: Run) -> Recipe:
-    """The recipe of a run. Raises OctavError if there is no such row."""
+    """Return the recipe of a run. Raises OctavError if there is no such row."""
     key = (run.recipe, run.net, run.size)
     if key not in RECIPES:
         raise OctavError(f"no recipe {' '.join(key)}; there are {', '.join(' '.join(row) for row in RECIPES)}")

@@ -52,7 +52,7 @@ class Run:
         return Run(self.recipe, self.net, seed=self.seed, size=self.size)
 
     def config(self) -> Config:
-        """How it is quantized."""
+        """Return how it is quantized."""
         return Config(
             weight_bits=self.bits,
             activation_bits=self.bits,
@@ -64,14 +64,14 @@ class Run:
         )
 
     def arguments(self) -> list[str]:
-        """The command line that from_options reads back."""
+        """Return the command line that from_options reads back."""
         fields = dataclasses.asdict(self)
         flags = [[f"--{name.replace('_', '-')}", str(value)] for name, value in fields.items() if name != "recipe"]
         return [self.recipe, *(word for flag in flags for word in flag)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of Run but the recipe."""
+    """Add an option for each field of Run but the recipe."""
     for field in dataclasses.fields(Run):
         if field.name != "recipe":
             default = None if field.name == "net" else field.default
@@ -81,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def from_options(options: argparse.Namespace) -> Run:
-    """The Run that options of add_options describe."""
+    """Return the Run that options of add_options describe."""
     values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(Run)}
     return Run(**values)
 

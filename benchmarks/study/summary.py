@@ -20,12 +20,12 @@ _WHERE: Final = ("torch", "commit", "date")
 
 
 def kept(results: Path, run: Run) -> Path:
-    """The file of a run's result."""
+    """Return the file of a run's result."""
     return results / "runs" / f"{run.name}.json"
 
 
 def found_in(results: Path) -> Found:
-    """The results that are there."""
+    """Return the results that are there."""
     kept_values = [json.loads(path.read_text()) for path in sorted((results / "runs").glob("*.json"))]
     return {Run(**values["run"]): values for values in kept_values}
 
@@ -46,7 +46,7 @@ def _picture(results: Path, name: str, size: str) -> Path:
 
 
 def markdown(results: Path) -> str:
-    """What the README says of the study in its small size: nothing where nothing has been run."""
+    """Return what the README says of the study in its small size: nothing where nothing has been run."""
     found = {run: values for run, values in found_in(results).items() if run.size == "small"}
     if not found:
         return ""
@@ -58,7 +58,7 @@ def markdown(results: Path) -> str:
 
 
 def texts(found: Found, size: str = "small") -> list[str]:
-    """A text for each table of which a run is there, then the errors and Newton's steps."""
+    """Return a text for each table of which a run is there, then the errors and Newton's steps."""
     parts = [
         f"{table.title}\n\n{text(table, found, size)}" for table in TABLES.values() if _present(table, found, size)
     ]
@@ -75,7 +75,7 @@ def texts(found: Found, size: str = "small") -> list[str]:
 
 
 def text(table: Table, found: Found, size: str = "small") -> str:
-    """A row for each label, a column for each net: mean and, of several seeds, least and greatest."""
+    """Return a row for each label, a column for each net: mean and, of several seeds, least and greatest."""
     sized = [(label, dataclasses.replace(run, size=size)) for label, run in table.runs]
     columns = list(dict.fromkeys((run.recipe, run.net) for _, run in sized))
     titles = [f"{recipe}, {net} ({_unit(found, recipe)})" for recipe, net in columns]
@@ -90,7 +90,7 @@ def text(table: Table, found: Found, size: str = "small") -> str:
 
 
 def cell(values: list[dict[str, Any]], wanted: int) -> str:
-    """What a table says of the runs of some seeds; that some are missing or broke off, too."""
+    """Return what a table says of the runs of some seeds; that some are missing or broke off, too."""
     if not values:
         return "-"
     finals = [value["final"] for value in values if value["final"] is not None]
@@ -109,7 +109,7 @@ def cell(values: list[dict[str, Any]], wanted: int) -> str:
 
 
 def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
-    """SQNR by kind of operand and net, a column for each method; the mean over the points of training."""
+    """Return SQNR by kind of operand and net, a column for each method; the mean over the points of training."""
     cells: dict[tuple[str, str], dict[str, list[float]]] = {}
     for run, values in _measured(found, size):
         for row in values["errors"]:
@@ -124,7 +124,7 @@ def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
 
 
 def step_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
-    """Newton's steps by net and recursion: from the mean magnitude and from the last clip."""
+    """Return Newton's steps by net and recursion: from the mean magnitude and from the last clip."""
     rows = []
     for run, values in _measured(found, size):
         counted = [row for row in values["errors"] if row["cold"] is not None]
@@ -139,13 +139,13 @@ def step_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
 
 
 def _steps(counts: list[int]) -> str:
-    """The most of some counts."""
+    """Return the most of some counts."""
     most = max(counts, default=0)
     return f"cycles after {MOST}" if most >= MOST else str(most or "-")
 
 
 def _measured(found: Found, size: str) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs that measured errors, in the order of the tables."""
+    """Return the runs that measured errors, in the order of the tables."""
     wanted = [dataclasses.replace(run, size=size) for run in tables.all_runs(tuple(TABLES))]
     return [(run, found[run]) for run in wanted if run in found and found[run]["errors"]]
 

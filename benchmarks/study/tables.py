@@ -28,7 +28,7 @@ class Table:
 
 
 def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> tuple[tuple[str, Run], ...]:
-    """Each labelled run on each net."""
+    """Return each labelled run on each net."""
     return tuple((label, replace(run, recipe=recipe, net=net)) for label, run in labelled for recipe, net in nets)
 
 
@@ -127,7 +127,7 @@ DEFAULT: Final = tuple(name for name in TABLES if name != "digits")
 
 
 def all_runs(names: tuple[str, ...]) -> list[Run]:
-    """Each run of some tables once, in the order of the tables; before it the run whose net it starts from."""
+    """Return each run of some tables once, in the order of the tables; before it the run whose net it starts from."""
     runs: dict[Run, None] = {}
     for name in names:
         for _, run in TABLES[name].runs:
@@ -138,6 +138,6 @@ def all_runs(names: tuple[str, ...]) -> list[Run]:
 
 
 def is_measured(run: Run) -> bool:
-    """Whether a table wants the quantization errors of a run."""
+    """Return whether a table wants the quantization errors of a run."""
     wanted = {known for table in TABLES.values() if table.measured for _, known in table.runs}
     return run.seed == 0 and run.clip != FLOAT and replace(run, size="small") in wanted

@@ -21,7 +21,7 @@ _TEST_BATCH: Final = 32
 
 
 def files() -> tuple[list[Path], list[Path]]:
-    """The files for training and those for testing: a file's place depends on a hash of its relative path alone."""
+    """Return the files for training and those for testing, chosen by a hash of the relative path alone."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT & set(path.relative_to(root).parts)]
     train: list[Path] = []
@@ -32,13 +32,13 @@ def files() -> tuple[list[Path], list[Path]]:
 
 
 def is_test(relative: str) -> bool:
-    """Whether a file is for testing."""
+    """Return whether a file is for testing."""
     return hashlib.sha256(relative.encode()).digest()[0] * _TEST_SHARE < 256
 
 
 @functools.cache
 def joined() -> tuple[Tensor, Tensor]:
-    """The bytes of the training files one after another, and of the test files; uint8."""
+    """Return the bytes of the training files one after another, and of the test files; uint8."""
     train, test = (b"\0".join(path.read_bytes() for path in paths) for paths in files())
     return torch.frombuffer(bytearray(train), dtype=torch.uint8), torch.frombuffer(bytearray(test), dtype=torch.uint8)
 
@@ -54,18 +54,18 @@ class Text:
         self.windows = _stretches(test_bytes, starts, length)
 
     def batch(self, step: int) -> Batch:
-        """Stretches that begin anywhere."""
+        """Draw stretches that begin anywhere."""
         last = len(self.train_bytes) - self.length
         starts = torch.randint(last, (self.size,), generator=generator(2, self.seed, step))
         stretches = _stretches(self.train_bytes, starts, self.length)
         return stretches[:, :-1], stretches[:, 1:]
 
     def test(self) -> Iterator[Batch]:
-        """The windows."""
+        """Return the windows."""
         for stretches in self.windows.split(_TEST_BATCH):
             yield stretches[:, :-1], stretches[:, 1:]
 
 
 def _stretches(data: Tensor, starts: Tensor, length: int) -> Tensor:
-    """[N, length + 1]: the inputs, and the targets one further."""
+    """Return [N, length + 1]: the inputs, and the targets one further."""
     return data[starts.unsqueeze(1) + torch.arange(length + 1)].long()

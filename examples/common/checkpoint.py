@@ -41,7 +41,7 @@ def save(
 
     "model" has the float model's keys and full tensors, with DDP and with FSDP2. Hints and running means are kept for
     each rank: a clip is the same from any hint only to the solver's last digits, and a resumed run is to be equal in
-    all of them.
+    all of them. The optimizer has to have a state: torch does not read back that of SGD without momentum.
     """
     share_buffers(q)
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)

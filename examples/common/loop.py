@@ -101,7 +101,8 @@ def train(
                 called.eval()
                 row |= task.evaluate(called)
                 called.train()
-                bar.write("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
+                if ranks.is_first:
+                    bar.write("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
             progress.rows.append(row)
         progress.seconds = earlier + time.process_time() - began
         if is_evaluated or progress.step % save_every == 0 or progress.step == task.steps:

@@ -168,7 +168,7 @@ def _model(options: argparse.Namespace, images: Images, ranks: Ranks) -> nn.Modu
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    """A float checkpoint: a state_dict, alone or as "model" or "state_dict", with or without DDP's "module."."""
+    """Load a float checkpoint: a state_dict, alone or as "model" or "state_dict", with or without DDP's "module."."""
     if not path.is_file():
         raise OctavError(f"--retrain {path}: no such file; a state_dict of the float model is expected there")
     found = torch.load(path, map_location="cpu", weights_only=True)
