@@ -4,14 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from octav_fx.errors import OctavError
-from octav_fx.ir.op import Op, Role, activation, either, parameters, weight
+from octav_fx.ir.op import Op, Role, Trait, activation, either, parameters, weight
 from octav_fx.ir.ops import OPS
 from octav_fx.ir.table.contractions import CONTRACTIONS
-from tests.passes.prepare.test_canonicalize import MODULES
-from tests.passes.prepare.test_quantize_operands import CASES, Case
+from tests.support.layers import LAYERS, Layer
 
 
 def test_operands_of_each_role() -> None:
@@ -58,29 +56,49 @@ def test_activations_have_no_channel_axis(op: Op) -> None:
     assert all(operand.channel is None for operand in op.operands if operand.role is Role.ACTIVATION)
 
 
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [pytest.param(name, c, id=name) for name, cases in CASES.items() for c in cases if name != "einsum"],
-)
-def test_operands_are_equally_long_along_their_reduction_axes(name: str, case: Case) -> None:
-    shapes = {**case.shapes, "r": case.shapes["x"]}
-    found = [(operand, shapes[case.arguments[operand.index]]) for operand in OPS[name].operands]
-    axes = [(shape, operand.reduction_axis(len(shape))) for operand, shape in found]
-    if name == "attention":
-        # Two products: queries with keys, and what becomes of that with the values, as many as keys.
-        (query, q_axis), (key, k_axis), (value, v_axis) = axes
-        assert query[q_axis] == key[k_axis] and value[v_axis] == key[-2]
-    else:
-        assert len({shape[axis] for shape, axis in axes}) == 1
+# Shapes of the operands of one call of each other contraction; einsum's equation says which axes are summed over.
+PRODUCTS = {
+    "matmul": [((2, 3, 4), (2, 4, 5)), ((3, 4), (4,)), ((4,), (4,))],
+    "addmm": [((3, 4), (4, 5))],
+    "addmv": [((3, 4), (4,))],
+    "addbmm": [((2, 3, 4), (2, 4, 5))],
+    "baddbmm": [((2, 3, 4), (2, 4, 5))],
+    "grouped_mm": [((2, 3, 4), (2, 4, 8))],
+    # Two products: queries with keys, and what becomes of that with the values, as many as keys.
+    "attention": [((2, 5, 4), (2, 6, 4))],
+}
 
 
-@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
-def test_call_of_gives_the_arguments_with_which_a_module_calls_the_function(kind: type[nn.Module]) -> None:
-    arguments, shape, _ = MODULES[kind]
-    module, x = kind(*arguments), torch.randn(shape)
-    (op,) = (op for op in CONTRACTIONS if kind in op.modules)
+def test_every_contraction_has_shapes() -> None:
+    assert {op.name for op in CONTRACTIONS} == {*PRODUCTS, *(layer.op for layer in LAYERS), "einsum"}
+
+
+@pytest.mark.parametrize(("name", "shapes"), [(name, shapes) for name, listed in PRODUCTS.items() for shapes in listed])
+def test_operands_are_equally_long_along_their_reduction_axes(name: str, shapes: Any) -> None:
+    first, second, *_ = OPS[name].operands
+    (one, two) = shapes
+    assert one[first.reduction_axis(len(one))] == two[second.reduction_axis(len(two))]
+
+
+def test_the_values_of_an_attention_are_summed_over_the_keys() -> None:
+    assert OPS["attention"].operands[2].reduction_axis(3) == 1
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.op)
+def test_a_weight_is_as_long_as_its_inputs_along_the_reduction_axis(layer: Layer) -> None:
+    *inputs, weight = OPS[layer.op].operands
+    lengths = {layer.inputs[o.name][o.reduction_axis(len(layer.inputs[o.name]))] for o in inputs}
+    shape = layer.state["weight"]
+    groups = 1 if Trait.TRANSPOSED in OPS[layer.op].traits else layer.rest.get("groups", 1)
+    assert lengths == {shape[weight.reduction_axis(len(shape))] * groups}
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.module], ids=lambda layer: layer.op)
+def test_call_of_gives_the_arguments_with_which_a_module_calls_the_function(layer: Layer) -> None:
+    module, inputs = layer.module(*layer.arguments), list(map(torch.randn, layer.inputs.values()))
+    op = OPS[layer.op]
     with torch.no_grad():
-        assert torch.equal(op.target(*op.call_of(module, None, x)), module(x))
+        assert torch.equal(op.target(*op.call_of(module, None, *inputs)), module(*inputs))
 
 
 @pytest.mark.parametrize("op", CONTRACTIONS, ids=lambda op: op.name)

@@ -208,6 +208,10 @@ def test_what_can_be_negative_is_not_claimed(forward: Callable[[Tensor], Tensor]
         lambda s, x: x.relu() + -0.5,
         lambda s, x: x.relu() / -2,
         lambda s, x: torch.stack((x.relu(), -x.relu())),
+        # By name, too.
+        lambda s, x: torch.add(x.relu(), other=x),
+        lambda s, x: torch.add(x.relu(), x.abs(), alpha=-1),
+        lambda s, x: torch.cat(tensors=(x.relu(), x), dim=1),
         lambda s, x: x.relu().amin(1) - x.relu().amax(1),
         lambda s, x: s.norm(x.relu()),
     ],
@@ -223,6 +227,10 @@ def test_arithmetic_below_zero_is_not_claimed(forward: Forward) -> None:
         lambda s, x: 2 * x.relu(),
         lambda s, x: x.relu() / x.shape[0],
         lambda s, x: x * x,
+        lambda s, x: torch.add(x.relu(), other=x.abs(), alpha=2),
+        lambda s, x: torch.cat(tensors=(x.relu(), x.abs()), dim=1),
+        # An axis is no value.
+        lambda s, x: torch.cat((x.relu(), x.abs()), -1),
         lambda s, x: sum([x.relu(), x.abs()]),
         lambda s, x: (x.relu() + x.sigmoid()).flatten(1).mean(1),
     ],

@@ -20,6 +20,7 @@ from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.passes import Place, quantize_operands
 from tests.support.graphs import model, parameter
+from tests.support.layers import LAYERS, Layer
 from tests.support.passes import canonical, four_bits, made, on_grid, quantize_with
 
 
@@ -54,26 +55,18 @@ class Case:
 A, W = Role.ACTIVATION, Role.WEIGHT
 
 
-def conv(function: Callable[..., Any], dims: int, axis: int) -> Case:
-    expected = {0: ("input", A, False, None), 1: ("weight", W, True, axis)}
-    return Case(function, ("r", "w", None), expected, {"x": (2, 4) + (5,) * dims, "w": (4, 4) + (2,) * dims})
+def case_of(layer: Layer) -> Case:
+    """The relu of an input is unsigned; a second input of the same shape is signed."""
+    (first, *further), tensors = layer.inputs, list(layer.tensors)
+    expected = {0: (first, A, False, None), **{i + 1: (name, A, True, None) for i, name in enumerate(further)}}
+    expected[len(layer.inputs)] = ("weight", W, True, layer.channel)
+    arguments = ("r", *("x" for _ in further), *layer.state, *layer.rest.values())
+    assert tensors[len(layer.inputs)] == "weight" and {layer.inputs[first]} == set(layer.inputs.values())
+    return Case(layer.functions[0], arguments, expected, {"x": layer.inputs[first], **layer.state})
 
 
 CASES = {
-    "conv1d": [conv(F.conv1d, 1, 0)],
-    "conv2d": [conv(F.conv2d, 2, 0)],
-    "conv3d": [conv(F.conv3d, 3, 0)],
-    "conv_transpose1d": [conv(F.conv_transpose1d, 1, 1)],
-    "conv_transpose2d": [conv(F.conv_transpose2d, 2, 1)],
-    "conv_transpose3d": [conv(F.conv_transpose3d, 3, 1)],
-    "linear": [
-        Case(
-            F.linear,
-            ("x", "w", "b"),
-            {0: ("input", A, True, None), 1: ("weight", W, True, 0)},
-            {"x": (2, 3, 4), "w": (5, 4), "b": (5,)},
-        )
-    ],
+    **{layer.op: [case_of(layer)] for layer in LAYERS},
     "matmul": [
         Case(torch.matmul, ("r", "x"), {0: ("input", A, False, None), 1: ("other", A, True, None)}, {"x": (4, 4)}),
         Case(
