@@ -12,40 +12,31 @@ from torch.utils.checkpoint import CheckpointPolicy
 from benchmarks.saved import saved_for_backward
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
-from octav_fx.passes import save_codes
+from octav_fx.passes import mask_from_codes, save_codes, split_quantizers
 from tests.support.joint import (
+    after_relu,
     codes_of,
     joint,
     kept,
+    layer_inputs,
     leaf,
+    linear,
     lower,
     quantized,
-    results,
     tagged,
     targets,
     unchanged,
     weight,
 )
 
-aten = torch.ops.aten
-
-
-def linear(**spec: Any) -> Callable[..., Any]:
-    """A linear layer of a quantized activation that is computed and may be negative, and a float weight."""
-    return lambda x, u, w, hint: (F.linear(quantized(x @ u, hint, **spec), w),)
-
-
-def after_relu(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-    return (F.linear(quantized((x @ u).relu(), hint, signed=False), w),)
+aten, octav = torch.ops.aten, torch.ops.octav
+SAVE = (split_quantizers, save_codes)
+# Without the gradient's own question about the value, which it would be kept for.
+ALL = (*SAVE, mask_from_codes)
 
 
 def both(x: Tensor, u: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor]:
     return (F.linear(quantized(x @ u, hint), weight(w, hints)),)
-
-
-def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, a float layer that makes values on both sides of zero and beyond the clip, w, and a hint."""
-    return leaf(7, 30), leaf(30, 30), leaf(4, 30), torch.ones(())
 
 
 def test_golden_activation() -> None:
@@ -68,6 +59,7 @@ def test_golden_activation() -> None:
         "mul = mul.Tensor(fake_quantize_backward, cos)\n"
         "return [mm, mul, permute_4, None]"
     )
+    lower(gm, split_quantizers)
     assert [(edit.node, edit.verb, edit.detail) for edit in lower(gm, save_codes)] == [("sin", "save codes", "4 bits")]
     assert graph_text(gm.graph) == (
         "sin = sin.default(primals_1)\n"
@@ -83,15 +75,9 @@ def test_golden_activation() -> None:
         "permute_3 = permute.default(permute, [1, 0])\n"
         "mm_2 = mm.default(tangents_1, permute_3)\n"
         "permute_4 = permute.default(permute_2, [1, 0])\n"
-        "convert_element_type_default = convert_element_type.default(quantize_default, torch.float32)\n"
-        # Not from -8 to 7.
-        "sub_tensor = sub.Tensor(convert_element_type_default, -0.5)\n"
-        "abs_default = abs.default(sub_tensor)\n"
-        "gt_scalar = gt.Scalar(abs_default, 7.5)\n"
-        "full_default = full.default([], 0.0, dtype=torch.float32, device=device(type='cpu'))\n"
-        "where_self = where.self(gt_scalar, full_default, mm_2)\n"
+        "fake_quantize_backward = fake_quantize_backward.default(mm_2, sin, optimal_clip_default, True, None, 'pwl')\n"
         "cos = cos.default(primals_1)\n"
-        "mul = mul.Tensor(where_self, cos)\n"
+        "mul = mul.Tensor(fake_quantize_backward, cos)\n"
         "return [mm, mul, permute_4, None]"
     )
     assert tagged(gm) == {"dequantize_default": CheckpointPolicy.MUST_RECOMPUTE}
@@ -99,8 +85,9 @@ def test_golden_activation() -> None:
 
 def test_golden_weight() -> None:
     gm = joint(lambda x, w, hint: (F.linear(x, weight(w, hint)),), torch.randn(7, 30), leaf(4, 30), torch.ones(4))
-    edits = lower(gm, save_codes)
-    assert [(edit.node, edit.verb, edit.detail) for edit in edits] == [("primals_2", "recompute", "4 bits")]
+    lower(gm, split_quantizers)
+    # The gradient of x is not asked for, so that backward reads no levels: nothing is to be tagged.
+    assert lower(gm, save_codes) == []
     assert graph_text(gm.graph) == (
         "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 4, True, 0, 'octav')\n"
         "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad')\n"
@@ -118,17 +105,17 @@ def test_golden_weight() -> None:
 
 @pytest.mark.parametrize(("bits", "dtype"), [(4, torch.int8), (7, torch.int8), (8, torch.int16)])
 def test_backward_keeps_the_codes_of_an_activation(bits: int, dtype: torch.dtype) -> None:
-    gm = joint(linear(bits=bits), *inputs())
-    before = kept(joint(linear(bits=bits), *inputs()))
-    unchanged(gm, inputs(), save_codes)
+    gm = joint(linear(bits=bits), *layer_inputs())
+    before = kept(joint(linear(bits=bits), *layer_inputs()))
+    unchanged(gm, layer_inputs(), *ALL)
     assert before["getitem"] is torch.float32
     assert kept(gm) == {"quantize_default": dtype, "optimal_clip_default": torch.float32}
 
 
 def test_backward_keeps_nothing_of_a_weight_but_its_clips() -> None:
-    arguments = (*inputs(), torch.ones(4))
+    arguments = (*layer_inputs(), torch.ones(4))
     gm = joint(both, *arguments)
-    unchanged(gm, arguments, save_codes)
+    unchanged(gm, arguments, *ALL)
     found = kept(gm)
     assert sorted(found) == ["optimal_clip_default", "optimal_clip_default_1", "quantize_default"]
     assert found["quantize_default"] is torch.int8
@@ -141,19 +128,19 @@ def test_a_view_of_a_weight_is_a_weight(views: Callable[[Tensor], Tensor]) -> No
     gm = joint(
         lambda x, w, hint: (F.linear(x, weight(views(w), hint)),), torch.randn(7, 30), leaf(4, 30), torch.ones(4)
     )
-    unchanged(gm, (torch.randn(7, 30), leaf(4, 30), torch.ones(4)), save_codes)
+    unchanged(gm, (torch.randn(7, 30), leaf(4, 30), torch.ones(4)), *ALL)
     assert not codes_of(gm)
 
 
 def test_an_input_of_the_model_is_there_anyway() -> None:
-    gm = joint(lambda x, w, hint: (F.linear(quantized(x, hint), w),), torch.randn(7, 30), *inputs()[2:])
-    assert [edit.verb for edit in lower(gm, save_codes)] == ["recompute"]
+    gm = joint(lambda x, w, hint: (F.linear(quantized(x, hint), w),), torch.randn(7, 30), *layer_inputs()[2:])
+    assert [edit.verb for edit in lower(gm, *SAVE)] == ["split", "recompute"]
     assert kept(gm) == {"optimal_clip_default": torch.float32}
 
 
 def test_magnitude_aware_gradients_ask_the_value() -> None:
-    gm = joint(linear(gradient="mad"), *inputs())
-    assert [edit.verb for edit in unchanged(gm, inputs(), save_codes)] == ["recompute"]
+    gm = joint(linear(gradient="mad"), *layer_inputs())
+    assert [edit.verb for edit in unchanged(gm, layer_inputs(), *ALL)] == ["split", "recompute"]
     assert not codes_of(gm)
     assert torch.ops.octav.fake_quantize_backward.default in targets(gm)
     # Of the value and what is computed from it one tensor is enough.
@@ -161,85 +148,33 @@ def test_magnitude_aware_gradients_ask_the_value() -> None:
 
 
 def test_magnitude_aware_without_a_gradient_is_codes() -> None:
-    arguments = (torch.randn(7, 30), torch.randn(30, 30), *inputs()[2:])
+    arguments = (torch.randn(7, 30), torch.randn(30, 30), *layer_inputs()[2:])
     gm = joint(linear(gradient="mad"), *arguments)
-    assert [edit.verb for edit in unchanged(gm, arguments, save_codes)] == ["save codes"]
+    assert [edit.verb for edit in unchanged(gm, arguments, *ALL)] == ["split", "save codes"]
     assert kept(gm) == {"quantize_default": torch.int8, "optimal_clip_default": torch.float32}
 
 
 def test_straight_through_has_no_mask() -> None:
-    gm = joint(linear(gradient="ste"), *inputs())
-    unchanged(gm, inputs(), save_codes)
+    gm = joint(linear(gradient="ste"), *layer_inputs())
+    unchanged(gm, layer_inputs(), *ALL)
     assert not {aten.where.self, aten.gt.Scalar, torch.ops.octav.fake_quantize_backward.default} & targets(gm)
     assert [user.target for user in codes_of(gm)[0].users] == [torch.ops.octav.dequantize.default]
 
 
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 6, 8])
-@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
-def test_outputs_and_gradients_stay_what_they_are(gradient: str, bits: int, signed: bool) -> None:
-    def function(x: Tensor, u: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor]:
-        # As an unsigned grid meets them; and twice, so that gradients add up.
-        value = (x @ u) if signed else (x @ u).relu()
-        y = quantized(value, hint, bits, signed, gradient)
-        return (F.linear(y, weight(w, hints, bits)).sum() + (y * value).sum(),)
-
-    arguments = (*inputs(), torch.ones(4))
-    gm = joint(function, *arguments)
-    assert len(unchanged(gm, arguments, save_codes)) == 2
-
-
-def test_the_mask_of_relu_asks_the_codes() -> None:
-    gm = joint(after_relu, *inputs())
-    (question,) = gm.graph.find_nodes(op="call_function", target=aten.le.Scalar)
-    # Through the aliases that autograd makes of what it saves.
-    assert question.args[0].target is aten.alias.default
-    unchanged(gm, inputs(), save_codes)
-    assert not gm.graph.find_nodes(op="call_function", target=aten.le.Scalar)
-    assert kept(gm) == {"quantize_default": torch.int8, "optimal_clip_default": torch.float32}
-
-
-def test_the_mask_of_relu_asks_the_codes_through_a_clone_too() -> None:
-    def function(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-        return (F.linear(quantized((x @ u).relu().clone(), hint, signed=False), w),)
-
-    gm = joint(function, *inputs())
-    unchanged(gm, inputs(), save_codes)
-    assert not gm.graph.find_nodes(op="call_function", target=aten.le.Scalar)
-    assert list(kept(gm).values()).count(torch.int8) == 1
-
-
-@pytest.mark.parametrize("function", [F.relu6, lambda x: F.hardtanh(x, 0, 0.7)], ids=["relu6", "hardtanh"])
-def test_the_masks_of_bounded_activations_ask_the_codes(function: Callable[[Tensor], Tensor]) -> None:
-    def layer(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-        return (F.linear(quantized(function(4 * (x @ u)), hint, signed=False), w),)
-
-    gm = joint(layer, *inputs())
-    unchanged(gm, inputs(), save_codes)
-    assert not {aten.le.Scalar, aten.ge.Tensor} & targets(gm)
-
-
-def test_a_signed_grid_does_not_know_the_mask_of_relu() -> None:
-    # Zero and what is rounded to zero have the same code.
-    gm = joint(lambda x, u, w, hint: (F.linear(quantized((x @ u).relu(), hint), w),), *inputs())
-    unchanged(gm, inputs(), save_codes)
-    assert gm.graph.find_nodes(op="call_function", target=aten.le.Scalar)
-
-
 def test_a_frozen_layer_does_not_ask_for_its_input() -> None:
-    x, u, w, hint = inputs()
+    x, u, w, hint = layer_inputs()
     arguments = (x, u, w.detach(), hint)
     gm = joint(linear(gradient="ste"), *arguments)
-    unchanged(gm, arguments, save_codes)
+    unchanged(gm, arguments, *ALL)
     assert tagged(gm) == {}
     assert kept(gm) == {}
 
 
 def test_the_mask_of_a_frozen_layer_is_all_that_asks_for_codes() -> None:
-    x, u, w, hint = inputs()
+    x, u, w, hint = layer_inputs()
     arguments = (x, u, w.detach(), hint)
     gm = joint(linear(), *arguments)
-    unchanged(gm, arguments, save_codes)
+    unchanged(gm, arguments, *ALL)
     assert tagged(gm) == {}
     # Codes, or the mask itself.
     (dtype,) = kept(gm).values()
@@ -249,19 +184,20 @@ def test_the_mask_of_a_frozen_layer_is_all_that_asks_for_codes() -> None:
 @pytest.mark.parametrize("function", [linear(), after_relu])
 def test_an_inference_graph_stays(function: Callable[..., Any]) -> None:
     with torch.no_grad():
-        gm = joint(function, *(tensor.detach() for tensor in inputs()), trace_joint=False)
+        gm = joint(function, *(tensor.detach() for tensor in layer_inputs()), trace_joint=False)
+    lower(gm, split_quantizers)
     text = graph_text(gm.graph)
-    assert "dynamic_fake_quantize" in text
+    assert "fake_quantize" in text
     assert lower(gm, save_codes) == []
     assert graph_text(gm.graph) == text
 
 
 @pytest.mark.parametrize("function", [linear(), linear(gradient="mad"), linear(bits=8), after_relu])
 def test_twice_changes_nothing(function: Callable[..., Any]) -> None:
-    gm = joint(function, *inputs())
-    assert len(lower(gm, save_codes)) == 1
+    gm = joint(function, *layer_inputs())
+    assert len(lower(gm, *SAVE)) == 2
     text, tags = graph_text(gm.graph), tagged(gm)
-    assert lower(gm, save_codes) == []
+    assert lower(gm, *SAVE) == []
     assert (graph_text(gm.graph), tagged(gm)) == (text, tags)
 
 
@@ -269,8 +205,8 @@ def test_a_reshaped_activation_is_recomputed_as_a_whole() -> None:
     def function(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
         return (F.linear(quantized(x @ u, hint).view(30, 7).t().contiguous(), w),)
 
-    gm = joint(function, *inputs())
-    unchanged(gm, inputs(), save_codes)
+    gm = joint(function, *layer_inputs())
+    unchanged(gm, layer_inputs(), *ALL)
     assert len(tagged(gm)) > 1
     assert kept(gm) == {"quantize_default": torch.int8, "optimal_clip_default": torch.float32}
 
@@ -280,18 +216,8 @@ def test_an_activation_that_is_an_output_stays_one() -> None:
         y = quantized(x @ u, hint)
         return y, F.linear(y, w)
 
-    gm = joint(function, *inputs())
-    unchanged(gm, inputs(), save_codes)
-
-
-def test_one_value_on_two_grids() -> None:
-    def function(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-        value = (x @ u).relu()
-        return (F.linear(quantized(value, hint, 4, False), w) + F.linear(quantized(value, hint, 8, False), w),)
-
-    gm = joint(function, *inputs())
-    assert len(unchanged(gm, inputs(), save_codes)) == 2
-    assert {node.meta["val"].dtype for node in codes_of(gm)} == {torch.int8, torch.int16}
+    gm = joint(function, *layer_inputs())
+    unchanged(gm, layer_inputs(), *ALL)
 
 
 def test_the_clip_can_be_an_output() -> None:
@@ -299,29 +225,8 @@ def test_the_clip_can_be_an_output() -> None:
         y, clip = dynamic_fake_quantize(x @ u, hint, 4, True, None, "octav", "pwl")
         return F.linear(y, w), clip.detach()
 
-    gm = joint(function, *inputs())
-    unchanged(gm, inputs(), save_codes)
-
-
-def test_a_question_that_the_model_itself_asks_before() -> None:
-    def function(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-        value = (x @ u).relu()
-        scale = torch.where(value <= 0, 2.0, 3.0)
-        return (F.linear(quantized(value, hint, signed=False), w).sum() + scale.sum(),)
-
-    gm = joint(function, *inputs())
-    unchanged(gm, inputs(), save_codes)
-
-
-@pytest.mark.parametrize("special", [float("inf"), float("nan")])
-def test_values_that_are_not_finite_pass_no_gradient(special: float) -> None:
-    arguments = (leaf(7, 30), torch.ones(()))
-    with torch.no_grad():
-        arguments[0][0, 0] = special
-    gm = joint(lambda x, hint: (quantized(x * 2, hint),), *arguments)
-    before = results(gm, arguments)[1]
-    lower(gm, save_codes)
-    torch.testing.assert_close(results(gm, arguments)[1], before, rtol=0, atol=0, equal_nan=True)
+    gm = joint(function, *layer_inputs())
+    unchanged(gm, layer_inputs(), *ALL)
 
 
 class Small(nn.Module):
