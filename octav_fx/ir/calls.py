@@ -8,9 +8,9 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
+from octav_fx.compat.tensors import OpOverload, schema_of
 from octav_fx.errors import OctavError
 from octav_fx.ir.edits import insert_aten
 
@@ -68,7 +68,7 @@ def update_arguments(node: fx.Node, **changes: Any) -> None:
     node.args, node.kwargs = _placed(_overload(node.target, str(node)), {**call, **changes})
 
 
-def insert_call(graph: fx.Graph, target: torch._ops.OpOverload, *given: Mapping[str, Any], **changes: Any) -> fx.Node:
+def insert_call(graph: fx.Graph, target: OpOverload, *given: Mapping[str, Any], **changes: Any) -> fx.Node:
     """Insert a call of an op with those of the given arguments that its schema names; later ones come first.
 
     So dequantize gets from a call of quantize whatever describes the grid. Raises OctavError for a change that the op
@@ -92,21 +92,21 @@ _REQUIRED = object()
 
 
 @functools.cache
-def _schema(target: torch._ops.OpOverload) -> tuple[dict[str, Any], dict[str, Any]]:
+def _schema(target: OpOverload) -> tuple[dict[str, Any], dict[str, Any]]:
     """The positional and the keyword-only arguments of an op, each by name with its default."""
-    arguments = target._schema.arguments
+    arguments = schema_of(target).arguments
     named = [(a.name, a.default_value if a.has_default_value() else _REQUIRED, a.kwarg_only) for a in arguments]
     positional = {name: default for name, default, only in named if not only}
     return positional, {name: default for name, default, only in named if only}
 
 
-def _overload(target: Any, call: str) -> torch._ops.OpOverload:
-    if not isinstance(target, torch._ops.OpOverload):
+def _overload(target: Any, call: str) -> OpOverload:
+    if not isinstance(target, OpOverload):
         raise OctavError(f"{call}: {target} is no op of torch.ops, its arguments have no names")
     return target
 
 
-def _placed(target: torch._ops.OpOverload, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _placed(target: OpOverload, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positions and keywords for the values; keywords at their default are left out."""
     positional, keywords = _schema(target)
     kwargs = {name: values[name] for name, default in keywords.items() if not _is_default(values[name], default)}
