@@ -43,8 +43,9 @@ def test_a_run_from_scratch(data, whole, tmp_path):
     assert curve(tmp_path / "other") != rows
 
 
-@pytest.mark.parametrize("step", range(2 * STEPS))
-def test_stopped_at_any_step_and_resumed(data, whole, tmp_path, step):
+# Within an epoch, at its end, before the last step. The loop's own tests stop at every step.
+@pytest.mark.parametrize("step", [1, STEPS, 2 * STEPS - 1])
+def test_stopped_and_resumed(data, whole, tmp_path, step):
     with torchrun.stopped_at(step):
         imagenet.main(arguments(data, tmp_path, "--save-every", 2))
     imagenet.main(arguments(data, tmp_path, "--save-every", 2))

@@ -64,7 +64,7 @@ def test_a_run(data, bert, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 5, 7])
+@pytest.mark.parametrize("step", [1, 5])
 def test_stopped_and_resumed(data, bert, whole, tmp_path, step):
     with torchrun.stopped_at(step):
         squad.main(arguments(data, bert, tmp_path, "--save-every", 1))
