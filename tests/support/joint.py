@@ -1,4 +1,4 @@
-"""The graph of forward and backward as Inductor's passes get it, and what the partitioner keeps of it."""
+"""Joint graphs of forward and backward as Inductor gets them: made, lowered, run and partitioned."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.decomposition import select_decomp_table
+from torch.nn import functional as F
 
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
@@ -76,6 +77,21 @@ def quantized(x: Tensor, hint: Tensor, bits: int = 4, signed: bool = True, gradi
 
 def weight(w: Tensor, hint: Tensor, bits: int = 4) -> Tensor:
     return dynamic_fake_quantize(w, hint, bits, True, 0, "octav", "mad")[0]
+
+
+def linear(**spec: Any) -> Callable[..., Any]:
+    """A linear layer of a quantized activation that is computed and may be negative, and a float weight."""
+    return lambda x, u, w, hint: (F.linear(quantized(x @ u, hint, **spec), w),)
+
+
+def after_relu(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
+    """One of an activation that is unsigned, as it comes from a relu."""
+    return (F.linear(quantized((x @ u).relu(), hint, signed=False), w),)
+
+
+def layer_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, a float layer that makes values on both sides of zero and beyond the clip, w, and a hint."""
+    return leaf(7, 30), leaf(30, 30), leaf(4, 30), torch.ones(())
 
 
 def codes_of(gm: fx.GraphModule) -> list[fx.Node]:
