@@ -20,8 +20,10 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # A compiler that was killed leaves half a library in the user's cache of Inductor, where every later run would find it.
-_CACHE = tempfile.TemporaryDirectory(prefix="octav_fx_tests_")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+# The processes of one run share a cache: what two of them compile is compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="octav_fx_tests_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 # Cores are shared with other processes: how long one example takes says nothing.
 for _name, _count in PROFILES.items():
     settings.register_profile(f"octav_fx_{_name}", deadline=None, max_examples=_count)
