@@ -89,4 +89,14 @@ LAYERS = (
         module=nn.Linear,
         arguments=(4, 5),
     ),
+    Layer(
+        "bilinear",
+        (F.bilinear, aten.bilinear.default),
+        {"input1": (2, 3, 4), "input2": (2, 3, 4)},
+        {"weight": (5, 4, 4), "bias": (5,)},
+        channel=0,
+        macs=2 * 3 * 5 * 4 * 4,
+        module=nn.Bilinear,
+        arguments=(4, 4, 5),
+    ),
 )

@@ -139,6 +139,21 @@ CONTRACTIONS: Final = (
         traits=_FULLY_CONNECTED,
     ),
     Op(
+        "bilinear",
+        # The weight is [out, in1, in2], and summed over in1 as well.
+        (
+            activation(0, "input1", reduction=-1),
+            activation(1, "input2", reduction=-1),
+            weight(2, "weight", channel=0, reduction=-1),
+        ),
+        target=F.bilinear,
+        functions=(aten.bilinear.default,),
+        modules=(nn.Bilinear,),
+        parameters=parameters("input1", "input2", "weight", bias=None),
+        call_of=lambda layer, make_call, x, y: (x, y, layer.weight, layer.bias),
+        traits=frozenset({Trait.LAST_LAYER}),
+    ),
+    Op(
         "matmul",
         (
             either(0, "input", -2, reduction=-1),
