@@ -37,6 +37,12 @@ class Layer:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {**self.inputs, **self.state}
 
+    def tensors_of(self, function: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes by the names that this function gives them; torch.ops has names of its own, self above all."""
+        if not isinstance(function, torch._ops.OpOverload):
+            return self.tensors
+        return dict(zip((a.name for a in function._schema.arguments), self.tensors.values(), strict=False))
+
 
 def convolution(dims: int, function: Any, overload: Any, module: type[nn.Module]) -> Layer:
     size, result = 7 - dims, (7 - dims + 2 - 3) // 2 + 1
