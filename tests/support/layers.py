@@ -105,4 +105,13 @@ LAYERS = (
         module=nn.Bilinear,
         arguments=(4, 4, 5),
     ),
+    Layer(
+        "conv_tbc",
+        (F.conv_tbc, aten.conv_tbc.default),
+        {"input": (7, 2, 4)},
+        {"weight": (3, 4, 6), "bias": (6,)},
+        channel=2,
+        macs=(7 + 2 - 2) * 2 * 3 * 4 * 6,
+        rest={"pad": 1},
+    ),
 )

@@ -154,6 +154,15 @@ CONTRACTIONS: Final = (
         traits=frozenset({Trait.LAST_LAYER}),
     ),
     Op(
+        "conv_tbc",
+        # Time first: [T, B, in] with filters [K, in, out].
+        (activation(0, "input", reduction=2), weight(1, "weight", channel=2, reduction=1)),
+        target=F.conv_tbc,
+        functions=(aten.conv_tbc.default,),
+        parameters=parameters("input", "weight", "bias", pad=0),
+        traits=frozenset({Trait.FIRST_LAYER}),
+    ),
+    Op(
         "matmul",
         (
             either(0, "input", -2, reduction=-1),
