@@ -37,6 +37,12 @@ class Layer:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {**self.inputs, **self.state}
 
+    def tensors_of(self, function: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes by the names that this function gives them; torch.ops has names of its own, self above all."""
+        if not isinstance(function, torch._ops.OpOverload):
+            return self.tensors
+        return dict(zip((a.name for a in function._schema.arguments), self.tensors.values(), strict=False))
+
 
 def convolution(dims: int, function: Any, overload: Any, module: type[nn.Module]) -> Layer:
     size, result = 7 - dims, (7 - dims + 2 - 3) // 2 + 1
@@ -88,5 +94,24 @@ LAYERS = (
         macs=2 * 3 * 5 * 4,
         module=nn.Linear,
         arguments=(4, 5),
+    ),
+    Layer(
+        "bilinear",
+        (F.bilinear, aten.bilinear.default),
+        {"input1": (2, 3, 4), "input2": (2, 3, 4)},
+        {"weight": (5, 4, 4), "bias": (5,)},
+        channel=0,
+        macs=2 * 3 * 5 * 4 * 4,
+        module=nn.Bilinear,
+        arguments=(4, 4, 5),
+    ),
+    Layer(
+        "conv_tbc",
+        (F.conv_tbc, aten.conv_tbc.default),
+        {"input": (7, 2, 4)},
+        {"weight": (3, 4, 6), "bias": (6,)},
+        channel=2,
+        macs=(7 + 2 - 2) * 2 * 3 * 4 * 6,
+        rest={"pad": 1},
     ),
 )

@@ -48,143 +48,6 @@ def _transposed(conv: Any, make_call: MakeCall, x: Any) -> tuple[Any, ...]:
     return x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
 
 
-CONV1D: Final = Op(
-    "conv1d",
-    _FILTERS,
-    target=F.conv1d,
-    functions=(aten.conv1d.default,),
-    modules=(nn.Conv1d,),
-    parameters=_CONVOLUTION_PARAMETERS,
-    call_of=_convolution,
-    traits=_CONVOLUTION,
-    spatial=1,
-)
-CONV2D: Final = Op(
-    "conv2d",
-    _FILTERS,
-    target=F.conv2d,
-    functions=(aten.conv2d.default,),
-    modules=(nn.Conv2d,),
-    parameters=_CONVOLUTION_PARAMETERS,
-    call_of=_convolution,
-    traits=_CONVOLUTION,
-    spatial=2,
-)
-CONV3D: Final = Op(
-    "conv3d",
-    _FILTERS,
-    target=F.conv3d,
-    functions=(aten.conv3d.default,),
-    modules=(nn.Conv3d,),
-    parameters=_CONVOLUTION_PARAMETERS,
-    call_of=_convolution,
-    traits=_CONVOLUTION,
-    spatial=3,
-)
-CONV_TRANSPOSE1D: Final = Op(
-    "conv_transpose1d",
-    _TRANSPOSED_FILTERS,
-    target=F.conv_transpose1d,
-    functions=(aten.conv_transpose1d.default,),
-    modules=(nn.ConvTranspose1d,),
-    parameters=_TRANSPOSED_PARAMETERS,
-    call_of=_transposed,
-    traits=_TRANSPOSED,
-    spatial=1,
-)
-CONV_TRANSPOSE2D: Final = Op(
-    "conv_transpose2d",
-    _TRANSPOSED_FILTERS,
-    target=F.conv_transpose2d,
-    functions=(aten.conv_transpose2d.input,),
-    modules=(nn.ConvTranspose2d,),
-    parameters=_TRANSPOSED_PARAMETERS,
-    call_of=_transposed,
-    traits=_TRANSPOSED,
-    spatial=2,
-)
-CONV_TRANSPOSE3D: Final = Op(
-    "conv_transpose3d",
-    _TRANSPOSED_FILTERS,
-    target=F.conv_transpose3d,
-    functions=(aten.conv_transpose3d.input,),
-    modules=(nn.ConvTranspose3d,),
-    parameters=_TRANSPOSED_PARAMETERS,
-    call_of=_transposed,
-    traits=_TRANSPOSED,
-    spatial=3,
-)
-LINEAR: Final = Op(
-    "linear",
-    (activation(0, "input", reduction=-1), weight(1, "weight", channel=0, reduction=-1)),
-    target=F.linear,
-    functions=(aten.linear.default,),
-    modules=(nn.Linear,),
-    parameters=parameters("input", "weight", bias=None),
-    call_of=_linear,
-    traits=_FULLY_CONNECTED,
-)
-MATMUL: Final = Op(
-    "matmul",
-    (
-        either(0, "input", -2, reduction=-1),
-        either(1, "other", -1, "mat2", "vec", "tensor", reduction=-2),
-    ),
-    target=torch.matmul,
-    functions=(
-        *(operator.matmul, operator.imatmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.linalg.matmul),
-        *(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default),
-    ),
-    methods=("matmul", "mm", "bmm", "mv", "dot", "__matmul__", "__imatmul__"),
-)
-ADDMM: Final = Op(
-    "addmm",
-    (either(1, "mat1", -2, reduction=-1), either(2, "mat2", -1, reduction=-2)),
-    target=torch.addmm,
-    functions=(aten.addmm.default,),
-    methods=("addmm",),
-    parameters=parameters("input", "mat1", "mat2", beta=1, alpha=1),
-)
-ADDMV: Final = Op(
-    "addmv",
-    (either(1, "mat", -2, reduction=-1), either(2, "vec", None)),
-    target=torch.addmv,
-    functions=(aten.addmv.default,),
-    methods=("addmv",),
-    parameters=parameters("input", "mat", "vec", beta=1, alpha=1),
-)
-ADDBMM: Final = Op(
-    "addbmm",
-    (either(1, "batch1", -2, reduction=-1), either(2, "batch2", -1, reduction=-2)),
-    target=torch.addbmm,
-    functions=(aten.addbmm.default,),
-    methods=("addbmm",),
-    parameters=parameters("input", "batch1", "batch2", beta=1, alpha=1),
-)
-BADDBMM: Final = Op(
-    "baddbmm",
-    (either(1, "batch1", -2, reduction=-1), either(2, "batch2", -1, reduction=-2)),
-    target=torch.baddbmm,
-    functions=(aten.baddbmm.default,),
-    methods=("baddbmm",),
-    parameters=parameters("input", "batch1", "batch2", beta=1, alpha=1),
-)
-GROUPED_MM: Final = Op(
-    "grouped_mm",
-    # [rows, in] sorted by expert times [experts, in, out]: channel j of every expert shares a clip.
-    (either(0, "mat_a", -2, "input", reduction=-1), either(1, "mat_b", -1, "mat2", reduction=-2)),
-    target=F.grouped_mm,
-    functions=(TORCH_GROUPED_MM, aten._grouped_mm.default),
-    parameters=parameters("mat_a", "mat_b", offs=None, bias=None, out_dtype=None),
-)
-EINSUM: Final = Op(
-    "einsum",
-    # The equation names no output-channel axis that every operand has.
-    (either(1, "operand", None),),
-    variadic=True,
-    target=torch.einsum,
-    functions=(torch.functional.einsum,),
-)
 ATTENTION: Final = Op(
     "attention",
     # The softmax output inside of a fused attention stays float; the mask is not an operand.
@@ -201,6 +64,166 @@ ATTENTION: Final = Op(
 )
 
 CONTRACTIONS: Final = (
-    *(CONV1D, CONV2D, CONV3D, CONV_TRANSPOSE1D, CONV_TRANSPOSE2D, CONV_TRANSPOSE3D),
-    *(LINEAR, MATMUL, ADDMM, ADDMV, ADDBMM, BADDBMM, GROUPED_MM, EINSUM, ATTENTION),
+    Op(
+        "conv1d",
+        _FILTERS,
+        target=F.conv1d,
+        functions=(aten.conv1d.default,),
+        modules=(nn.Conv1d,),
+        parameters=_CONVOLUTION_PARAMETERS,
+        call_of=_convolution,
+        traits=_CONVOLUTION,
+        spatial=1,
+    ),
+    Op(
+        "conv2d",
+        _FILTERS,
+        target=F.conv2d,
+        functions=(aten.conv2d.default,),
+        modules=(nn.Conv2d,),
+        parameters=_CONVOLUTION_PARAMETERS,
+        call_of=_convolution,
+        traits=_CONVOLUTION,
+        spatial=2,
+    ),
+    Op(
+        "conv3d",
+        _FILTERS,
+        target=F.conv3d,
+        functions=(aten.conv3d.default,),
+        modules=(nn.Conv3d,),
+        parameters=_CONVOLUTION_PARAMETERS,
+        call_of=_convolution,
+        traits=_CONVOLUTION,
+        spatial=3,
+    ),
+    Op(
+        "conv_transpose1d",
+        _TRANSPOSED_FILTERS,
+        target=F.conv_transpose1d,
+        functions=(aten.conv_transpose1d.default,),
+        modules=(nn.ConvTranspose1d,),
+        parameters=_TRANSPOSED_PARAMETERS,
+        call_of=_transposed,
+        traits=_TRANSPOSED,
+        spatial=1,
+    ),
+    Op(
+        "conv_transpose2d",
+        _TRANSPOSED_FILTERS,
+        target=F.conv_transpose2d,
+        functions=(aten.conv_transpose2d.input,),
+        modules=(nn.ConvTranspose2d,),
+        parameters=_TRANSPOSED_PARAMETERS,
+        call_of=_transposed,
+        traits=_TRANSPOSED,
+        spatial=2,
+    ),
+    Op(
+        "conv_transpose3d",
+        _TRANSPOSED_FILTERS,
+        target=F.conv_transpose3d,
+        functions=(aten.conv_transpose3d.input,),
+        modules=(nn.ConvTranspose3d,),
+        parameters=_TRANSPOSED_PARAMETERS,
+        call_of=_transposed,
+        traits=_TRANSPOSED,
+        spatial=3,
+    ),
+    Op(
+        "linear",
+        (activation(0, "input", reduction=-1), weight(1, "weight", channel=0, reduction=-1)),
+        target=F.linear,
+        functions=(aten.linear.default,),
+        modules=(nn.Linear,),
+        parameters=parameters("input", "weight", bias=None),
+        call_of=_linear,
+        traits=_FULLY_CONNECTED,
+    ),
+    Op(
+        "bilinear",
+        # The weight is [out, in1, in2], and summed over in1 as well.
+        (
+            activation(0, "input1", reduction=-1),
+            activation(1, "input2", reduction=-1),
+            weight(2, "weight", channel=0, reduction=-1),
+        ),
+        target=F.bilinear,
+        functions=(aten.bilinear.default,),
+        modules=(nn.Bilinear,),
+        parameters=parameters("input1", "input2", "weight", bias=None),
+        call_of=lambda layer, make_call, x, y: (x, y, layer.weight, layer.bias),
+        traits=frozenset({Trait.LAST_LAYER}),
+    ),
+    Op(
+        "conv_tbc",
+        # Time first: [T, B, in] with filters [K, in, out].
+        (activation(0, "input", reduction=2), weight(1, "weight", channel=2, reduction=1)),
+        target=F.conv_tbc,
+        functions=(aten.conv_tbc.default,),
+        parameters=parameters("input", "weight", "bias", pad=0),
+        traits=frozenset({Trait.FIRST_LAYER}),
+    ),
+    Op(
+        "matmul",
+        (
+            either(0, "input", -2, reduction=-1),
+            either(1, "other", -1, "mat2", "vec", "tensor", reduction=-2),
+        ),
+        target=torch.matmul,
+        functions=(
+            *(operator.matmul, operator.imatmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.linalg.matmul),
+            *(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default),
+        ),
+        methods=("matmul", "mm", "bmm", "mv", "dot", "__matmul__", "__imatmul__"),
+    ),
+    Op(
+        "addmm",
+        (either(1, "mat1", -2, reduction=-1), either(2, "mat2", -1, reduction=-2)),
+        target=torch.addmm,
+        functions=(aten.addmm.default,),
+        methods=("addmm",),
+        parameters=parameters("input", "mat1", "mat2", beta=1, alpha=1),
+    ),
+    Op(
+        "addmv",
+        (either(1, "mat", -2, reduction=-1), either(2, "vec", None)),
+        target=torch.addmv,
+        functions=(aten.addmv.default,),
+        methods=("addmv",),
+        parameters=parameters("input", "mat", "vec", beta=1, alpha=1),
+    ),
+    Op(
+        "addbmm",
+        (either(1, "batch1", -2, reduction=-1), either(2, "batch2", -1, reduction=-2)),
+        target=torch.addbmm,
+        functions=(aten.addbmm.default,),
+        methods=("addbmm",),
+        parameters=parameters("input", "batch1", "batch2", beta=1, alpha=1),
+    ),
+    Op(
+        "baddbmm",
+        (either(1, "batch1", -2, reduction=-1), either(2, "batch2", -1, reduction=-2)),
+        target=torch.baddbmm,
+        functions=(aten.baddbmm.default,),
+        methods=("baddbmm",),
+        parameters=parameters("input", "batch1", "batch2", beta=1, alpha=1),
+    ),
+    Op(
+        "grouped_mm",
+        # [rows, in] sorted by expert times [experts, in, out]: channel j of every expert shares a clip.
+        (either(0, "mat_a", -2, "input", reduction=-1), either(1, "mat_b", -1, "mat2", reduction=-2)),
+        target=F.grouped_mm,
+        functions=(TORCH_GROUPED_MM, aten._grouped_mm.default),
+        parameters=parameters("mat_a", "mat_b", offs=None, bias=None, out_dtype=None),
+    ),
+    Op(
+        "einsum",
+        # The equation names no output-channel axis that every operand has.
+        (either(1, "operand", None),),
+        variadic=True,
+        target=torch.einsum,
+        functions=(torch.functional.einsum,),
+    ),
+    ATTENTION,
 )

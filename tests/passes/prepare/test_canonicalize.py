@@ -51,7 +51,7 @@ ADDBMM, BADDBMM = [(3, 5), (2, 3, 4), (2, 4, 5)], [(2, 3, 5), (2, 3, 4), (2, 4, 
 HEADS = {"query": (2, 2, 5, 4), "key": (2, 2, 6, 4), "value": (2, 2, 6, 4)}
 
 FUNCTIONS = [
-    *(Spelling(target, layer.tensors, layer.rest) for layer in LAYERS for target in layer.functions),
+    *(Spelling(target, layer.tensors_of(target), layer.rest) for layer in LAYERS for target in layer.functions),
     *(product(target, (2, 3, 4), (4, 5), "input", "other") for target in (torch.matmul, torch.linalg.matmul)),
     *(product(target, *MATRICES, "input", "other", nameless=2) for target in (operator.matmul, operator.imatmul)),
     product(torch.mm, *MATRICES, "input", "mat2"),
