@@ -90,7 +90,7 @@ def test_a_limit_of_time_leaves_what_was_found(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_report_is_on_disk_after_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = command.Report("some", tmp_path, "cpu", "1 passed", initialized=0.0)
+    report = command.Report("some", tmp_path, "cpu", "1 passed", begun=0.0)
     seen = []
 
     def rows(arguments: list[str], seconds: float, take: Any) -> str:
