@@ -76,7 +76,8 @@ def _warm(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("fast"):
         cpu.library()
         zoo.torchvision()
-        torch.library.opcheck(torch.ops.octav.quantize.default, (torch.ones(1), torch.ones(()), 4, True, None))
+        x = torch.ones(1, requires_grad=True)
+        torch.library.opcheck(torch.ops.octav.fake_quantize.default, (x, torch.ones(()), 4, True, None, "pwl"))
 
 
 @pytest.fixture(autouse=True)
