@@ -50,12 +50,12 @@ _PATH = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
 
 
 def has_quantizers(gm: fx.GraphModule) -> bool:
-    """Whether the user quantized the model, or a part of it, before compiling it."""
+    """Return whether the user quantized the model, or a part of it, before compiling it."""
     return any(node.target in _QUANTIZERS for node in gm.graph.nodes)
 
 
 def is_within_quantized() -> bool:
-    """Whether the code that Dynamo compiles runs in a quantized module: what is float there is so on purpose.
+    """Return whether what Dynamo compiles runs in a quantized module: what is float there is so on purpose.
 
     Where the user's Python breaks the graph, pieces of it have no quantizer in them, and functions that it calls are
     compiled without the module among their variables: it is that of a call further up.
@@ -89,7 +89,7 @@ def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo reads its own graph again after the backend, so that one must not change."""
+    """Copy the graph: Dynamo reads its own again after the backend, so that one must not change."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(gm.graph, copies))
     copied = fx.GraphModule(gm, graph)
@@ -134,13 +134,13 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _state_name(node: fx.Node) -> str | None:
-    """The name of the parameter or buffer that a placeholder stands for; None for an argument of forward."""
+    """Return the name of the parameter or buffer that a placeholder stands for; None for an argument of forward."""
     source = getattr(getattr(node, "_dynamo_source", None), "name", "")
     return ".".join(_PATH.findall(source)) if _STATE_SOURCE.search(source) else None
 
 
 def find_opaque(gm: fx.GraphModule) -> list[Edit]:
-    """The matrix multiplications that no pass sees, in calls that stay one node: each a refusal with its reason."""
+    """Find the matrix multiplications that no pass sees, in calls that stay one node, each with its reason."""
     edits = []
     for node in gm.graph.nodes:
         attributes = [getattr(gm, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
@@ -155,7 +155,7 @@ def find_opaque(gm: fx.GraphModule) -> list[Edit]:
 
 
 def _macs(node: fx.Node) -> int:
-    """Multiply-accumulates of a call that no row of ops.py knows, so that it can be reported."""
+    """Count the multiply-accumulates of a call that no row of ir/table knows, so that it can be reported."""
     is_call = node.op in ("call_function", "call_method")
     if not is_call or op_of(node) is not None or isinstance(node.target, torch._ops.HigherOrderOperator):
         return 0

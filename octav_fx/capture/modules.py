@@ -59,23 +59,23 @@ class QuantizedModule(fx.GraphModule):
 
     @property
     def records(self) -> list[Record]:
-        """What became of each operand, in the graph of the present mode: Records."""
+        """Return what became of each operand, in the graph of the present mode."""
         return list(self.all_records[self.training])
 
     @property
     def all_records(self) -> Mapping[bool, list[Record]]:
-        """The records of each mode."""
+        """Return the records of each mode."""
         return graph_info(self).records
 
     @property
     def modes(self) -> tuple[bool, ...]:
-        """The training modes that have a graph of their own, the present one first."""
+        """Return the training modes that have a graph of their own, the present one first."""
         first, other = self.training, not self.training
         own = other in self._graphs and self._graphs[other] is not self._graphs[first]
         return (first, other) if own else (first,)
 
     def graph_of(self, mode: bool) -> fx.Graph:
-        """The graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
+        """Return the graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
         if mode not in self._graphs:
             raise OctavError(f"{graph_info(self).missing}; call octav_fx.quantize with inputs that fit both modes")
         return self._graphs[mode]
@@ -89,7 +89,7 @@ class QuantizedModule(fx.GraphModule):
         return self
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The float module's own forward, on the parameters and buffers of this one."""
+        """Run the float module's own forward on the parameters and buffers of this one."""
         float_module = self._float_module
         float_module._modules.update({name: self._modules[name] for name in float_module._modules})
         float_module.training = self.training
@@ -97,7 +97,7 @@ class QuantizedModule(fx.GraphModule):
 
     @contextmanager
     def as_float(self) -> Iterator[None]:
-        """Calls run float_forward inside."""
+        """Let calls run float_forward inside."""
         outer = self.__dict__.get("forward")
         self.__dict__["forward"] = self.float_forward
         try:
@@ -118,7 +118,7 @@ class QuantizedModule(fx.GraphModule):
             return value
 
     def _parts(self) -> tuple[Any, ...]:
-        """All that this module is made of, as values that copy and pickle."""
+        """Return all that this module is made of, as values that copy and pickle."""
         float_module = copy.copy(self._float_module)
         float_module.__dict__ = {**vars(self._float_module)}
         float_module._modules = {name: module for name, module in self._modules.items() if name != QUANTIZERS}
@@ -140,7 +140,7 @@ class QuantizedModule(fx.GraphModule):
 
 
 def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
-    """The modules in q that quantize() returned, q itself included. Raises OctavError if there is none."""
+    """Return the modules in q that quantize() returned, q itself included. Raises OctavError if there is none."""
     found = [module for module in q.modules() if isinstance(module, QuantizedModule)]
     if not found:
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")

@@ -43,7 +43,7 @@ class Ladder:
     done: dict[int, nn.Module] = field(default_factory=dict)
 
     def climb(self, module: nn.Module, calls: list[Inputs], path: str = "") -> nn.Module:
-        """The module quantized for these calls, the first of which is the example; itself, changed, after a descent.
+        """Quantize a module for these calls, the first of which is the example. After a descent it is itself, changed.
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
@@ -128,7 +128,7 @@ class Ladder:
         expected: list[Any],
         path: str,
     ) -> list[Record]:
-        """Only the call of a child is captured, and the code around it may use more: then its own children have to do.
+        """Quantize the children of a child of which the code around it uses more than its call, all that we capture.
 
         Returns records of what stays float because of that.
         """
@@ -164,7 +164,7 @@ class Ladder:
         return Record(path, type(module).__name__, None, (), self._macs(path), None, reason)
 
     def _children(self, module: nn.Module, call: Inputs, path: str) -> dict[str, tuple[nn.Module, list[Inputs]]]:
-        """The children that multiply, by name, and their calls; of a mere container, its children (`blocks.0`)."""
+        """Return the children that multiply, by name, and their calls; of a container, its children (`blocks.0`)."""
 
         def working(within: str, parent: nn.Module) -> dict[str, nn.Module]:
             named = {_join(within, name): child for name, child in parent.named_children()}
@@ -187,7 +187,7 @@ class Ladder:
 
 
 def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: UserRules) -> nn.Module:
-    """The model, one graph where one holds all of it; raises OctavError where nothing of it can be quantized."""
+    """Return the model quantized, as one graph where one holds all of it. Raises OctavError where nothing can be."""
     ladder = Ladder(config, user)
     quantized = ladder.climb(model, [example])
     if isinstance(quantized, QuantizedModule):
@@ -212,7 +212,7 @@ def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: U
 
 
 def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules below that no graph holds, with their paths."""
+    """Yield the modules below that no graph holds, with their paths."""
     for name, child in module.named_children():
         if not isinstance(child, QuantizedModule):
             yield _join(path, name), child
@@ -230,7 +230,7 @@ def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
 
 
 def _tree(root: nn.Module) -> _Tree:
-    """What a descent changes: classes, children, and what is known of it."""
+    """Return what a descent changes: classes, children, and what is known of it."""
     return [(m, type(m), dict(m._modules), vars(m).get("octav_partial")) for m in root.modules()]
 
 
@@ -244,7 +244,7 @@ def _restore(tree: _Tree) -> None:
 
 
 def _fault(module: nn.Module, calls: list[Inputs], expected: list[Any]) -> str | None:
-    """How a module with quantized children, its quantizers aside, differs from the float one; None if it does not."""
+    """Return how a module with quantized children, its quantizers aside, differs from the float one, or None."""
     try:
         # fx prints where in its generated code an error came up.
         with without_quantizers(module), contextlib.redirect_stderr(io.StringIO()):

@@ -46,13 +46,13 @@ class Position:
     holds_last: bool = True
 
     def named(self, site: str) -> str:
-        """The name in the whole model of a node of the module."""
+        """Return the name in the whole model of a node of the module."""
         if self.is_op:
             return self.path
         return f"{self.path}.{site}" if self.path else site
 
     def placed(self, place: Place) -> Place:
-        """The place of an operand in the whole model: edges of the module need not be edges of the model."""
+        """Return the place of an operand in the whole model: edges of the module need not be edges of the model."""
         edge = place.edge and (self.holds_last if Trait.LAST_LAYER in OPS[place.op].traits else self.holds_first)
         return replace(place, site=self.named(place.site), edge=edge)
 
@@ -60,7 +60,7 @@ class Position:
 def prepare_module(
     module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
 ) -> QuantizedModule:
-    """The module, which becomes part of the result, as one rewritten graph for each mode that needs its own.
+    """Rewrite a module, which becomes part of the result, as one graph for each mode that needs its own.
 
     Raises NotCaptured where no graph can hold it; with both_modes also where none can hold the mode it is not in,
     although it runs in it.
@@ -94,7 +94,7 @@ def prepare_module(
 
 
 def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
-    """The rewritten graph without its quantizers has to compute what the float module computes.
+    """Check that the rewritten graph without its quantizers computes what the float module computes.
 
     Raises NotCaptured where it does not; does nothing without data (meta device).
     """
@@ -115,7 +115,7 @@ def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
 
 
 def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
-    """The arguments of a call by the names of forward, defaults included. Raises NotCaptured where they do not fit."""
+    """Return the arguments of a call by the names of forward, with defaults. Raises NotCaptured if they do not fit."""
     try:
         bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     except TypeError as error:
@@ -127,7 +127,7 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
 def _graphs(
     module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
 ) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
-    """A graph for each mode; why the other mode has none, if it needs its own and cannot be captured; notes."""
+    """Return a graph for each mode; why the other mode has none, if it needs its own and cannot be captured; notes."""
     mode = module.training
     captured = _capture(module, example, mode, user)
     if captured.stored and has_data(module, example):
@@ -156,7 +156,7 @@ def _warm_up(module: nn.Module, example: Inputs) -> None:
 
 
 def _runs(module: nn.Module, example: Inputs, mode: bool) -> bool:
-    """Whether the float module itself runs on the example in a mode."""
+    """Return whether the float module itself runs on the example in a mode."""
     if not has_data(module, example):
         return False
     try:
@@ -175,7 +175,7 @@ def _capture(module: nn.Module, example: Inputs, mode: bool, user: UserRules) ->
 
 @contextmanager
 def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
-    """Inside, a float module is in a mode; where it is already, its parts keep theirs."""
+    """Put a float module into a mode inside; where it is already, its parts keep theirs."""
     with preserved_modes(module):
         if module.training != mode:
             module.train(mode)

@@ -35,7 +35,7 @@ def quantize(
     rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
 ) -> nn.Module:
-    """A copy of the model with a fake-quantizer before every matmul and convolution operand, ready to train.
+    """Return a copy of the model with a fake-quantizer before every matmul and convolution operand, ready to train.
 
     example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; a batch like those to come. It
     decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
@@ -72,7 +72,7 @@ def quantize(
 
 @contextmanager
 def float_mode(q: nn.Module) -> Iterator[None]:
-    """Inside, q and every quantized module in it compute what the float model computes, bit for bit."""
+    """Let q and every quantized module in it compute inside what the float model computes, bit for bit."""
     with ExitStack() as stack:
         for module in quantized_modules(q):
             stack.enter_context(module.as_float())

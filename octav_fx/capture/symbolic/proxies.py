@@ -36,7 +36,7 @@ class ValueProxy(fx.Proxy):
 
     @property
     def value(self) -> Any:
-        """What the example inputs make of this: a fake tensor, a number, a shape, UNKNOWN."""
+        """Return what the example inputs make of this: a fake tensor, a number, a shape, UNKNOWN."""
         return fake(self.node)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,11 +58,11 @@ class ValueProxy(fx.Proxy):
         return AttributeProxy(self, name)
 
     def keys(self) -> Any:
-        """The keys of a dict, which fx asks the tracer for."""
+        """Return the keys of a dict, which fx asks the tracer for."""
         return list(self.value) if isinstance(self.value, Mapping) else super().keys()
 
     def _settle(self) -> None:
-        """An argument of forward may have more or other items in a later call; the graph is for those of this one."""
+        """Check the items of an argument of forward, of which a later call may have more or others."""
         node = self.node
         while node.target is operator.getitem:
             node = node.args[0]  # type: ignore[assignment]
@@ -125,7 +125,7 @@ class AttributeProxy(ValueProxy):
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
-        """The getattr node, made on first use: most attributes are methods about to be called."""
+        """Return the getattr node, made on first use: most attributes are methods about to be called."""
         if self.__dict__["made"] is None:
             made = self.tracer.create_proxy(
                 "call_function", getattr, (self.__dict__["owner"], self.__dict__["name"]), {}
@@ -134,7 +134,7 @@ class AttributeProxy(ValueProxy):
         return self.__dict__["made"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The method call."""
+        """Call the method."""
         return self.tracer.create_proxy("call_method", self.__dict__["name"], (self.__dict__["owner"], *args), kwargs)
 
 
@@ -142,7 +142,7 @@ PROXIES: Final = (ValueProxy, AttributeProxy)
 
 
 def setitem_(target: Any, index: Any, item: Any) -> Any:
-    """target[index] = item, as a call that returns target: later readers of the target follow it in the graph."""
+    """Assign target[index] = item and return the target: later readers of the target follow it in the graph."""
     target[index] = item
     return target
 

@@ -76,12 +76,12 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
 
 
 def _is_constant(name: str) -> bool:
-    """Whether fx or our tracer named it."""
+    """Return whether fx or our tracer named it."""
     return name.startswith(("_tensor_constant", "octav_object_"))
 
 
 def _remove_unused(graph: fx.Graph) -> None:
-    """Shape arithmetic and attributes that only a branch needed. Nothing that touches tensors: it could be in place."""
+    """Remove shape arithmetic and attributes that only a branch needed, and nothing that may write into a tensor."""
     for node in reversed(graph.nodes):
         if node.users or node.op in ("placeholder", "output", "call_module") or node.is_impure():
             continue

@@ -95,11 +95,11 @@ class ValueTracer(fx.Tracer):
         return super().trace(root)
 
     def proxy(self, node: fx.Node) -> ValueProxy:
-        """Proxies have values."""
+        """Make a proxy that knows its value."""
         return ValueProxy(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """A placeholder for each parameter of forward; arguments without tensors are Python values, with a check."""
+        """Make a placeholder for each parameter of forward; an argument without tensors is a value and a check."""
         # Decorators hide the parameters, and fx itself patches the code of the outermost, which has none of them.
         parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
         self._check_signature(parameters)
@@ -141,7 +141,7 @@ class ValueTracer(fx.Tracer):
         return proxy if stars else self._concrete(proxy)
 
     def _further_keywords(self, collected: Any) -> dict[str, Any]:
-        """What **kwargs held in the example call, and a check that it holds the same keywords later."""
+        """Return what **kwargs held in the example call, and check that it holds the same keywords later."""
         keys = list(collected.value)
         found = self.create_proxy("call_function", list, (collected,), {})
         self._check(found.node, keys, f"further keywords of {type(self.root).__name__}.forward")
@@ -149,7 +149,7 @@ class ValueTracer(fx.Tracer):
 
     @staticmethod
     def _check_signature(parameters: list[inspect.Parameter]) -> None:
-        """Fx writes keyword-only parameters before *args, where a caller's positional arguments would land in them."""
+        """Refuse keyword-only parameters behind *args: fx writes them before, where positional arguments would land."""
         collected = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
         keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         if collected and keyword_only:
@@ -159,7 +159,7 @@ class ValueTracer(fx.Tracer):
             )
 
     def _concrete(self, proxy: ValueProxy) -> Any:
-        """A placeholder without tensors in it is a Python value that code branches on, None above all."""
+        """Return the Python value of a placeholder without tensors, which code branches on, None above all."""
         value = proxy.value
         if not isinstance(value, PLAIN):
             return proxy
@@ -169,7 +169,7 @@ class ValueTracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
-        """Nodes carry what they compute for the example inputs."""
+        """Make a node that carries what it computes for the example inputs."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "output":
             value, macs = self._evaluate(node)
@@ -184,7 +184,7 @@ class ValueTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """Parameters and buffers are found by identity, by their first name."""
+        """Find parameters and buffers by identity, under their first name."""
         if type(a) in PROXIES:
             return a.node
         if type(a) is OrderedDict:
@@ -198,18 +198,18 @@ class ValueTracer(fx.Tracer):
         return super().create_arg(a)
 
     def _made_again(self, a: Any) -> fx.Node:
-        """A dataclass, made by its fields in each call: what Dynamo follows best, and what a reader expects."""
+        """Make a dataclass by its fields in each call: what Dynamo follows best, and what a reader expects."""
         fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a) if f.init}
         return self.create_node("call_function", type(a), (), fields)
 
     def constant(self, value: Any) -> ValueProxy:
-        """An object that graphs cannot hold, as an attribute of root."""
+        """Keep an object that graphs cannot hold as an attribute of root."""
         name = next(f"octav_object_{i}" for i in itertools.count() if not hasattr(self.root, f"octav_object_{i}"))
         setattr(self.root, name, value)
         return self.proxy(self.create_node("get_attr", name, (), {}))
 
     def _rebuilt(self, a: Any) -> fx.Node:
-        """An object with tensors in it (a cache, a dataclass): its own copy of it in each call of the graph."""
+        """Give each call of the graph its own copy of an object with tensors in it (a cache, a dataclass)."""
         skeleton, proxies = template_of(a)
         nodes = [proxy.node for proxy in proxies]
         built = self.create_node("call_function", rebuild, (self.constant(skeleton).node, nodes), {})
@@ -218,7 +218,7 @@ class ValueTracer(fx.Tracer):
         return self.create_node("call_function", with_items, (built, self.create_arg(dict(a))), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        """Calls of wrapped functions are traced through."""
+        """Trace through the calls of wrapped functions."""
         if kind == "call_function" and target is F.multi_head_attention_forward:
             return self._inline_attention(args, kwargs)
         if kind == "call_function" and target in self.rules:
@@ -234,7 +234,7 @@ class ValueTracer(fx.Tracer):
         return proxy if torch.is_grad_enabled() else self._without_gradient(proxy)
 
     def _without_gradient(self, proxy: Any) -> Any:
-        """What is computed under no_grad is a constant to autograd; so is what is detached: a graph has no modes."""
+        """Detach what is computed under no_grad, a constant to autograd: a graph has no modes."""
         node, value = proxy.node, proxy.value
         if isinstance(value, tuple) and holds_tensor(node) and self._has_gradient(node):
             items = [proxy[i] for i in range(len(value))]
@@ -259,7 +259,7 @@ class ValueTracer(fx.Tracer):
         return in_place(node) if called is None else bool(getattr(called, "inplace", False))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """self.weight in forward is a get_attr node; so is a buffer, which plain fx bakes into what is computed."""
+        """Make a get_attr node of self.weight in forward, and of a buffer, which plain fx takes for a constant."""
         if not self.evaluating and isinstance(attr_val, Tensor) and id(attr_val) in self.attributes:
             return self._attribute(self.attributes[id(attr_val)])
         return attr_val
@@ -270,7 +270,7 @@ class ValueTracer(fx.Tracer):
         return self.proxy(self.attribute_nodes[name])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Torch's modules and a subclass that keeps their forward."""
+        """Return True for torch's modules, for a subclass that keeps their forward, and for what the user leaves."""
         if isinstance(m, torch.jit.ScriptModule):
             raise OctavError(
                 f"{module_qualified_name} is a scripted module, without Python code to trace: use the original"
@@ -278,7 +278,7 @@ class ValueTracer(fx.Tracer):
         return isinstance(m, self.user.leaves) or is_torch_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Stochastic depth and its like stay calls: traced through, they would be on or off for good."""
+        """Keep stochastic depth and its like as calls: traced through, they would be on or off for good."""
         if self.evaluating or m not in (self.submodule_paths or ()):
             # A module made inside forward has no name to call it by; its forward is traced through.
             return forward(*args, **kwargs)
@@ -322,7 +322,7 @@ class ValueTracer(fx.Tracer):
         return _Mark(next(iter(reversed(self.graph.nodes))), len(self.branched_on))
 
     def _is_random(self, mark: _Mark) -> bool:
-        """Whether what was traced since then is an on/off of training (stochastic depth) and multiplies nothing."""
+        """Return whether what was traced since is an on/off of training (stochastic depth) and multiplies nothing."""
         return len(self.branched_on) > mark.branches and not any(info(node).macs for node in self._since(mark))
 
     def _since(self, mark: _Mark) -> list[fx.Node]:
@@ -342,7 +342,7 @@ class ValueTracer(fx.Tracer):
         del self.branched_on[mark.branches :]
 
     def decide(self, proxy: ValueProxy, kind: type) -> Any:
-        """The Python value of a proxy, remembered as a fact of this graph."""
+        """Return the Python value of a proxy, and remember it as a fact of this graph."""
         value, where = proxy.value, caller()
         if kind is bool and isinstance(value, Tensor) and where.startswith(_DETECTS_CAUSAL):
             # nn.Transformer looks whether a mask happens to be causal, to leave it out. Not known is right, too.
@@ -359,7 +359,7 @@ class ValueTracer(fx.Tracer):
         return value
 
     def settle(self, collection: ValueProxy) -> None:
-        """A check that a list or dict among the arguments has the length or the keys that the graph is for."""
+        """Check that a list or dict among the arguments has the length or the keys that the graph is for."""
         value, where = collection.value, caller()
         kind, expected = (list, list(value)) if isinstance(value, Mapping) else (len, len(value))
         asked = [user for user in collection.node.users if user.target is kind]
@@ -372,7 +372,7 @@ class ValueTracer(fx.Tracer):
             self.create_node("call_function", guard_equal, (node, expected, where), {})
 
     def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
-        """What a node computes on fake tensors, and the multiply-accumulates it takes."""
+        """Return what a node computes on fake tensors, and the multiply-accumulates it takes."""
         outer, self.evaluating = self.evaluating, True
         try:
             return self._evaluate_inside(node)
@@ -421,13 +421,13 @@ class ValueTracer(fx.Tracer):
 
 
 def is_torch_leaf(m: nn.Module) -> bool:
-    """Whether a module is torch's own, forward and all, and not made of others."""
+    """Return whether a module is torch's own, forward and all, and not made of others."""
     own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
     return own and not is_altered(m)
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
-    """Shape and work of rows [S, I] sorted by expert times weights [E, I, O], or of a batch of products."""
+    """Give shape and work of rows [S, I] sorted by expert times weights [E, I, O], or of a batch of products."""
     return torch.bmm(mat_a, mat_b) if mat_a.dim() == 3 else mat_a @ mat_b[0]
 
 
@@ -439,7 +439,7 @@ _STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, t
 
 
 def _mutable(argument: Any) -> Any:
-    """Lists and dicts of a node are immutable; a function may write into what it is given."""
+    """Copy lists and dicts, immutable in a node, because a function may write into what it is given."""
     if isinstance(argument, list):
         return [_mutable(item) for item in argument]
     if isinstance(argument, dict):
