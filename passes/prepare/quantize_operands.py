@@ -39,6 +39,8 @@ class Place:
     signed: bool
     # The channel axis, counted from the front; None: per tensor.
     dim: int | None
+    # An input of a sum that joins two paths, or of a global pool.
+    residual: bool = False
 
 
 # A Spec, or the reason why the operand stays float.
@@ -78,7 +80,10 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
                 continue
             _check_floating(place, value)
             with gm.graph.inserting_before(node):
-                quantizer = gm.graph.call_module(_add(gm, place, choice, value, running=value not in known), (value,))
+                quantizer = gm.graph.call_module(
+                    add_quantizer(gm, place, choice, value, running=value not in known), (value,)
+                )
+            quantizer.meta["value"] = value.meta["value"]
             set_operand(node, operand, quantizer)
             edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
     return edits
@@ -136,7 +141,7 @@ def _check_floating(place: Place, value: fx.Node) -> None:
         )
 
 
-def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node, *, running: bool) -> str:
+def add_quantizer(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node, *, running: bool) -> str:
     """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
     quantizers = gm.get_submodule(QUANTIZERS)
     fake = value.meta["value"]

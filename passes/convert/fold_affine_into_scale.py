@@ -1,19 +1,17 @@
 """Fold the factor and offset of a channel into the scale of the weight and the bias of the convolution before it.
 
-    affine(conv2d(x, weight(), b))  ->  conv2d(x, weight(), bias)                where every factor is positive or zero
-    affine(conv2d(x, weight(), b))  ->  mul(conv2d(x, weight(), bias), sign)     else
+    affine(conv2d(x, weight(), b))  ->  conv2d(x, weight(), bias)
 
-    scale of the weight = scale * |factor|                 [C]; codes stay as they are
-    bias                = (b * factor + offset) * sign     [C]
-    sign                = -1 where factor < 0, else 1      [C, 1, ..]
+    scale of the weight = scale * factor             [C]; codes stay as they are
+    bias                = b * factor + offset        [C]
 
-Runtimes have a scale for each output channel and want it positive. A channel with a factor
-of zero gets a scale so small that nothing of the product is left beside the bias.
+A negative factor makes a negative scale: with the sign in the codes the lowest of them, which has no opposite, would
+have to change. A target that wants positive scales turns the codes when it writes them. A factor of zero makes a scale
+of zero, which round_biases mends.
 """
 
 from typing import Final
 
-import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.ir.dataflow import value_of
@@ -21,8 +19,6 @@ from octav_fx.ir.edits import Edit, skip
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn import ChannelAffine, IntegerWeight
 
-# Far below every result, far above the subnormal numbers.
-NOTHING: Final = 2.0**-100
 _FOLDED: Final = "folded"
 
 
@@ -62,31 +58,22 @@ def _refusal(node: fx.Node) -> str | None:
 def _fold(gm: fx.GraphModule, node: fx.Node, affine: ChannelAffine) -> None:
     graph, conv = gm.graph, node.args[0]
     assert isinstance(conv, fx.Node)
-    op, weight, bias = op_of(conv), conv.args[1], conv.args[2] if len(conv.args) > 2 else None
-    assert op is not None and isinstance(weight, fx.Node)
+    weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
+    assert isinstance(weight, fx.Node)
     stored = module_of(weight)
     assert isinstance(stored, IntegerWeight)
-    factor = affine.factor.double()
-    sign = torch.where(factor < 0, -1.0, 1.0)
-    scale = stored.scale.double() * factor.abs()
-    stored.scale = torch.where(scale > 0, scale, NOTHING).float()
-    offset = affine.offset.double()
+    factor, offset = affine.factor.double(), affine.offset.double()
+    stored.scale = (stored.scale.double() * factor).float()
     if isinstance(bias, fx.Node):
         value = value_of(gm, bias)
         assert isinstance(value, Tensor)
         offset = offset + value.double() * factor
     holder, path = nn.Module(), f"{_FOLDED}.{node.name}"
-    holder.register_buffer("bias", (offset * sign).to(affine.offset.dtype))
+    holder.register_buffer("bias", offset.to(affine.offset.dtype))
     gm.add_submodule(path, holder)
     with graph.inserting_before(conv):
         conv.args = (conv.args[0], weight, graph.get_attr(f"{path}.bias"), *conv.args[3:])
-    replacement = conv
-    if (sign < 0).any():
-        spatial = [1] * int(op.name[-2])
-        holder.register_buffer("sign", sign.to(affine.factor.dtype).reshape(-1, *spatial))
-        with graph.inserting_before(node):
-            replacement = graph.call_function(torch.mul, (conv, graph.get_attr(f"{path}.sign")))
-    node.replace_all_uses_with(replacement)
+    node.replace_all_uses_with(conv)
     graph.erase_node(node)
     if isinstance(bias, fx.Node) and not bias.users:
         graph.erase_node(bias)

@@ -1,0 +1,108 @@
+"""Put a fake-quantizer on both inputs of a sum that joins two paths, and on the input of a global pool.
+
+    add(x, y)                        ->  add(quantizers.add_x(x), quantizers.add_y(y))
+    adaptive_avg_pool2d(x, 1)        ->  adaptive_avg_pool2d(quantizers.pool_x(x), 1)
+
+    conv2d(quantizers.conv_input(x), w), add(x, y)            where the operand of conv2d has fewer bits than a sum:
+        ->  z = quantizers.add_x(x)
+            conv2d(quantizers.conv_input(z), w), add(z, ...)
+
+A tensor has one quantizer that reads it, the widest: whatever else reads the tensor reads its levels, narrower
+quantizers too. An integer runtime writes a tensor once, and a sum with a float operand keeps what is around it in
+float. Sums with constants, broadcast ones and those of integers are no joins. It is Config.residual_bits, off by
+default.
+"""
+
+from typing import Any, Final
+
+from torch import Tensor, fx
+
+from octav_fx.ir.dataflow import static, tensor_flow
+from octav_fx.ir.edits import Edit, set_operand, site_of, skip
+from octav_fx.ir.ops import in_place, module_of, op_of
+from octav_fx.ir.pools import is_global_mean
+from octav_fx.ir.rules import OWN, Operand, Role, Rule, activation
+from octav_fx.ir.signedness import nonnegative
+from octav_fx.nn import FakeQuantizer
+from octav_fx.passes.prepare.quantize_operands import Choose, Place, add_quantizer
+
+_SUM: Final = (activation(0, "x"), activation(1, "y"))
+_POOL: Final = (activation(0, "x"),)
+
+
+def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
+    """See the module's docstring."""
+    edits: list[Edit] = []
+    constant, unsigned = static(tensor_flow(gm.graph)), nonnegative(gm.graph)
+    for node in list(gm.graph.nodes):
+        if OWN in node.meta or (operands := _operands(node, constant)) is None:
+            continue
+        node.meta["site"] = _site(node, gm.graph)
+        op = op_of(node)
+        assert op is not None
+        # What tables list, and what other passes take for a rule of the user's.
+        node.meta[OWN] = Rule(op.name, operands)
+        for operand in operands:
+            edits.append(_quantize(gm, node, operand, unsigned, choose))
+    return edits
+
+
+def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...] | None:
+    """The operands of a sum that joins two paths or of a global pool; None for any other node."""
+    op = op_of(node)
+    if is_global_mean(node):
+        return _POOL
+    if op is None or op.name != "add" or len(node.args) != 2 or node.kwargs:
+        return None
+    values = [source.meta.get("value") for source in node.args if isinstance(source, fx.Node)]
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
+        return None
+    joins = len(values) == 2 and values[0].shape == values[1].shape and not constant.intersection(node.args)  # type: ignore[union-attr]
+    return _SUM if joins else None
+
+
+def _quantize(gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set[fx.Node], choose: Choose) -> Edit:
+    value: Any = node.args[operand.index]
+    site = site_of(node)
+    if _quantizer(value) is not None:
+        return Edit(site, "share", str(value.target), operand.name)
+    rule: Rule = node.meta[OWN]
+    place = Place(site, rule.op, operand.name, Role.ACTIVATION, False, value not in unsigned, None, residual=True)
+    spec = choose(place)
+    if isinstance(spec, str):
+        return skip(node, spec, operand.name)
+    if in_place(node) and operand.index == 0 and any(reader > node for reader in value.users):
+        return skip(node, f"{value.name} is read after the sum has been written into it", operand.name)
+    if any(in_place(reader) and reader is not node for reader in value.users):
+        return skip(node, f"{value.name} is written in place by another node", operand.name)
+    known = {reader: q.spec.bits for reader in value.users if (q := _quantizer(reader)) is not None}
+    wide = max(known, key=known.__getitem__, default=None)
+    if wide is None or known[wide] < spec.bits:
+        with gm.graph.inserting_after(value):
+            wide = gm.graph.call_module(add_quantizer(gm, place, spec, value, running=True), (value,))
+    else:
+        value.append(wide)
+    wide.meta["value"] = value.meta["value"]
+    value.replace_all_uses_with(wide, delete_user_cb=lambda reader: reader is not wide)
+    set_operand(node, operand, wide)
+    return Edit(site, "quantize", f"{known.get(wide, spec.bits)} bits", operand.name)
+
+
+def _quantizer(node: Any) -> FakeQuantizer | None:
+    module = module_of(node) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    return module if isinstance(module, FakeQuantizer) else None
+
+
+def _site(node: fx.Node, graph: fx.Graph) -> str:
+    """The module's path, else that of the enclosing module with the op's name, numbered from its second call on."""
+    op = op_of(node)
+    assert op is not None
+    stack = node.meta.get("nn_module_stack") or {}
+    scope = next(reversed(stack.values()))[0] if stack else ""
+    base = str(node.target) if node.op == "call_module" else f"{scope}.{op.name}".lstrip(".")
+    taken = {site_of(other) for other in graph.nodes if other is not node}
+    name, count = base, 0
+    while name in taken:
+        count += 1
+        name = f"{base}:{count}"
+    return name
