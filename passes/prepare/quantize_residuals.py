@@ -42,8 +42,11 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
         assert op is not None
         # What tables list, and what other passes take for a rule of the user's.
         node.meta[OWN] = Rule(op.name, operands)
-        for operand in operands:
-            edits.append(_quantize(gm, node, operand, unsigned, choose))
+        edits += [
+            _quantize(gm, node, operand, unsigned, choose)
+            for operand in operands
+            if _quantizer(node.args[operand.index]) is None
+        ]
     return edits
 
 
@@ -64,8 +67,6 @@ def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...] | No
 def _quantize(gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set[fx.Node], choose: Choose) -> Edit:
     value: Any = node.args[operand.index]
     site = site_of(node)
-    if _quantizer(value) is not None:
-        return Edit(site, "share", str(value.target), operand.name)
     rule: Rule = node.meta[OWN]
     place = Place(site, rule.op, operand.name, Role.ACTIVATION, False, value not in unsigned, None, residual=True)
     spec = choose(place)
