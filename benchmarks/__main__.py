@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import capture, compile, cost, demo, graphs, memory, readme, step, zoo
+from benchmarks import capture, compile, cost, demo, graphs, inference, memory, readme, step, zoo
 
 _BENCHMARKS = {
     "capture": capture.main,
@@ -10,6 +10,7 @@ _BENCHMARKS = {
     "cost": cost.main,
     "demo": demo.main,
     "graphs": graphs.main,
+    "inference": inference.main,
     "memory": memory.main,
     "peers": step.peers,
     "readme": readme.main,

@@ -3,8 +3,8 @@
 from octav_fx.config import Config
 from octav_fx.deploy.convert import convert
 from octav_fx.deploy.deployment import DeployedRow, Deployment, deployment
+from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.freeze import calibrate, freeze, unfreeze
-from octav_fx.deploy.targets.onnx import export_onnx
 from octav_fx.errors import OctavError
 from octav_fx.functional import fake_quantize, optimal_clip
 from octav_fx.ir.op import Op as Rule

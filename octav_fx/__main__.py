@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from octav_fx import demo, zoo
 from octav_fx.config import Config
 from octav_fx.deploy.deployment import deployment
+from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.freeze import calibrate, freeze
-from octav_fx.deploy.targets.onnx import export_onnx
 from octav_fx.errors import OctavError
 from octav_fx.reporting.rows import table
 from octav_fx.training.quantize import quantize

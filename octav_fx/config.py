@@ -25,6 +25,9 @@ class Config:
     activation_bits: int = 4
     # Bits of the first convolutions and last linear layers; None: no exception for them.
     edge_bits: int | None = 8
+    # Bits of both inputs of a sum that joins two paths and of the input of a global pool; None: they stay float.
+    # Integer runtimes are fast only with it: passes/prepare/quantize_residuals.py.
+    residual_bits: int | None = None
     # "octav" (eq. 6), "octav-grid" (the same step on the grid itself), "octav-tight" (eq. 6 with rounding counted four
     # times, made for transformers), "max" (no clipping): clips/newton.py.
     # "percentile-99.9" ("percentile" for short), "percentile-99.99", "percentile-99.999": clips/percentile.py.
@@ -50,9 +53,9 @@ class Config:
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "edge_bits"):
+        for name in ("weight_bits", "activation_bits", "edge_bits", "residual_bits"):
             value = getattr(self, name)
-            if not (name == "edge_bits" and value is None):
+            if value is not None or name in ("weight_bits", "activation_bits"):
                 _check_bits(name, value)
         _check_choice("clip", self.clip, (*METHODS, *LEARNED))
         _check_choice("weight_gradient", self.weight_gradient, GRADIENTS)

@@ -9,9 +9,12 @@ from typing import Any, Final
 from octav_fx.config import Config
 from octav_fx.ir.pipeline import Pass
 from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
+from octav_fx.passes.convert.fold_affine_into_scale import fold_affine_into_scale
 from octav_fx.passes.convert.make_activations_static import make_activations_static
+from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
-from octav_fx.passes.export.fold_affine_into_scale import fold_affine_into_scale
+from octav_fx.passes.convert.round_biases import round_biases
+from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
 from octav_fx.passes.lower.integer_matmul import integer_matmul
@@ -24,6 +27,7 @@ from octav_fx.passes.prepare.decompose_attention import decompose_attention
 from octav_fx.passes.prepare.deduplicate_quantizers import deduplicate_quantizers
 from octav_fx.passes.prepare.fold_batchnorm import fold_batchnorm
 from octav_fx.passes.prepare.quantize_operands import Choose, Place, quantize_operands
+from octav_fx.passes.prepare.quantize_residuals import quantize_residuals
 
 # The order in which quantize() runs them.
 PREPARE: Final[tuple[Any, ...]] = (
@@ -31,7 +35,8 @@ PREPARE: Final[tuple[Any, ...]] = (
     decompose_attention,  # before quantizing, if asked for: its matmuls are then operands like any
     fold_batchnorm,  # before quantizing, if asked for: the folded weight is the one to clip
     quantize_operands,  # one quantizer before each operand
-    deduplicate_quantizers,  # last: one quantizer for each value, where several operands got equal ones
+    deduplicate_quantizers,  # one quantizer for each value, where several operands got equal ones
+    quantize_residuals,  # last, if asked for: it chooses among the quantizers that a value has by then
 )
 
 # What the backend runs on the joint graph of forward and backward, and on a graph for inference. The partitioner comes
@@ -45,31 +50,37 @@ LOWER: Final[tuple[Pass, ...]] = (
     fuse_weight_quantizers,  # last: of the weights whose levels are still needed
 )
 
-# What convert() runs on the eval graph of a frozen model.
+# What convert() and the exporters run on the eval graph of a frozen model: its operands are integers and scales then.
 CONVERT: Final[tuple[Any, ...]] = (
     pack_weights,  # first: it tells weights from activations by what their quantizers read
     make_activations_static,  # the quantizers that are left
     batchnorm_to_affine,  # any time: no code depends on it
+    fold_affine_into_scale,  # after batchnorm_to_affine and pack_weights, whose results it puts together
+    saturate_codes,  # after make_activations_static: the quantizers that saturate
+    round_biases,  # last: the scales of weights and the ranges of codes are known
 )
 
-# What export_onnx() runs on the converted model.
-EXPORT: Final[tuple[Any, ...]] = (
-    fold_affine_into_scale,  # runtimes fuse a convolution with what follows only where nothing stands between them
+# What convert() runs after these: the arithmetic on the integers, which a file leaves to its runtime.
+COMPUTE: Final[tuple[Any, ...]] = (
+    multiply_codes,  # all of it at once: a layer has to know the quantizer that reads it
 )
 
 
 def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
     """Return those of PREPARE that a Config asks for; choose, if given, decides for each operand in place of it."""
-    bound: dict[Any, Pass] = {
-        quantize_operands: functools.partial(quantize_operands, choose=choose or functools.partial(choose_spec, config))
+    choose = choose or functools.partial(choose_spec, config)
+    bound: dict[Any, Pass] = {p: functools.partial(p, choose=choose) for p in (quantize_operands, quantize_residuals)}
+    left_out = {
+        fold_batchnorm: not config.fold_batchnorm,
+        decompose_attention: config.attention != "full",
+        quantize_residuals: config.residual_bits is None,
     }
-    left_out = {fold_batchnorm: not config.fold_batchnorm, decompose_attention: config.attention != "full"}
     return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
 
 __all__ = [
+    "COMPUTE",
     "CONVERT",
-    "EXPORT",
     "LOWER",
     "PREPARE",
     "Choose",
@@ -86,9 +97,13 @@ __all__ = [
     "integer_matmul",
     "make_activations_static",
     "mask_from_codes",
+    "multiply_codes",
     "pack_weights",
     "prepare_passes",
     "quantize_operands",
+    "quantize_residuals",
+    "round_biases",
+    "saturate_codes",
     "save_codes",
     "split_quantizers",
 ]

@@ -23,9 +23,9 @@ ALLOWED = {
     "networkx": None,
     "tabulate": None,
     "triton": "octav_fx.ops.*.kernel",
-    "onnx": "octav_fx.deploy.targets.onnx",
-    "onnxruntime": "octav_fx.deploy.targets.onnx",
-    "onnxscript": "octav_fx.deploy.targets.onnx",
+    "onnx": "octav_fx.deploy.*",
+    "onnxruntime": "octav_fx.deploy.runtimes",
+    "onnxscript": "octav_fx.deploy.export",
     "torchvision": "octav_fx.zoo",
     "sklearn": "octav_fx.demo",
     "tqdm": "octav_fx.demo",
@@ -49,7 +49,7 @@ def imports(source: str) -> Iterator[Import]:
             case ast.ImportFrom():
                 assert node.level == 0, f"line {node.lineno}: a relative import does not say which floor"
                 yield Import(str(node.module), tuple(alias.name for alias in node.names), node.lineno)
-            case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="_optional")):
+            case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="optional")):
                 if node.args and isinstance(node.args[0], ast.Constant):
                     yield Import(str(node.args[0].value), (), node.lineno)
 

@@ -10,21 +10,31 @@ from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_m
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
-from octav_fx.ir.pipeline import run
+from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import update_graph_info
-from octav_fx.passes import CONVERT
+from octav_fx.passes import COMPUTE, CONVERT
 
 
 def convert(q: nn.Module) -> nn.Module:
     """A copy of a frozen model in eval mode that stores integers in place of its quantized weights.
 
-    Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, activations
-    are rounded with static scales, a batch norm is one factor and one offset for each channel. What was never
-    quantized stays as it is. The forward pass is plain PyTorch in floating point on the levels that the codes stand
-    for, the same that the frozen model computes: in float32 on a CPU, bit for bit. q, or a module that holds quantized
+    Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, biases are
+    int32, activations are rounded with static scales, a batch norm is in scales and biases. Convolutions, linear
+    layers, residual sums and global means of quantized operands multiply and add the codes themselves, in floating
+    point that holds every sum exactly, as nn/integer_rule.py defines: the same bits on every machine, and those of the
+    onnxruntime file. What was never quantized stays as it is. q, or a module that holds quantized
     ones, is not changed. Raises OctavError for a model that is not frozen or whose graph was edited since.
     """
-    converted = {id(module): _convert(module) for module in quantized_modules(q)}
+    return rewritten(q, (*CONVERT, *COMPUTE))
+
+
+def rewritten(q: nn.Module, passes: Iterable[Pass]) -> nn.Module:
+    """Return a copy of a frozen model in eval mode, each of whose quantized modules the passes have made integers of.
+
+    Raises OctavError like convert.
+    """
+    passes = tuple(passes)
+    converted = {id(module): _rewritten(module, passes) for module in quantized_modules(q)}
     return copy.deepcopy(q, dict(converted)).eval()
 
 
@@ -39,13 +49,13 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-def _convert(module: QuantizedModule) -> IntegerModule:
+def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModule:
     check_frozen(module)
     if has_forward_hooks(module):
         raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()
-    run(working, CONVERT)
+    run(working, passes)
     converted = IntegerModule(working, working.graph, type(module).__name__, {})
     update_graph_info(converted, records={False: working.all_records[False]})
     return converted

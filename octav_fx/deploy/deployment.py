@@ -14,7 +14,8 @@ from octav_fx.capture.inputs import as_inputs, tensors_of
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.rerun import in_eval_mode, run_once
 from octav_fx.deploy.convert import bytes_of, convert, size_of
-from octav_fx.deploy.targets.onnx import export_onnx, run_onnx
+from octav_fx.deploy.export import export_onnx
+from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer, IntegerWeight, StaticQuantizer
 from octav_fx.nn.fake_quantizer import QUANTIZERS

@@ -120,7 +120,7 @@ def ancestors(node: fx.Node) -> list[fx.Node]:
     return pending
 
 
-def static(flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
+def state_only(flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
     """Return the nodes computed from parameters, buffers and constants alone."""
     inputs = [node for node in flow if node.op == "placeholder" and info(node).state is None]
     return set(flow) - set(inputs) - downstream(flow, inputs)

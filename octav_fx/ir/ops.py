@@ -53,9 +53,11 @@ class UserRules:
 
 def op_of(node: fx.Node) -> Op | None:
     """Return the op a node is a spelling of, a user's own among them, or None for what no row knows."""
+    if (own := info(node).op) is not None:
+        return own
     match node.op:
         case "call_function":
-            return info(node).op or _FUNCTIONS.get(node.target)
+            return _FUNCTIONS.get(node.target)
         case "call_method":
             return _METHODS.get(str(node.target))
         case "call_module":

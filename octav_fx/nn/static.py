@@ -13,33 +13,44 @@ from octav_fx.formats.packing import integer_codes, pack, unpack
 # Codes of so many bits are stored two to a byte.
 PACKED: Final = 4
 # A clip of zero sends every value to zero; so does a step that no value reaches half of.
-_BEYOND: Final = 2.0**126
+BEYOND: Final = 2.0**126
 
 
 class IntegerWeight(nn.Module):
     """() -> the weight, scale * code [...], in the dtype that the model computes in.
 
     codes: int8 [...], or uint8 [(n + 1) // 2] with two to a byte for up to 4 bits. scale: float32 [] or, with the
-    channel axis dim, [C]. The same values that the frozen fake-quantizer computes from the float weight.
+    channel axis dim, [C]; negative where the factor of a batch norm is. The same values that the frozen fake-quantizer
+    computes from the float weight, times that factor.
+    codes_as: None, or the dtype in which forward returns the codes, for a product that is scaled afterwards.
+    fraction: so many bits below one has the bias of the layer: see IntegerBias.
     """
 
     codes: Tensor
     scale: Tensor
+    codes_as: torch.dtype | None = None
+    fraction: int = 0
 
     def __init__(self, weight: Tensor, clip: Tensor, bits: int, dim: int | None) -> None:
         super().__init__()
         self.bits, self.dim, self.shape, self.dtype = bits, dim, tuple(weight.shape), weight.dtype
         grid = Grid(bits, signed=True)
-        codes = integer_codes(weight.detach(), clip, grid, dim)
-        self.register_buffer("codes", pack(codes) if bits <= PACKED else codes.contiguous())
+        self.register_buffer("codes", None)
+        self.store(integer_codes(weight.detach(), clip, grid, dim))
         self.register_buffer("scale", grid.step(clip.detach()).clone())
 
     def integers(self) -> Tensor:
         """Return the codes [...], int8."""
         return unpack(self.codes, self.shape) if self.bits <= PACKED else self.codes
 
+    def store(self, codes: Tensor) -> None:
+        """Take other codes [...], int8, of the same width."""
+        self.codes = pack(codes) if self.bits <= PACKED else codes.contiguous()
+
     def forward(self) -> Tensor:
         """See the class."""
+        if self.codes_as is not None:
+            return self.integers().to(self.codes_as)
         codes = self.integers().to(torch.promote_types(self.dtype, torch.float32))
         return (codes * along(self.scale, codes, self.dim).to(codes.dtype)).to(self.dtype)
 
@@ -55,6 +66,8 @@ class StaticQuantizer(nn.Module):
     """X [...] -> the nearest level, scale * code [...], ties to the even code.
 
     scale: float32 [] or [C]. What ops/fake_quantize computes of finite values; inf saturates here.
+    floor, ceiling: ends of a clamp that the saturation of the codes stands for, in the units of x; None: none.
+    in_steps: whether x comes in units of the step, as the modules of nn/integer_rule.py return it.
     """
 
     scale: Tensor
@@ -62,15 +75,42 @@ class StaticQuantizer(nn.Module):
     def __init__(self, clip: Tensor, bits: int, signed: bool, dim: int | None) -> None:
         super().__init__()
         self.bits, self.signed, self.dim = bits, signed, dim
+        self.floor: float | None = None
+        self.ceiling: float | None = None
+        self.in_steps = False
         step = Grid(bits, signed).step(clip.detach())
-        self.register_buffer("scale", torch.where(step > 0, step, _BEYOND))
+        self.register_buffer("scale", torch.where(step > 0, step, BEYOND))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         grid = Grid(self.bits, self.signed)
         value = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = along(self.scale, x, self.dim).to(value.dtype)
-        return ((value / scale).round().clamp(grid.low, grid.high) * scale).to(x.dtype)
+        code = (value if self.in_steps else value / scale).round()
+        if self.floor is not None:
+            code = code.maximum((self.floor / scale).round())
+        if self.ceiling is not None:
+            code = code.minimum((self.ceiling / scale).round())
+        return (code.clamp(grid.low, grid.high) * scale).to(x.dtype)
+
+    def narrow(self, low: float | None, high: float | None) -> bool:
+        """Saturate at the ends of a clamp, too. Return False, and do nothing, where its range and the present part."""
+        floor = max((end for end in (self.floor, low) if end is not None), default=None)
+        ceiling = min((end for end in (self.ceiling, high) if end is not None), default=None)
+        if floor is not None and ceiling is not None and floor > ceiling:
+            return False
+        # An unsigned grid begins at zero by itself.
+        self.floor, self.ceiling = None if floor is not None and floor <= 0 and not self.signed else floor, ceiling
+        return True
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The lowest and the highest code that forward returns the level of; of a scale for the tensor only."""
+        grid = Grid(self.bits, self.signed)
+        ends = torch.tensor([grid.low if self.floor is None else self.floor, self.ceiling or 0.0])
+        floor, ceiling = (ends.to(self.scale.device) / self.scale).round().tolist()
+        low = grid.low if self.floor is None else min(max(grid.low, int(floor)), grid.high)
+        return low, grid.high if self.ceiling is None else max(min(grid.high, int(ceiling)), low)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         return _keep_float32(self, fn, recurse)
@@ -96,6 +136,36 @@ class ChannelAffine(nn.Module):
         """See the class."""
         # One rounding for both, as in torch's own kernel on a CPU.
         return torch.addcmul(along(self.offset, x, 1), x, along(self.factor, x, 1))
+
+
+class IntegerBias(nn.Module):
+    """() -> the bias of a layer on the grid of its sums of codes, code * step / 2**fraction [C], float32.
+
+    codes: int32 [C]. step: float32 [C], what a sum of products of codes counts, scale of the input times scale of the
+    weight. fraction: so many bits of a code are below one.
+    """
+
+    codes: Tensor
+    step: Tensor
+
+    def __init__(self, bias: Tensor, step: Tensor, fraction: int) -> None:
+        super().__init__()
+        self.fraction = fraction
+        self.register_buffer("codes", (bias.double() * 2**fraction / step.double()).round().to(torch.int32))
+        self.register_buffer("step", step)
+
+    def forward(self) -> Tensor:
+        """See the class."""
+        return self.codes.float() * (self.step / 2**self.fraction)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        nn.Module._apply(self, fn, recurse)
+        self.step = self.step.to(torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        """Channels and the place of the point."""
+        return f"{len(self.codes)} channels, {self.fraction} bits below one"
 
 
 def _keep_float32(module, fn, recurse):  # type: ignore[no-untyped-def]

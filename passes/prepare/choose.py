@@ -17,6 +17,7 @@ def choose_spec(config: Config, place: Place) -> Spec | str:
     is_weight = place.role is Role.WEIGHT
     bits_name = "weight_bits" if is_weight else "activation_bits"
     default = config.edge_bits if place.edge and config.edge_bits is not None else getattr(config, bits_name)
+    default = config.residual_bits if place.residual and config.residual_bits is not None else default
     gradient_name = "weight_gradient" if is_weight else "activation_gradient"
     method = settings.get("clip", config.clip)
     if method == "pact" and is_weight:

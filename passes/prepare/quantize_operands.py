@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.arguments import operand_of, operands_of, set_operand
-from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, static, tensor_flow
+from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.first_last import first_and_last_layers
 from octav_fx.ir.meta import fake, info
@@ -41,6 +41,8 @@ class Place:
     signed: bool
     # The channel axis, counted from the front; None: per tensor.
     dim: int | None
+    # An input of a sum that joins two paths, or of a global pool.
+    residual: bool = False
 
 
 # A Spec, or the reason why the operand stays float.
@@ -51,7 +53,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     """See the module's docstring."""
     edits: list[Edit] = []
     flow = tensor_flow(gm.graph)
-    parameters, edges, unsigned = static(flow), first_and_last_layers(flow), nonnegative(gm.graph)
+    parameters, edges, unsigned = state_only(flow), first_and_last_layers(flow), nonnegative(gm.graph)
     known = constants(gm.graph)
     sources = [node for node in flow if is_value_source(node, gm)]
     valued = {*sources, *downstream(flow, sources)}
@@ -80,7 +82,10 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
                 continue
             _check_floating(place, value)
             with gm.graph.inserting_before(node):
-                quantizer = gm.graph.call_module(_add(gm, place, choice, value, running=value not in known), (value,))
+                quantizer = gm.graph.call_module(
+                    add_quantizer(gm, place, choice, value, running=value not in known), (value,)
+                )
+            quantizer.meta["value"] = value.meta["value"]
             set_operand(node, operand, quantizer)
             edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
     return edits
@@ -133,7 +138,7 @@ def _check_floating(place: Place, read: fx.Node) -> None:
         )
 
 
-def _add(gm: fx.GraphModule, place: Place, spec: Spec, read: fx.Node, *, running: bool) -> str:
+def add_quantizer(gm: fx.GraphModule, place: Place, spec: Spec, read: fx.Node, *, running: bool) -> str:
     """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
     quantizers = gm.get_submodule(QUANTIZERS)
     value = fake(read)

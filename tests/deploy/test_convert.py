@@ -11,8 +11,10 @@ from torch import nn
 
 from octav_fx import Config, OctavError, calibrate, convert, freeze, quantize, unfreeze
 from octav_fx.capture.modules import IntegerModule
-from octav_fx.deploy.convert import size_of
-from octav_fx.nn import IntegerWeight
+from octav_fx.deploy.convert import rewritten, size_of
+from octav_fx.formats.granularity import along
+from octav_fx.nn import IntegerBias, IntegerWeight
+from octav_fx.passes import CONVERT
 from tests.support.deployable_models import (
     LANGUAGE,
     WHOLE,
@@ -25,9 +27,6 @@ from tests.support.deployable_models import (
     observed,
     relative,
 )
-
-# One rounding for a multiplication and an addition, as torch's own batch norm has there.
-FUSED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def small() -> nn.Module:
@@ -50,29 +49,55 @@ def _fast_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.models
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_code_is_that_of_the_frozen_model(name):
+def test_weights_are_those_of_the_frozen_model_and_biases_half_a_unit_from_them(name):
     q, inputs = frozen(WHOLE[name])
-    c = convert(q)
-    out, activations, weights = observed(q, inputs)
-    stored = {path: part for path, part in c.named_modules() if isinstance(part, IntegerWeight)}
-    assert stored.keys() == weights.keys()
-    for path, part in stored.items():
-        clip = q.get_submodule(path).clip
-        step = clip / 2 ** (part.bits - 1)
-        shape = [1] * len(part.shape)
-        shape[part.dim] = -1
+    # Before and after round_biases, which gives a channel that counts nothing beside its bias another scale.
+    stored, folded = (parts(rewritten(q, passes)) for passes in (CONVERT[:-1], CONVERT))
+    _, _, weights = observed(q, inputs)
+    assert {path for path, part in stored.items() if isinstance(part, IntegerWeight)} == weights.keys()
+    for path, level in weights.items():
+        weight = stored[path]
+        step = q.get_submodule(path).clip / 2 ** (weight.bits - 1)
+        step = along(torch.where(step > 0, step, 1), level, weight.dim)
         # Where the step is zero, so are the levels. Both the level and the quotient are rounded.
-        expected = (weights[path] / torch.where(step > 0, step, 1).reshape(shape)).round()
-        assert torch.equal(part.integers().float(), expected), path
-        assert torch.equal(part(), weights[path]), path
-    forced_out, found = forced(c, inputs, activations)
+        assert torch.equal(weight.integers().float(), (level / step).round()), path
+        if weight.dim == 0:
+            kept = weight.scale != 0
+            assert torch.equal(weight.integers()[kept], folded[path].integers()[kept]), path
+            assert torch.equal(weight.scale[kept], folded[path].scale[kept]), path
+    biases = {path: part for path, part in folded.items() if isinstance(part, IntegerBias)}
+    assert biases
+    for path, bias in biases.items():
+        weight = folded[path.removesuffix("_bias") + "_weight"]
+        assert weight.fraction == bias.fraction
+        # What a sum can be and what the bias is fit into 32 bits together.
+        total = weight.integers().flatten(1).abs().sum(1, dtype=torch.int64).max() * 255 * 2**bias.fraction
+        assert total + bias.codes.abs().max() < 2**31
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_layer_computes_on_codes_what_it_computes_on_levels(name, bits):
+    q, inputs = frozen(WHOLE[name], Config(*bits, residual_bits=8))
+    _, activations, _ = observed(rewritten(q, CONVERT), inputs)
+    out, _, _ = observed(rewritten(q, CONVERT), inputs)
+    forced_out, found = forced(convert(q), inputs, activations)
     moved = check_codes(activations, found)
-    assert relative(forced_out, out) < 1e-4
-    if FUSED:
-        # Not only from equal operands: the whole model, bit for bit.
-        assert moved == 0
-        with torch.no_grad():
-            assert torch.equal(c(*inputs), out)
+    # A tie is met by one value in ten thousand at most.
+    assert moved <= 1e-4 * sum(seen.y.numel() for calls in activations.values() for seen in calls)
+    assert relative(forced_out, out) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "encoder"])
+def test_it_is_close_to_the_frozen_model(name):
+    # Eight bits: a code that moves, as a bias is rounded, moves little.
+    q, inputs = frozen(WHOLE[name], Config(8, 8, residual_bits=8))
+    with torch.no_grad():
+        assert relative(convert(q)(*inputs), q(*inputs)) < 0.03
+
+
+def parts(module: nn.Module) -> dict[str, nn.Module]:
+    return {path: part for path, part in module.named_modules() if isinstance(part, (IntegerWeight, IntegerBias))}
 
 
 @pytest.mark.models
@@ -101,20 +126,21 @@ def test_other_widths(bits, clip):
     weight = c.get_submodule("quantizers.3_weight")
     assert weight.codes.dtype is (torch.uint8 if bits <= 4 else torch.int8)
     assert weight.codes.numel() == (135 if bits <= 4 else 270)
-    if FUSED:
-        assert torch.equal(c(x), q(x))
+    # The bias of the second convolution, and what a code of its result moves at most by it.
+    rescale = c.get_submodule("quantizers.3_bias")
+    assert float((rescale.multiplier.abs() / 2 ** (rescale.fraction + 1)).max()) < 0.05
+    assert relative(c(x), q(x)) < {2: 0.3, 3: 0.1, 4: 0.1, 5: 0.05, 8: 0.01}[bits]
 
 
 def test_the_state_is_codes_scales_and_biases():
     q, _ = ready()
     state = convert(q).state_dict()
     kinds = {name.rpartition(".")[2]: value.dtype for name, value in state.items()}
-    assert kinds.keys() == {"codes", "scale", "factor", "offset", "bias"}
-    assert sorted(name for name in state if not name.startswith("quantizers.")) == [
-        *("0.bias", "1.factor", "1.offset", "3.bias", "6.bias")
-    ]
-    assert {kinds[kind] for kind in ("scale", "factor", "offset", "bias")} == {torch.float32}
-    assert not list(convert(q).named_parameters(recurse=True))[3:]
+    assert kinds.keys() == {"codes", "scale", "multiplier"}
+    assert all(name.startswith("quantizers.") for name in state)
+    assert {kinds[kind] for kind in ("scale", "multiplier")} == {torch.float32}
+    assert {state[f"quantizers.{layer}_bias.codes"].dtype for layer in (0, 3, 6)} == {torch.int32}
+    assert not list(convert(q).parameters())
 
 
 @pytest.mark.parametrize("how", ["load_state_dict", "safetensors", "torch.save", "pickle", "deepcopy"])
@@ -188,8 +214,7 @@ def test_float_operands_stay_float():
     q, x = ready(config=Config(overrides={"3": None}))
     c = convert(q)
     assert "3.weight" in c.state_dict()
-    if FUSED:
-        assert torch.equal(c(x), q(x))
+    assert relative(c(x), q(x)) < 0.05
 
 
 def test_zero_weights_and_activations():
@@ -251,7 +276,7 @@ def test_a_graph_that_was_edited_after_freezing():
     with pytest.raises(OctavError, match=r"eval mode was edited after octav_fx\.freeze.*call octav_fx\.freeze again"):
         convert(q)
     freeze(q)
-    assert torch.equal(convert(q)(x), q(x)) or not FUSED
+    assert relative(convert(q)(x), q(x)) < 0.05
 
 
 def test_weights_that_are_not_finite():

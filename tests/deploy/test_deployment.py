@@ -32,8 +32,8 @@ def test_rows_and_sizes():
     assert [row.bytes for row in found.rows] == [4, 54 + 16, 4, 144 + 8]
     assert found.rows[0].scale == pytest.approx(float(q.quantizers.get_submodule("0_input").clip) / 8)
     assert found.float_bytes == 4 * (108 + 4 + 4 * 4 + 288 + 2) + 8
-    # Biases, factors and offsets besides.
-    assert found.bytes == sum(row.bytes for row in found.rows) + 4 * (4 + 2 * 4 + 2)
+    # Biases and multipliers besides.
+    assert found.bytes == sum(row.bytes for row in found.rows) + 4 * 2 * (4 + 2)
     assert found.onnx_bytes > found.bytes
 
 
@@ -42,9 +42,11 @@ def test_differences_are_measured(tmp_path):
     q, x = ready()
     export_onnx(q, x, tmp_path / "model.onnx")
     found = deployment(q, x, tmp_path / "model.onnx")
-    assert found.converted_difference < 1e-6
-    assert found.onnx_difference < 1e-4
-    assert all(row.difference < 1e-6 for row in found.rows)
+    # Biases are rounded. Both compute the same.
+    assert 0 < found.converted_difference < 1e-2
+    assert found.onnx_difference == found.converted_difference
+    # No code of these moves.
+    assert all(row.difference < 1e-6 for row in found.rows if row.operand == "input")
     # The file is of another state now.
     with torch.no_grad():
         q.get_submodule("4").bias.add_(1)

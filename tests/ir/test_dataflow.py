@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from octav_fx.errors import OctavError
-from octav_fx.ir.dataflow import constants, downstream, holds_tensor, static, tensor_flow, upstream, value_of
+from octav_fx.ir.dataflow import constants, downstream, holds_tensor, state_only, tensor_flow, upstream, value_of
 from tests.support.graphs import captured, model, parameter
 
 
@@ -50,7 +50,7 @@ def test_static_is_what_depends_on_no_input() -> None:
         return x @ weight + (x * 0 + self.b)
 
     gm = captured(model(forward, a=parameter(3, 3), b=torch.ones(3, 3)), x=torch.randn(3, 3))
-    found = names(static(tensor_flow(gm.graph)))
+    found = names(state_only(tensor_flow(gm.graph)))
     assert found == {"a", "b", "normalize", "add"}
 
 

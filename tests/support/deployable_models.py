@@ -129,16 +129,15 @@ def frozen(case: Case, config: Config | None = None) -> tuple[QuantizedModule, t
 
 @dataclass(frozen=True)
 class Seen:
-    """What one call of an activation's quantizer was given, and what it returned."""
+    """What one call of an activation's quantizer was given, in steps of its grid, and the levels that it returned."""
 
-    x: Tensor
+    position: Tensor
     y: Tensor
-    clip: Tensor
-    steps: int
+    step: Tensor
 
 
 def observed(q: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, list[Seen]], dict[str, Tensor]]:
-    """The output, the activations by the path of their quantizer, and the quantized weights."""
+    """The output of a frozen or converted model, its activations by the path of their quantizer, quantized weights."""
     activations: dict[str, list[Seen]] = {}
     weights: dict[str, Tensor] = {}
     handles = []
@@ -146,13 +145,22 @@ def observed(q: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str
         if isinstance(module, FakeQuantizer):
 
             def hook(m: FakeQuantizer, args: tuple[Tensor], y: Tensor, name: str = name) -> None:
-                steps = 2 ** (m.spec.bits - 1) if m.spec.signed else 2**m.spec.bits
+                step = m.clip / (2 ** (m.spec.bits - 1) if m.spec.signed else 2**m.spec.bits)
                 if m.mean is None:
                     weights[name] = y.detach()
                 else:
-                    activations.setdefault(name, []).append(Seen(args[0].detach(), y.detach(), m.clip, steps))
+                    seen = Seen(args[0].detach().double() / step.double(), y.detach(), step)
+                    activations.setdefault(name, []).append(seen)
 
-            handles.append(module.register_forward_hook(hook))
+        elif isinstance(module, StaticQuantizer):
+
+            def hook(m: StaticQuantizer, args: tuple[Tensor], y: Tensor, name: str = name) -> None:
+                position = args[0].double() / (1 if m.in_steps else m.scale.double())
+                activations.setdefault(name, []).append(Seen(position, y, m.scale))
+
+        else:
+            continue
+        handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         out = q(*inputs)
     for handle in handles:
@@ -189,14 +197,14 @@ def check_codes(given: dict[str, list[Seen]], found: dict[str, list[Tensor]]) ->
     for name, calls in given.items():
         assert len(calls) == len(found[name]), name
         for seen, y in zip(calls, found[name], strict=True):
-            step = seen.clip.double() / seen.steps
+            step = seen.step.double()
             ours, theirs = (seen.y.double() / step).round(), (y.double() / step).round()
             differs = ours != theirs
             moved += int(differs.sum())
-            position = seen.x.double()[differs] / step
+            position = seen.position[differs]
             distance = (position - position.floor() - 0.5).abs()
             # Relative to the value, and to the largest one that a value near zero is the difference of.
-            bound = 1e-5 * torch.maximum(position.abs(), (seen.x.double().abs().max() / step))
+            bound = 1e-5 * torch.maximum(position.abs(), seen.position.abs().max())
             assert ((ours - theirs)[differs].abs() == 1).all(), name
             assert (distance <= bound).all(), (name, distance.max())
     return moved

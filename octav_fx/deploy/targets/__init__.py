@@ -1,1 +1,10 @@
-"""One file for each format that a deployed model can be written in."""
+"""Runtimes that files are written for, one file each."""
+
+from typing import Final
+
+from octav_fx.deploy.targets.onnx import EXACT, Target
+from octav_fx.deploy.targets.onnxruntime import ONNXRUNTIME
+
+TARGETS: Final[tuple[Target, ...]] = (ONNXRUNTIME, EXACT)
+
+__all__ = ["TARGETS", "Target"]

@@ -1,19 +1,17 @@
 """Fold the factor and offset of a channel into the scale of the weight and the bias of the convolution before it.
 
-    affine(conv2d(x, weight(), b))  ->  conv2d(x, weight(), bias)                where every factor is positive or zero
-    affine(conv2d(x, weight(), b))  ->  mul(conv2d(x, weight(), bias), sign)     else
+    affine(conv2d(x, weight(), b))  ->  conv2d(x, weight(), bias)
 
-    scale of the weight = scale * |factor|                 [C]; codes stay as they are
-    bias                = (b * factor + offset) * sign     [C]
-    sign                = -1 where factor < 0, else 1      [C, 1, ..]
+    scale of the weight = scale * factor             [C]; codes stay as they are
+    bias                = b * factor + offset        [C]
 
-Runtimes have a scale for each output channel and want it positive. A channel with a factor
-of zero gets a scale so small that nothing of the product is left beside the bias.
+A negative factor makes a negative scale: with the sign in the codes the lowest of them, which has no opposite, would
+have to change. A target that wants positive scales turns the codes when it writes them. A factor of zero makes a scale
+of zero, which round_biases mends.
 """
 
 from typing import Final
 
-import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.ir.arguments import argument, module_input, set_argument
@@ -23,8 +21,6 @@ from octav_fx.ir.op import Op, Trait
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn import ChannelAffine, IntegerWeight
 
-# Far below every result, far above the subnormal numbers.
-NOTHING: Final = 2.0**-100
 _FOLDED: Final = "folded"
 
 
@@ -67,28 +63,20 @@ def _is_convolution(op: Op) -> bool:
 
 def _fold(gm: fx.GraphModule, node: fx.Node, affine: ChannelAffine) -> None:
     graph, conv = gm.graph, module_input(node)
-    op, bias, stored = op_of(conv), argument(conv, "bias"), module_of(argument(conv, "weight"))
-    assert op is not None and isinstance(stored, IntegerWeight)
-    factor = affine.factor.double()
-    sign = torch.where(factor < 0, -1.0, 1.0)
-    scale = stored.scale.double() * factor.abs()
-    stored.scale = torch.where(scale > 0, scale, NOTHING).float()
-    offset = affine.offset.double()
+    bias, stored = argument(conv, "bias"), module_of(argument(conv, "weight"))
+    assert isinstance(stored, IntegerWeight)
+    factor, offset = affine.factor.double(), affine.offset.double()
+    stored.scale = (stored.scale.double() * factor).float()
     if isinstance(bias, fx.Node):
         value = value_of(gm, bias)
         assert isinstance(value, Tensor)
         offset = offset + value.double() * factor
     holder, path = nn.Module(), f"{_FOLDED}.{node.name}"
-    holder.register_buffer("bias", (offset * sign).to(affine.offset.dtype))
+    holder.register_buffer("bias", offset.to(affine.offset.dtype))
     gm.add_submodule(path, holder)
     with graph.inserting_before(conv):
         set_argument(conv, "bias", graph.get_attr(f"{path}.bias"))
-    replacement = conv
-    if (sign < 0).any():
-        holder.register_buffer("sign", sign.to(affine.factor.dtype).reshape(-1, *[1] * op.spatial))
-        with graph.inserting_before(node):
-            replacement = graph.call_function(torch.mul, (conv, graph.get_attr(f"{path}.sign")))
-    node.replace_all_uses_with(replacement)
+    node.replace_all_uses_with(conv)
     graph.erase_node(node)
     if isinstance(bias, fx.Node) and not bias.users:
         graph.erase_node(bias)

@@ -1,0 +1,55 @@
+"""Running files in the runtimes that they are for."""
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octav_fx.capture.inputs import as_inputs, tensors_of
+from octav_fx.errors import OctavError
+
+
+def run_onnx(model: str | os.PathLike[str] | bytes, example_inputs: Any) -> dict[str, Tensor]:
+    """Return the outputs of an ONNX file, or of its bytes, by name, computed by onnxruntime on the CPU.
+
+    example_inputs: as for export_onnx, or a dict by the names of the file's inputs.
+    """
+    session = onnx_session(model, threads=torch.get_num_threads())
+    args, kwargs = as_inputs(example_inputs)
+    names = [value.name for value in session.get_inputs()]
+    # None is no input of the file.
+    given = {**dict(zip(names, tensors_of(args), strict=False)), **kwargs}
+    outputs = session.run(None, {name: given[name].detach().cpu().numpy() for name in names})
+    return {value.name: torch.from_numpy(found) for value, found in zip(session.get_outputs(), outputs, strict=True)}
+
+
+def onnx_session(
+    model: str | os.PathLike[str] | bytes, threads: int, optimized: str | os.PathLike[str] | None = None
+) -> Any:
+    """Return an onnxruntime session for a file, or its bytes, on the CPU.
+
+    optimized: where to write the graph as onnxruntime's optimizer leaves it, or None.
+    """
+    runtime = optional("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # By default the float operand of a matmul with stored integers is rounded to 8 bits: a result off by 3e-3.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # By default products of 8 bits saturate at 16 where the CPU has no VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if optimized is not None:
+        # It says that the file is for machines like this one, which is what is wanted here.
+        options.log_severity_level = 3
+        options.optimized_model_filepath = os.fspath(optimized)
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def optional(module: str) -> Any:
+    """Import a package that only exporting needs. Raises OctavError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise OctavError(f"exporting needs {error.name}: pip install 'octav_fx[onnx]'") from error

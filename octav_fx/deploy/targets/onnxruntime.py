@@ -1,0 +1,100 @@
+"""The target "onnxruntime": a graph that its optimizer turns into integer kernels, of which it knows the arithmetic.
+
+    octav::Weight()                    int4 codes -> Cast, or int8 codes -> DequantizeLinear
+    octav::Bias()                      int32 codes -> DequantizeLinear
+    Conv(x, w, b)                      as it is                                      QLinearConv
+    Add(MatMul(x, Transpose(w)), b)    Reshape(Gemm(Reshape(x), w, b))               QGemm
+    ReduceMean(x, spatial axes)        GlobalAveragePool(x)                          QLinearGlobalAveragePool
+
+What is in the right column, nn/integer_rule.py defines: the result is that of convert(q), to the bit. In float stay
+(onnxruntime 1.31) a convolution that anything else than one QuantizeLinear reads, a sum one of whose operands is float,
+and everything that is no contraction, sum, pool or move.
+The codes of narrow weights are multiplied by 2**fraction when the file is loaded: see passes/convert/round_biases.py.
+"""
+
+from typing import Any, Final
+
+import torch
+
+from octav_fx.deploy.targets.graph import Graph, attribute
+from octav_fx.deploy.targets.onnx import (
+    Target,
+    activation_in_bytes,
+    bias_apart,
+    bias_of_rank_three,
+    dequantized,
+    is_operand,
+    product_and_bias,
+)
+from octav_fx.nn import IntegerBias, IntegerWeight
+
+_NIBBLE: Final = 4
+
+
+def _weight(graph: Graph, key: str, weight: IntegerWeight, output: str) -> list[Any]:
+    codes, scale = weight.integers(), weight.scale / 2**weight.fraction
+    if weight.bits > _NIBBLE:
+        name = graph.constant(f"{key}.codes", "INT8", codes * 2**weight.fraction)
+        return [dequantized(graph, key, name, scale, "INT8", weight.dim, output)]
+    # A DequantizeLinear of int4 is computed in float; a cast of a constant is gone when the model is loaded.
+    name, nodes = graph.constant(f"{key}.codes", "INT4", codes), []
+    steps: list[tuple[str, list[str], dict[str, Any]]] = [("Cast", [], {"to": graph.onnx.TensorProto.INT8})]
+    if weight.fraction:
+        factor = graph.constant(f"{key}.factor", "INT32", torch.tensor(2**weight.fraction))
+        steps = [("Cast", [], {"to": graph.onnx.TensorProto.INT32}), ("Mul", [factor], {}), *steps]
+    for i, (kind, more, attributes) in enumerate(steps):
+        nodes.append(graph.node(kind, [name, *more], f"{key}.codes.{i}", **attributes))
+        name = f"{key}.codes.{i}"
+    return [*nodes, dequantized(graph, key, name, scale, "INT8", weight.dim, output)]
+
+
+def _bias(graph: Graph, key: str, bias: IntegerBias, output: str) -> list[Any]:
+    codes = graph.constant(f"{key}.codes", "INT32", bias.codes)
+    return [dequantized(graph, key, codes, bias.step / 2**bias.fraction, "INT32", 0, output)]
+
+
+def _convolution(graph: Graph, node: Any) -> list[Any] | None:
+    has_codes = len(node.input) > 2 and is_operand(graph, node.input[2], "Bias")
+    return None if has_codes else bias_apart(graph, node)
+
+
+def _linear(graph: Graph, node: Any) -> list[Any] | None:
+    """A linear layer of any rank as Gemm, which has an int32 bias inside; MatMul has none."""
+    if (found := product_and_bias(graph, node)) is None:
+        return None
+    product, bias = found
+    transpose = graph.makers.get(product.input[1])
+    shape, output = graph.shape(node.output[0]), node.output[0]
+    given = graph.shape(product.input[0])
+    is_layer = transpose is not None and transpose.op_type == "Transpose" and is_operand(graph, bias, "Bias")
+    if transpose is None or not is_layer or given is None or shape is None or None in shape[1:]:
+        return bias_of_rank_three(graph, node)
+    rows = graph.constant(f"{output}.rows", "INT64", torch.tensor([-1, given[-1]]))
+    sizes = graph.constant(f"{output}.shape", "INT64", torch.tensor([-1, *shape[1:]]))
+    flat = graph.node("Reshape", [product.input[0], rows], f"{output}.flat")
+    gemm = graph.node("Gemm", [flat.output[0], transpose.input[0], bias], f"{output}.gemm", transB=1)
+    return [flat, gemm, graph.node("Reshape", [gemm.output[0], sizes], output)]
+
+
+def _mean(graph: Graph, node: Any) -> list[Any] | None:
+    """The mean over the two spatial axes of quantized images as GlobalAveragePool."""
+    axes = graph.value(node.input[1]) if len(node.input) > 1 else None
+    shape = graph.shape(node.input[0])
+    if axes is None or shape is None or len(shape) != 4 or sorted(axis % 4 for axis in axes.tolist()) != [2, 3]:
+        return None
+    if not is_operand(graph, node.input[0], "Activation"):
+        return None
+    output = node.output[0]
+    if attribute(node, "keepdims", 1):
+        return [graph.node("GlobalAveragePool", [node.input[0]], output)]
+    pool = graph.node("GlobalAveragePool", [node.input[0]], f"{output}.pool")
+    return [pool, graph.node("Flatten", [pool.output[0]], output, axis=1)]
+
+
+ONNXRUNTIME: Final = Target(
+    "onnxruntime",
+    _weight,
+    activation_in_bytes,
+    _bias,
+    ({"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _linear, "ReduceMean": _mean},),
+)

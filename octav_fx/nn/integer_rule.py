@@ -1,0 +1,101 @@
+"""The arithmetic of a deployed model: what each layer computes of codes, to the last bit.
+
+    layer, read by a quantizer    code = round(f32(sum + bias) * f32(f32(sx * sw) / sy))
+    layer, read by anything else  y = f32(sum + bias) * f32(sx * sw)
+    x1 + x2                       code = round(fma(r1, c1, fma(r2, c2, f32(zy - (r1 * z1 + r2 * z2)))))
+    mean over positions           code = round(f32(sum of codes) * f32(sx / f32(sy * positions)))
+
+with exact sums of products of codes, one rounding to float32 where it says f32, ties to even, and codes saturated
+afterwards. s are the scales of inputs, weight and result, r1 and r2 those of x1 and x2 over sy, z the zero points that
+unsigned bytes would have. The order of roundings is that of onnxruntime's kernels on x64, which gives the same bits.
+
+The modules return what they compute in units of sy, for a StaticQuantizer that takes it in steps.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from octav_fx.formats.granularity import along
+from octav_fx.formats.grid import Grid
+from octav_fx.nn.static import IntegerBias, StaticQuantizer
+
+# float32 holds every integer below this.
+EXACT = 2**24
+
+
+def codes_of(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Levels [...], code * scale rounded to float32, and the scale [] -> the codes [...] in a floating dtype."""
+    # Two roundings move the quotient by 2**-23 of itself: far from a tie for codes of a byte.
+    return (levels / scale).round().to(dtype)
+
+
+class Rescale(nn.Module):
+    """Sums of products of codes [..., C, ...], exact -> f32(sum + bias) * multiplier [..., C, ...], float32.
+
+    codes: int32 [C], the bias in 2**-fraction of one sum. multiplier: float32 [C]. dim: the channel axis.
+    """
+
+    codes: Tensor
+    multiplier: Tensor
+
+    def __init__(self, bias: IntegerBias, dim: int, result: StaticQuantizer | None) -> None:
+        super().__init__()
+        self.fraction, self.dim = bias.fraction, dim
+        self.register_buffer("codes", bias.codes)
+        self.register_buffer("multiplier", bias.step if result is None else bias.step / result.scale)
+
+    def forward(self, sums: Tensor) -> Tensor:
+        """See the class."""
+        bias = along(self.codes, sums, self.dim).to(sums.dtype) / 2**self.fraction
+        return (sums + bias).float() * along(self.multiplier, sums, self.dim)
+
+
+class CodeSum(nn.Module):
+    """Levels [...] of two quantizers -> their sum in steps of a third [...], rounded to codes but not saturated."""
+
+    scales: Tensor
+    ratios: Tensor
+    constant: Tensor
+
+    def __init__(self, first: StaticQuantizer, second: StaticQuantizer, result: StaticQuantizer) -> None:
+        super().__init__()
+        self.zeros = [_zero_point(q) for q in (first, second, result)]
+        self.register_buffer("scales", torch.stack([first.scale, second.scale]))
+        ratios = self.scales / result.scale
+        self.register_buffer("ratios", ratios)
+        self.register_buffer("constant", self.zeros[2] - (ratios[0] * self.zeros[0] + ratios[1] * self.zeros[1]))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """See the class."""
+        codes = [
+            codes_of(x, scale, torch.float64) + zero
+            for x, scale, zero in zip((first, second), self.scales, self.zeros, strict=False)
+        ]
+        # A product of 24 and 9 bits is exact in float64, and so is the sum where it matters: fused multiply-add.
+        ratios, constant = self.ratios.double(), self.constant.double()
+        inner = (ratios[1] * codes[1] + constant).float()
+        return (ratios[0] * codes[0] + inner.double()).float().round() - self.zeros[2]
+
+
+class CodeMean(nn.Module):
+    """Levels [N, C, ...] of a quantizer -> their mean over all positions, in steps of another, [N, C, 1, ...]."""
+
+    scale: Tensor
+    result: Tensor
+
+    def __init__(self, source: StaticQuantizer, result: StaticQuantizer, keepdim: bool) -> None:
+        super().__init__()
+        self.keepdim = keepdim
+        self.register_buffer("scale", source.scale.clone())
+        self.register_buffer("result", result.scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        axes = tuple(range(2, x.dim()))
+        positions = x[0, 0].numel()
+        total = codes_of(x, self.scale, torch.float64).sum(axes, keepdim=self.keepdim)
+        return total.float() * (self.scale / (self.result * positions))
+
+
+def _zero_point(quantizer: StaticQuantizer) -> int:
+    return -Grid(quantizer.bits, quantizer.signed).low

@@ -1,1 +1,0 @@
-"""Passes over a converted model, before a file is written."""

@@ -1,0 +1,110 @@
+"""Put a fake-quantizer on both inputs of a sum that joins two paths, and on the input of a global pool.
+
+    add(x, y)                        ->  add(quantizers.add_x(x), quantizers.add_y(y))
+    adaptive_avg_pool2d(x, 1)        ->  adaptive_avg_pool2d(quantizers.pool_x(x), 1)
+
+    conv2d(quantizers.conv_input(x), w), add(x, y)            where the operand of conv2d has fewer bits than a sum:
+        ->  z = quantizers.add_x(x)
+            conv2d(quantizers.conv_input(z), w), add(z, ...)
+
+A tensor has one quantizer that reads it, the widest: whatever else reads the tensor reads its levels, narrower
+quantizers too. An integer runtime writes a tensor once, and a sum with a float operand keeps what is around it in
+float. Sums with constants, broadcast ones and those of integers are no joins. It is Config.residual_bits, off by
+default.
+"""
+
+from typing import Any, Final
+
+from torch import Tensor, fx
+
+from octav_fx.ir.arguments import operand_of, set_operand
+from octav_fx.ir.dataflow import state_only, tensor_flow
+from octav_fx.ir.edits import Edit, site_of
+from octav_fx.ir.meta import fake, info, set_fake, update
+from octav_fx.ir.op import Op, Operand, Role, activation
+from octav_fx.ir.ops import in_place, module_of, op_of
+from octav_fx.ir.pools import is_global_mean
+from octav_fx.ir.signedness import nonnegative
+from octav_fx.nn import FakeQuantizer
+from octav_fx.passes.prepare.quantize_operands import Choose, Place, add_quantizer
+
+_SUM: Final = (activation(0, "x"), activation(1, "y"))
+_POOL: Final = (activation(0, "x"),)
+
+
+def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
+    """See the module's docstring."""
+    edits: list[Edit] = []
+    constant, unsigned = state_only(tensor_flow(gm.graph)), nonnegative(gm.graph)
+    for node in list(gm.graph.nodes):
+        if info(node).op is not None or (operands := _operands(node, constant)) is None:
+            continue
+        op = op_of(node)
+        assert op is not None
+        # A row of its own, as a user's function has, puts it into tables.
+        update(node, site=_site(node, gm.graph), op=Op(op.name, operands))
+        edits += [
+            _quantize(gm, node, operand, unsigned, choose)
+            for operand in operands
+            if _quantizer(operand_of(node, operand)) is None
+        ]
+    return edits
+
+
+def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...] | None:
+    """Return the operands of a sum that joins two paths or of a global pool; None for any other node."""
+    op = op_of(node)
+    if is_global_mean(node):
+        return _POOL
+    if op is None or op.name != "add" or len(node.args) != 2 or node.kwargs:
+        return None
+    values = [fake(source) for source in node.args if isinstance(source, fx.Node)]
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
+        return None
+    joins = len(values) == 2 and values[0].shape == values[1].shape and constant.isdisjoint(node.all_input_nodes)
+    return _SUM if joins else None
+
+
+def _quantize(gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set[fx.Node], choose: Choose) -> Edit:
+    value: Any = operand_of(node, operand)
+    site, op = site_of(node), op_of(node)
+    assert op is not None
+    place = Place(site, op.name, operand.name, Role.ACTIVATION, False, value not in unsigned, None, residual=True)
+    spec = choose(place)
+    if isinstance(spec, str):
+        return Edit.by_config(node, spec, operand.name)
+    if in_place(node) and operand.index == 0 and any(reader > node for reader in value.users):
+        return Edit.unsupported(node, f"{value.name} is read after the sum has been written into it", operand.name)
+    if any(in_place(reader) and reader is not node for reader in value.users):
+        return Edit.unsupported(node, f"{value.name} is written in place by another node", operand.name)
+    known = {reader: q.spec.bits for reader in value.users if (q := _quantizer(reader)) is not None}
+    wide = max(known, key=known.__getitem__, default=None)
+    if wide is None or known[wide] < spec.bits:
+        with gm.graph.inserting_after(value):
+            wide = gm.graph.call_module(add_quantizer(gm, place, spec, value, running=True), (value,))
+    else:
+        value.append(wide)
+    set_fake(wide, fake(value))
+    value.replace_all_uses_with(wide, delete_user_cb=lambda reader: reader is not wide)
+    set_operand(node, operand, wide)
+    return Edit(site, "quantize", f"{known.get(wide, spec.bits)} bits", operand.name)
+
+
+def _quantizer(node: Any) -> FakeQuantizer | None:
+    module = module_of(node) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    return module if isinstance(module, FakeQuantizer) else None
+
+
+def _site(node: fx.Node, graph: fx.Graph) -> str:
+    """Return the module's path, else that of the enclosing module with the op's name; further calls are numbered."""
+    op = op_of(node)
+    assert op is not None
+    stack = node.meta.get("nn_module_stack") or {}
+    scope = next(reversed(stack.values()))[0] if stack else ""
+    base = str(node.target) if node.op == "call_module" else f"{scope}.{op.name}".lstrip(".")
+    taken = {site_of(other) for other in graph.nodes if other is not node}
+    name, count = base, 0
+    while name in taken:
+        count += 1
+        name = f"{base}:{count}"
+    return name

@@ -1,0 +1,149 @@
+"""The target "onnxruntime": its kernels are integer ones, and it computes what convert(q) computes, bit for bit."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from octav_fx import Config, calibrate, convert, export_onnx, freeze, quantize
+from octav_fx.deploy.runtimes import run_onnx
+from tests.support.deployable import trained
+from tests.support.deployable_models import frozen, images, observed, relative
+from tests.support.onnx_files import computed, optimized_ops, ready, shortened, small
+
+CASES = shortened()
+BITS = [(8, 8), (4, 8), (4, 4)]
+
+
+def only(outputs: dict[str, Tensor]) -> Tensor:
+    (found,) = outputs.values()
+    return found
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_the_whole_model_bit_for_bit(name, bits, tmp_path):
+    q, inputs = frozen(CASES[name], Config(*bits, residual_bits=8))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, inputs, path)
+    ops, c = optimized_ops(path), convert(q)
+    # Every convolution, sum, pool and linear layer, and nothing of them in float.
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in q.modules())
+    assert ops["QLinearConv"] == convolutions
+    assert ops["QGemm"] == ops["QLinearGlobalAveragePool"] == 1
+    assert not set(ops) & {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Mul", "ReduceMean", "GlobalAveragePool"}
+    assert (ops["QLinearAdd"] > 0) is (name != "efficientnet_b0")
+    # One at the input, and one for each sum that a narrower operand reads.
+    assert ops["QuantizeLinear"] == 1 if bits[1] == 8 else ops["QuantizeLinear"] > 1
+    for x in (*inputs, 3 * images(5)[0], torch.zeros(1, 3, 32, 32)):
+        with torch.no_grad():
+            assert torch.equal(only(run_onnx(path, x)), c(x))
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["encoder", "gpt", "vit_b_16", "mobilenet_v3", "efficientnet_b0", "swin_t"])
+def test_layer_by_layer_bit_for_bit(name, bits, dynamic_batch, tmp_path):
+    q, inputs = frozen(CASES[name], Config(*bits, residual_bits=8))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, inputs, path, dynamic_batch=dynamic_batch)
+    out, activations, _ = observed(convert(q), inputs)
+    ours, found = computed(path, inputs, activations)
+    moved = total = 0
+    for key, calls in activations.items():
+        for seen, y in zip(calls, found[key], strict=True):
+            moved += int((seen.y != y).sum())
+            total += y.numel()
+    # Between integers stand functions that no two runtimes round alike (GELU, SiLU, layer norm, softmax).
+    assert moved <= 1e-4 * total
+    assert relative(ours, out) < 1e-5
+    ops = optimized_ops(path)
+    assert not set(ops) & {"Gemm", "ConvTranspose"}
+    linears = sum(isinstance(part, nn.Linear) for part in q.modules())
+    if name in ("encoder", "vit_b_16"):
+        # Attention's projection of three is a linear layer of no module.
+        assert ops["QGemm"] >= linears
+        assert ops["MatMul"] == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize(
+    "extra",
+    [(), (nn.ReLU6(),), (nn.Hardtanh(-0.5, 0.7),), (nn.MaxPool2d(1), nn.Flatten(2))],
+)
+def test_every_width_behind_every_kind_of_clamp(bits, extra, tmp_path):
+    q, x = ready(small(*extra), Config(bits, bits, edge_bits=None))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    ops = optimized_ops(path)
+    assert ops["QLinearConv"] == ops["QGemm"] == 1
+    c = convert(q)
+    # Beyond the clips too, and another batch.
+    for given in (x, 10 * x, torch.randn(7, 3, 8, 8)):
+        assert torch.equal(only(run_onnx(path, given)), c(given))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_depthwise_grouped_strided_padded_and_factors_of_both_signs(bits, tmp_path):
+    layers = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=False), trained(nn.BatchNorm2d(8)), nn.ReLU6()),
+        *(nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), trained(nn.BatchNorm2d(8)), nn.ReLU6()),
+        *(nn.Conv2d(8, 12, 3, dilation=2, groups=4), trained(nn.BatchNorm2d(12))),
+        *(nn.Conv2d(12, 6, 1), nn.Flatten(), nn.Linear(96, 5), nn.ReLU(), nn.Linear(5, 3)),
+    ).eval()
+    x = torch.randn(4, 3, 16, 16)
+    q = freeze(calibrate(quantize(layers, x, Config(*bits)), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    assert optimized_ops(path)["QLinearConv"] == 4
+    assert torch.equal(only(run_onnx(path, x)), convert(q)(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 20), (2, 3, 6, 6, 6)])
+def test_one_and_three_dimensions(shape, tmp_path):
+    conv = nn.Conv1d if len(shape) == 3 else nn.Conv3d
+    x = torch.randn(shape)
+    layers = nn.Sequential(conv(3, 4, 3), nn.ReLU(), conv(4, 3, 3, padding=1), nn.Flatten(), nn.LazyLinear(2)).eval()
+    layers(x)
+    q = freeze(calibrate(quantize(layers, x), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    assert optimized_ops(path)["QLinearConv"] == 2
+    assert torch.equal(only(run_onnx(path, x)), convert(q)(x))
+
+
+def test_the_file_stores_four_bits(tmp_path):
+    q, x = ready(config=Config(edge_bits=None))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    c = convert(q)
+    for layer in (0, 4):
+        codes, weight = stored[f"quantizers.{layer}_weight.codes"], c.get_submodule(f"quantizers.{layer}_weight")
+        assert codes.data_type == TensorProto.INT4
+        assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(codes).astype("int8")), weight.integers())
+        assert stored[f"quantizers.{layer}_bias.codes"].data_type == TensorProto.INT32
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+
+
+class Shared(nn.Module):
+    """One convolution called twice: its weight has no scale of one input alone, and stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Linear(48, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(self.conv(x)).flatten(1))
+
+
+def test_what_stays_in_float_is_exact_too(tmp_path):
+    x = torch.randn(2, 3, 4, 4)
+    q = freeze(calibrate(quantize(Shared().eval(), x), [x]))
+    path: Path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    assert optimized_ops(path)["QLinearConv"] == 0
+    assert relative(only(run_onnx(path, x)), convert(q)(x)) < 1e-5

@@ -1,0 +1,184 @@
+"""quantize_residuals: sums that join two paths and global pools read quantizers, one for each tensor."""
+
+import operator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import octav_fx
+from octav_fx import Config, OctavError, quantize
+from octav_fx.ir.printer import graph_text
+from octav_fx.nn import FakeQuantizer
+from octav_fx.passes import quantize_residuals
+from tests.support.graphs import model
+from tests.support.passes import made
+
+
+class Block(nn.Module):
+    """A residual block, an inverted one without relu, a pool and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.one(x) + x).relu()
+        x = x + self.two(x)
+        return self.head(self.pool(x).flatten(1))
+
+
+CONFIG = Config(edge_bits=None, residual_bits=8)
+
+
+def quantizers(q: nn.Module) -> dict[str, FakeQuantizer]:
+    return dict(q.quantizers.named_children())
+
+
+def test_one_quantizer_for_each_tensor_and_the_narrow_ones_read_it():
+    x = torch.randn(2, 3, 4, 4)
+    q = quantize(Block().eval(), x, CONFIG)
+    assert (
+        graph_text(q.graph)
+        == """\
+stem_weight = self.stem.weight
+stem_bias = self.stem.bias
+quantizers_stem_input = self.quantizers.stem_input(x)
+quantizers_stem_weight = self.quantizers.stem_weight(stem_weight)
+stem = conv2d(quantizers_stem_input, quantizers_stem_weight, stem_bias, (1, 1), (0, 0), (1, 1), 1)
+relu = stem.relu()
+quantizers_add_y = self.quantizers.add_y(relu)
+one_weight = self.one.weight
+one_bias = self.one.bias
+quantizers_one_input = self.quantizers.one_input(quantizers_add_y)
+quantizers_one_weight = self.quantizers.one_weight(one_weight)
+one = conv2d(quantizers_one_input, quantizers_one_weight, one_bias, (1, 1), (0, 0), (1, 1), 1)
+quantizers_add_x = self.quantizers.add_x(one)
+add = add(quantizers_add_x, quantizers_add_y)
+relu_1 = add.relu()
+quantizers_add_1_x = self.quantizers.add_1_x(relu_1)
+two_weight = self.two.weight
+two_bias = self.two.bias
+quantizers_two_input = self.quantizers.two_input(quantizers_add_1_x)
+quantizers_two_weight = self.quantizers.two_weight(two_weight)
+two = conv2d(quantizers_two_input, quantizers_two_weight, two_bias, (1, 1), (0, 0), (1, 1), 1)
+quantizers_add_1_y = self.quantizers.add_1_y(two)
+add_1 = add(quantizers_add_1_x, quantizers_add_1_y)
+quantizers_pool_x = self.quantizers.pool_x(add_1)
+pool = self.pool(quantizers_pool_x)
+flatten = pool.flatten(1)
+head_weight = self.head.weight
+head_bias = self.head.bias
+quantizers_head_input = self.quantizers.head_input(flatten)
+quantizers_head_weight = self.quantizers.head_weight(head_weight)
+head = linear(quantizers_head_input, quantizers_head_weight, head_bias)
+return head"""
+    )
+    signed = {name: part.spec.signed for name, part in quantizers(q).items() if part.spec.bits == 8}
+    assert signed == {"add_x": True, "add_y": False, "add_1_x": False, "add_1_y": True, "pool_x": True}
+    assert all(part.mean is not None for name, part in quantizers(q).items() if not name.endswith("weight"))
+    # Values are on the grids of both: 16 of the 256 levels.
+    q(x)
+    levels = quantizers(q)["one_input"](quantizers(q)["add_y"](torch.rand(1000)))
+    assert len(levels.unique()) <= 16
+
+
+def test_an_operand_of_as_many_bits_is_the_quantizer_of_the_sum():
+    q = quantize(Block().eval(), torch.randn(2, 3, 4, 4), Config(8, 8, residual_bits=8))
+    assert "add_y" not in quantizers(q)
+    assert "quantizers_add_x, quantizers_one_input" in graph_text(q.graph)
+    q = quantize(Block().eval(), torch.randn(2, 3, 4, 4), Config(8, 8, residual_bits=4))
+    assert quantizers(q)["one_input"].spec.bits == 8
+    assert quantizers(q)["add_x"].spec.bits == 4
+
+
+def test_off_by_default():
+    x = torch.randn(2, 3, 4, 4)
+    assert not [name for name in quantizers(quantize(Block().eval(), x)) if "add" in name or "pool" in name]
+
+
+def test_idempotent():
+    q = quantize(Block().eval(), torch.randn(2, 3, 4, 4), CONFIG)
+    text = graph_text(q.graph)
+    assert made(q, lambda gm: quantize_residuals(gm, lambda place: "not asked")) == []
+    assert graph_text(q.graph) == text
+
+
+def test_rows_and_overrides():
+    x = torch.randn(2, 3, 4, 4)
+    q = quantize(Block().eval(), x, Config(residual_bits=8))
+    found = {(row.node, row.operand): row.bits for row in octav_fx.rows(q, x)}
+    assert {key: bits for key, bits in found.items() if key[0] in ("add", "add:1", "pool")} == {
+        **{("add", "x"): 8, ("add", "y"): 8, ("add:1", "x"): 8, ("add:1", "y"): 8, ("pool", "x"): 8}
+    }
+    q = quantize(Block().eval(), x, Config(residual_bits=8, overrides={"add*": None, "pool": {"activation_bits": 5}}))
+    reasons = {row.node: row.reason for row in octav_fx.rows(q, x) if row.reason}
+    assert reasons == {"add": "override 'add*': None", "add:1": "override 'add*': None"}
+    assert quantizers(q)["pool_x"].spec.bits == 5
+    with pytest.raises(OctavError, match=r"residual_bits=9: whole bits from 2 to 8"):
+        Config(residual_bits=9)
+
+
+def test_what_is_no_join():
+    def forward(self, x):
+        y = self.one(x)
+        # A constant, one that is broadcast, a number, a mean over something else.
+        y = y + self.table + y.mean((2, 3), keepdim=True) + 1
+        return self.two(y) * y.mean(1, keepdim=True)
+
+    parts = {"one": nn.Conv2d(3, 4, 1), "two": nn.Conv2d(4, 4, 1), "table": torch.randn(4, 4, 4)}
+    q = quantize(model(forward, **parts).eval(), torch.randn(2, 3, 4, 4), CONFIG)
+    assert [name for name in quantizers(q) if "one" not in name and "two" not in name] == ["mean_x"]
+
+
+def test_sums_in_place():
+    def forward(self, x):
+        y = self.one(x)
+        y += x
+        z = self.two(x)
+        return operator.iadd(z, y) + z
+
+    x = torch.randn(2, 3, 4, 4)
+    parts = {"one": nn.Conv2d(3, 3, 1), "two": nn.Conv2d(3, 3, 1)}
+    float_module = model(forward, **parts).eval()
+    q = quantize(float_module, x, CONFIG)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), float_module(x))
+    # 8 bits of the sums, 4 of the operands.
+    assert float((q(x) - float_module(x)).abs().max() / float_module(x).abs().max()) < 0.3
+
+
+def test_training_compiled_and_eager_and_a_second_graph():
+    x = torch.randn(4, 3, 4, 4)
+    q = quantize(Block(), x, CONFIG)
+    q(x).sum().backward()
+    expected = {name: p.grad.clone() for name, p in q.named_parameters()}
+    q.zero_grad()
+    torch.compile(q, backend="octav")(x).sum().backward()
+    for name, p in q.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+    q.eval()
+    octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    assert q(x).isfinite().all()
+
+
+def test_a_float_model_that_is_compiled():
+    x = torch.randn(4, 3, 4, 4)
+    float_module = Block().eval()
+    q = quantize(float_module, x, CONFIG)
+    compiled = torch.compile(float_module, backend="octav", options={"edge_bits": None, "residual_bits": 8})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), q(x), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_of_pools():
+    def forward(self, x):
+        y = self.one(x)
+        return F.adaptive_avg_pool2d(y, (1, 1)), F.adaptive_avg_pool2d(self.one(x), 2), y.mean([-2, -1])
+
+    q = quantize(model(forward, one=nn.Conv2d(3, 4, 1)).eval(), torch.randn(2, 3, 4, 4), CONFIG)
+    # One tensor, one quantizer; a pool to more than one position is none.
+    assert [name for name in quantizers(q) if "one" not in name] == ["adaptive_avg_pool_x"]
