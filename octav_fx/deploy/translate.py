@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from octav_fx.capture.inputs import as_inputs
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 

@@ -59,6 +59,11 @@ def fake(node: fx.Node) -> Any:
     return next((node.meta[key] for key in _DIALECTS if key in node.meta), None)
 
 
+def has_fake(node: fx.Node) -> bool:
+    """Tell whether anything is known of what a node computes, which may be None."""
+    return any(key in node.meta for key in _DIALECTS)
+
+
 def set_fake(node: fx.Node, value: Any) -> None:
     """Say what a node of a captured graph computes for the example inputs."""
     node.meta[_VALUE] = value

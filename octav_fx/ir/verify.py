@@ -17,6 +17,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ir.calls import arguments_of
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import VIEWS, backward_of, closure, origin
+from octav_fx.ir.meta import fake, has_fake
 from octav_fx.ir.ops import module_of
 from octav_fx.ir.records import records
 from octav_fx.nn import FakeQuantizer, Spec
@@ -99,11 +100,10 @@ def _fake_values(state: State) -> Iterator[Fault]:
 
 
 def _captured_values(state: State) -> Iterator[Fault]:
-    key = Dialect.CAPTURED.value
     for node in state.gm.graph.nodes:
         # Switches of modes return nothing.
-        if node.users and not _is_quantizer(node) and key not in node.meta:
-            yield node, f"its fake value is not in meta[{key!r}]"
+        if node.users and not _is_quantizer(node) and not has_fake(node):
+            yield node, "it has no fake value"
 
 
 def _is_quantizer(node: fx.Node) -> bool:
@@ -139,7 +139,7 @@ def _codes(state: State) -> Iterator[Fault]:
     for node in state.calls(octav.quantize.default):
         call = arguments_of(node)
         dtype = Grid(call.bits, call.signed).codes_dtype
-        if node.meta["val"].dtype is not dtype:
+        if fake(node).dtype is not dtype:
             yield node, f"its codes are {node.meta['val'].dtype}, not {dtype}"
 
 
@@ -147,7 +147,7 @@ def _granularity(state: State) -> Iterator[Fault]:
     targets = (octav.fake_quantize, octav.quantize, octav.dequantize, octav.fake_quantize_backward)
     for node in state.calls(*(target.default for target in targets)):
         call = arguments_of(node)
-        axes = call.clip.meta["val"].dim()
+        axes = fake(call.clip).dim()
         if axes != (call.dim is not None):
             yield node, f"its clip has {axes} axes for the channel axis {call.dim}"
 

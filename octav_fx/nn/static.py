@@ -159,7 +159,7 @@ class IntegerBias(nn.Module):
         return self.codes.float() * (self.step / 2**self.fraction)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        nn.Module._apply(self, fn, recurse)
+        apply_to_tensors(self, fn, recurse)
         self.step = self.step.to(torch.float32)
         return self
 

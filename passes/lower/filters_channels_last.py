@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from octav_fx.ir.calls import Arguments, arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import gradients_of, replace
+from octav_fx.ir.meta import fake
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
@@ -36,7 +37,7 @@ def filters_channels_last(gm: fx.GraphModule) -> list[Edit]:
     for node in graph.find_nodes(op="call_function", target=octav.fake_quantize.default):
         call = arguments_of(node)
         is_filter = call.dim == 0 and all(user.target in _CONVOLUTIONS for user in node.users)
-        if is_filter and call.x.op == "placeholder" and _applies(call.x.meta["val"]):
+        if is_filter and call.x.op == "placeholder" and _applies(fake(call.x)):
             _rewrite(node, call)
             edits.append(Edit(str(call.x), "channels last", str(node)))
     return edits
@@ -51,8 +52,8 @@ def _applies(w: Tensor) -> bool:
 
 def _rewrite(node: fx.Node, call: Arguments) -> None:
     graph, w, clip = node.graph, call.x, call.clip
-    channels, inputs, *spatial = w.meta["val"].shape
-    positions = w.meta["val"][0, 0].numel()
+    channels, inputs, *spatial = fake(w).shape
+    positions = fake(w)[0, 0].numel()
     gradients = gradients_of(node)
     # The clip of a frozen quantizer is an input of the graph.
     solved = clip.target is octav.optimal_clip.default
@@ -73,7 +74,7 @@ def _rewrite(node: fx.Node, call: Arguments) -> None:
         with graph.inserting_before(gradient):
             asked = arguments_of(gradient)
             flat = insert_call(graph, octav.fake_quantize_filters_backward.default, asked, filters=rows)
-            dw = insert_aten(graph, aten.view.default, flat, list(w.meta["val"].shape))
+            dw = insert_aten(graph, aten.view.default, flat, list(fake(w).shape))
         replace(gradient, dw)
 
 

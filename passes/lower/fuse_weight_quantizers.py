@@ -20,6 +20,7 @@ from torch import fx
 from octav_fx.ir.calls import Arguments, arguments_of
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import VIEWS, backward_of
+from octav_fx.ir.meta import fake
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
@@ -51,7 +52,7 @@ def _is_weight(call: Arguments) -> bool:
     solve = arguments_of(clip)
     if solve.x is not w or any(source.op != "placeholder" for source in (w, solve.hint)):
         return False
-    value = w.meta["val"]
+    value = fake(w)
     return value.device.type in DEVICES and all(isinstance(size, int) for size in value.shape)
 
 
@@ -66,7 +67,7 @@ def _gather(graph: fx.Graph, nodes: list[fx.Node], method: str, backward: set[fx
     clips = [call.clip for call in calls]
     weights, hints = [call.x for call in calls], [arguments_of(clip).hint for clip in clips]
     bits, dims = [call.bits for call in calls], [call.dim for call in calls]
-    ends = list(itertools.accumulate(clip.meta["val"].shape[0] for clip in clips))
+    ends = list(itertools.accumulate(fake(clip).shape[0] for clip in clips))
     with graph.inserting_before(next(node for node in graph.nodes if node in clips)):
         both = insert_aten(graph, octav.fake_quantize_weights.default, weights, hints, bits, dims, method)
         levels, parts = (insert_aten(graph, operator.getitem, both, i) for i in range(2))

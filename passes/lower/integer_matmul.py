@@ -34,6 +34,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import CONVERT, erase_unread, origin, replace
+from octav_fx.ir.meta import fake
 from octav_fx.ops.int_matmul.range import offset
 from octav_fx.ops.matmuls import CodesMatmul, MatmulKernel, has_kernel, kernel_for
 
@@ -49,7 +50,7 @@ def integer_matmul(gm: fx.GraphModule) -> list[Edit]:
     operands = _Operands(gm.graph, {})
     for target, find in _FORMS.items():
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            device = node.meta["val"].device
+            device = fake(node).device
             matmul = find(node) if has_kernel(device) else None
             if matmul is None:
                 continue
@@ -80,13 +81,13 @@ class _Matmul:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """M, N, K."""
-        rows, n, *rest = self.node.meta["val"].shape
-        return rows * math.prod(rest), n, self.w.meta["val"].shape[1]
+        rows, n, *rest = fake(self.node).shape
+        return rows * math.prod(rest), n, fake(self.w).shape[1]
 
     @property
     def of_codes(self) -> CodesMatmul:
         """What a kernel has to know of it."""
-        return CodesMatmul(*self.sizes, _grid(self.x), _grid(self.w), self.node.meta["val"].dtype)
+        return CodesMatmul(*self.sizes, _grid(self.x), _grid(self.w), fake(self.node).dtype)
 
 
 def _grid(levels: fx.Node) -> Grid:
@@ -117,7 +118,7 @@ def _convolution(node: fx.Node) -> _Matmul | None:
     """Return the matmul that a convolution of levels with kernels of one position is."""
     call = arguments_of(node)
     x, w = origin(call.input, _CASTS), origin(call.weight, _CASTS)
-    if not _are_levels(x, w) or w.meta["val"].dim() != 4 or w.meta["val"].shape[2:] != (1, 1):
+    if not _are_levels(x, w) or fake(w).dim() != 4 or fake(w).shape[2:] != (1, 1):
         return None
     fits = not call.transposed and call.groups == 1 and not any(call.padding)
     return _Matmul(node, (call.input, call.weight), x, w, call.bias, list(call.stride)) if fits else None
@@ -135,10 +136,10 @@ def _are_levels(x: fx.Node, w: fx.Node) -> bool:
 
 def _obstacle(matmul: _Matmul) -> str | None:
     """Return why it has not the form of int_matmul."""
-    value, x = matmul.node.meta["val"], matmul.x.meta["val"]
+    value, x = fake(matmul.node), fake(matmul.x)
     if not all(isinstance(size, int) for size in (*value.shape, *x.shape)):
         return "its sizes are not known at compile time"
-    if matmul.bias is not None and matmul.bias.meta["val"].dim() != 1:
+    if matmul.bias is not None and fake(matmul.bias).dim() != 1:
         return "what is added is no bias"
     *_, k = matmul.sizes
     if k == 0:
@@ -154,7 +155,7 @@ def _rewrite(matmul: _Matmul, kernel: MatmulKernel, operands: "_Operands") -> No
     node, graph = matmul.node, matmul.node.graph
     m, n, k = matmul.sizes
     x, x_scale = operands.of(matmul.x, -1 if matmul.stride is None else 1)
-    w, w_scale = operands.of(matmul.w, *range(1, matmul.w.meta["val"].dim()))
+    w, w_scale = operands.of(matmul.w, *range(1, fake(matmul.w).dim()))
     with graph.inserting_before(node):
         if matmul.stride is not None:
             w = insert_aten(graph, aten.view.default, w, [n, k])
@@ -172,7 +173,7 @@ def _rewrite(matmul: _Matmul, kernel: MatmulKernel, operands: "_Operands") -> No
         grids = {"x_bits": codes.x.bits, "x_signed": codes.x.signed, "w_bits": codes.w.bits}
         z = insert_call(graph, kernel.op, operand, grids, {"dtype": codes.dtype})
         if matmul.stride is not None:
-            batch, _, height, width = node.meta["val"].shape
+            batch, _, height, width = fake(node).shape
             z = insert_aten(graph, aten.view.default, z, [batch, height, width, n])
             z = insert_aten(graph, aten.permute.default, z, [0, 3, 1, 2])
     replace(node, z)
@@ -181,13 +182,13 @@ def _rewrite(matmul: _Matmul, kernel: MatmulKernel, operands: "_Operands") -> No
 
 
 def _every(node: fx.Node, dim: int, step: int) -> fx.Node:
-    size = node.meta["val"].shape[dim]
+    size = fake(node).shape[dim]
     return insert_aten(node.graph, aten.slice.Tensor, node, dim, 0, size, step)
 
 
 def _contiguous(node: fx.Node) -> fx.Node:
     """Gather the codes of the positions that a stride left; all others lie in order already."""
-    if node.meta["val"].is_contiguous():
+    if fake(node).is_contiguous():
         return node
     return insert_aten(node.graph, aten.clone.default, node, memory_format=torch.contiguous_format)
 
@@ -226,6 +227,6 @@ class _Operands:
             lowest = insert_aten(graph, aten.amin.default, codes, axes)
             unknown = insert_aten(graph, aten.eq.Scalar, lowest, torch.iinfo(grid.codes_dtype).min)
             step = insert_aten(graph, aten.div.Tensor, call.clip, float(grid.steps))
-            value = call.clip.meta["val"]
+            value = fake(call.clip)
             nan = insert_aten(graph, aten.full.default, [], torch.nan, dtype=value.dtype, device=value.device)
             return operand, insert_aten(graph, aten.where.self, unknown, nan, step)

@@ -23,6 +23,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ir.calls import Arguments, arguments_of, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import CONVERT, COPIES, backward_of, closure, gradients_of, origin, replace
+from octav_fx.ir.meta import fake
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
@@ -54,7 +55,7 @@ def _mask(gradient: fx.Node, codes: fx.Node) -> fx.Node:
     """Replace the gradient of a fake-quantizer by one that reads its codes; Inductor fuses it with its neighbours."""
     graph, call = gradient.graph, arguments_of(codes)
     grid, grad = _grid(call), arguments_of(gradient).grad
-    value = grad.meta["val"]
+    value = fake(grad)
     with graph.inserting_before(gradient):
         code = _number(codes)
         outside = _outside(code, grid.low if grid.signed else grid.low - 1, grid.high)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import COPIES, VIEWS, backward_of, closure, gradients_of, origin, replace
+from octav_fx.ir.meta import fake
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
@@ -51,7 +52,7 @@ def _to_codes(levels: fx.Node) -> fx.Node:
         # Codes tell whether a ceiling was reached: that is what the gradient of a relu6 asks.
         ceiling = None if call.signed else _ceiling_of(call.x)
         codes = insert_call(graph, octav.quantize.default, call, ceiling=ceiling)
-        dtype = call.x.meta["val"].dtype
+        dtype = fake(call.x).dtype
         new = insert_call(graph, octav.dequantize.default, call, codes=codes, dtype=dtype)
     replace(levels, new)
     return new

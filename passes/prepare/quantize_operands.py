@@ -19,7 +19,7 @@ from octav_fx.ir.arguments import operand_of, operands_of, set_operand
 from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.first_last import first_and_last_layers
-from octav_fx.ir.meta import fake, info
+from octav_fx.ir.meta import fake, info, set_fake
 from octav_fx.ir.op import Op, Operand, Role
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.signedness import nonnegative
@@ -85,7 +85,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
                 quantizer = gm.graph.call_module(
                     add_quantizer(gm, place, choice, value, running=value not in known), (value,)
                 )
-            quantizer.meta["value"] = value.meta["value"]
+            set_fake(quantizer, fake(value))
             set_operand(node, operand, quantizer)
             edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
     return edits

@@ -66,7 +66,7 @@ def unread(gm: fx.GraphModule) -> None:
 
 
 PREPARED: dict[str, tuple[Change, str]] = {
-    "value": (without_value, r"'nodes have fake values' does not hold: \w+: its fake value is not in meta\['value'\]"),
+    "value": (without_value, r"'nodes have fake values' does not hold: \w+: it has no fake value"),
     "input": (second_input, r"'a quantizer has one input, .*' does not hold: quantizers_\w+: takes 2 arguments"),
     "reader": (unread, r"'a quantizer has one input, .*' does not hold: quantizers_\w+: nobody reads it"),
     "operand": (bypassed, r"'operands have a quantizer or a reason' does not hold: 0: input has no quantizer"),

@@ -151,6 +151,7 @@ def test_sums_in_place():
     assert float((q(x) - float_module(x)).abs().max() / float_module(x).abs().max()) < 0.3
 
 
+@pytest.mark.compile
 def test_training_compiled_and_eager_and_a_second_graph():
     x = torch.randn(4, 3, 4, 4)
     q = quantize(Block(), x, CONFIG)
@@ -165,6 +166,7 @@ def test_training_compiled_and_eager_and_a_second_graph():
     assert q(x).isfinite().all()
 
 
+@pytest.mark.compile
 def test_a_float_model_that_is_compiled():
     x = torch.randn(4, 3, 4, 4)
     float_module = Block().eval()
