@@ -67,10 +67,10 @@ def _linear(graph: Graph, node: Any) -> list[Any] | None:
     shape, output = graph.shape(node.output[0]), node.output[0]
     given = graph.shape(product.input[0])
     is_layer = transpose is not None and transpose.op_type == "Transpose" and is_operand(graph, bias, "Bias")
-    if transpose is None or not is_layer or given is None or shape is None or None in shape[1:]:
+    if transpose is None or not is_layer or given is None or shape is None or shape.count(None) > 1:
         return bias_of_rank_three(graph, node)
     rows = graph.constant(f"{output}.rows", "INT64", torch.tensor([-1, given[-1]]))
-    sizes = graph.constant(f"{output}.shape", "INT64", torch.tensor([-1, *shape[1:]]))
+    sizes = graph.constant(f"{output}.shape", "INT64", torch.tensor([-1 if size is None else size for size in shape]))
     flat = graph.node("Reshape", [product.input[0], rows], f"{output}.flat")
     gemm = graph.node("Gemm", [flat.output[0], transpose.input[0], bias], f"{output}.gemm", transB=1)
     return [flat, gemm, graph.node("Reshape", [gemm.output[0], sizes], output)]
