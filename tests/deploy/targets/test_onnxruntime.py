@@ -61,7 +61,8 @@ def test_layer_by_layer_bit_for_bit(name, bits, dynamic_batch, tmp_path):
     assert moved <= 1e-4 * total
     assert relative(ours, out) < 1e-5
     ops = optimized_ops(path)
-    assert not set(ops) & {"Gemm", "ConvTranspose"}
+    # The last is slow.
+    assert not set(ops) & {"Gemm", "ConvTranspose", "SkipLayerNormalization"}
     linears = sum(isinstance(part, nn.Linear) for part in q.modules())
     if name in ("encoder", "vit_b_16"):
         # Attention's projection of three is a linear layer of no module.
