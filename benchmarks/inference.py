@@ -113,12 +113,17 @@ def measured(name: str, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each variant of a model."""
     model, x = _load(name)
     runs: dict[str, Run] = {}
+    notes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for variant, make in VARIANTS.items():
-            own = Path(folder) / str(len(runs))
+            own = Path(folder) / str(len(runs) + len(notes))
             own.mkdir()
-            runs[variant] = make(model, x, own)
-            runs[variant]()
+            try:
+                runs[variant] = make(model, x, own)
+                runs[variant]()
+            except Exception as error:
+                notes[variant] = str(error).strip().splitlines()[-1][:200]
+                runs.pop(variant, None)
         least = dict.fromkeys(runs, float("inf"))
         for _ in range(rounds):
             for variant, run in runs.items():
@@ -126,10 +131,12 @@ def measured(name: str, rounds: int) -> list[dict[str, Any]]:
                     start = time.thread_time()
                     run()
                     least[variant] = min(least[variant], time.thread_time() - start)
-    return [
-        {"model": name, "variant": variant, "ms": round(1000 * t, 2), "ratio": round(least[FLOAT] / t, 2)}
-        for variant, t in least.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for variant in VARIANTS:
+        t = least.get(variant)
+        ms, ratio = (None, None) if t is None else (round(1000 * t, 2), round(least[FLOAT] / t, 2))
+        rows.append({"model": name, "variant": variant, "ms": ms, "ratio": ratio, "note": notes.get(variant, "")})
+    return rows
 
 
 def _versions() -> dict[str, str]:

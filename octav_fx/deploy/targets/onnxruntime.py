@@ -4,6 +4,7 @@
     octav::Bias()                      int32 codes -> DequantizeLinear
     Conv(x, w, b)                      as it is                                      QLinearConv
     Add(MatMul(x, Transpose(w)), b)    Reshape(Gemm(Reshape(x), w, b))               QGemm
+    LayerNormalization(Add(x, y))      LayerNormalization(Sum(x, y))
     ReduceMean(x, spatial axes)        GlobalAveragePool(x)                          QLinearGlobalAveragePool
 
 What is in the right column, nn/integer_rule.py defines: the result is that of convert(q), to the bit. In float stay
@@ -58,6 +59,18 @@ def _convolution(graph: Graph, node: Any) -> list[Any] | None:
     return None if has_codes else bias_apart(graph, node)
 
 
+def _add(graph: Graph, node: Any) -> list[Any] | None:
+    """A linear layer's bias, or a sum before a layer norm as Sum, which is the same.
+
+    Of Add and LayerNormalization onnxruntime makes one node, SkipLayerNormalization, five times as slow as the two.
+    """
+    if product_and_bias(graph, node) is not None:
+        return _linear(graph, node)
+    if any(reader.op_type == "LayerNormalization" for reader in graph.readers.get(node.output[0], [])):
+        return [graph.node("Sum", list(node.input), node.output[0], node.name)]
+    return None
+
+
 def _linear(graph: Graph, node: Any) -> list[Any] | None:
     """A linear layer of any rank as Gemm, which has an int32 bias inside; MatMul has none."""
     if (found := product_and_bias(graph, node)) is None:
@@ -67,10 +80,10 @@ def _linear(graph: Graph, node: Any) -> list[Any] | None:
     shape, output = graph.shape(node.output[0]), node.output[0]
     given = graph.shape(product.input[0])
     is_layer = transpose is not None and transpose.op_type == "Transpose" and is_operand(graph, bias, "Bias")
-    if transpose is None or not is_layer or given is None or shape is None or None in shape[1:]:
+    if transpose is None or not is_layer or given is None or shape is None or shape.count(None) > 1:
         return bias_of_rank_three(graph, node)
     rows = graph.constant(f"{output}.rows", "INT64", torch.tensor([-1, given[-1]]))
-    sizes = graph.constant(f"{output}.shape", "INT64", torch.tensor([-1, *shape[1:]]))
+    sizes = graph.constant(f"{output}.shape", "INT64", torch.tensor([-1 if size is None else size for size in shape]))
     flat = graph.node("Reshape", [product.input[0], rows], f"{output}.flat")
     gemm = graph.node("Gemm", [flat.output[0], transpose.input[0], bias], f"{output}.gemm", transB=1)
     return [flat, gemm, graph.node("Reshape", [gemm.output[0], sizes], output)]
@@ -96,5 +109,5 @@ ONNXRUNTIME: Final = Target(
     _weight,
     activation_in_bytes,
     _bias,
-    ({"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _linear, "ReduceMean": _mean},),
+    ({"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _add, "ReduceMean": _mean},),
 )

@@ -35,7 +35,7 @@ def test_the_whole_model_bit_for_bit(name, bits, tmp_path):
     assert ops["QLinearConv"] == convolutions
     assert ops["QGemm"] == ops["QLinearGlobalAveragePool"] == 1
     assert not set(ops) & {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Mul", "ReduceMean", "GlobalAveragePool"}
-    assert (ops["QLinearAdd"] > 0) is (name != "efficientnet_b0")
+    assert ops["QLinearAdd"] > 0
     # One at the input, and one for each sum that a narrower operand reads.
     assert ops["QuantizeLinear"] == 1 if bits[1] == 8 else ops["QuantizeLinear"] > 1
     for x in (*inputs, 3 * images(5)[0], torch.zeros(1, 3, 32, 32)):
@@ -61,12 +61,14 @@ def test_layer_by_layer_bit_for_bit(name, bits, dynamic_batch, tmp_path):
     assert moved <= 1e-4 * total
     assert relative(ours, out) < 1e-5
     ops = optimized_ops(path)
-    assert not set(ops) & {"Gemm", "ConvTranspose"}
+    # The last is slow.
+    assert not set(ops) & {"Gemm", "ConvTranspose", "SkipLayerNormalization"}
     linears = sum(isinstance(part, nn.Linear) for part in q.modules())
     if name in ("encoder", "vit_b_16"):
         # Attention's projection of three is a linear layer of no module.
-        assert ops["QGemm"] >= linears
-        assert ops["MatMul"] == 0
+        assert ops["QGemm"] == linears + (2 if name == "vit_b_16" else 0)
+        # In a fused attention q is scaled behind its quantizer, and the output of softmax has none.
+        assert ops["MatMul"] + ops["FusedMatMul"] == (4 if name == "vit_b_16" else 0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -142,7 +144,7 @@ class Shared(nn.Module):
 
 def test_what_stays_in_float_is_exact_too(tmp_path):
     x = torch.randn(2, 3, 4, 4)
-    q = freeze(calibrate(quantize(Shared().eval(), x), [x]))
+    q = freeze(calibrate(quantize(Shared().eval(), x, Config(edge_bits=None)), [x]))
     path: Path = tmp_path / "model.onnx"
     export_onnx(q, x, path)
     assert optimized_ops(path)["QLinearConv"] == 0
