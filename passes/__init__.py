@@ -9,8 +9,13 @@ from typing import Any, Final
 from octav_fx.config import Config
 from octav_fx.ir.pipeline import Pass
 from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
+from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
+from octav_fx.passes.convert.codes_between_layers import codes_between_layers
+from octav_fx.passes.convert.fold_affine import fold_affine
+from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
 from octav_fx.passes.convert.pack_weights import pack_weights
+from octav_fx.passes.convert.sums_into_layers import sums_into_layers
 from octav_fx.passes.export.fold_affine_into_scale import fold_affine_into_scale
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
@@ -48,6 +53,15 @@ CONVERT: Final[tuple[Any, ...]] = (
     batchnorm_to_affine,  # any time: no code depends on it
 )
 
+# What convert() runs after CONVERT, unless floats are asked for: the model then multiplies its codes.
+INTEGERS: Final[tuple[Any, ...]] = (
+    fold_affine,  # first: a factor between a layer and its reader would keep them apart
+    integer_layers,  # the layers themselves, with float results
+    clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
+    codes_between_layers,  # before sums: a result that is codes is no sum
+    sums_into_layers,  # last: of the results that are left in float
+)
+
 # What export_onnx() runs on the converted model.
 EXPORT: Final[tuple[Any, ...]] = (
     fold_affine_into_scale,  # runtimes fuse a convolution with what follows only where nothing stands between them
@@ -66,6 +80,7 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
 __all__ = [
     "CONVERT",
     "EXPORT",
+    "INTEGERS",
     "LOWER",
     "PREPARE",
     "Choose",
@@ -73,16 +88,21 @@ __all__ = [
     "batchnorm_to_affine",
     "canonicalize",
     "choose_spec",
+    "clamps_into_layers",
+    "codes_between_layers",
     "decompose_attention",
     "deduplicate_quantizers",
     "filters_channels_last",
+    "fold_affine",
     "fold_affine_into_scale",
     "fold_batchnorm",
     "fuse_weight_quantizers",
+    "integer_layers",
     "integer_matmul",
     "make_activations_static",
     "pack_weights",
     "prepare_passes",
     "quantize_operands",
     "save_codes",
+    "sums_into_layers",
 ]

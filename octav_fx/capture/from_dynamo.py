@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import IntegerModule, QuantizedModule
 from octav_fx.capture.partial import PartialModule
 from octav_fx.ir.dataflow import PARAMETER, STATE
 from octav_fx.ir.edits import Edit, skip
@@ -65,7 +65,7 @@ def is_within_quantized() -> bool:
             local.append(frame.f_locals["self"])
         frame = frame.f_back
     modules = [module for value in local if isinstance(value, nn.Module) for module in value.modules()]
-    return any(isinstance(module, (QuantizedModule, PartialModule)) for module in modules)
+    return any(isinstance(module, (QuantizedModule, PartialModule, IntegerModule)) for module in modules)
 
 
 def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:

@@ -220,4 +220,7 @@ class IntegerModule(fx.GraphModule):
 
 
 def _rebuild_integer(root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any]) -> IntegerModule:
-    return IntegerModule(root, _unflatten(rows), name, meta)
+    module = IntegerModule(root, _unflatten(rows), name, meta)
+    # A graph that reads one tensor of a module is no reason to lose the others.
+    module._modules = root._modules
+    return module

@@ -10,19 +10,22 @@ from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_m
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import run
-from octav_fx.passes import CONVERT
+from octav_fx.passes import CONVERT, INTEGERS
 
 
-def convert(q: nn.Module) -> nn.Module:
-    """A copy of a frozen model in eval mode that stores integers in place of its quantized weights.
+def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
+    """A copy of a frozen model in eval mode that stores integers in place of its quantized weights and multiplies them.
 
     Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, activations
     are rounded with static scales, a batch norm is one factor and one offset for each channel. What was never
-    quantized stays as it is. The forward pass is plain PyTorch in floating point on the levels that the codes stand
-    for, the same that the frozen model computes: in float32 on a CPU, bit for bit. q, or a module that holds quantized
-    ones, is not changed. Raises OctavError for a model that is not frozen or whose graph was edited since.
+    quantized stays as it is. With integers, convolutions and linear layers multiply the codes where the CPU can, and
+    pass codes on to each other; integer_layers says for each layer whether, or why not. Sums of codes are exact, where
+    sums of levels are rounded: a value close to a tie may fall to its other side. Without, the forward pass is plain
+    PyTorch in floating point on the levels that the codes stand for, the same that the frozen model computes: in
+    float32 on a CPU, bit for bit. q, or a module that holds quantized ones, is not changed. Raises OctavError for a model that
+    is not frozen or whose graph was edited since.
     """
-    converted = {id(module): _convert(module) for module in quantized_modules(q)}
+    converted = {id(module): _convert(module, integers) for module in quantized_modules(q)}
     return copy.deepcopy(q, dict(converted)).eval()
 
 
@@ -37,7 +40,13 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-def _convert(module: QuantizedModule) -> IntegerModule:
+def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
+    """Each matmul and convolution of what convert() returned: its name, and why it multiplies floats; None if codes."""
+    found = [module for module in converted.modules() if isinstance(module, IntegerModule)]
+    return [row for module in found for row in module.meta["octav"].get("integers", [])]
+
+
+def _convert(module: QuantizedModule, integers: bool) -> IntegerModule:
     check_frozen(module)
     if module._forward_hooks or module._forward_pre_hooks:
         raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
@@ -45,4 +54,9 @@ def _convert(module: QuantizedModule) -> IntegerModule:
     working: Any = copy.deepcopy(module).eval()
     run(working, CONVERT)
     meta = {"octav": {"records": working.all_records[False]}}
-    return IntegerModule(working, working.graph, type(module).__name__, meta)
+    converted = IntegerModule(working, working.graph, type(module).__name__, meta)
+    if integers:
+        edits = run(converted, INTEGERS)
+        rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
+        converted.meta["octav"]["integers"] = rows
+    return converted.requires_grad_(False)

@@ -71,6 +71,50 @@ def register_op(
     return REGISTERED[name]
 
 
+def register_allocating(
+    name: str,
+    arguments: str,
+    *,
+    empty: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    cpu: Callable[..., Tensor | None],
+) -> Any:
+    """Register octav::name(arguments) -> Tensor, whose CPU kernel allocates its result itself; return the op.
+
+    cpu(*args) returns None where only the reference will do; its result is of the shape, dtype and layout of empty's.
+    """
+
+    def run_reference(*args: Any) -> Tensor:
+        return empty(*args).copy_(reference(*args))
+
+    def run_cpu(*args: Any) -> Tensor:
+        found = cpu(*args)
+        return run_reference(*args) if found is None else found
+
+    torch.library.define(f"octav::{name}", f"({arguments}) -> Tensor", tags=LAYOUT_AGNOSTIC)
+    for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu}.items():
+        torch.library.impl(f"octav::{name}", key, run)
+    torch.library.register_fake(f"octav::{name}", empty)
+    return getattr(torch.ops.octav, name)
+
+
+def register_writing(name: str, arguments: str, *, reference: Callable[..., None], cpu: Callable[..., bool]) -> Any:
+    """Register octav::name(arguments) -> (), which writes into its first argument; return the op.
+
+    cpu(*args) returns False where only the reference will do.
+    """
+
+    def run_cpu(*args: Any) -> None:
+        if not cpu(*args):
+            reference(*args)
+
+    torch.library.define(f"octav::{name}", f"({arguments}) -> ()", tags=LAYOUT_AGNOSTIC)
+    for key, run in {"CompositeExplicitAutograd": reference, "CPU": run_cpu}.items():
+        torch.library.impl(f"octav::{name}", key, run)
+    torch.library.register_fake(f"octav::{name}", lambda *args: None)
+    return getattr(torch.ops.octav, name)
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether kernels can be compiled for a GPU; a warning says, once, if not."""

@@ -1,6 +1,7 @@
 """convert: integers that compute what the frozen model computes, and nothing else in the file."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from octav_fx import Config, OctavError, calibrate, convert, freeze, quantize, unfreeze
+import octav_fx
+from octav_fx import Config, OctavError, calibrate, freeze, quantize, unfreeze
 from octav_fx.capture.modules import IntegerModule
 from octav_fx.deploy.convert import size_of
 from octav_fx.nn import IntegerWeight
@@ -25,6 +27,9 @@ from tests.support.deployable_models import (
     observed,
     relative,
 )
+
+# The graph on levels; tests/deploy/test_integers.py is about the one on codes.
+convert = functools.partial(octav_fx.convert, integers=False)
 
 # One rounding for a multiplication and an addition, as torch's own batch norm has there.
 FUSED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")

@@ -48,7 +48,7 @@ def export_onnx(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str],
     _optional("onnxscript")
     target = Path(path)
     with _replacing(target) as draft:
-        converted = convert(q)
+        converted = convert(q, integers=False)
         _check_float32(converted)
         for module in converted.modules():
             if isinstance(module, IntegerModule):

@@ -215,7 +215,7 @@ def test_weights_are_stored_as_integers_with_positive_scales(tmp_path):
     q, x = ready(model, Config(edge_bits=None))
     path = tmp_path / "model.onnx"
     export_onnx(q, x, path)
-    stored, c = initializers(path), convert(q)
+    stored, c = initializers(path), convert(q, integers=False)
     for name in ("quantizers.0_weight", "quantizers.4_weight"):
         codes, part = stored[f"{name}.codes"], c.get_submodule(name)
         assert codes.data_type == TensorProto.INT4

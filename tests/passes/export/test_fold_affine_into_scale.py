@@ -15,7 +15,7 @@ from tests.support.passes import declined, made
 
 
 def converted(float_module: nn.Module, x: torch.Tensor) -> nn.Module:
-    return convert(frozen(float_module, x))
+    return convert(frozen(float_module, x), integers=False)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,0 +1,79 @@
+"""Let an integer layer do the clamp that alone reads it.
+
+relu(integer_conv(...))             ->  integer_conv(..., low=0.0)
+clamp(integer_linear(...), -1, 1)   ->  integer_linear(..., low=-1.0, high=1.0)
+"""
+
+import math
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from octav_fx.ir.edits import Edit
+from octav_fx.ir.ops import module_of, op_of
+from octav_fx.nn.integer import integer_conv, integer_linear
+
+LAYERS: Final = (integer_conv, integer_linear)
+# Modules that return their input in eval mode.
+_SAME: Final = ("dropout", "identity")
+
+
+def clamps_into_layers(gm: fx.GraphModule) -> list[Edit]:
+    """See the module's docstring."""
+    edits = []
+    for node in gm.graph.nodes:
+        while is_layer(node) and len(node.users) == 1:
+            (reader,) = node.users
+            bounds = bounds_of(reader)
+            if bounds is None:
+                break
+            node.kwargs = {**node.kwargs, **within(node.kwargs, *bounds)}
+            reader.replace_all_uses_with(node)
+            gm.graph.erase_node(reader)
+            edits.append(Edit(str(reader.name), "fuse", f"into {node.name}"))
+    return edits
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether a node is an integer layer with a float result."""
+    return node.op == "call_function" and node.target in LAYERS and "step" not in node.kwargs
+
+
+def bounds_of(node: fx.Node) -> tuple[float | None, float | None] | None:
+    """The bounds of a node that clamps its one input to constants; None for any other node."""
+    op = op_of(node)
+    if op is None or len(node.all_input_nodes) != 1:
+        return None
+    if op.name in _SAME and node.op == "call_module":
+        return None, None
+    if op.name in ("relu", "relu6"):
+        return 0.0, 6.0 if op.name == "relu6" else None
+    return _clamp(node) if op.name == "clamp" else None
+
+
+def _clamp(node: fx.Node) -> tuple[float | None, float | None] | None:
+    if node.op == "call_module":
+        module: Any = module_of(node)
+        return float(module.min_val), float(module.max_val)
+    is_hardtanh = node.target is torch.nn.functional.hardtanh
+    names, default = (("min_val", "max_val"), (-1.0, 1.0)) if is_hardtanh else (("min", "max"), (None, None))
+    given = dict(zip(names, default, strict=True)) | dict(zip(names, node.args[1:3], strict=False))
+    given |= {name: node.kwargs[name] for name in names if name in node.kwargs}
+    low, high = (given[name] for name in names)
+    if any(isinstance(bound, fx.Node) for bound in (low, high)):
+        return None
+    return _float(low), _float(high)
+
+
+def within(known: Any, low: float | None, high: float | None) -> dict[str, float | None]:
+    """The bounds of a clamp to low .. high behind the clamp that is known: where -inf and inf end up."""
+    below, above = (-math.inf if low is None else low), (math.inf if high is None else high)
+    first, last = known.get("low"), known.get("high")
+    ends = (-math.inf if first is None else first), (math.inf if last is None else last)
+    lower, upper = (min(max(end, below), above) for end in ends)
+    return {"low": None if lower == -math.inf else lower, "high": None if upper == math.inf else upper}
+
+
+def _float(bound: Any) -> float | None:
+    return None if bound is None else float(bound)
