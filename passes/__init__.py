@@ -11,11 +11,11 @@ from octav_fx.ir.pipeline import Pass
 from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
 from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
 from octav_fx.passes.convert.codes_between_layers import codes_between_layers
+from octav_fx.passes.convert.codes_of_sums import codes_of_sums
 from octav_fx.passes.convert.fold_affine import fold_affine
 from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
 from octav_fx.passes.convert.pack_weights import pack_weights
-from octav_fx.passes.convert.sums_into_layers import sums_into_layers
 from octav_fx.passes.export.fold_affine_into_scale import fold_affine_into_scale
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
@@ -58,8 +58,8 @@ INTEGERS: Final[tuple[Any, ...]] = (
     fold_affine,  # first: a factor between a layer and its reader would keep them apart
     integer_layers,  # the layers themselves, with float results
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
-    codes_between_layers,  # before sums: a result that is codes is no sum
-    sums_into_layers,  # last: of the results that are left in float
+    codes_between_layers,  # the codes that one layer's result alone decides
+    codes_of_sums,  # and those of two
 )
 
 # What export_onnx() runs on the converted model.
@@ -90,6 +90,7 @@ __all__ = [
     "choose_spec",
     "clamps_into_layers",
     "codes_between_layers",
+    "codes_of_sums",
     "decompose_attention",
     "deduplicate_quantizers",
     "filters_channels_last",
@@ -104,5 +105,4 @@ __all__ = [
     "prepare_passes",
     "quantize_operands",
     "save_codes",
-    "sums_into_layers",
 ]

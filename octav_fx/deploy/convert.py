@@ -22,8 +22,8 @@ def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
     pass codes on to each other; integer_layers says for each layer whether, or why not. Sums of codes are exact, where
     sums of levels are rounded: a value close to a tie may fall to its other side. Without, the forward pass is plain
     PyTorch in floating point on the levels that the codes stand for, the same that the frozen model computes: in
-    float32 on a CPU, bit for bit. q, or a module that holds quantized ones, is not changed. Raises OctavError for a model that
-    is not frozen or whose graph was edited since.
+    float32 on a CPU, bit for bit. q, or a module that holds quantized ones, is not changed. Raises OctavError for a
+    model that is not frozen or whose graph was edited since.
     """
     converted = {id(module): _convert(module, integers) for module in quantized_modules(q)}
     return copy.deepcopy(q, dict(converted)).eval()

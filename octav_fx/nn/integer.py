@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.ops.integer_codes import reference
+from octav_fx.ops.integer_sum import reference as sums
 
 
 def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
@@ -31,13 +32,10 @@ def integer_max_pool(*args: Any) -> Tensor:
     return torch.ops.octav.integer_max_pool.default(*args)
 
 
-def integer_conv_add(total: Tensor, relu: bool, *args: Any) -> Tensor:
-    """integer_conv of args, added to total, with a relu or not; total is not read again, so its memory may be taken."""
-    x, shape, (stride, padding, dilation) = args[0], args[6], args[8:11]
-    moved = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
-    size = (x.shape[0], shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in moved))
-    if total.shape == size and total.dtype is torch.float32:
-        torch.ops.octav.integer_conv_add_.default(total, relu, *args)
-        return total
-    y = total + integer_conv(*args)
-    return y.relu() if relu else y
+def integer_sum(x: Tensor, y: Tensor, relu: bool, scale: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """X and y [...] -> their sum or its relu, and the codes of that: ops/integer_sum."""
+    alike = isinstance(y, Tensor) and isinstance(x, Tensor) and x.shape == y.shape and x.dtype is y.dtype
+    if torch.compiler.is_compiling() or not alike:
+        return sums.integer_sum(x, y, relu, scale, bits, signed)
+    total, codes = torch.ops.octav.integer_sum.default(x, y, relu, scale, bits, signed)
+    return total, codes

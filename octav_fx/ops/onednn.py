@@ -22,7 +22,7 @@ _ANY: Final = 255 * 128
 
 
 def refusal(x_bits: int, largest: int) -> str | None:
-    """Why codes of x_bits bits cannot be multiplied with those of a weight, of a largest magnitude; None if they can."""
+    """Why codes of x_bits bits cannot be multiplied with those of a weight, largest in magnitude; None if they can."""
     if (limit := largest_product()) is None:
         return "torch has no oneDNN here that multiplies integers"
     if (2**x_bits - 1) * largest > limit:
@@ -89,14 +89,28 @@ def integers(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
     return unpack(codes, shape) if codes.dtype is torch.uint8 else codes.reshape(shape)
 
 
-def largest_code(codes: Tensor, shape: tuple[int, ...]) -> int:
-    """The largest magnitude among the codes of a weight."""
-    return int(derived(codes, "largest", lambda: integers(codes, shape).to(torch.int16).abs().amax().item()))
+def largest_code(codes: Tensor) -> int:
+    """The largest magnitude among int8 codes; 0 if there are none."""
+    return int(codes.to(torch.int16).abs().amax()) if codes.numel() else 0
 
 
-def is_exact(x: Tensor, x_bits: int, codes: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether oneDNN computes what the references of integer_conv and integer_linear define."""
-    return x.device.type == "cpu" and x.numel() > 0 and refusal(x_bits, largest_code(codes, shape)) is None
+def packed(
+    codes: Tensor, shape: tuple[int, ...], x_bits: int, key: Hashable, pack: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """The codes of a weight as pack(int8 of a shape) lays them out; None where oneDNN would not add them up exactly."""
+
+    def make() -> Tensor | None:
+        w = integers(codes, shape)
+        return None if refusal(x_bits, largest_code(w)) else pack(w)
+
+    made: Tensor | None = derived(codes, (x_bits, key), make)
+    return made
+
+
+def channel_scale(x_scale: Tensor, w_scale: Tensor, channels: int) -> Tensor:
+    """The product of the scales, [channels]."""
+    scale = x_scale * w_scale
+    return scale if scale.dim() else scale.expand(channels).contiguous()
 
 
 @functools.cache
@@ -105,15 +119,28 @@ def zeros(channels: int) -> Tensor:
     return torch.zeros(channels, dtype=torch.int32)
 
 
-def epilogue(
-    low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool
-) -> tuple[float, int, torch.dtype, str, list[float], str]:
+@functools.cache
+def zero_point(bits: int, signed: bool) -> int:
+    """What stands for zero among codes that are counted from the lowest."""
+    return -Grid(bits, signed).low
+
+
+def epilogue(low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> "Epilogue":
     """The last arguments of oneDNN's calls: clamp to low .. high, then to codes where there is a step."""
+    return _epilogue(low, high, None if step is None else float(step), bits, signed)
+
+
+# Scale and zero point of the result, its dtype, the name of the clamp, its bounds, and no algorithm.
+Epilogue = tuple[float, int, torch.dtype, str, list[float], str]
+
+
+# Scales change when a state is loaded; a few models' worth of them.
+@functools.lru_cache(4096)
+def _epilogue(low: float | None, high: float | None, step: float | None, bits: int, signed: bool) -> Epilogue:
     scale, zero, dtype = 1.0, 0, torch.float32
     if step is not None:
-        grid, scale, dtype = Grid(bits, signed), float(step), torch.uint8
-        zero = -grid.low
-        low, high = clamped(low, high, grid, scale)
+        scale, zero, dtype = step, zero_point(bits, signed), torch.uint8
+        low, high = clamped(low, high, Grid(bits, signed), step)
     if low is None and high is None:
         return scale, zero, dtype, "none", [], ""
     if low == 0 and high is None:

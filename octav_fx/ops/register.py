@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
 LAYOUT_AGNOSTIC = (torch.Tag.flexible_layout,)
@@ -75,43 +76,28 @@ def register_allocating(
     name: str,
     arguments: str,
     *,
-    empty: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    cpu: Callable[..., Tensor | None],
+    returns: str = "Tensor",
+    empty: Callable[..., Any],
+    reference: Callable[..., Any],
+    cpu: Callable[..., Any],
 ) -> Any:
-    """Register octav::name(arguments) -> Tensor, whose CPU kernel allocates its result itself; return the op.
+    """Register octav::name(arguments) -> returns, whose CPU kernel allocates its results itself; return the op.
 
-    cpu(*args) returns None where only the reference will do; its result is of the shape, dtype and layout of empty's.
+    cpu(*args) returns None where only the reference will do; its results are of the shape, dtype and layout of empty's.
     """
 
-    def run_reference(*args: Any) -> Tensor:
-        return empty(*args).copy_(reference(*args))
+    def run_reference(*args: Any) -> Any:
+        # In the layout that tracing was told.
+        return pytree.tree_map(Tensor.copy_, empty(*args), reference(*args))
 
-    def run_cpu(*args: Any) -> Tensor:
+    def run_cpu(*args: Any) -> Any:
         found = cpu(*args)
         return run_reference(*args) if found is None else found
 
-    torch.library.define(f"octav::{name}", f"({arguments}) -> Tensor", tags=LAYOUT_AGNOSTIC)
+    torch.library.define(f"octav::{name}", f"({arguments}) -> {returns}", tags=LAYOUT_AGNOSTIC)
     for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu}.items():
         torch.library.impl(f"octav::{name}", key, run)
     torch.library.register_fake(f"octav::{name}", empty)
-    return getattr(torch.ops.octav, name)
-
-
-def register_writing(name: str, arguments: str, *, reference: Callable[..., None], cpu: Callable[..., bool]) -> Any:
-    """Register octav::name(arguments) -> (), which writes into its first argument; return the op.
-
-    cpu(*args) returns False where only the reference will do.
-    """
-
-    def run_cpu(*args: Any) -> None:
-        if not cpu(*args):
-            reference(*args)
-
-    torch.library.define(f"octav::{name}", f"({arguments}) -> ()", tags=LAYOUT_AGNOSTIC)
-    for key, run in {"CompositeExplicitAutograd": reference, "CPU": run_cpu}.items():
-        torch.library.impl(f"octav::{name}", key, run)
-    torch.library.register_fake(f"octav::{name}", lambda *args: None)
     return getattr(torch.ops.octav, name)
 
 

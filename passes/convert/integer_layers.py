@@ -55,7 +55,7 @@ def _refusal(node: fx.Node, op: str) -> str | None:
         return f"on {weight.codes.device}"
     if op != "linear" and isinstance(node.args[4], str):
         return f"padding {node.args[4]!r}"
-    return onednn.refusal(quantizer.bits, onednn.largest_code(weight.codes, weight.shape))
+    return onednn.refusal(quantizer.bits, onednn.largest_code(weight.integers()))
 
 
 def _called(node: Any) -> Any:

@@ -1,20 +1,16 @@
-"""torch.ops.octav.integer_conv, integer_conv_add_: a convolution of codes, exact, and what follows it, in one pass."""
+"""torch.ops.octav.integer_conv: a convolution of codes, exact, and what follows it, in one pass."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from octav_fx.formats.grid import Grid
 from octav_fx.ops import onednn
 from octav_fx.ops.integer_conv import reference
-from octav_fx.ops.register import register_allocating, register_writing
+from octav_fx.ops.integer_linear import op as linear_op
+from octav_fx.ops.register import register_allocating
 
 _LAYOUTS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
-_OPERANDS = (
-    "Tensor x, Tensor x_scale, int x_bits, bool x_signed, Tensor w, Tensor w_scale, int[] shape, Tensor? bias, "
-    "int[] stride, int[] padding, int[] dilation, int groups"
-)
 
 
 class Call(NamedTuple):
@@ -55,29 +51,13 @@ def _empty(*args: Any) -> Tensor:
     return torch.empty(y.shape, dtype=dtype, device=call.x.device, memory_format=_LAYOUTS[y.dim()])
 
 
-def _operands(call: Call) -> tuple[Any, ...]:
-    """The first arguments of oneDNN's calls, up to groups."""
-    reference.check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
-    zero, shape = -Grid(call.x_bits, call.x_signed).low, tuple(call.shape)
-    scale = (call.x_scale * call.w_scale).expand(shape[0]).contiguous()
-
-    def pack() -> Tensor:
-        codes = onednn.integers(call.w, shape)
-        packed: Tensor = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, zero, *call.window, None)
-        return packed
-
-    packed = onednn.derived(call.w, (zero, *map(tuple, call.window[:3]), call.groups), pack)
-    return call.x, 1.0, zero, packed, scale, onednn.zeros(shape[0])
-
-
-def _bias(call: Call) -> Tensor | None:
-    return None if call.bias is None else call.bias.to(torch.float32)
-
-
 def _cpu(*args: Any) -> Tensor | None:
     call = Call(*args)
-    if not onednn.is_exact(call.x, call.x_bits, call.w, tuple(call.shape)):
+    reference.check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
+    if not call.x.numel():
         return None
+    if call.groups == 1 and not any(call.padding) and all(size == 1 for size in call.shape[2:]):
+        return _pointwise(call)
     if call.x.dim() == 3:
         y = _cpu(*_planar(call))
         return None if y is None else y.squeeze(2)
@@ -86,7 +66,34 @@ def _cpu(*args: Any) -> Tensor | None:
         # Which oneDNN is not given in three dimensions.
         y = _cpu(*call._replace(low=None, high=None, step=None))
         return None if y is None else reference.ended(y, call.low, call.high, call.step, call.bits, call.signed)
-    return torch.ops.onednn.qconv_pointwise.default(*_operands(call), _bias(call), *call.window, *last)
+    zero, window = onednn.zero_point(call.x_bits, call.x_signed), call.window
+    scale = onednn.channel_scale(call.x_scale, call.w_scale, call.shape[0])
+
+    def pack(w: Tensor) -> Tensor:
+        made: Tensor = torch.ops.onednn.qconv_prepack(w, scale, 1.0, zero, *window, None)
+        return made
+
+    key = zero, *map(tuple, window[:3]), call.groups
+    w = onednn.packed(call.w, tuple(call.shape), call.x_bits, key, pack)
+    if w is None:
+        return None
+    bias = None if call.bias is None else call.bias.to(torch.float32)
+    operands = call.x, 1.0, zero, w, scale, onednn.zeros(call.shape[0]), bias
+    return torch.ops.onednn.qconv_pointwise.default(*operands, *window, *last)
+
+
+def _pointwise(call: Call) -> Tensor | None:
+    """Filters of one element: a matmul at each position; as a convolution oneDNN can take ten times as long."""
+    x, rows = call.x, call.shape[:2]
+    for axis, step in enumerate(call.stride, 2):
+        # A view, and no more where the step is 1.
+        x = torch.ops.aten.slice.Tensor(x, axis, 0, None, step) if step > 1 else x
+    x = x.movedim(1, -1)
+    y = linear_op.linear(
+        *(x.reshape(-1, rows[1]), call.x_scale, call.x_bits, call.x_signed, call.w, call.w_scale, rows, call.bias),
+        *(call.low, call.high, call.step, call.bits, call.signed),
+    )
+    return None if y is None else y.reshape(*x.shape[:-1], rows[0]).movedim(-1, 1)
 
 
 def _planar(call: Call) -> Call:
@@ -101,31 +108,12 @@ def _planar(call: Call) -> Call:
     )
 
 
-def _add_reference(total: Tensor, relu: bool, *args: Any) -> None:
-    total.add_(reference.integer_conv(*args))
-    if relu:
-        total.relu_()
-
-
-def _add_cpu(total: Tensor, relu: bool, *args: Any) -> bool:
-    call = Call(*args)
-    fits = total.dim() == 4 and total.dtype is torch.float32 and total.is_contiguous(memory_format=torch.channels_last)
-    if not fits or not onednn.is_exact(call.x, call.x_bits, call.w, tuple(call.shape)):
-        return False
-    torch.ops.onednn.qconv2d_pointwise.binary(
-        *(*_operands(call), total, _bias(call), *call.window),
-        *(1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "relu" if relu else None, [], ""),
-    )
-    return True
-
-
 integer_conv = register_allocating(
     "integer_conv",
-    f"{_OPERANDS}, float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False",
+    "Tensor x, Tensor x_scale, int x_bits, bool x_signed, Tensor w, Tensor w_scale, int[] shape, Tensor? bias, "
+    "int[] stride, int[] padding, int[] dilation, int groups, "
+    "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False",
     empty=_empty,
     reference=reference.integer_conv,
     cpu=_cpu,
-)
-integer_conv_add_ = register_writing(
-    "integer_conv_add_", f"Tensor(a!) total, bool relu, {_OPERANDS}", reference=_add_reference, cpu=_add_cpu
 )

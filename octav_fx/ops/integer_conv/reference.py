@@ -1,4 +1,4 @@
-"""integer_conv and integer_conv_add_, in pure torch: the definition."""
+"""integer_conv, in pure torch: the definition."""
 
 import torch
 from torch import Tensor

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octav_fx.formats.grid import Grid
 from octav_fx.ops import onednn
 from octav_fx.ops.integer_conv.reference import check
 from octav_fx.ops.integer_linear import reference
@@ -36,24 +35,26 @@ def _empty(*args: Any) -> Tensor:
     return call.x.new_empty((*call.x.shape[:-1], call.shape[0]), dtype=dtype)
 
 
-def _cpu(*args: Any) -> Tensor | None:
+def linear(*args: Any) -> Tensor | None:
+    """Run oneDNN's matmul; None where only the reference will do."""
     call = Call(*args)
-    rows, columns = call.shape
-    if not onednn.is_exact(call.x, call.x_bits, call.w, (rows, columns)):
-        return None
     check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
-
-    def pack() -> Tensor:
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(onednn.integers(call.w, (rows, columns)), None)
-        return packed
-
+    rows, columns = call.shape
+    w = onednn.packed(call.w, (rows, columns), call.x_bits, "linear", _pack) if call.x.numel() else None
+    if w is None:
+        return None
     y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        *(call.x.reshape(-1, columns), 1.0, -Grid(call.x_bits, call.x_signed).low),
-        *(onednn.derived(call.w, "linear", pack), (call.x_scale * call.w_scale).expand(rows).contiguous()),
-        *(onednn.zeros(rows), None if call.bias is None else call.bias.to(torch.float32)),
+        *(call.x.reshape(-1, columns), 1.0, onednn.zero_point(call.x_bits, call.x_signed), w),
+        *(onednn.channel_scale(call.x_scale, call.w_scale, rows), onednn.zeros(rows)),
+        None if call.bias is None else call.bias.to(torch.float32),
         *onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed),
     )
     return y.reshape(*call.x.shape[:-1], rows)
+
+
+def _pack(w: Tensor) -> Tensor:
+    made: Tensor = torch.ops.onednn.qlinear_prepack(w, None)
+    return made
 
 
 integer_linear = register_allocating(
@@ -62,5 +63,5 @@ integer_linear = register_allocating(
     "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False",
     empty=_empty,
     reference=reference.integer_linear,
-    cpu=_cpu,
+    cpu=linear,
 )
