@@ -42,7 +42,7 @@ def _cpu(
 
 integer_max_pool = register_op(
     "integer_max_pool",
-    "Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode",
+    "Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode",
     empty=_empty,
     reference=reference.integer_max_pool,
     cpu=_cpu,
