@@ -5,7 +5,7 @@ from torch import Tensor
 
 from octav_fx.ops import cpu
 from octav_fx.ops.integer_max_pool import reference
-from octav_fx.ops.register import register_op
+from octav_fx.ops.register import register_allocating
 
 _LAST = torch.channels_last
 
@@ -19,28 +19,21 @@ def _empty(
 
 
 def _cpu(
-    x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil_mode: bool,
-    *,
-    out: Tensor,
-) -> bool:
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> Tensor | None:
     library = cpu.library()
-    fits = x.dtype is out.dtype is torch.uint8 and x.dim() == 4 and out.is_contiguous(memory_format=_LAST)
-    if library is None or not fits:
-        return False
+    if library is None or x.dtype is not torch.uint8 or x.dim() != 4:
+        return None
+    out = _empty(x, kernel_size, stride, padding, dilation, ceil_mode)
     x = x.contiguous(memory_format=_LAST)
     library.octav_integer_max_pool(
         *(x.data_ptr(), out.data_ptr(), *x.shape, *out.shape[2:]),
         *(*kernel_size, *stride, *padding, *dilation, torch.get_num_threads()),
     )
-    return True
+    return out
 
 
-integer_max_pool = register_op(
+integer_max_pool = register_allocating(
     "integer_max_pool",
     "Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode",
     empty=_empty,
