@@ -9,7 +9,11 @@ from typing import Any, Final
 from octav_fx.config import Config
 from octav_fx.ir.pipeline import Pass
 from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
+from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
+from octav_fx.passes.convert.codes_between_layers import codes_between_layers
+from octav_fx.passes.convert.codes_of_sums import codes_of_sums
 from octav_fx.passes.convert.fold_affine_into_scale import fold_affine_into_scale
+from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
@@ -60,9 +64,17 @@ CONVERT: Final[tuple[Any, ...]] = (
     round_biases,  # last: the scales of weights and the ranges of codes are known
 )
 
-# What convert() runs after these: the arithmetic on the integers, which a file leaves to its runtime.
+# What convert(integers=False) runs after these: the definition of their arithmetic, which a file leaves to its runtime.
 COMPUTE: Final[tuple[Any, ...]] = (
     multiply_codes,  # all of it at once: a layer has to know the quantizer that reads it
+)
+
+# What convert() runs instead: the same arithmetic by oneDNN, where the CPU has it.
+INTEGERS: Final[tuple[Any, ...]] = (
+    integer_layers,  # the layers themselves, with float results
+    clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
+    codes_between_layers,  # the codes that one layer's result alone decides
+    codes_of_sums,  # and those of two
 )
 
 
@@ -81,6 +93,7 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
 __all__ = [
     "COMPUTE",
     "CONVERT",
+    "INTEGERS",
     "LOWER",
     "PREPARE",
     "Choose",
@@ -88,12 +101,16 @@ __all__ = [
     "batchnorm_to_affine",
     "canonicalize",
     "choose_spec",
+    "clamps_into_layers",
+    "codes_between_layers",
+    "codes_of_sums",
     "decompose_attention",
     "deduplicate_quantizers",
     "filters_channels_last",
     "fold_affine_into_scale",
     "fold_batchnorm",
     "fuse_weight_quantizers",
+    "integer_layers",
     "integer_matmul",
     "make_activations_static",
     "mask_from_codes",

@@ -216,4 +216,7 @@ class IntegerModule(fx.GraphModule):
 
 
 def _rebuild_integer(root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any]) -> IntegerModule:
-    return IntegerModule(root, _unflatten(rows), name, meta)
+    module = IntegerModule(root, _unflatten(rows), name, meta)
+    # A graph that reads one tensor of a module is no reason to lose the others.
+    replace_children(module, children_of(root))
+    return module

@@ -23,12 +23,14 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "detect_fake_mode",
+    "has_vnni",
     "is_functorch_wrapped",
     "is_higher_order",
     "packet_of",
     "pytree",
     "schema_of",
     "storage_id",
+    "version_of",
 ]
 
 # F.grouped_mm under its older name.
@@ -61,3 +63,13 @@ def packet_of(op: Any) -> Any:
 def schema_of(op: OpOverload) -> torch.FunctionSchema:
     """Return the schema of an op: its arguments with their names and defaults."""
     return op._schema
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written into; 0 of one made in inference mode, which keeps no count."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def has_vnni() -> bool:
+    """Tell whether the CPU adds up products of 8-bit integers in 32 bits."""
+    return bool(torch.cpu._is_vnni_supported())

@@ -11,21 +11,33 @@ from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import Pass, run
-from octav_fx.ir.records import update_graph_info
-from octav_fx.passes import COMPUTE, CONVERT
+from octav_fx.ir.records import graph_info, update_graph_info
+from octav_fx.passes import COMPUTE, CONVERT, INTEGERS
 
 
-def convert(q: nn.Module) -> nn.Module:
-    """A copy of a frozen model in eval mode that stores integers in place of its quantized weights.
+def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
+    """A copy of a frozen model in eval mode that stores integers in place of its quantized weights and multiplies them.
 
-    Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, biases are
-    int32, activations are rounded with static scales, a batch norm is in scales and biases. Convolutions, linear
-    layers, residual sums and global means of quantized operands multiply and add the codes themselves, in floating
-    point that holds every sum exactly, as nn/integer_rule.py defines: the same bits on every machine, and those of the
-    onnxruntime file. What was never quantized stays as it is. q, or a module that holds quantized
-    ones, is not changed. Raises OctavError for a model that is not frozen or whose graph was edited since.
+    Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, biases are on
+    the grid of the sums, activations are rounded with static scales, a batch norm is in scales and biases. What was
+    never quantized stays as it is.
+
+    integers: convolutions and linear layers multiply the codes where the CPU can, and pass codes on to each other;
+    integer_layers says for each layer whether, or why not. False: the same integers as nn/integer_rule.py defines them,
+    in floating point that holds every sum exactly: the same bits on every machine, and those of the onnxruntime file.
+    The two round in another order, so a code at a tie may differ by one.
+
+    q, or a module that holds quantized ones, is not changed. Raises OctavError for a model that is not frozen or whose
+    graph was edited since.
     """
-    return rewritten(q, (*CONVERT, *COMPUTE))
+    converted = rewritten(q, CONVERT if integers else (*CONVERT, *COMPUTE))
+    if integers:
+        for module in converted.modules():
+            if isinstance(module, IntegerModule):
+                edits = run(module, INTEGERS)
+                rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
+                update_graph_info(module, integers=tuple(rows))
+    return converted
 
 
 def rewritten(q: nn.Module, passes: Iterable[Pass]) -> nn.Module:
@@ -49,6 +61,12 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
+def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
+    """Return the name of each matmul and convolution of a converted model, and why it multiplies floats, if it does."""
+    found = [module for module in converted.modules() if isinstance(module, IntegerModule)]
+    return [row for module in found for row in graph_info(module).integers]
+
+
 def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModule:
     check_frozen(module)
     if has_forward_hooks(module):
@@ -58,4 +76,4 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     run(working, passes)
     converted = IntegerModule(working, working.graph, type(module).__name__, {})
     update_graph_info(converted, records={False: working.all_records[False]})
-    return converted
+    return converted.requires_grad_(False)

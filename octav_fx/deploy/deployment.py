@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from octav_fx.capture.inputs import as_inputs, tensors_of
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.rerun import in_eval_mode, run_once
-from octav_fx.deploy.convert import bytes_of, convert, size_of
+from octav_fx.deploy.convert import bytes_of, convert, integer_layers, rewritten, size_of
 from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer, IntegerWeight, StaticQuantizer
 from octav_fx.nn.fake_quantizer import QUANTIZERS
+from octav_fx.passes import CONVERT
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class DeployedRow:
     # Largest difference of the operand's values between the frozen and the converted model on the given inputs.
     difference: float | None
     reason: str | None
+    # How PyTorch runs the node: "integers", or why it multiplies floats.
+    runs: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,13 @@ class Deployment:
 
     def __str__(self) -> str:
         cells = [
-            (r.node, r.operand, r.bits or "float", _text(r.scale), r.bytes, _text(r.difference), r.reason or "")
+            (r.node, r.operand, r.bits or "float", _text(r.scale), r.bytes, _text(r.difference), r.reason or "", r.runs)
             for r in self.rows
         ]
-        headers = ("node", "operand", "bits", "scale", "bytes", "difference", "reason")
-        table = tabulate(cells, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4, "left"))
+        headers = ("node", "operand", "bits", "scale", "bytes", "difference", "reason", "runs")
+        table = tabulate(
+            cells, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4, "left", "left")
+        )
         share = self.bytes / self.float_bytes if self.float_bytes else 0.0
         return (
             f"{table}\n\n{self.bytes} bytes, {share:.3f} of the float model; ONNX file {self.onnx_bytes} bytes\n"
@@ -73,11 +78,13 @@ def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] |
     (quantized, *more) = quantized_modules(q)
     if more or quantized is not q:
         raise OctavError("deployment takes a model that one graph holds, as octav_fx.quantize returned it")
-    converted = convert(q)
+    converted, levels = convert(q), rewritten(q, CONVERT)
     args, kwargs = as_inputs(example_inputs)
     with in_eval_mode(q):
         frozen, operands = _observed(q, FakeQuantizer, args, kwargs)
-    found, others = _observed(converted, (StaticQuantizer, IntegerWeight), args, kwargs)
+    found = run_once(converted, args, kwargs)
+    # Operands are compared where they are levels; codes are the same.
+    _, others = _observed(levels, (StaticQuantizer, IntegerWeight), args, kwargs)
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
             path = Path(folder) / "model.onnx"
@@ -86,7 +93,7 @@ def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] |
         onnx_bytes = Path(path).stat().st_size
     differences = {name: _difference(others[name], value) for name, value in operands.items() if name in others}
     return Deployment(
-        rows=_rows(quantized, converted, differences),
+        rows=_rows(quantized, levels, differences, dict(integer_layers(converted))),
         float_bytes=_float_bytes(quantized),
         bytes=size_of(converted),
         onnx_bytes=onnx_bytes,
@@ -113,18 +120,21 @@ def _observed(
             handle.remove()
 
 
-def _rows(q: QuantizedModule, converted: nn.Module, differences: dict[str, float]) -> list[DeployedRow]:
+def _rows(
+    q: QuantizedModule, converted: nn.Module, differences: dict[str, float], reasons: dict[str, str | None]
+) -> list[DeployedRow]:
     rows, counted = [], set[str]()
     for record in q.all_records[False]:
+        runs = reasons.get(record.site, "no rule") or "integers"
         part = None if record.quantizer is None else converted.get_submodule(record.quantizer)
         if not isinstance(part, (IntegerWeight, StaticQuantizer)) or record.quantizer is None:
-            rows.append(DeployedRow(record.site, record.operand or "", None, None, None, None, record.reason))
+            rows.append(DeployedRow(record.site, record.operand or "", None, None, None, None, record.reason, runs))
             continue
         stored = 0 if record.quantizer in counted else size_of(part)
         counted.add(record.quantizer)
         difference = differences.get(record.quantizer)
         scale = float(part.scale.mean())
-        rows.append(DeployedRow(record.site, record.operand or "", part.bits, scale, stored, difference, None))
+        rows.append(DeployedRow(record.site, record.operand or "", part.bits, scale, stored, difference, None, runs))
     return rows
 
 

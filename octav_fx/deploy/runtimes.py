@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.capture.inputs import as_inputs, tensors_of
+from octav_fx.compat.tensors import has_vnni
 from octav_fx.errors import OctavError
 
 
@@ -38,7 +39,7 @@ def onnx_session(
     # By default the float operand of a matmul with stored integers is rounded to 8 bits: a result off by 3e-3.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # By default products of 8 bits saturate at 16 where the CPU has no VNNI; where it has, this doubles the time.
-    if not torch.cpu._is_vnni_supported():
+    if not has_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         # It says that the file is for machines like this one, which is what is wanted here.

@@ -1,5 +1,6 @@
 """The arguments of a call by the names of its op's parameters, however they are written. Of captured graphs."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,12 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
         node.args = (*node.args, value)
     else:
         node.update_kwarg(keyword, value)
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call of a Python function that no row knows, by the names of its parameters."""
+    assert callable(node.target)
+    return dict(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments)
 
 
 def spread_operands(node: fx.Node) -> tuple[Any, ...]:

@@ -41,6 +41,8 @@ class GraphInfo:
     notes: tuple[str, ...] = ()
     # Why a mode has no graph, if one has none.
     missing: str | None = None
+    # Of a converted module: each matmul and convolution, and why it multiplies floats; None if it multiplies codes.
+    integers: tuple[tuple[str, str | None], ...] = ()
     # Fingerprints of the graphs that were frozen, for each mode.
     frozen: Mapping[bool, str] = field(default_factory=dict)
 

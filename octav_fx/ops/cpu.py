@@ -41,6 +41,9 @@ _SIGNATURES: Final = {
     "octav_fake_quantize_filters_backward": (
         *(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     ),
+    "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
+    "octav_integer_max_pool": (_POINTER, _POINTER, *(_LONG,) * 6, *(_INT,) * 9),
+    "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
     "octav_quantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
 LAYOUT_AGNOSTIC = (torch.Tag.flexible_layout,)
@@ -69,6 +70,35 @@ def register_op(
     torch.library.register_fake(into, lambda *args, out: None)
     REGISTERED[name] = getattr(torch.ops.octav, name)
     return REGISTERED[name]
+
+
+def register_allocating(
+    name: str,
+    arguments: str,
+    *,
+    returns: str = "Tensor",
+    empty: Callable[..., Any],
+    reference: Callable[..., Any],
+    cpu: Callable[..., Any],
+) -> Any:
+    """Register octav::name(arguments) -> returns, whose CPU kernel allocates its results itself; return the op.
+
+    cpu(*args) returns None where only the reference will do; its results are of the shape, dtype and layout of empty's.
+    """
+
+    def run_reference(*args: Any) -> Any:
+        # In the layout that tracing was told.
+        return pytree.tree_map(Tensor.copy_, empty(*args), reference(*args))
+
+    def run_cpu(*args: Any) -> Any:
+        found = cpu(*args)
+        return run_reference(*args) if found is None else found
+
+    torch.library.define(f"octav::{name}", f"({arguments}) -> {returns}", tags=LAYOUT_AGNOSTIC)
+    for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu}.items():
+        torch.library.impl(f"octav::{name}", key, run)
+    torch.library.register_fake(f"octav::{name}", empty)
+    return getattr(torch.ops.octav, name)
 
 
 @functools.cache

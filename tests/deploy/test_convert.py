@@ -1,6 +1,7 @@
 """convert: integers that compute what the frozen model computes, and nothing else in the file."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from octav_fx import Config, OctavError, calibrate, convert, freeze, quantize, unfreeze
+import octav_fx
+from octav_fx import Config, OctavError, calibrate, freeze, quantize, unfreeze
 from octav_fx.capture.modules import IntegerModule
 from octav_fx.deploy.convert import rewritten, size_of
 from octav_fx.formats.granularity import along
@@ -27,6 +29,9 @@ from tests.support.deployable_models import (
     observed,
     relative,
 )
+
+# The definition of the arithmetic; tests/deploy/test_integers.py is about what the machine multiplies.
+convert = functools.partial(octav_fx.convert, integers=False)
 
 
 def small() -> nn.Module:

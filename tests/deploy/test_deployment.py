@@ -32,8 +32,9 @@ def test_rows_and_sizes():
     assert [row.bytes for row in found.rows] == [4, 54 + 16, 4, 144 + 8]
     assert found.rows[0].scale == pytest.approx(float(q.quantizers.get_submodule("0_input").clip) / 8)
     assert found.float_bytes == 4 * (108 + 4 + 4 * 4 + 288 + 2) + 8
-    # Biases and multipliers besides.
-    assert found.bytes == sum(row.bytes for row in found.rows) + 4 * 2 * (4 + 2)
+    assert [row.runs for row in found.rows] == ["integers"] * 4
+    # Biases besides: that of the batch norm is in the first.
+    assert found.bytes == sum(row.bytes for row in found.rows) + 4 * (4 + 2)
     assert found.onnx_bytes > found.bytes
 
 
@@ -57,7 +58,16 @@ def test_differences_are_measured(tmp_path):
 def test_what_stays_float_has_its_reason():
     q, x = ready(overrides={"0": None})
     row = deployment(q, x).rows[0]
-    assert dataclasses.astuple(row) == ("0", "input", None, None, None, None, "override '0': None")
+    assert dataclasses.astuple(row) == (
+        "0",
+        "input",
+        None,
+        None,
+        None,
+        None,
+        "override '0': None",
+        "an operand is float",
+    )
 
 
 def test_only_the_module_itself():

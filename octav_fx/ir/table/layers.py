@@ -132,6 +132,9 @@ POOLS: Final = (
         target=F.max_pool2d,
         functions=(F.max_pool1d, F.max_pool3d, torch.max_pool2d),
         modules=(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+        parameters=parameters(
+            *("input", "kernel_size"), stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+        ),
         nonnegative=signs.as_input,
     ),
     Op(

@@ -1,0 +1,51 @@
+"""What the graph of an integer model calls: ops on codes, as functions, so that a graph copies and pickles."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octav_fx.ops import onednn
+from octav_fx.ops.integer_codes import reference
+from octav_fx.ops.integer_sum import reference as sums
+
+
+def bias_levels(codes: Tensor, step: Tensor, fraction: int) -> Tensor:
+    """Return the levels of an integer bias, codes int32 [C] and step float32 [C] -> float32 [C]: nn/static.py."""
+
+    def make() -> Tensor:
+        return codes.float() * (step / 2**fraction)
+
+    return make() if torch.compiler.is_compiling() else onednn.derived(codes, "levels", make)
+
+
+def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """X [...] -> codes uint8 [...], counted from the lowest: ops/integer_codes."""
+    # Written out, so that a compiler can put it at the end of what computes x.
+    if torch.compiler.is_compiling():
+        return reference.integer_codes(x, scale, bits, signed)
+    return torch.ops.octav.integer_codes.default(x, scale, bits, signed)
+
+
+def integer_conv(*args: Any, **kwargs: Any) -> Tensor:
+    """Codes uint8 [N, C, ...] -> float32, or the codes of a next layer, [N, O, ...]: ops/integer_conv."""
+    return torch.ops.octav.integer_conv.default(*args, **kwargs)
+
+
+def integer_linear(*args: Any, **kwargs: Any) -> Tensor:
+    """Codes uint8 [..., K] -> float32, or the codes of a next layer, [..., O]: ops/integer_linear."""
+    return torch.ops.octav.integer_linear.default(*args, **kwargs)
+
+
+def integer_max_pool(*args: Any) -> Tensor:
+    """Codes uint8 [N, C, H, W] -> the largest of each window: ops/integer_max_pool."""
+    return torch.ops.octav.integer_max_pool.default(*args)
+
+
+def integer_sum(x: Tensor, y: Tensor, relu: bool, scale: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """X and y [...] -> their sum or its relu, and the codes of that: ops/integer_sum."""
+    alike = isinstance(y, Tensor) and isinstance(x, Tensor) and x.shape == y.shape and x.dtype is y.dtype
+    if torch.compiler.is_compiling() or not alike:
+        return sums.integer_sum(x, y, relu, scale, bits, signed)
+    total, codes = torch.ops.octav.integer_sum.default(x, y, relu, scale, bits, signed)
+    return total, codes

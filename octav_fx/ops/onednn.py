@@ -1,0 +1,161 @@
+"""oneDNN's integer convolutions and matmuls: weights packed once, and which products this machine adds up exactly.
+
+torch ships oneDNN in its CPU builds. The kernels take unsigned codes of one byte (signed ones run thousands of times
+slower) and compute f32(sum) * scale + bias, clamp, then rne(value * f32(1 / step) + zero) where codes are asked for.
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from octav_fx.compat.tensors import storage_id, version_of
+from octav_fx.formats.grid import Grid
+from octav_fx.formats.packing import unpack
+
+# Without VNNI two products are added in 16 bits, which saturate.
+_SHORT: Final = (2**15 - 1) // 2
+_ANY: Final = 255 * 128
+
+
+def refusal(x_bits: int, largest: int) -> str | None:
+    """Why codes of x_bits bits cannot be multiplied with those of a weight, largest in magnitude; None if they can."""
+    if (limit := largest_product()) is None:
+        return "torch has no oneDNN here that multiplies integers"
+    if (2**x_bits - 1) * largest > limit:
+        return f"{x_bits}-bit codes times {largest} saturate in 16 bits on this CPU, which has no VNNI"
+    return None
+
+
+@functools.cache
+def largest_product() -> int | None:
+    """The largest product of two codes that oneDNN adds up exactly; None where it multiplies no integers.
+
+    Found by trying: what the CPU has is not what oneDNN uses where ONEDNN_MAX_CPU_ISA limits it.
+    """
+    x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    expected, ones, zeros = 64 * 255 * 127, torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    try:
+        flat = torch.ops.onednn.qlinear_pointwise(
+            *(x, 1.0, 0, torch.ops.onednn.qlinear_prepack(w, None), ones, zeros, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        image, filters, window = x.reshape(4, 64, 1, 1), w.reshape(16, 64, 1, 1), ([1, 1], [0, 0], [1, 1], 1)
+        conv = torch.ops.onednn.qconv_pointwise(
+            *(image, 1.0, 0, torch.ops.onednn.qconv_prepack(filters, ones, 1.0, 0, *window, None), ones, zeros, None),
+            *(*window, 1.0, 0, torch.float32, "none", [], ""),
+        )
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return None
+    is_exact = bool((flat == expected).all()) and bool((conv == expected).all())
+    return _ANY if is_exact else _SHORT
+
+
+@dataclass(frozen=True, slots=True)
+class _Derived:
+    codes: StorageWeakRef
+    version: int
+    value: Any
+
+
+_DERIVED: Final[dict[Hashable, _Derived]] = {}
+
+
+def derived(codes: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What make() returns, made once for the present values of the codes of a weight and each key.
+
+    A write into codes, as by load_state_dict, makes it anew; it goes with the memory of the codes. So a packed weight
+    is part of no state. (A write through .data leaves no trace: copy the model after one.)
+    """
+    storage = codes.untyped_storage()
+    # An address is taken by no other storage while a weak reference holds it.
+    place = (storage_id(codes), codes.data_ptr(), key)
+    version = version_of(codes)
+    known = _DERIVED.get(place)
+    if known is not None and known.version == version:
+        return known.value
+    for gone in [other for other, entry in list(_DERIVED.items()) if entry.codes.expired()]:
+        _DERIVED.pop(gone, None)
+    made = _Derived(StorageWeakRef(storage), version, make())
+    _DERIVED[place] = made
+    return made.value
+
+
+def integers(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The codes of a weight as IntegerWeight stores them -> int8 of a shape."""
+    return unpack(codes, shape) if codes.dtype is torch.uint8 else codes.reshape(shape)
+
+
+def largest_code(codes: Tensor) -> int:
+    """The largest magnitude among int8 codes; 0 if there are none."""
+    return int(codes.to(torch.int16).abs().amax()) if codes.numel() else 0
+
+
+def packed(
+    codes: Tensor, shape: tuple[int, ...], x_bits: int, key: Hashable, pack: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """The codes of a weight as pack(int8 of a shape) lays them out; None where oneDNN would not add them up exactly."""
+
+    def make() -> Tensor | None:
+        w = integers(codes, shape)
+        return None if refusal(x_bits, largest_code(w)) else pack(w)
+
+    made: Tensor | None = derived(codes, (x_bits, key), make)
+    return made
+
+
+def channel_scale(x_scale: Tensor, w_scale: Tensor, channels: int) -> Tensor:
+    """The product of the scales, [channels]."""
+    scale = x_scale * w_scale
+    return scale if scale.dim() else scale.expand(channels).contiguous()
+
+
+@functools.cache
+def zeros(channels: int) -> Tensor:
+    """The zero points of a weight, which are none."""
+    return torch.zeros(channels, dtype=torch.int32)
+
+
+@functools.cache
+def zero_point(bits: int, signed: bool) -> int:
+    """What stands for zero among codes that are counted from the lowest."""
+    return -Grid(bits, signed).low
+
+
+def epilogue(low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> "Epilogue":
+    """The last arguments of oneDNN's calls: clamp to low .. high, then to codes where there is a step."""
+    return _epilogue(low, high, None if step is None else float(step), bits, signed)
+
+
+# Scale and zero point of the result, its dtype, the name of the clamp, its bounds, and no algorithm.
+Epilogue = tuple[float, int, torch.dtype, str, list[float], str]
+
+
+# Scales change when a state is loaded; a few models' worth of them.
+@functools.lru_cache(4096)
+def _epilogue(low: float | None, high: float | None, step: float | None, bits: int, signed: bool) -> Epilogue:
+    scale, zero, dtype = 1.0, 0, torch.float32
+    if step is not None:
+        scale, zero, dtype = step, zero_point(bits, signed), torch.uint8
+        low, high = clamped(low, high, Grid(bits, signed), step)
+    if low is None and high is None:
+        return scale, zero, dtype, "none", [], ""
+    if low == 0 and high is None:
+        return scale, zero, dtype, "relu", [], ""
+    bounds = [-_LARGEST if low is None else low, _LARGEST if high is None else high]
+    return scale, zero, dtype, "hardtanh", bounds, ""
+
+
+_LARGEST: Final = torch.finfo(torch.float32).max
+
+
+def clamped(low: float | None, high: float | None, grid: Grid, step: float) -> tuple[float | None, float | None]:
+    """The bounds of a clamp and of a grid in one. A byte ends where codes of 8 bits do, so these need none."""
+    if grid.bits == 8:
+        return (None if low == 0 and not grid.signed else low), high
+    bottom, top = max(grid.low * step, -_LARGEST), min(grid.high * step, _LARGEST)
+    return (bottom if low is None else max(low, bottom)), (top if high is None else min(high, top))

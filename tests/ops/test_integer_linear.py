@@ -1,0 +1,67 @@
+"""integer_linear: exact like integer_conv."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octav_fx.errors import OctavError
+from octav_fx.formats.packing import pack
+from octav_fx.ops.integer_linear import reference
+from octav_fx.ops.integer_linear.op import integer_linear
+from tests.ops.test_integer_conv import ends, needs_onednn, numbers
+
+
+@st.composite
+def operands(draw: st.DrawFn) -> tuple:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    leading = draw(st.sampled_from([(), (1,), (7,), (2, 3), (2, 1, 3)]))
+    columns, rows = draw(st.sampled_from([1, 3, 16, 65, 300])), draw(st.sampled_from([1, 2, 16, 33]))
+    x_bits, w_bits = draw(st.integers(2, 8)), draw(st.integers(2, 8))
+    x = torch.randint(0, 2**x_bits, (*leading, columns), generator=generator).to(torch.uint8)
+    steps = 2 ** (w_bits - 1)
+    w = torch.randint(-steps, steps, (rows, columns), generator=generator).to(torch.int8)
+    w_scale = numbers(generator, rows) if draw(st.booleans()) else numbers(generator)
+    bias = numbers(generator, rows) * 10 if draw(st.booleans()) else None
+    stored = pack(w) if w_bits <= 4 else w
+    return x, numbers(generator).abs(), x_bits, draw(st.booleans()), stored, w_scale, [rows, columns], bias
+
+
+@needs_onednn
+@settings(max_examples=200)
+@given(given=operands(), end=ends())
+def test_the_kernel_is_the_reference_bit_for_bit(given, end):
+    y = integer_linear(*given, *end)
+    assert torch.equal(y, reference.integer_linear(*given, *end))
+    assert y.is_contiguous()
+
+
+def arguments() -> tuple:
+    x = torch.randint(0, 256, (2, 3, 8), dtype=torch.uint8)
+    w = torch.randint(-128, 128, (5, 8), dtype=torch.int8)
+    return x, torch.tensor(0.1), 8, True, w, torch.rand(5), [5, 8], torch.randn(5)
+
+
+def test_the_reference_is_a_matmul_of_levels():
+    x, _, _, _, w, *_ = arguments()
+    exact = torch.randint(-2, 3, (5,)).double()
+    # All of it is exact in float32: scales are powers of two, the bias an integer.
+    args = (x, torch.tensor(0.5), 8, True, w, torch.full((5,), 0.25), [5, 8], exact.float())
+    expected = ((x.double() - 128) * 0.5) @ (w.double() * 0.25).t() + exact
+    assert torch.equal(reference.integer_linear(*args).double(), expected)
+
+
+def test_rows_that_are_not_contiguous():
+    x, *rest = arguments()
+    assert torch.equal(integer_linear(x[:, 1], *rest), integer_linear(x, *rest)[:, 1])
+
+
+@pytest.mark.parametrize("step", [None, torch.tensor(0.3)])
+def test_opcheck(step):
+    torch.library.opcheck(integer_linear.default, arguments(), {"step": step})
+
+
+def test_operands_that_do_not_fit():
+    x, *rest = arguments()
+    with pytest.raises(OctavError, match="codes are uint8"):
+        integer_linear(x.to(torch.int8), *rest)
