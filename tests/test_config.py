@@ -198,6 +198,7 @@ def test_fields_are_the_promised_ones():
         "weight_bits": 4,
         "activation_bits": 4,
         "edge_bits": 8,
+        "residual_bits": None,
         "clip": "octav",
         "weight_gradient": "mad",
         "activation_gradient": "pwl",
