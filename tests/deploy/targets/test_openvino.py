@@ -30,6 +30,6 @@ def test_it_computes_nearly_the_same(name, bits, target, tmp_path):
     if target == "exact" and bits[0] == 4:
         # It dequantizes int4 and computes in float32 on the levels: rounding, and a tie that it moves.
         assert relative(found, expected) < 1e-3
-    # Its integer kernels multiply by scales in an order of their own. A code that moves at a tie moves what follows it
-    # by a step, of which the widest here are a fifteenth of the range.
+    # Its integer kernels multiply by scales in an order of their own. A code that moves at a tie moves what is behind
+    # it by a step, of which the widest here are a fifteenth of the range.
     assert relative(found, expected) < (0.05 if bits[1] == 8 else 0.15)
