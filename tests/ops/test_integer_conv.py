@@ -84,6 +84,14 @@ def test_the_reference_is_a_convolution_of_levels(given):
     assert ((y.double() - expected).abs() <= 4 * 2.0**-24 * size + 1e-40).all()
 
 
+def test_a_filter_that_fits_into_the_padding():
+    x = torch.randint(0, 256, (2, 4, 5, 9), dtype=torch.uint8)
+    w = torch.randint(-128, 128, (20, 1, 2, 2), dtype=torch.int8)
+    window = [1, 2], [2, 1], [1, 1], 4
+    given = (x, torch.tensor(0.1), 8, True, w, torch.rand(20), [20, 1, 2, 2], None, *window)
+    assert torch.equal(integer_conv(*given), reference.integer_conv(*given))
+
+
 def arguments(x_bits: int = 8, w_bits: int = 8, rank: int = 2) -> tuple:
     x = torch.randint(0, 2**x_bits, (2, 8, *[6] * rank), dtype=torch.uint8)
     shape = [5, 8, *[3] * rank]
