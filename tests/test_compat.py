@@ -8,12 +8,14 @@ from tests.support.sources import SOURCES
 
 # An op of ATen is registered under its name, underscore and all; Python's stack has no other name.
 NOT_PRIVATE = ("aten", "torch.ops.aten", "sys")
+# Public methods of Python's named tuples, which begin so to leave room for fields.
+OF_NAMED_TUPLES = ("_replace", "_asdict", "_fields")
 # The names under which modules import it.
 TORCH = ("torch", "nn", "fx", "F")
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name not in OF_NAMED_TUPLES
 
 
 def defined_in(tree: ast.AST) -> set[str]:

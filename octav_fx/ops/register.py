@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from octav_fx.compat.tensors import pytree
 
 # The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
 LAYOUT_AGNOSTIC = (torch.Tag.flexible_layout,)

@@ -14,12 +14,7 @@ from octav_fx.formats.packing import pack
 from octav_fx.ops import onednn
 from octav_fx.ops.integer_conv import reference
 from octav_fx.ops.integer_conv.op import integer_conv
-
-needs_onednn = pytest.mark.skipif(onednn.largest_product() is None, reason="no integer kernels in this torch")
-
-
-def numbers(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=generator)
+from tests.support.integers import ends, needs_onednn, numbers
 
 
 @st.composite
@@ -48,15 +43,6 @@ def operands(draw: st.DrawFn) -> tuple:
     stored = pack(w) if w_bits <= 4 else w
     x_scale = numbers(generator).abs()
     return (x, x_scale, x_bits, x_signed, stored, w_scale, list(shape), bias, stride, padding, dilation, groups)
-
-
-@st.composite
-def ends(draw: st.DrawFn) -> tuple:
-    """The arguments after groups: a clamp or none, codes or floats."""
-    low, high = draw(st.sampled_from([(None, None), (0.0, None), (0.0, 6.0), (-1.0, 1.0), (None, 0.5)]))
-    step = draw(st.sampled_from([None, 0.01, 0.37, 5.0, 2.0**126]))
-    step = None if step is None else torch.tensor(step)
-    return low, high, step, draw(st.integers(2, 8)), draw(st.booleans())
 
 
 @needs_onednn

@@ -9,7 +9,7 @@ from octav_fx.errors import OctavError
 from octav_fx.formats.packing import pack
 from octav_fx.ops.integer_linear import reference
 from octav_fx.ops.integer_linear.op import integer_linear
-from tests.ops.test_integer_conv import ends, needs_onednn, numbers
+from tests.support.integers import ends, needs_onednn, numbers
 
 
 @st.composite

@@ -68,7 +68,7 @@ def test_sums(join):
     [
         lambda s, y, x: s.b(torch.add(y, x, alpha=2)),
         lambda s, y, x: s.b(y + 1),
-        lambda s, y, x: s.b(F.relu(total := y + x)) + total.mean(),
+        lambda s, y, x: s.b(r := F.relu(total := y + x)) + r.mean() + total.mean(),
         lambda s, y, x: s.b((z := y * 2).add_(x)) + z.mean(),
     ],
 )
