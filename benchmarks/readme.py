@@ -7,7 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks import result
-from benchmarks.train import summary
+from benchmarks.study import summary
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit; no commit where only the files are, without their history."""
-    changed = _git("status", "--porcelain", "--", "octav_fx", "passes", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", "octav_fx", "passes", "examples", "benchmarks/*.py")
     return {
         "cpu": _cpu(),
         "python": platform.python_version(),

@@ -7,7 +7,8 @@ from octav_fx.deploy.freeze import calibrate, freeze, unfreeze
 from octav_fx.deploy.targets.onnx import export_onnx
 from octav_fx.errors import OctavError
 from octav_fx.functional import fake_quantize, optimal_clip
-from octav_fx.ir.rules import Rule, activation, either, weight
+from octav_fx.ir.op import Op as Rule
+from octav_fx.ir.op import activation, either, weight
 from octav_fx.optim import pact_penalty, param_groups
 from octav_fx.reporting.rows import Coverage, Row, coverage, rows, table
 from octav_fx.training.quantize import float_mode, quantize

@@ -1,4 +1,9 @@
-"""Where training broke: the first node whose operand was not finite."""
+"""Find where training broke: the first node whose operand was not finite.
+
+octav_fx.debug.check_finite(loss, model, batch) belongs between loss and backward, in a loop with any optimizer;
+first_not_finite(model, batch) asks at any time. Both take float models, too. They are called by these names: what
+octav_fx itself exports is what every user needs.
+"""
 
 from typing import Any
 

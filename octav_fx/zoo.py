@@ -1,4 +1,8 @@
-"""Models by name: torchvision's builders, or any "package.module:callable"."""
+"""Models by name, for the README, the command line and the recipes: octav_fx.zoo.load("resnet18").
+
+load() takes the names of torchvision's builders, and any "package.module:callable". torchvision() imports torchvision
+beside a CPU-only torch, too. They are called by these names, and octav_fx does not import this module by itself.
+"""
 
 import importlib
 import inspect

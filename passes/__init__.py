@@ -15,7 +15,9 @@ from octav_fx.passes.export.fold_affine_into_scale import fold_affine_into_scale
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
 from octav_fx.passes.lower.integer_matmul import integer_matmul
+from octav_fx.passes.lower.mask_from_codes import mask_from_codes
 from octav_fx.passes.lower.save_codes import save_codes
+from octav_fx.passes.lower.split_quantizers import split_quantizers
 from octav_fx.passes.prepare.canonicalize import canonicalize
 from octav_fx.passes.prepare.choose import choose_spec
 from octav_fx.passes.prepare.decompose_attention import decompose_attention
@@ -32,11 +34,13 @@ PREPARE: Final[tuple[Any, ...]] = (
     deduplicate_quantizers,  # last: one quantizer for each value, where several operands got equal ones
 )
 
-# What the backend runs on the joint graph of forward and backward. The partitioner comes next: it decides by size and
-# by what can be recomputed what is kept between the two.
-LOWER: Final[tuple[Any, ...]] = (
-    save_codes,  # first: it splits the quantizers into the parts that the rest is about
-    filters_channels_last,  # after save_codes, whose fake_quantize of a weight it replaces
+# What the backend runs on the joint graph of forward and backward, and on a graph for inference. The partitioner comes
+# next: it decides by size and by what can be recomputed what is kept between the two halves.
+LOWER: Final[tuple[Pass, ...]] = (
+    split_quantizers,  # first: the parts are what all others are about
+    save_codes,  # what backward needs of a quantized value is decided before anyone asks for it in another form
+    mask_from_codes,  # after save_codes: it asks the codes that are kept
+    filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
     integer_matmul,  # after save_codes, whose codes it multiplies
     fuse_weight_quantizers,  # last: of the weights whose levels are still needed
 )
@@ -81,8 +85,10 @@ __all__ = [
     "fuse_weight_quantizers",
     "integer_matmul",
     "make_activations_static",
+    "mask_from_codes",
     "pack_weights",
     "prepare_passes",
     "quantize_operands",
     "save_codes",
+    "split_quantizers",
 ]

@@ -19,9 +19,13 @@ torch.set_num_threads(1)
 # Read when triton is first imported. Without a GPU its kernels run interpreted, the same source on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Passes are checked after each other's work (octav_fx/ir/verify.py).
+os.environ.setdefault("OCTAV_FX_VERIFY", "1")
 # A compiler that was killed leaves half a library in the user's cache of Inductor, where every later run would find it.
-_CACHE = tempfile.TemporaryDirectory(prefix="octav_fx_tests_")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+# The processes of one run share a cache: what two of them compile is compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="octav_fx_tests_")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 # Cores are shared with other processes: how long one example takes says nothing.
 for _name, _count in PROFILES.items():
     settings.register_profile(f"octav_fx_{_name}", deadline=None, max_examples=_count)
@@ -72,7 +76,8 @@ def _warm(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("fast"):
         cpu.library()
         zoo.torchvision()
-        torch.library.opcheck(torch.ops.octav.quantize.default, (torch.ones(1), torch.ones(()), 4, True, None))
+        x = torch.ones(1, requires_grad=True)
+        torch.library.opcheck(torch.ops.octav.fake_quantize.default, (x, torch.ones(()), 4, True, None, "pwl"))
 
 
 @pytest.fixture(autouse=True)

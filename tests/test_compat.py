@@ -8,6 +8,8 @@ from tests.support.sources import SOURCES
 
 # An op of ATen is registered under its name, underscore and all; Python's stack has no other name.
 NOT_PRIVATE = ("aten", "torch.ops.aten", "sys")
+# The names under which modules import it.
+TORCH = ("torch", "nn", "fx", "F")
 
 
 def is_private(name: str) -> bool:
@@ -51,8 +53,9 @@ def private_names(source: str) -> list[str]:
                 found += [f"{node.lineno}: {module}"] if any(map(is_private, parts)) else []
             case ast.Import(names=names):
                 found += [f"{node.lineno}: {a.name}" for a in names if any(map(is_private, a.name.split(".")))]
-            case ast.Attribute(value=value, attr=name) if is_private(name) and name not in OURS:
-                if ast.unparse(value) not in NOT_PRIVATE:
+            case ast.Attribute(value=value, attr=name) if is_private(name):
+                base = ast.unparse(value)
+                if base not in NOT_PRIVATE and (name not in OURS or base.partition(".")[0] in TORCH):
                     found.append(f"{node.lineno}: {ast.unparse(node)}")
     return found
 

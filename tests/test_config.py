@@ -6,7 +6,7 @@ import json
 import pytest
 
 from octav_fx import Config, OctavError
-from octav_fx.ir.rules import Role
+from octav_fx.ir.op import Role
 from octav_fx.passes import Place, choose_spec
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.support.sources import SOURCES
+from tests.support.sources import ROOT, SOURCES, dotted
 
 FLOORS = {"compat": 0, "formats": 0, "clips": 1, "ops": 2, "nn": 3, "config": 4, "ir": 5, "capture": 6, "passes": 7}
 # Modules of the top folder that stand on the lowest floor.
@@ -107,9 +107,9 @@ def test_imports_go_down_only(name):
         ("octav_fx.formats.grid", "from octav_fx.nn import Spec", "floor 3 from floor 0"),
         ("octav_fx.formats.grid", "import networkx", "not in this file"),
         ("octav_fx.errors", "import octav_fx.training.quantize", "floor 8 from floor 0"),
-        ("octav_fx.ops.cpu", "def f():\n    from octav_fx.ir import rules", "floor 5 from floor 2"),
-        ("octav_fx.ir.rules", "import octav_fx.passes.prepare.canonicalize", "floor 7 from floor 5"),
-        ("octav_fx.ir.rules", "from octav_fx import passes", "floor 7 from floor 5"),
+        ("octav_fx.ops.cpu", "def f():\n    from octav_fx.ir import ops", "floor 5 from floor 2"),
+        ("octav_fx.ir.ops", "import octav_fx.passes.prepare.canonicalize", "floor 7 from floor 5"),
+        ("octav_fx.ir.ops", "from octav_fx import passes", "floor 7 from floor 5"),
         ("octav_fx.passes", "from octav_fx import Config", "floor 8 from floor 7"),
         ("octav_fx.reporting.rows", "from octav_fx.training.quantize import _check_model", "_check_model is its own"),
         ("octav_fx.ops.cpu", "import triton.language as tl", "not in this file"),
@@ -130,7 +130,7 @@ def test_what_is_not_allowed_is_found(name, source, fault):
         ("octav_fx.ops.fake_quantize.kernel", "import triton.language as tl"),
         ("octav_fx.deploy.targets.onnx", "import onnx"),
         ("octav_fx.__main__", "from octav_fx import demo, zoo"),
-        ("octav_fx.passes.prepare.canonicalize", "from octav_fx.ir.rules import RULES\nimport networkx as nx"),
+        ("octav_fx.passes.prepare.canonicalize", "from octav_fx.ir.ops import OPS\nimport networkx as nx"),
         ("octav_fx.clips.newton", "import math\nimport torch\nfrom octav_fx.formats.grid import Grid"),
         ("octav_fx", "from octav_fx.version import __version__"),
     ],
@@ -167,3 +167,16 @@ def test_no_module_is_part_of_a_circle():
         leaves = {name for name, needed in reached.items() if not needed & set(reached)}
         assert leaves, f"a circle among {sorted(reached)}"
         reached = {name: needed for name, needed in reached.items() if name not in leaves}
+
+
+def test_tests_take_their_helpers_from_support():
+    files = {dotted(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    imported = {
+        name: {target for made in imports(source) for target in targets(made, set(files))}
+        for name, source in files.items()
+    }
+    assert "tests.support.graphs" in imported["tests.ir.test_macs"]
+    taken = [
+        (name, target) for name in files for target in imported[name] if target.rpartition(".")[2].startswith("test_")
+    ]
+    assert taken == []

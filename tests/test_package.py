@@ -1,5 +1,6 @@
 """What is installed: the wheel's contents, the public names, and passes/ under one name only."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import octav_fx
+from tests.support.sources import SOURCES
 
 ROOT = Path(__file__).parent.parent
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,18 @@ def test_the_public_names():
     ]
     assert all(hasattr(octav_fx, name) for name in octav_fx.__all__)
     assert issubclass(octav_fx.OctavError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SOURCES if not name.endswith((".kernel", ".__main__"))))
+def test_no_module_is_hidden_by_what_has_its_name(name):
+    module = importlib.import_module(name)
+    parent, _, last = name.rpartition(".")
+    assert not parent or getattr(sys.modules[parent], last) is module
+
+
+@pytest.mark.parametrize("name", [name for name in octav_fx.__all__ if not name.startswith("__")])
+def test_every_public_name_is_documented(name):
+    value = getattr(octav_fx, name)
+    # A dataclass without a docstring gets its signature for one.
+    assert value.__doc__ and not value.__doc__.startswith(f"{name}(")
+    assert f"`{name}`" in REFERENCE or f"`{name}(" in REFERENCE

@@ -43,12 +43,12 @@ class Report:
     folder: Path
     device: str
     tests: str
-    initialized: float
+    begun: float
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def left(self) -> float:
         """Seconds that are left of all."""
-        return ALL - (time.monotonic() - self.initialized)
+        return ALL - (time.monotonic() - self.begun)
 
     def ask(self, part: str, arguments: list[str], seconds: float) -> str | None:
         """Let a worker add rows to a part; return why it stopped early, or None."""
@@ -90,12 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_GPU
     if device != "cuda" and not given.folder:
         parser.error("--device is for trying this command: it takes a --folder, too")
-    initialized = time.monotonic()
+    begun = time.monotonic()
     models = step.MODELS if device == "cuda" else step.TINY
     with ThreadPoolExecutor(COMPILERS) as pool:
         for name in models:
             for variant in filter(worker.is_compiled, step.VARIANTS):
-                pool.submit(_compile, initialized, device, name, variant)
+                pool.submit(_compile, begun, device, name, variant)
         passed, summary = _tests([given.tests] if given.tests else kernel_tests())
         if not passed:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("a kernel is wrong on this GPU, or its tests did not end: no speed is measured, no file is written")
         return RED
     name = _slug(torch.cuda.get_device_name()) if device == "cuda" else device
-    report = Report(name, Path(given.folder or result.RESULTS), device, summary, initialized)
+    report = Report(name, Path(given.folder or result.RESULTS), device, summary, begun)
     for op in worker.KERNELS:
         if stopped := report.ask(op, [op, device], LIMITS.get(op, KERNEL)):
             report.parts[op]["stopped"] = stopped
@@ -120,9 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _compile(initialized: float, *arguments: str) -> None:
+def _compile(begun: float, *arguments: str) -> None:
     """Run a step in what is left of the time for the tests; an error will show again when it is measured."""
-    left = TESTS - (time.monotonic() - initialized)
+    left = TESTS - (time.monotonic() - begun)
     limited.rows(["benchmarks.gpu.worker", "compile", *arguments], max(0.0, left), lambda row: None)
 
 

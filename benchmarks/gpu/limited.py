@@ -15,7 +15,7 @@ from typing import Any
 
 def rows(arguments: list[str], seconds: float, take: Callable[[dict[str, Any]], None]) -> str | None:
     """Hand every line of JSON that `python -m ARGUMENTS` prints to take; return why it stopped early, or None."""
-    initialized = time.monotonic()
+    begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -28,7 +28,7 @@ def rows(arguments: list[str], seconds: float, take: Callable[[dict[str, Any]], 
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
         try:
-            while (line := lines.get(timeout=max(0.0, seconds - (time.monotonic() - initialized)))) is not None:
+            while (line := lines.get(timeout=max(0.0, seconds - (time.monotonic() - begun)))) is not None:
                 if line.startswith("{"):
                     take(json.loads(line))
         except queue.Empty:

@@ -24,7 +24,7 @@ from octav_fx.compat.inductor import (
 )
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, Kind
 from octav_fx.ir.pipeline import run
 from octav_fx.passes import LOWER, prepare_passes
 
@@ -134,12 +134,11 @@ def _quantize(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> 
 
 
 def _tell(edits: list[Edit]) -> None:
-    """What stays float, and why, goes to the log "octav_fx": a compiled model has no table."""
+    """Write what stays float, and why, to the log "octav_fx": a compiled model has no table."""
     for edit in edits:
         if not edit.declined:
             continue
-        # Batch norm stays on purpose in training, an operand on an override: no reason to warn.
-        level = logging.INFO if edit.detail.startswith(("not folded", "override")) else logging.WARNING
+        level = logging.WARNING if edit.kind is Kind.UNSUPPORTED else logging.INFO
         _log.log(level, "%s stays as it is: %s", f"{edit.node} {edit.operand or ''}".strip(), edit.detail)
 
 

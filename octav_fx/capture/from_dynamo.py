@@ -29,10 +29,12 @@ from octav_fx.compat.graphs import (
 )
 from octav_fx.compat.modules import CALL_CODE
 from octav_fx.compat.tensors import FakeTensor, is_higher_order, pytree
-from octav_fx.ir.dataflow import PARAMETER, STATE
-from octav_fx.ir.edits import Edit, skip
+from octav_fx.ir.arguments import module_input
+from octav_fx.ir.edits import Edit
 from octav_fx.ir.macs import MacCounter
-from octav_fx.ir.ops import CONTRACTIONS, module_of, op_of
+from octav_fx.ir.meta import State, fake, update
+from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
@@ -77,14 +79,11 @@ def is_within_quantized() -> bool:
 
 
 def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph of Dynamo, with values where passes look, names on parameters and a place for quantizers."""
+    """Copy a graph of Dynamo, with names on parameters, the work of unknown calls, and a place for quantizers."""
     gm = _copy(gm)
     for node in gm.graph.nodes:
-        if "example_value" in node.meta:
-            node.meta["value"] = node.meta["example_value"]
         if node.op == "placeholder" and (name := _state_name(node)) is not None:
-            node.meta[STATE] = name
-            node.meta[PARAMETER] = "._parameters[" in dynamo_source(node)
+            update(node, state=State(name, "._parameters[" in dynamo_source(node)))
         # L['self'].encoder.layers.0
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {k: (v[0].partition(".")[2], v[1]) for k, v in stack.items()}
@@ -92,7 +91,7 @@ def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_function" and node.target in _COMPOSITES:
             _expand(gm.graph, node)
     for node in gm.graph.nodes:
-        node.meta["macs"] = _macs(node)
+        update(node, macs=_macs(node))
     gm.add_submodule(QUANTIZERS, nn.Module())
     return gm
 
@@ -121,14 +120,13 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
         return target(*args, **kwargs)
 
     # Before autograd and decompositions: linear layers and fused attention are still one op each.
-    body = make_fx(call, pre_dispatch=True)(*(source.meta["value"] for source in nodes)).graph
+    body = make_fx(call, pre_dispatch=True)(*map(fake, nodes)).graph
     copies = dict(zip(body.find_nodes(op="placeholder"), nodes, strict=True))
     with graph.inserting_before(node):
         result = graph.graph_copy(body, copies)
     for original, copied in copies.items():
         if original.op == "call_function":
-            copied.meta = {"value": original.meta.get("val"), "nn_module_stack": node.meta["nn_module_stack"]}
-            copied.meta["example_value"] = copied.meta["value"]
+            copied.meta = {"example_value": fake(original), "nn_module_stack": node.meta["nn_module_stack"]}
     for reader in list(node.users):
         # The result is a tuple of nodes, and no node itself.
         index: Any = reader.args[1]
@@ -154,11 +152,10 @@ def find_opaque(gm: fx.GraphModule) -> list[Edit]:
         bodies = [value for value in attributes if isinstance(value, fx.GraphModule)]
         if node.target is FUSED_ENCODER_LAYER:
             reason = "torch's fused layer of inference; torch.backends.mha.set_fastpath_enabled(False) undoes that"
-            edits.append(skip(node, reason))
+            edits.append(Edit.unsupported(node, reason))
         elif any(op_of(inner) in CONTRACTIONS for body in bodies for inner in body.graph.nodes):
-            edits.append(
-                skip(node, "a region of its own, such as a checkpoint; call octav_fx.quantize before compiling")
-            )
+            reason = "a region of its own, such as a checkpoint; call octav_fx.quantize before compiling"
+            edits.append(Edit.unsupported(node, reason))
     return edits
 
 
@@ -167,7 +164,7 @@ def _macs(node: fx.Node) -> int:
     is_call = node.op in ("call_function", "call_method")
     if not is_call or op_of(node) is not None or is_higher_order(node.target):
         return 0
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("value"))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
     # It is counted for a message only: what does not run on fake values is no reason to stop.
     with MacCounter() as counter, contextlib.suppress(Exception):
         run: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
@@ -185,7 +182,7 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
     # A graph of constants has no inputs.
     last = inputs[-1] if inputs else root_of(graph)
     lifted: dict[str, FakeQuantizer] = {}
-    values = [node.meta.get("example_value") for node in graph.nodes]
+    values = list(map(fake, graph.nodes))
     # That of the values: the one of the tracing context, which detect_fake_mode prefers, is another.
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     for node in list(graph.nodes):
@@ -202,7 +199,7 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
         with graph.inserting_before(node):
             outputs = graph.call_function(
                 torch.ops.octav.dynamic_fake_quantize.default,
-                (node.args[0], hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient),
+                (module_input(node), hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient),
             )
             y = graph.call_function(operator.getitem, (outputs, 0))
             clip = graph.call_function(operator.getitem, (outputs, 1))

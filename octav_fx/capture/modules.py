@@ -18,6 +18,8 @@ from octav_fx.compat.modules import (
     transient_buffers_of,
 )
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.meta import info, update
+from octav_fx.ir.records import Record, graph_info
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # What a quantized module has besides what its class has.
@@ -59,14 +61,14 @@ class QuantizedModule(fx.GraphModule):
         self.graph = self._graphs[self.training]
 
     @property
-    def records(self) -> list[Any]:
+    def records(self) -> list[Record]:
         """Return what became of each operand, in the graph of the present mode: Records."""
         return list(self.all_records[self.training])
 
     @property
-    def all_records(self) -> Mapping[bool, list[Any]]:
+    def all_records(self) -> Mapping[bool, list[Record]]:
         """Return the records of each mode."""
-        return self.meta["octav"]["records"]
+        return graph_info(self).records
 
     @property
     def modes(self) -> tuple[bool, ...]:
@@ -78,7 +80,7 @@ class QuantizedModule(fx.GraphModule):
     def graph_of(self, mode: bool) -> fx.Graph:
         """Return the graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
         if mode not in self._graphs:
-            raise OctavError(f"{self.meta['octav']['missing']}; call octav_fx.quantize with inputs that fit both modes")
+            raise OctavError(f"{graph_info(self).missing}; call octav_fx.quantize with inputs that fit both modes")
         return self._graphs[mode]
 
     def train(self, mode: bool = True) -> "QuantizedModule":
@@ -172,17 +174,8 @@ def _flatten(graph: fx.Graph) -> list[Any]:
     def refer(argument: Any) -> Any:
         return fx.node.map_arg(argument, lambda node: _Ref(node.name))
 
-    keep = ("site",)
     return [
-        (
-            node.op,
-            node.target,
-            refer(node.args),
-            refer(node.kwargs),
-            node.name,
-            {k: node.meta[k] for k in keep if k in node.meta},
-        )
-        for node in graph.nodes
+        (node.op, node.target, refer(node.args), refer(node.kwargs), node.name, info(node).site) for node in graph.nodes
     ]
 
 
@@ -193,9 +186,10 @@ def _unflatten(rows: list[Any]) -> fx.Graph:
     def resolve(argument: Any) -> Any:
         return fx.node.map_aggregate(argument, lambda leaf: nodes[leaf] if isinstance(leaf, _Ref) else leaf)
 
-    for op, target, args, kwargs, name, meta in rows:
+    for op, target, args, kwargs, name, site in rows:
         nodes[name] = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
-        nodes[name].meta.update(meta)
+        if site is not None:
+            update(nodes[name], site=site)
     return graph
 
 

@@ -83,3 +83,8 @@ def share_parts(source: nn.Module, target: nn.Module) -> None:
 def replace_children(module: nn.Module, children: dict[str, nn.Module | None]) -> None:
     """Give a module other children, in a dict of its own."""
     module._modules = children
+
+
+def apply_to_tensors(module: nn.Module, fn: Any, recurse: bool) -> None:
+    """Run what nn.Module does for .to() and its like, which a subclass may have replaced."""
+    nn.Module._apply(module, fn, recurse)

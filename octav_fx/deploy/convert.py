@@ -11,6 +11,7 @@ from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import run
+from octav_fx.ir.records import update_graph_info
 from octav_fx.passes import CONVERT
 
 
@@ -45,5 +46,6 @@ def _convert(module: QuantizedModule) -> IntegerModule:
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()
     run(working, CONVERT)
-    meta = {"octav": {"records": working.all_records[False]}}
-    return IntegerModule(working, working.graph, type(module).__name__, meta)
+    converted = IntegerModule(working, working.graph, type(module).__name__, {})
+    update_graph_info(converted, records={False: working.all_records[False]})
+    return converted

@@ -16,6 +16,7 @@ from octav_fx.capture.rerun import in_eval_mode, run_once
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.printer import fingerprint
+from octav_fx.ir.records import graph_info, update_graph_info
 from octav_fx.nn import FakeQuantizer
 
 
@@ -71,14 +72,14 @@ def freeze(q: nn.Module) -> nn.Module:
     for quantizer, clip in clips.items():
         quantizer.clip = clip.detach().to(torch.float32).clone()
     for module in modules:
-        module.meta["octav"]["frozen"] = {mode: fingerprint(module.graph_of(mode)) for mode in module.modes}
+        update_graph_info(module, frozen={mode: fingerprint(module.graph_of(mode)) for mode in module.modes})
     return q
 
 
 def unfreeze(q: nn.Module) -> nn.Module:
     """Take freeze() back: every quantizer finds the clip of each tensor anew. Returns q."""
     for module in quantized_modules(q):
-        module.meta["octav"].pop("frozen", None)
+        update_graph_info(module, frozen={})
     for _, quantizer in _named_quantizers(q):
         quantizer.clip = None
     return q
@@ -92,7 +93,7 @@ def check_frozen(module: QuantizedModule) -> None:
             f"{loose[0]} finds a clip for each tensor: call octav_fx.calibrate with a few batches, then octav_fx.freeze"
         )
     # A state that was loaded brings clips and no graphs.
-    for mode, known in module.meta["octav"].get("frozen", {}).items():
+    for mode, known in graph_info(module).frozen.items():
         if fingerprint(module.graph_of(mode)) != known:
             raise OctavError(
                 f"the graph of {'training' if mode else 'eval'} mode was edited after octav_fx.freeze, its clips may "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from octav_fx.compat.tensors import pytree, storage_id
+from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import in_place
 
 
@@ -16,7 +17,7 @@ class Aliasing:
     writes: dict[int, list[int]]
 
     def written(self, node: fx.Node, after: fx.Node, before: fx.Node | None = None) -> bool:
-        """Whether anything writes into the value of node, by any of its views, between two nodes."""
+        """Return whether anything writes into the value of node, by any of its views, between two nodes."""
         first = self.position[after]
         last = len(self.position) if before is None else self.position[before]
         return any(first < at < last for storage in _storages(node) for at in self.writes.get(storage, ()))
@@ -35,5 +36,5 @@ def aliasing(graph: fx.Graph) -> Aliasing:
 
 
 def _storages(node: fx.Node) -> set[int]:
-    leaves = pytree.tree_leaves(node.meta.get("value"))
+    leaves = pytree.tree_leaves(fake(node))
     return {storage_id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}

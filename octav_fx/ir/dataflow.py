@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -10,39 +10,31 @@ from torch import Tensor, fx, nn
 from octav_fx.compat.modules import parameters_of
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
-from octav_fx.ir.ops import in_place, op_of
-
-# On a placeholder of a Dynamo graph: the name of the parameter or buffer that it stands for.
-STATE: Final = "state"
-# And whether it is a parameter.
-PARAMETER: Final = "parameter"
-
-# What these return may share memory with their first input; so may what an op of no row returns.
-_VIEWS: Final = frozenset(
-    {
-        *("flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand", "contiguous"),
-        *("cast", "chunk", "getitem", "identity", "dropout"),
-    }
-)
+from octav_fx.ir.meta import fake, info
+from octav_fx.ir.op import Trait
+from octav_fx.ir.ops import OPS, in_place, op_of
 
 
 def state_name(node: fx.Node) -> str | None:
-    """The name of the parameter or buffer that a node reads, or None for any other node."""
-    return str(node.target) if node.op == "get_attr" else node.meta.get(STATE)
+    """Return the name of the parameter or buffer that a node reads, or None for any other node."""
+    if node.op == "get_attr":
+        return str(node.target)
+    state = info(node).state
+    return None if state is None else state.name
 
 
 def holds_tensor(node: fx.Node) -> bool:
-    """Whether the value of a captured node is or contains a tensor; sizes and flags do not."""
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("value")))
+    """Return whether the value of a captured node is or contains a tensor; sizes and flags do not."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(fake(node)))
 
 
 def is_value_source(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node is a parameter, a module with parameters, or an input of floating point."""
+    """Return whether a node is a parameter, a module with parameters, or an input of floating point."""
     match node.op:
-        case "placeholder" if STATE in node.meta:
-            return bool(node.meta[PARAMETER])
+        case "placeholder" if (state := info(node).state) is not None:
+            return state.is_parameter
         case "placeholder":
-            leaves = pytree.tree_leaves(node.meta.get("value"))
+            leaves = pytree.tree_leaves(fake(node))
             return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
         case "get_attr":
             owner, _, name = str(node.target).rpartition(".")
@@ -53,7 +45,7 @@ def is_value_source(node: fx.Node, root: nn.Module) -> bool:
 
 
 def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
-    """A directed graph of fx nodes with the edges that carry tensors, so that a shared shape links nothing."""
+    """Return a directed graph of fx nodes with the edges that carry tensors, so that a shared shape links nothing."""
     flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
     flow.add_edges_from(
@@ -63,17 +55,17 @@ def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
 
 
 def downstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Everything that is computed from one of the nodes, without the nodes that only start a path."""
+    """Return everything that is computed from one of the nodes, without the nodes that only start a path."""
     return {reached for node in nodes for reached in nx.descendants(flow, node)}
 
 
 def upstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Everything that one of the nodes is computed from."""
+    """Return everything that one of the nodes is computed from."""
     return {reached for node in nodes for reached in nx.ancestors(flow, node)}
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose value a module's state alone decides, whatever the inputs are, their shapes included.
+    """Return the nodes whose value a module's state alone decides, whatever the inputs are, their shapes included.
 
     State that the graph writes into is none; nor is what may differ between two calls (factories, dropout, modules).
     """
@@ -82,7 +74,7 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         inputs = node.all_input_nodes
         op = op_of(node)
-        is_random = op is not None and op.name == "dropout"
+        is_random = op is not None and Trait.RANDOM in op.traits
         is_state = node.op == "get_attr" and node.target not in written
         repeats = node.op in ("call_function", "call_method") and not in_place(node) and not is_random
         if is_state or (repeats and inputs and found.issuperset(inputs)):
@@ -91,17 +83,21 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _written_state(node: fx.Node) -> str | None:
-    """The name of the state that an in-place node may write into, seen through views of it."""
+    """Return the name of the state that an in-place node may write into, seen through views of it."""
     target: Any = next(iter(node.all_input_nodes), None)
     while isinstance(target, fx.Node) and target.op != "get_attr":
-        op = op_of(target)
-        is_view = target.op != "placeholder" and (op is None or op.name in _VIEWS)
-        target = next(iter(target.all_input_nodes), None) if is_view else None
+        target = next(iter(target.all_input_nodes), None) if _may_be_view(target) else None
     return None if target is None else str(target.target)
 
 
+def _may_be_view(node: fx.Node) -> bool:
+    """Return whether a node may share memory with its first input; of an op without a row here nothing is known."""
+    op = op_of(node)
+    return node.op != "placeholder" and (op is None or OPS.get(op.name) is not op or Trait.VIEW in op.traits)
+
+
 def value_of(module: nn.Module, node: fx.Node) -> Any:
-    """The present value of one of the constants of a module's graph."""
+    """Return the present value of one of the constants of a module's graph."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: value_of(module, source))
     match node.op:
         case "get_attr":
@@ -114,7 +110,7 @@ def value_of(module: nn.Module, node: fx.Node) -> Any:
 
 
 def ancestors(node: fx.Node) -> list[fx.Node]:
-    """The node and everything it is computed from, nearest first, sizes and flags among it."""
+    """Return the node and everything it is computed from, nearest first, sizes and flags among it."""
     found = {node: None}
     pending = [node]
     for reached in pending:
@@ -125,6 +121,6 @@ def ancestors(node: fx.Node) -> list[fx.Node]:
 
 
 def static(flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
-    """The nodes computed from parameters, buffers and constants alone."""
-    inputs = [node for node in flow if node.op == "placeholder" and STATE not in node.meta]
+    """Return the nodes computed from parameters, buffers and constants alone."""
+    inputs = [node for node in flow if node.op == "placeholder" and info(node).state is None]
     return set(flow) - set(inputs) - downstream(flow, inputs)

@@ -1,7 +1,8 @@
-"""What a pass did, and the few ways in which passes change a graph."""
+"""What a pass did, or declined to do, and the few ways in which passes add to a graph."""
 
 import contextlib
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -9,7 +10,19 @@ from torch import fx
 
 from octav_fx.compat.tensors import FakeTensor, detect_fake_mode, pytree
 from octav_fx.ir.macs import MacCounter
-from octav_fx.ir.rules import Operand
+from octav_fx.ir.meta import fake, info, set_fake, update
+
+
+class Kind(Enum):
+    """What an edit is to the user."""
+
+    APPLIED = "applied"
+    # Declined because the Config says so: nothing to tell but in the row of the operand.
+    BY_CONFIG = "by config"
+    # Declined although asked for: the row of the node says why, and a compiled model, which has no rows, warns.
+    UNSUPPORTED = "unsupported"
+    # Declined, and nothing stays float because of it: a note below the table.
+    INFO = "info"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,53 +34,53 @@ class Edit:
     detail: str
     # The operand it is about, if it is about one.
     operand: str | None = None
+    kind: Kind = Kind.APPLIED
 
     @property
     def declined(self) -> bool:
-        """Whether the graph is as it was."""
-        return self.verb == "skip"
+        """Return whether the graph is as it was."""
+        return self.kind is not Kind.APPLIED
 
+    @classmethod
+    def by_config(cls, node: fx.Node | str, reason: str, operand: str | None = None) -> "Edit":
+        """Return what was left as it is because the Config says so."""
+        return cls(_name(node), "skip", reason, operand, Kind.BY_CONFIG)
 
-def skip(node: fx.Node | str, reason: str, operand: str | None = None) -> Edit:
-    """A refusal: the graph is as it was, and the user's table says why."""
-    return Edit(node if isinstance(node, str) else site_of(node), "skip", reason, operand)
+    @classmethod
+    def unsupported(cls, node: fx.Node | str, reason: str, operand: str | None = None) -> "Edit":
+        """Return what stays float, or as it is, for this reason."""
+        return cls(_name(node), "skip", reason, operand, Kind.UNSUPPORTED)
+
+    @classmethod
+    def info(cls, node: fx.Node | str, reason: str, operand: str | None = None) -> "Edit":
+        """Return what was not done, without a loss to what is quantized."""
+        return cls(_name(node), "skip", reason, operand, Kind.INFO)
 
 
 def site_of(node: fx.Node) -> str:
-    """The name a user knows a node by: its module's path, set by canonicalize; else the name of the node."""
-    return str(node.meta.get("site", node.name))
+    """Return the name a user knows a node by: its module's path, set by canonicalize; else the name of the node."""
+    return info(node).site or node.name
 
 
-def operand_of(node: fx.Node, operand: Operand) -> Any:
-    """The current value of an operand of a canonical node."""
-    return node.args[operand.index]
+def _name(node: fx.Node | str) -> str:
+    return node if isinstance(node, str) else site_of(node)
 
 
-def set_operand(node: fx.Node, operand: Operand, value: fx.Node) -> None:
-    """Replace one operand, by position: replace_input_with would change both inputs of matmul(x, x)."""
-    node.update_arg(operand.index, value)
-
-
-def copy_meta(source: fx.Node, target: fx.Node) -> fx.Node:
-    """What is known of a node's value holds for the node that replaces it."""
-    target.meta = dict(source.meta)
-    return target
-
-
-def insert_captured(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A call of a function, or of a method by its name, with its fake value and its work as a capture leaves them."""
-    node = graph.call_method(target, args) if isinstance(target, str) else graph.call_function(target, args)
-    values = fx.node.map_arg(args, lambda argument: argument.meta["value"])
+def insert_captured(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert a call of a function, or of a method by its name, with its fake value and its work as capture does."""
+    is_method = isinstance(target, str)
+    node = graph.call_method(target, args, kwargs) if is_method else graph.call_function(target, args, kwargs)
+    values, named = fx.node.map_arg((args, kwargs), fake)
     # That of the values: in a backend the tracing context has another.
     mode = next((leaf.fake_mode for leaf in pytree.tree_leaves(values) if isinstance(leaf, FakeTensor)), None)
     with mode or contextlib.nullcontext(), torch.no_grad(), MacCounter() as counter:
-        node.meta["value"] = (getattr(torch.Tensor, target) if isinstance(target, str) else target)(*values)
-    node.meta["macs"] = counter.macs
+        set_fake(node, (getattr(torch.Tensor, target) if is_method else target)(*values, **named))
+    update(node, macs=counter.macs)
     return node
 
 
 def insert_aten(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call in an aten graph, with its fake value in meta["val"] as AOTAutograd leaves it on every node."""
+    """Insert a call into an aten graph, with its fake value in meta["val"] as AOTAutograd leaves it on every node."""
     node = graph.call_function(target, args, kwargs)
     values = fx.node.map_arg(args, lambda argument: argument.meta["val"])
     with detect_fake_mode(values) or contextlib.nullcontext():

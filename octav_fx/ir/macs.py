@@ -22,6 +22,11 @@ def _trilinear(first: Tensor, weight: Tensor, second: Tensor, *_: Any, **__: Any
     return 2 * math.prod(first.shape[:-1]) * weight.numel()
 
 
+def _conv_tbc(x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> int:
+    """Time-first convolution: x [T, B, I], weight [K, I, O]."""
+    return 2 * (x.shape[0] + 2 * pad - weight.shape[0] + 1) * x.shape[1] * weight.numel()
+
+
 def _lstm_layer(x: Tensor, weight: Tensor, recurrent_weight: Tensor, *_: Any, **__: Any) -> int:
     """One layer and direction: both weights meet each of the [T, B] vectors."""
     return 2 * math.prod(x.shape[:-1]) * (weight.numel() + recurrent_weight.numel())
@@ -36,6 +41,7 @@ def _grouped(mat_a: Tensor, mat_b: Tensor, *_: Any, **__: Any) -> int:
 _OURS: Final[dict[Any, Callable[..., int]]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
     aten._trilinear: _trilinear,
+    aten.conv_tbc: _conv_tbc,
     aten.mkldnn_rnn_layer: _lstm_layer,
     aten._grouped_mm: _grouped,
 }

@@ -1,19 +1,21 @@
 """What was decided for each operand: plain data that outlives the graph's metadata."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from octav_fx.ir.arguments import module_input, operand_of, operands_of
 from octav_fx.ir.edits import Edit, site_of
+from octav_fx.ir.meta import fake, info
 from octav_fx.ir.ops import op_of
-from octav_fx.ir.rules import rule_of
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One operand of one matmul or convolution; or, with operand None, a node that no rule speaks of."""
+    """One operand of one matmul or convolution; or, with operand None, a node that no row speaks of."""
 
     site: str
     op: str
@@ -27,36 +29,59 @@ class Record:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class GraphInfo:
+    """What outlives the making of a module's graphs; modes are those of nn.Module.training."""
+
+    # The fields of the Config it was made with.
+    config: Mapping[str, Any] = field(default_factory=dict)
+    # What became of each operand, for each mode.
+    records: Mapping[bool, list[Record]] = field(default_factory=dict)
+    # What the user has to know, for the end of the table.
+    notes: tuple[str, ...] = ()
+    # Why a mode has no graph, if one has none.
+    missing: str | None = None
+    # Fingerprints of the graphs that were frozen, for each mode.
+    frozen: Mapping[bool, str] = field(default_factory=dict)
+
+
+_KEY: Final = "octav"
+
+
+def graph_info(module: nn.Module) -> GraphInfo:
+    """Return what is kept with the graphs of a quantized or converted module."""
+    meta: dict[str, Any] = module.meta  # type: ignore[assignment]
+    return meta.get(_KEY, GraphInfo())
+
+
+def update_graph_info(module: nn.Module, **changes: Any) -> None:
+    """Replace fields of what is kept with the graphs of a module."""
+    module.meta[_KEY] = replace(graph_info(module), **changes)  # type: ignore[index, operator, assignment]
+
+
 def records(graph: fx.Graph, edits: Iterable[Edit]) -> list[Record]:
-    """One record per operand of each contraction in a captured and rewritten graph, in the graph's order."""
+    """Return one record per operand of each contraction in a captured and rewritten graph, in the graph's order."""
     reasons = {(edit.node, edit.operand): edit.detail for edit in edits if edit.declined}
     rows = []
     for node in graph.nodes:
-        op, macs = op_of(node), node.meta.get("macs", 0)
-        rule = rule_of(node)
-        site = str(node.target) if node.op == "call_module" and "site" not in node.meta else site_of(node)
-        if rule is None or (whole := reasons.get((site, None))) is not None:
+        op, macs = op_of(node), info(node).macs
+        site = str(node.target) if node.op == "call_module" and info(node).site is None else site_of(node)
+        if op is None or not op.operands or (site, None) in reasons:
             if macs:
                 kind = op.name if op is not None else str(getattr(node.target, "__name__", node.target))
                 rows.append(Record(site, kind, None, _shape(node), macs, None, reasons.get((site, None), "no rule")))
             continue
-        positions = [(operand.index, operand.name) for operand in rule.operands]
-        if rule.variadic:
-            start, name = positions[0]
-            positions = [(i, f"{name}{i - start}") for i in range(start, len(node.args))]
-            positions = positions if len(positions) > 1 else []
-        for index, name in positions:
-            value = node.args[index]
+        for operand in operands_of(node):
+            value = operand_of(node, operand)
             assert isinstance(value, fx.Node)
             is_quantized = value.op == "call_module" and str(value.target).startswith(QUANTIZERS + ".")
-            source = value.args[0] if is_quantized else value
-            assert isinstance(source, fx.Node)
+            source = module_input(value) if is_quantized else value
             quantizer = str(value.target) if is_quantized else None
-            reason = None if is_quantized else reasons.get((site, name), whole or "no rule")
-            rows.append(Record(site, rule.op, name, _shape(source), macs, quantizer, reason))
+            reason = None if is_quantized else reasons.get((site, operand.name), "no rule")
+            rows.append(Record(site, op.name, operand.name, _shape(source), macs, quantizer, reason))
     return rows
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("value")
+    value = fake(node)
     return tuple(value.shape) if isinstance(value, Tensor) else ()

@@ -5,6 +5,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from octav_fx.compat.modules import apply_to_tensors
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.packing import integer_codes, pack, unpack
@@ -99,6 +100,6 @@ class ChannelAffine(nn.Module):
 
 def _keep_float32(module, fn, recurse):  # type: ignore[no-untyped-def]
     """Undo what .half() would do to scales; codes are integers and stay by themselves."""
-    nn.Module._apply(module, fn, recurse)
+    apply_to_tensors(module, fn, recurse)
     module.scale = module.scale.to(torch.float32)
     return module

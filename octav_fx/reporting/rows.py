@@ -15,7 +15,7 @@ from octav_fx.capture.partial import example_of, float_records, outermost, parti
 from octav_fx.capture.rerun import has_data, run_once
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
-from octav_fx.ir.records import Record
+from octav_fx.ir.records import Record, graph_info
 from octav_fx.nn import FakeQuantizer
 
 
@@ -132,7 +132,7 @@ def table(q: nn.Module, example_inputs: Any = None) -> str:
     if covered.skipped:
         text += f"; {len(covered.skipped)} nodes keep float operands"
     quantized = outermost(q)
-    own = [note for part in quantized_modules(quantized) for note in part.meta["octav"]["notes"]]
+    own = [note for part in quantized_modules(quantized) for note in graph_info(part).notes]
     return "\n".join([text, *partial_lines(quantized), *dict.fromkeys(own)])
 
 

@@ -20,9 +20,9 @@ from octav_fx.capture.symbolic.tracer import is_torch_leaf
 from octav_fx.compat.modules import children_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured
-from octav_fx.ir.ops import CONTRACTIONS, op_of_module
+from octav_fx.ir.ops import UserRules, op_of_module
 from octav_fx.ir.records import Record
-from octav_fx.ir.rules import Own
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.one_graph import Position, check_equal, prepare_module
 
@@ -35,7 +35,7 @@ class Ladder:
     """One climb: what holds for the whole model, and what was found on the way."""
 
     config: Config
-    own: Own
+    user: UserRules
     # Which modules multiply and how much, in the order in which they do; known from the first descent on.
     macs_by_module: list[tuple[str, int]] = field(default_factory=list)
     # The same by identity, as a module may have several paths.
@@ -49,7 +49,7 @@ class Ladder:
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
         has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS
-        if path and (has_no_rule or isinstance(module, self.own.leaves)):
+        if path and (has_no_rule or isinstance(module, self.user.leaves)):
             raise NotCaptured(f"no rule for {type(module).__name__}")
         if id(module) not in self.done:
             self.done[id(module)] = self._climbed(module, calls, path)
@@ -72,7 +72,7 @@ class Ladder:
         if self.macs_by_module:
             is_op, first, last = op_of_module(module) is not None, self.macs_by_module[0][0], self.macs_by_module[-1][0]
             position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
-        quantized = prepare_module(module, calls[0], self.config, position, self.own, both_modes)
+        quantized = prepare_module(module, calls[0], self.config, position, self.user, both_modes)
         for call in calls:
             check_equal(quantized, call)
         return quantized
@@ -187,9 +187,9 @@ class Ladder:
         return sum(macs for at, macs in self.macs_by_module if _is_at(at, path))
 
 
-def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, own: Own) -> nn.Module:
+def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: UserRules) -> nn.Module:
     """Quantize a model, as one graph where one holds it; raise OctavError where nothing of it can be quantized."""
-    ladder = Ladder(config, own)
+    ladder = Ladder(config, user)
     quantized = ladder.climb(model, [example])
     if isinstance(quantized, QuantizedModule):
         quantized.examples = example

@@ -23,9 +23,12 @@ from octav_fx.capture.rerun import (
 from octav_fx.capture.symbolic.trace import Capture, capture
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.edits import Kind
+from octav_fx.ir.meta import keep_site
+from octav_fx.ir.op import Trait
+from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
-from octav_fx.ir.records import records
-from octav_fx.ir.rules import Own
+from octav_fx.ir.records import records, update_graph_info
 from octav_fx.nn import Spec
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
@@ -50,12 +53,12 @@ class Position:
 
     def placed(self, place: Place) -> Place:
         """Return the place of an operand in the whole model: a first layer of it need not be one of the model."""
-        edge = place.edge and (self.holds_last if place.op == "linear" else self.holds_first)
+        edge = place.edge and (self.holds_last if Trait.LAST_LAYER in OPS[place.op].traits else self.holds_first)
         return replace(place, site=self.named(place.site), edge=edge)
 
 
 def prepare_module(
-    module: nn.Module, example: Inputs, config: Config, position: Position, own: Own, both_modes: bool
+    module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
 ) -> QuantizedModule:
     """Turn a module into one rewritten graph for each mode that needs its own; the module becomes part of it.
 
@@ -64,7 +67,7 @@ def prepare_module(
     """
     if "forward" in vars(module):
         raise NotCaptured(f"forward of {position.path or type(module).__name__} was replaced on the instance")
-    graphs, missing, notes = _graphs(module, example, own, both_modes)
+    graphs, missing, notes = _graphs(module, example, user, both_modes)
     quantized = QuantizedModule(module, graphs, {})
 
     def choose(place: Place) -> Spec | str:
@@ -76,14 +79,15 @@ def prepare_module(
         edits = run(quantized, prepare_passes(config, choose))
         rows = records(graphs[mode], edits)
         found[mode] = [replace(row, site=position.named(row.site)) for row in rows]
-        notes += [f"{position.named(e.node)}: {e.detail}" for e in edits if e.declined and e.detail.startswith("not ")]
+        notes += [f"{position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
     quantized.graph = graphs[module.training]
-    quantized.meta["octav"] = {
-        "config": config.to_dict(),
-        "records": {mode: found.get(mode, found[module.training]) for mode in graphs},
-        "notes": list(dict.fromkeys(notes)),
-        "missing": missing,
-    }
+    update_graph_info(
+        quantized,
+        config=config.to_dict(),
+        records={mode: found.get(mode, found[module.training]) for mode in graphs},
+        notes=tuple(dict.fromkeys(notes)),
+        missing=missing,
+    )
     remove_unused(quantized, list(graphs.values()))
     _drop_values(graphs)
     return quantized
@@ -121,20 +125,20 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
 
 
 def _graphs(
-    module: nn.Module, example: Inputs, own: Own, both_modes: bool
+    module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
 ) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
     """Return a graph for each mode, why the other mode has none if it needs one and cannot be captured, and notes."""
     mode = module.training
-    captured = _capture(module, example, mode, own)
+    captured = _capture(module, example, mode, user)
     if captured.stored and has_data(module, example):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
         _warm_up(module, example)
-        captured = _capture(module, example, mode, own)
+        captured = _capture(module, example, mode, user)
     notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
     graphs = {mode: captured.graph, (not mode): captured.graph}
     if captured.depends_on_training:
         try:
-            graphs[not mode] = _capture(module, example, not mode, own).graph
+            graphs[not mode] = _capture(module, example, not mode, user).graph
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
             if both_modes and _runs(module, example, not mode):
@@ -163,10 +167,10 @@ def _runs(module: nn.Module, example: Inputs, mode: bool) -> bool:
     return True
 
 
-def _capture(module: nn.Module, example: Inputs, mode: bool, own: Own) -> Capture:
+def _capture(module: nn.Module, example: Inputs, mode: bool, user: UserRules) -> Capture:
     """Capture in one mode; afterwards each module is in the mode it was in, frozen BatchNorms too."""
     with _in_mode(module, mode):
-        return capture(module, arguments_of(module, example), own)
+        return capture(module, arguments_of(module, example), user)
 
 
 @contextmanager
@@ -179,7 +183,7 @@ def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
 
 
 def _drop_values(graphs: Mapping[bool, fx.Graph]) -> None:
-    """Drop the fake tensors, which the passes needed; kept, they would stand in the way of copying and pickling."""
+    """Drop what only the passes needed, fake tensors above all."""
     for graph in graphs.values():
         for node in graph.nodes:
-            node.meta = {"site": node.meta["site"]} if "site" in node.meta else {}
+            keep_site(node)

@@ -16,8 +16,9 @@ from octav_fx.compat.modules import is_compiled
 from octav_fx.compat.tensors import pytree
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
+from octav_fx.ir.op import Op
+from octav_fx.ir.ops import UserRules
 from octav_fx.ir.records import Record
-from octav_fx.ir.rules import Own, Rule
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
@@ -31,7 +32,7 @@ def quantize(
     config: Config | None = None,
     *,
     strict: bool = False,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
 ) -> nn.Module:
     """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
@@ -51,14 +52,14 @@ def quantize(
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
-    quantized = quantize_by_parts(_copy(model), example, config, _own(rules, leaves))
+    quantized = quantize_by_parts(_copy(model), example, config, _user_rules(rules, leaves))
     graphs = quantized_modules(quantized)
     captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
     _check_overrides(config, [*captured, *float_records(quantized)])
     for rule in rules:
-        if all(row.op != rule.op for row in captured):
+        if all(row.op != rule.name for row in captured):
             raise OctavError(
-                f"rules: no graph calls {rule.target}, whose rule is {rule.op!r}; a function is seen where a forward "
+                f"rules: no graph calls {rule.target}, whose rule is {rule.name!r}; a function is seen where a forward "
                 "calls it by a global name that does not begin with an underscore"
             )
     if strict:
@@ -110,14 +111,14 @@ def _begin_learned(q: nn.Module, example: Inputs) -> None:
         quantizer.initialized = bool(quantizer.hint.any())
 
 
-def _own(rules: Sequence[Rule], leaves: Sequence[type[nn.Module]]) -> Own:
+def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]]) -> UserRules:
     for rule in rules:
-        if not isinstance(rule, Rule) or not callable(rule.target):
+        if not isinstance(rule, Op) or not callable(rule.target):
             raise OctavError(f"rules: {rule!r} is no octav_fx.Rule with a function as its target")
     for leaf in leaves:
         if not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
             raise OctavError(f"leaves: {leaf!r} is no class of modules")
-    return Own(tuple(rules), tuple(leaves))
+    return UserRules(tuple(rules), tuple(leaves))
 
 
 def _copy(model: nn.Module) -> nn.Module:

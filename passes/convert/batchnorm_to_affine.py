@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from octav_fx.ir.arguments import argument, arguments
 from octav_fx.ir.dataflow import constants, value_of
-from octav_fx.ir.edits import Edit, skip
-from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.edits import Edit
+from octav_fx.ir.ops import op_of
+from octav_fx.ir.table.layers import BATCH_NORM
 from octav_fx.nn import ChannelAffine
-from octav_fx.passes.prepare.fold_batchnorm import arguments_of, keeps_statistics
+from octav_fx.passes.prepare.fold_batchnorm import keeps_statistics
 
 _FOLDED = "folded"
 
@@ -30,12 +32,11 @@ def batchnorm_to_affine(gm: fx.GraphModule) -> list[Edit]:
     edits: list[Edit] = []
     known = constants(gm.graph)
     for node in list(gm.graph.nodes):
-        op = op_of(node)
-        if op is None or op.name != "batch_norm":
+        if op_of(node) is not BATCH_NORM:
             continue
         name = str(node.target) if node.op == "call_module" else node.name
         if (reason := keeps_statistics(node) or _precision(gm, node, known)) is not None:
-            edits.append(skip(name, reason))
+            edits.append(Edit.info(name, reason))
             continue
         affine = _affine(**_state(gm, node))
         if node.op == "call_module":
@@ -48,11 +49,10 @@ def batchnorm_to_affine(gm: fx.GraphModule) -> list[Edit]:
 
 
 def _precision(gm: fx.GraphModule, node: fx.Node, known: set[fx.Node]) -> str | None:
-    """Why the values of a batch norm cannot be folded, or None."""
-    if node.op == "call_function":
-        given = arguments_of(node)
-        if any(isinstance(given[kind], fx.Node) and given[kind] not in known for kind in _KINDS):
-            return "not folded: its statistics or its scale are computed in the model"
+    """Return why the values of a batch norm cannot be folded, or None."""
+    given = arguments(node)
+    if any(isinstance(given[kind], fx.Node) and given[kind] not in known for kind in _KINDS):
+        return "not folded: its statistics or its scale are computed in the model"
     if _state(gm, node)["running_var"].dtype not in (torch.float32, torch.float64):
         return "not folded: statistics in half precision"
     return None
@@ -62,16 +62,10 @@ _KINDS = ("running_mean", "running_var", "weight", "bias")
 
 
 def _state(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any]:
-    """The four tensors of a batch norm, None for one it lacks, and eps."""
-    if node.op == "call_module":
-        module: Any = module_of(node)
-        return {kind: getattr(module, kind) for kind in (*_KINDS, "eps")}
-    given = arguments_of(node)
-    read = {kind: given[kind] for kind in _KINDS}
-    return {
-        "eps": given["eps"],
-        **{kind: value_of(gm, value) if isinstance(value, fx.Node) else value for kind, value in read.items()},
-    }
+    """Return the four tensors of a batch norm, None for one it lacks, and eps."""
+    given = arguments(node)
+    read = {kind: given[kind] for kind in (*_KINDS, "eps")}
+    return {kind: value_of(gm, value) if isinstance(value, fx.Node) else value for kind, value in read.items()}
 
 
 def _affine(
@@ -87,7 +81,7 @@ def _affine(
 
 def _call(graph: fx.Graph, node: fx.Node, target: str) -> None:
     with graph.inserting_before(node):
-        new = graph.call_module(target, (arguments_of(node)["input"],))
+        new = graph.call_module(target, (argument(node, "input"),))
     node.replace_all_uses_with(new)
     sources = node.all_input_nodes
     graph.erase_node(node)

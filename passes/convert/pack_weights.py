@@ -10,6 +10,7 @@ the frozen quantizer gives now. The float parameter goes where nothing else read
 from torch import fx
 
 from octav_fx.errors import OctavError
+from octav_fx.ir.arguments import module_input
 from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import module_of
@@ -22,10 +23,11 @@ def pack_weights(gm: fx.GraphModule) -> list[Edit]:
     known = constants(gm.graph)
     for node in gm.graph.find_nodes(op="call_module"):
         quantizer = module_of(node)
-        if not isinstance(quantizer, FakeQuantizer) or quantizer.clip is None or node.args[0] not in known:
+        if not isinstance(quantizer, FakeQuantizer) or quantizer.clip is None:
             continue
-        source, spec = node.args[0], quantizer.spec
-        assert isinstance(source, fx.Node)
+        source, spec = module_input(node), quantizer.spec
+        if source not in known:
+            continue
         weight = value_of(gm, source)
         if not weight.isfinite().all():
             raise OctavError(f"{node.target}: the weight {source} holds inf or NaN, which no integer stands for")

@@ -16,8 +16,10 @@ from typing import Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.ir.arguments import argument, module_input, set_argument
 from octav_fx.ir.dataflow import value_of
-from octav_fx.ir.edits import Edit, skip
+from octav_fx.ir.edits import Edit
+from octav_fx.ir.op import Op, Trait
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn import ChannelAffine, IntegerWeight
 
@@ -34,7 +36,7 @@ def fold_affine_into_scale(gm: fx.GraphModule) -> list[Edit]:
             continue
         name = str(node.target)
         if reason := _refusal(node):
-            edits.append(skip(name, reason))
+            edits.append(Edit.info(name, reason))
             continue
         _fold(gm, node, affine)
         edits.append(Edit(name, "fold", f"{len(affine.factor)} channels"))
@@ -42,13 +44,13 @@ def fold_affine_into_scale(gm: fx.GraphModule) -> list[Edit]:
 
 
 def _refusal(node: fx.Node) -> str | None:
-    conv = node.args[0]
-    op = op_of(conv) if isinstance(conv, fx.Node) else None
-    if not isinstance(conv, fx.Node) or op is None or op.name not in ("conv1d", "conv2d", "conv3d"):
+    conv = module_input(node)
+    op = op_of(conv)
+    if op is None or not _is_convolution(op):
         return f"not folded: its input {conv} is not a convolution"
     if len(conv.users) > 1:
         return f"not folded: {conv} has other readers"
-    weight = conv.args[1]
+    weight = argument(conv, "weight")
     if not isinstance(weight, fx.Node) or weight.op != "call_module":
         return f"not folded: the weight of {conv} is not stored as integers"
     stored = module_of(weight)
@@ -59,13 +61,14 @@ def _refusal(node: fx.Node) -> str | None:
     return None
 
 
+def _is_convolution(op: Op) -> bool:
+    return Trait.FEEDS_NORM in op.traits and op.spatial > 0 and Trait.TRANSPOSED not in op.traits
+
+
 def _fold(gm: fx.GraphModule, node: fx.Node, affine: ChannelAffine) -> None:
-    graph, conv = gm.graph, node.args[0]
-    assert isinstance(conv, fx.Node)
-    op, weight, bias = op_of(conv), conv.args[1], conv.args[2] if len(conv.args) > 2 else None
-    assert op is not None and isinstance(weight, fx.Node)
-    stored = module_of(weight)
-    assert isinstance(stored, IntegerWeight)
+    graph, conv = gm.graph, module_input(node)
+    op, bias, stored = op_of(conv), argument(conv, "bias"), module_of(argument(conv, "weight"))
+    assert op is not None and isinstance(stored, IntegerWeight)
     factor = affine.factor.double()
     sign = torch.where(factor < 0, -1.0, 1.0)
     scale = stored.scale.double() * factor.abs()
@@ -79,11 +82,10 @@ def _fold(gm: fx.GraphModule, node: fx.Node, affine: ChannelAffine) -> None:
     holder.register_buffer("bias", (offset * sign).to(affine.offset.dtype))
     gm.add_submodule(path, holder)
     with graph.inserting_before(conv):
-        conv.args = (conv.args[0], weight, graph.get_attr(f"{path}.bias"), *conv.args[3:])
+        set_argument(conv, "bias", graph.get_attr(f"{path}.bias"))
     replacement = conv
     if (sign < 0).any():
-        spatial = [1] * int(op.name[-2])
-        holder.register_buffer("sign", sign.to(affine.factor.dtype).reshape(-1, *spatial))
+        holder.register_buffer("sign", sign.to(affine.factor.dtype).reshape(-1, *[1] * op.spatial))
         with graph.inserting_before(node):
             replacement = graph.call_function(torch.mul, (conv, graph.get_attr(f"{path}.sign")))
     node.replace_all_uses_with(replacement)

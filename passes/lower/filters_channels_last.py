@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from octav_fx.ir.calls import Arguments, arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
+from octav_fx.ir.joint import gradients_of, replace
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
@@ -32,12 +34,11 @@ def filters_channels_last(gm: fx.GraphModule) -> list[Edit]:
     graph = gm.graph
     edits = []
     for node in graph.find_nodes(op="call_function", target=octav.fake_quantize.default):
-        w, per_output_channel = node.args[0], node.args[4] == 0
-        assert isinstance(w, fx.Node)
-        is_filter = per_output_channel and all(user.target in _CONVOLUTIONS for user in node.users)
-        if is_filter and w.op == "placeholder" and _applies(w.meta["val"]):
-            _rewrite(graph, node, w)
-            edits.append(Edit(str(w), "channels last", str(node)))
+        call = arguments_of(node)
+        is_filter = call.dim == 0 and all(user.target in _CONVOLUTIONS for user in node.users)
+        if is_filter and call.x.op == "placeholder" and _applies(call.x.meta["val"]):
+            _rewrite(node, call)
+            edits.append(Edit(str(call.x), "channels last", str(node)))
     return edits
 
 
@@ -48,43 +49,36 @@ def _applies(w: Tensor) -> bool:
     )
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, w: fx.Node) -> None:
-    _, clip, bits, signed, *_ = node.args
-    assert isinstance(clip, fx.Node)
+def _rewrite(node: fx.Node, call: Arguments) -> None:
+    graph, w, clip = node.graph, call.x, call.clip
     channels, inputs, *spatial = w.meta["val"].shape
     positions = w.meta["val"][0, 0].numel()
+    gradients = gradients_of(node)
     # The clip of a frozen quantizer is an input of the graph.
     solved = clip.target is octav.optimal_clip.default
     with graph.inserting_before(clip if solved else node):
         # Not view: Inductor wants whatever a convolution is computed from channels last, but leaves inputs of
         # as_strided as they are.
-        rows = insert_aten(
-            graph,
-            aten.as_strided.default,
-            w,
-            [channels, inputs, positions],
-            [inputs * positions, positions, 1],
-        )
+        shape, strides = [channels, inputs, positions], [inputs * positions, positions, 1]
+        rows = insert_aten(graph, aten.as_strided.default, w, shape, strides)
     if solved:
-        clip.update_arg(0, rows)
+        update_arguments(clip, x=rows)
     with graph.inserting_before(node):
-        quantized = insert_aten(graph, octav.fake_quantize_filters.default, rows, clip, bits, signed)
+        quantized = insert_call(graph, octav.fake_quantize_filters.default, call, filters=rows)
         shaped = insert_aten(graph, aten.view.default, quantized, [channels, *spatial, inputs])
         y = insert_aten(graph, aten.permute.default, shaped, [0, 3, 1, 2])
     _keep_tags(node, (quantized, shaped, y))
-    node.replace_all_uses_with(y)
-    graph.erase_node(node)
-    for gradient in [u for u in clip.users if u.target is octav.fake_quantize_backward.default]:
-        g, _, _, _, _, kind = gradient.args
+    replace(node, y)
+    for gradient in gradients:
         with graph.inserting_before(gradient):
-            flat = insert_aten(graph, octav.fake_quantize_filters_backward.default, g, rows, clip, signed, kind)
+            asked = arguments_of(gradient)
+            flat = insert_call(graph, octav.fake_quantize_filters_backward.default, asked, filters=rows)
             dw = insert_aten(graph, aten.view.default, flat, list(w.meta["val"].shape))
-        gradient.replace_all_uses_with(dw)
-        graph.erase_node(gradient)
+        replace(gradient, dw)
 
 
 def _keep_tags(source: fx.Node, targets: tuple[fx.Node, ...]) -> None:
-    """What save_codes said about recomputing holds for what the node became."""
+    """Have what the node became recomputed where save_codes said so of the node."""
     tags: dict[str, Any] = {k: source.meta[k] for k in ("recompute", "ac_graph_id") if k in source.meta}
     for target in targets:
         target.meta.update(tags)

@@ -1,6 +1,6 @@
 """Quantize all weights of a model at once, before its first layer, on a GPU: a launch instead of two for each weight.
 
-On the joint graph of forward and backward, as the passes before leave it (there is no such graph for inference):
+On a graph for training or for inference, as the passes before leave it:
 
     c1 = optimal_clip(w1, h1)                    (ys, cs) = fake_quantize_weights([w1, w2, ..], [h1, h2, ..])
     y1 = fake_quantize(w1, c1)              ->   y1, c1   = ys[0], cs[:C1]             for forward
@@ -13,52 +13,61 @@ weight from the start to its layer, at a time when the activations are not there
 
 import itertools
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
+from octav_fx.ir.calls import Arguments, arguments_of
 from octav_fx.ir.edits import Edit, insert_aten
-from octav_fx.passes.lower.save_codes import VIEWS, backward_of
+from octav_fx.ir.joint import VIEWS, backward_of
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
+# Where the op has a kernel that takes all weights.
+DEVICES = frozenset({"cuda"})
 
-def fuse_weight_quantizers(gm: fx.GraphModule, device: str = "cuda") -> list[Edit]:
+
+def fuse_weight_quantizers(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring. Weights on other devices are not looked at."""
     graph = gm.graph
     backward = backward_of(graph)
-    by_method: dict[Any, list[fx.Node]] = {}
+    by_method: dict[str, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=octav.fake_quantize.default):
-        if _is_weight(node, device) and _is_read(node, backward):
-            by_method.setdefault(node.args[1].args[5], []).append(node)
-    return [edit for nodes in by_method.values() if len(nodes) > 1 for edit in _gather(graph, nodes, backward)]
+        if _is_weight(arguments_of(node)) and _is_read(node, backward):
+            by_method.setdefault(arguments_of(arguments_of(node).clip).method, []).append(node)
+    return [
+        edit
+        for method, nodes in by_method.items()
+        if len(nodes) > 1
+        for edit in _gather(graph, nodes, method, backward)
+    ]
 
 
-def _is_weight(node: fx.Node, device: str) -> bool:
-    """Whether it is solved and rounded by channel on a signed grid, and all it takes are inputs of the graph."""
-    w, clip, _, signed, dim, _ = node.args
-    solved = isinstance(clip, fx.Node) and clip.target is octav.optimal_clip.default and clip.args[0] is w
-    if not solved or dim is None or not signed:
+def _is_weight(call: Arguments) -> bool:
+    """Return whether it is solved and rounded by channel on a signed grid, from nothing but inputs of the graph."""
+    w, clip = call.x, call.clip
+    if clip.target is not octav.optimal_clip.default or call.dim is None or not call.signed:
         return False
-    inputs: list[Any] = [w, clip.args[1]]  # type: ignore[union-attr]
-    fixed = all(isinstance(size, int) for size in inputs[0].meta["val"].shape)
-    return fixed and all(i.op == "placeholder" for i in inputs) and inputs[0].meta["val"].device.type == device
+    solve = arguments_of(clip)
+    if solve.x is not w or any(source.op != "placeholder" for source in (w, solve.hint)):
+        return False
+    value = w.meta["val"]
+    return value.device.type in DEVICES and all(isinstance(size, int) for size in value.shape)
 
 
 def _is_read(node: fx.Node, backward: set[fx.Node]) -> bool:
-    """Whether forward reads it, or a view of it."""
+    """Return whether forward reads it, or a view of it."""
     forward = [user for user in node.users if user not in backward]
     return any(user.target not in VIEWS or _is_read(user, backward) for user in forward)
 
 
-def _gather(graph: fx.Graph, nodes: list[fx.Node], backward: set[fx.Node]) -> list[Edit]:
-    clips: list[Any] = [node.args[1] for node in nodes]
-    weights, hints = [node.args[0] for node in nodes], [clip.args[1] for clip in clips]
-    bits, dims = [node.args[2] for node in nodes], [node.args[4] for node in nodes]
+def _gather(graph: fx.Graph, nodes: list[fx.Node], method: str, backward: set[fx.Node]) -> list[Edit]:
+    calls = [arguments_of(node) for node in nodes]
+    clips = [call.clip for call in calls]
+    weights, hints = [call.x for call in calls], [arguments_of(clip).hint for clip in clips]
+    bits, dims = [call.bits for call in calls], [call.dim for call in calls]
     ends = list(itertools.accumulate(clip.meta["val"].shape[0] for clip in clips))
     with graph.inserting_before(next(node for node in graph.nodes if node in clips)):
-        method = clips[0].args[5]
         both = insert_aten(graph, octav.fake_quantize_weights.default, weights, hints, bits, dims, method)
         levels, parts = (insert_aten(graph, operator.getitem, both, i) for i in range(2))
         ys = [insert_aten(graph, operator.getitem, levels, i) for i in range(len(nodes))]

@@ -1,6 +1,7 @@
-"""Multiply integer codes instead of the levels that they stand for, in the forward of linear layers on a GPU.
+"""Multiply integer codes instead of the levels that they stand for, where there is a kernel that gains by it.
 
-On the joint graph of forward and backward, as save_codes leaves it, with levels in the dtype of the matmul:
+On the joint graph of forward and backward as save_codes leaves it, and on a graph for inference, whose levels are all
+fake_quantize; levels in the dtype of the matmul:
 
     codes = quantize(x, clip)                    codes = quantize(x, clip)
     y     = dequantize(codes, clip)        ->    y     = dequantize(codes, clip)         for backward only
@@ -16,11 +17,13 @@ zero, at a ceiling is not raised. Codes 0..255 become -128..127, which the op kn
 finite has no level: the step of its row becomes NaN, and with it all that the row or column is multiplied with.
 
 A convolution with kernels of one position is the same matmul on [positions, channels], in memory that is channels last;
-a stride leaves out positions first. Backward reads levels or codes as it did.
+a stride leaves out positions first. Backward reads levels or codes as it did; levels that nobody reads go.
+
+Which op takes the place of int_matmul, on which device and for which sizes: ops/matmuls.py. Matmuls on a device without
+a kernel are not looked at.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,36 +31,35 @@ import torch
 from torch import fx
 
 from octav_fx.formats.grid import Grid
-from octav_fx.ir.edits import Edit, insert_aten, skip
-from octav_fx.ops.int_matmul.configs import declined
-from octav_fx.ops.int_matmul.range import largest_k, offset
+from octav_fx.ir.calls import arguments_of, insert_call
+from octav_fx.ir.edits import Edit, insert_aten
+from octav_fx.ir.joint import CONVERT, erase_unread, origin, replace
+from octav_fx.ops.int_matmul.range import offset
+from octav_fx.ops.matmuls import CodesMatmul, MatmulKernel, has_kernel, kernel_for
 
 octav, aten = torch.ops.octav, torch.ops.aten
-_CONVERT = torch.ops.prims.convert_element_type.default
 
-_CASTS = frozenset({_CONVERT, aten._to_copy.default, aten.alias.default, aten.detach.default})
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Why a matmul [M, K] times [K, N] on a device stays as it is, or None.
-Decline = Callable[[torch.device, int, int, int], str | None]
+_CASTS = frozenset({CONVERT, aten._to_copy.default, aten.alias.default, aten.detach.default})
+_LEVELS = frozenset({octav.dequantize.default, octav.fake_quantize.default})
 
 
-def integer_matmul(gm: fx.GraphModule, device: str = "cuda", decline: Decline = declined) -> list[Edit]:
-    """See the module's docstring. Matmuls on other devices are not looked at."""
+def integer_matmul(gm: fx.GraphModule) -> list[Edit]:
+    """See the module's docstring."""
     edits = []
     operands = _Operands(gm.graph, {})
     for target, find in _FORMS.items():
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            matmul = find(node)
-            if matmul is None or node.meta["val"].device.type != device:
+            device = node.meta["val"].device
+            matmul = find(node) if has_kernel(device) else None
+            if matmul is None:
                 continue
-            reason = _obstacle(matmul) or decline(node.meta["val"].device, *matmul.sizes)
-            if reason is None:
-                _rewrite(matmul, operands)
-                m, n, k = matmul.sizes
-                edits.append(Edit(node.name, "integer matmul", f"[{m}, {k}] times [{k}, {n}]"))
-            else:
-                edits.append(skip(node.name, reason))
+            kernel = _obstacle(matmul) or kernel_for(device, matmul.of_codes)
+            if isinstance(kernel, str):
+                edits.append(Edit.unsupported(node.name, kernel))
+                continue
+            m, n, k = matmul.sizes
+            edits.append(Edit(node.name, "integer matmul", f"[{m}, {k}] times [{k}, {n}]"))
+            _rewrite(matmul, kernel, operands)
     return edits
 
 
@@ -66,6 +68,8 @@ class _Matmul:
     """One that is computed from the levels of two quantizers."""
 
     node: fx.Node
+    # What it reads of them: the levels themselves, or views and casts of them.
+    inputs: tuple[fx.Node, fx.Node]
     # dequantize or fake_quantize.
     x: fx.Node
     w: fx.Node
@@ -79,75 +83,74 @@ class _Matmul:
         rows, n, *rest = self.node.meta["val"].shape
         return rows * math.prod(rest), n, self.w.meta["val"].shape[1]
 
+    @property
+    def of_codes(self) -> CodesMatmul:
+        """What a kernel has to know of it."""
+        return CodesMatmul(*self.sizes, _grid(self.x), _grid(self.w), self.node.meta["val"].dtype)
 
-def _linear(node: fx.Node) -> _Matmul | None:
-    """Mm and addmm of levels and a transposed weight."""
-    *bias, left, right = node.args
-    addend: Any = bias[0] if bias else None
-    transposed = _without(right, _CASTS)
-    if node.kwargs or transposed.target is not aten.permute.default or transposed.args[1] != [1, 0]:
+
+def _grid(levels: fx.Node) -> Grid:
+    call = arguments_of(levels)
+    return Grid(call.bits, call.signed)
+
+
+def _mm(node: fx.Node) -> _Matmul | None:
+    call = arguments_of(node)
+    return _linear(node, call["self"], call.mat2, None)
+
+
+def _addmm(node: fx.Node) -> _Matmul | None:
+    call = arguments_of(node)
+    return _linear(node, call.mat1, call.mat2, call["self"]) if call.beta == 1 and call.alpha == 1 else None
+
+
+def _linear(node: fx.Node, left: fx.Node, right: fx.Node, bias: fx.Node | None) -> _Matmul | None:
+    """Return the matmul of levels and a transposed weight."""
+    transposed = origin(right, _CASTS)
+    if transposed.target is not aten.permute.default or arguments_of(transposed).dims != [1, 0]:
         return None
-    x, w = _without(left, _CASTS | {aten.view.default}), _without(transposed.args[0], _CASTS)
-    return _Matmul(node, x, w, addend) if _are_levels(x, w) else None
+    x, w = origin(left, _CASTS | {aten.view.default}), origin(arguments_of(transposed)["self"], _CASTS)
+    return _Matmul(node, (left, right), x, w, bias) if _are_levels(x, w) else None
 
 
 def _convolution(node: fx.Node) -> _Matmul | None:
-    """A convolution of levels with kernels of one position."""
-    left, right, bias, stride, padding, _, transposed, _, groups = node.args
-    x, w = _without(left, _CASTS), _without(right, _CASTS)
+    """Return the matmul that a convolution of levels with kernels of one position is."""
+    call = arguments_of(node)
+    x, w = origin(call.input, _CASTS), origin(call.weight, _CASTS)
     if not _are_levels(x, w) or w.meta["val"].dim() != 4 or w.meta["val"].shape[2:] != (1, 1):
         return None
-    fits = not transposed and groups == 1 and not any(padding)  # type: ignore[arg-type]
-    return _Matmul(node, x, w, bias, list(stride)) if fits else None  # type: ignore[arg-type]
+    fits = not call.transposed and call.groups == 1 and not any(call.padding)
+    return _Matmul(node, (call.input, call.weight), x, w, call.bias, list(call.stride)) if fits else None
 
 
-_FORMS = {
-    aten.mm.default: _linear,
-    aten.addmm.default: _linear,
-    aten.convolution.default: _convolution,
-}
-
-
-def _without(value: Any, targets: frozenset[Any]) -> fx.Node:
-    """What the value is made of by these targets alone."""
-    node: fx.Node = value
-    while node.target in targets:
-        node = node.all_input_nodes[0]
-    return node
+_FORMS = {aten.mm.default: _mm, aten.addmm.default: _addmm, aten.convolution.default: _convolution}
 
 
 def _are_levels(x: fx.Node, w: fx.Node) -> bool:
-    """Whether x has one clip, and w one or one for each output channel."""
-    return (
-        x.target in (octav.dequantize.default, octav.fake_quantize.default)
-        and w.target is octav.fake_quantize.default
-        and x.args[4] is None
-        and w.args[4] in (None, 0)
-        and bool(w.args[3])
-    )
+    """Return whether x has one clip, and w one or one for each output channel."""
+    if x.target not in _LEVELS or w.target is not octav.fake_quantize.default:
+        return False
+    return arguments_of(x).dim is None and arguments_of(w).dim in (None, 0)
 
 
 def _obstacle(matmul: _Matmul) -> str | None:
-    """Why the op cannot compute it."""
+    """Return why it has not the form of int_matmul."""
     value, x = matmul.node.meta["val"], matmul.x.meta["val"]
     if not all(isinstance(size, int) for size in (*value.shape, *x.shape)):
         return "its sizes are not known at compile time"
-    if value.dtype not in _DTYPES:
-        return f"its result is {value.dtype}"
     if matmul.bias is not None and matmul.bias.meta["val"].dim() != 1:
         return "what is added is no bias"
-    k = matmul.sizes[2]
+    *_, k = matmul.sizes
     if k == 0:
         return "it sums over nothing"
     if matmul.stride is None and x.shape[-1] != k:
         return "rows of the matmul are no rows of the quantized tensor"
     if matmul.stride is not None and not x.is_contiguous(memory_format=torch.channels_last):
         return "its channels do not lie together in memory"
-    largest = largest_k(matmul.x.args[2], matmul.x.args[3], matmul.w.args[2])  # type: ignore[arg-type]
-    return f"sums over K = {k} may not fit 32 bits, the largest is {largest}" if k > largest else None
+    return None
 
 
-def _rewrite(matmul: _Matmul, operands: "_Operands") -> None:
+def _rewrite(matmul: _Matmul, kernel: MatmulKernel, operands: "_Operands") -> None:
     node, graph = matmul.node, matmul.node.graph
     m, n, k = matmul.sizes
     x, x_scale = operands.of(matmul.x, -1 if matmul.stride is None else 1)
@@ -164,18 +167,17 @@ def _rewrite(matmul: _Matmul, operands: "_Operands") -> None:
             insert_aten(graph, aten.view.default, _contiguous(value), shape)
             for value, shape in ((x, [m, k]), (x_scale, [m]))
         )
-        x_bits, x_signed = matmul.x.args[2:4]
-        value = node.meta["val"]
-        z = insert_aten(
-            *(graph, octav.int_matmul.default, x, x_scale, w, w_scale, matmul.bias),
-            *(x_bits, x_signed, matmul.w.args[2], value.dtype),
-        )
+        codes = matmul.of_codes
+        operand = {"x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale, "bias": matmul.bias}
+        grids = {"x_bits": codes.x.bits, "x_signed": codes.x.signed, "w_bits": codes.w.bits}
+        z = insert_call(graph, kernel.op, operand, grids, {"dtype": codes.dtype})
         if matmul.stride is not None:
-            batch, _, height, width = value.shape
+            batch, _, height, width = node.meta["val"].shape
             z = insert_aten(graph, aten.view.default, z, [batch, height, width, n])
             z = insert_aten(graph, aten.permute.default, z, [0, 3, 1, 2])
-    node.replace_all_uses_with(z)
-    graph.erase_node(node)
+    replace(node, z)
+    for read in matmul.inputs:
+        erase_unread(read, _CASTS | _LEVELS | {aten.view.default, aten.permute.default})
 
 
 def _every(node: fx.Node, dim: int, step: int) -> fx.Node:
@@ -184,7 +186,7 @@ def _every(node: fx.Node, dim: int, step: int) -> fx.Node:
 
 
 def _contiguous(node: fx.Node) -> fx.Node:
-    """Codes of the positions that a stride left are gathered; all others lie in order already."""
+    """Gather the codes of the positions that a stride left; all others lie in order already."""
     if node.meta["val"].is_contiguous():
         return node
     return insert_aten(node.graph, aten.clone.default, node, memory_format=torch.contiguous_format)
@@ -198,22 +200,20 @@ class _Operands:
     made: dict[tuple[fx.Node, tuple[int, ...]], tuple[fx.Node, fx.Node]]
 
     def of(self, levels: fx.Node, *axes: int) -> tuple[fx.Node, fx.Node]:
-        """Codes of these levels, and a scale for each place along all but these axes, NaN where one is not finite."""
+        """Return codes of these levels, and a scale for each place along all but these axes; NaN: one is not finite."""
         if (levels, axes) not in self.made:
             self.made[levels, axes] = self._make(levels, list(axes))
         return self.made[levels, axes]
 
     def _make(self, levels: fx.Node, axes: list[int]) -> tuple[fx.Node, fx.Node]:
-        graph = self.graph
-        source, clip, bits, signed, dim, *_ = levels.args
-        grid = Grid(bits, signed)  # type: ignore[arg-type]
+        graph, call, grid = self.graph, arguments_of(levels), _grid(levels)
         with graph.inserting_before(levels):
             if levels.target is octav.dequantize.default:
-                codes: Any = source
+                codes: fx.Node = call.codes
             else:
-                codes = insert_aten(graph, octav.quantize.default, source, clip, bits, signed, dim, None)
+                codes = insert_call(graph, octav.quantize.default, call)
             code = codes
-            if codes.target is octav.quantize.default and codes.args[5] is not None:
+            if codes.target is octav.quantize.default and arguments_of(codes).ceiling is not None:
                 lowered = insert_aten(graph, aten.sub.Tensor, codes, grid.ceiling_flag)
                 is_raised = insert_aten(graph, aten.ge.Scalar, codes, grid.ceiling_flag)
                 code = insert_aten(graph, aten.where.self, is_raised, lowered, codes)
@@ -221,11 +221,11 @@ class _Operands:
             code = insert_aten(graph, aten.clamp_max.default, code, grid.high)
             if shift := offset(grid.bits, grid.signed):
                 code = insert_aten(graph, aten.sub.Tensor, code, shift)
-            operand = insert_aten(graph, _CONVERT, code, torch.int8)
+            operand = insert_aten(graph, CONVERT, code, torch.int8)
             # The least code stands for what is not finite.
             lowest = insert_aten(graph, aten.amin.default, codes, axes)
             unknown = insert_aten(graph, aten.eq.Scalar, lowest, torch.iinfo(grid.codes_dtype).min)
-            step = insert_aten(graph, aten.div.Tensor, clip, float(grid.steps))
-            value = clip.meta["val"]  # type: ignore[union-attr]
+            step = insert_aten(graph, aten.div.Tensor, call.clip, float(grid.steps))
+            value = call.clip.meta["val"]
             nan = insert_aten(graph, aten.full.default, [], torch.nan, dtype=value.dtype, device=value.device)
             return operand, insert_aten(graph, aten.where.self, unknown, nan, step)

@@ -8,19 +8,21 @@
 Each contraction also gets its site: the name by which users, overrides and tables know it.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import Tensor, fx
 
-from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks, padding_of
+from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks
+from octav_fx.ir.arguments import argument, spread_operands
 from octav_fx.ir.dataflow import state_name
-from octav_fx.ir.edits import Edit, copy_meta, site_of, skip
-from octav_fx.ir.ops import CONTRACTIONS, Op, module_of, op_of
-from octav_fx.ir.rules import LEAF, OWN, RULES
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from octav_fx.ir.edits import Edit, insert_captured, site_of
+from octav_fx.ir.meta import copy_meta, info, set_fake, update
+from octav_fx.ir.op import Op, Role
+from octav_fx.ir.ops import module_of, op_of
 
 
 def canonicalize(gm: fx.GraphModule) -> list[Edit]:
@@ -31,13 +33,11 @@ def canonicalize(gm: fx.GraphModule) -> list[Edit]:
     names = {id(value): name for name, value in gm.named_parameters()}
     for node in list(gm.graph.nodes):
         op = op_of(node)
-        if (own := node.meta.get(OWN)) is not None:
-            node.meta["site"] = _unique(_in_scope(node, own.op), taken)
-        if op not in CONTRACTIONS:
+        if op is None or not op.operands:
             continue
-        node.meta["site"] = _unique(_site(node, op), taken)
-        if reason := _refusal(node):
-            edits.append(skip(node, reason))
+        update(node, site=_unique(_site(node, op), taken))
+        if reason := _refusal(node, op):
+            edits.append(Edit.unsupported(node, reason))
         elif not _is_canonical(node, op):
             site = site_of(node)
             _rewrite(gm.graph, node, op, names)
@@ -45,34 +45,36 @@ def canonicalize(gm: fx.GraphModule) -> list[Edit]:
     return edits
 
 
-def _refusal(node: fx.Node) -> str | None:
-    """Why a contraction keeps its spelling, or None."""
-    if LEAF in node.meta:
+def _refusal(node: fx.Node, op: Op) -> str | None:
+    """Return why a contraction keeps its spelling, or None."""
+    if info(node).is_leaf:
         return "one of the leaves"
-    if "out" in node.kwargs:
+    if "out" in node.kwargs and info(node).op is None:
         return "writes into out="
     if node.op != "call_module":
         return None
     module = module_of(node)
     if has_forward_hooks(module) or has_backward_hooks(module):
         return "the module has hooks, which a function call would not run"
-    if isinstance(module, _TRANSPOSED) and len(node.args) + len(node.kwargs) > 1:
-        return "called with output_size"
+    if op.call_of is None:
+        return f"the row of {op.name!r} has no call_of to say with what its module calls it"
+    if further := list(_given(node))[len(_inputs_of(op.call_of)) :]:
+        return f"called with {', '.join(further)}"
     return None
 
 
 def _is_canonical(node: fx.Node, op: Op) -> bool:
     if node.op != "call_function" or node.target is not op.target:
         return False
-    rule = RULES[op.name]
-    if rule.variadic:
-        return not isinstance(node.args[rule.operands[0].index], (list, tuple))
-    return len(node.args) > max(operand.index for operand in rule.operands)
+    if op.variadic:
+        return node.args == spread_operands(node)
+    return len(node.args) > max(operand.index for operand in op.operands)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, names: dict[int, str]) -> None:
-    args, kwargs = _of_module(node, names) if node.op == "call_module" else _of_call(node, op)
+    assert op.target is not None
     with graph.inserting_before(node):
+        args, kwargs = (_of_module(node, op, names), {}) if node.op == "call_module" else _of_call(node, op)
         new = copy_meta(node, graph.call_function(op.target, args, kwargs))
     node.replace_all_uses_with(new)
     graph.erase_node(node)
@@ -81,49 +83,49 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, names: dict[int, str]) -> N
 
 
 def _of_call(node: fx.Node, op: Op) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a function or method call, with every operand moved to its position."""
-    args, kwargs = list(node.args), dict(node.kwargs)
-    rule = RULES[op.name]
-    if rule.variadic:
-        equation, *operands = args
-        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-            operands = list(operands[0])
-        return (equation, *operands), kwargs
-    names = [(operand.index, (operand.name, *operand.aliases)) for operand in rule.operands]
-    # addmm and its kin: what is added comes before the operands.
-    if names[0][0] == 1:
-        names.insert(0, (0, ("input", "self")))
-    for index, aliases in names:
-        if len(args) <= index:
-            args.append(next(kwargs.pop(alias) for alias in aliases if alias in kwargs))
-    return tuple(args), kwargs
+    """Return the arguments of a function or method call, with every operand moved to its position."""
+    if op.variadic:
+        return spread_operands(node), dict(node.kwargs)
+    last = max(operand.index for operand in op.operands)
+    moved = list(op.parameters)[len(node.args) : last + 1]
+    kwargs = {word: value for word, value in node.kwargs.items() if op.keywords.get(word) not in moved}
+    return (*node.args, *(argument(node, name) for name in moved)), kwargs
 
 
-def _of_module(node: fx.Node, names: dict[int, str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the function that a module calls, with its parameters as get_attr nodes."""
-    module: Any = module_of(node)
-    x: Any = node.args[0] if node.args else node.kwargs["input"]
-    weight, bias = (
-        None if value is None else parameter(node, names.get(id(value), f"{node.target}.{kind}"), value)
-        for kind, value in (("weight", module.weight), ("bias", module.bias))
-    )
-    if isinstance(module, nn.Linear):
-        return (x, weight, bias), {}
-    if isinstance(module, _TRANSPOSED):
-        rest = (module.padding, module.output_padding, module.groups, module.dilation)
-        return (x, weight, bias, module.stride, *rest), {}
-    padding: Any = module.padding
-    if module.padding_mode != "zeros":
-        with node.graph.inserting_before(node):
-            pad = node.graph.call_function(F.pad, (x, padding_of(module)), {"mode": module.padding_mode})
-        # The padded value differs from x, so it is what the quantizer has to see.
-        pad.meta["value"] = F.pad(x.meta["value"], padding_of(module), mode=module.padding_mode)
-        x, padding = pad, (0,) * len(module.kernel_size)
-    return (x, weight, bias, module.stride, padding, module.dilation, module.groups), {}
+def _of_module(node: fx.Node, op: Op, names: dict[int, str]) -> tuple[Any, ...]:
+    """Return the arguments of the function that a module calls, with its parameters as get_attr nodes."""
+    assert op.call_of is not None
+    inputs = list(_given(node).values())
+    return op.call_of(_StateReads(node, names), functools.partial(insert_captured, node.graph), *inputs)
 
 
-def parameter(node: fx.Node, name: str, value: torch.Tensor) -> fx.Node:
-    """The get_attr node of a parameter for a reader: the one that is there, or a new one just before the reader."""
+@dataclass(frozen=True, slots=True)
+class _StateReads:
+    """A module as call_of of a row sees it: a tensor is the node that reads it, any other attribute is itself."""
+
+    _call: fx.Node
+    # Of parameters, by identity.
+    _names: dict[int, str]
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(module_of(self._call), name)
+        if not isinstance(value, Tensor):
+            return value
+        return parameter(self._call, self._names.get(id(value), f"{self._call.target}.{name}"), value)
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """Return what a module is called with, by the names of its forward."""
+    return dict(inspect.signature(module_of(node).forward).bind(*node.args, **node.kwargs).arguments)
+
+
+def _inputs_of(call_of: Callable[..., Any]) -> list[str]:
+    _module, _make_call, *inputs = inspect.signature(call_of).parameters
+    return inputs
+
+
+def parameter(node: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """Return the get_attr node of a parameter for a reader: the one that is there, or a new one just before."""
     graph = node.graph
     for existing in graph.find_nodes(op="get_attr", target=name):
         if existing > node:
@@ -131,19 +133,20 @@ def parameter(node: fx.Node, name: str, value: torch.Tensor) -> fx.Node:
         return existing
     with graph.inserting_before(node):
         new = graph.get_attr(name)
-    new.meta["value"] = value.detach()
+    set_fake(new, value.detach())
     return new
 
 
 def _site(node: fx.Node, op: Op) -> str:
-    """The path of the module, or of the parameter's owner, else of the enclosing module with the op's name."""
+    """Return the path of the module, or of the weight's owner, else of the enclosing module with the op's name."""
     if node.op == "call_module":
         return str(node.target)
-    if op.name == "linear" or op.name.startswith("conv"):
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        name = state_name(weight) if isinstance(weight, fx.Node) else None
-        if name is not None and name.endswith(".weight"):
-            return name.removesuffix(".weight")
+    weight = next((operand.name for operand in op.operands if operand.role is Role.WEIGHT), None)
+    if weight is not None and info(node).op is None:
+        read = argument(node, weight)
+        name = state_name(read) if isinstance(read, fx.Node) else None
+        if name is not None and name.endswith(f".{weight}"):
+            return name.removesuffix(f".{weight}")
     return _in_scope(node, op.name)
 
 
@@ -154,7 +157,7 @@ def _in_scope(node: fx.Node, name: str) -> str:
 
 
 def _unique(site: str, taken: set[str]) -> str:
-    """The site, with :1, :2, ... for further calls of the same module."""
+    """Return the site, with :1, :2, ... for further calls of the same module."""
     name, count = site, 0
     while name in taken:
         count += 1

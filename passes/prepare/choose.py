@@ -3,7 +3,7 @@
 from octav_fx.clips.distributed import SYNCED
 from octav_fx.clips.learned import LEARNED
 from octav_fx.config import Config
-from octav_fx.ir.rules import Role
+from octav_fx.ir.op import Role
 from octav_fx.nn import Spec
 from octav_fx.passes.prepare.quantize_operands import Place
 

@@ -10,53 +10,51 @@ the scores of all pairs. With grouped queries (enable_gqa) each head of k and v 
 """
 
 import math
-from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from octav_fx.ir.edits import Edit, insert_captured, site_of, skip
+from octav_fx.ir.arguments import arguments, operand_of, operands_of
+from octav_fx.ir.edits import Edit, insert_captured, site_of
 from octav_fx.ir.masked_softmax import masked_softmax
+from octav_fx.ir.meta import fake, update
 from octav_fx.ir.ops import op_of
+from octav_fx.ir.table.contractions import ATTENTION
 
 
 def decompose_attention(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring."""
     edits = []
     for node in list(gm.graph.nodes):
-        op = op_of(node)
-        if op is None or op.name != "attention" or node.op != "call_function":
+        if op_of(node) is not ATTENTION or node.op != "call_function":
             continue
-        operands = [source.meta.get("value") for source in node.args[:3] if isinstance(source, fx.Node)]
-        if not all(isinstance(value, Tensor) for value in operands):
-            edits.append(skip(node, "an operand's shape is not known at capture, the attention stays fused"))
+        sources = [source for operand in operands_of(node) if isinstance(source := operand_of(node, operand), fx.Node)]
+        if not all(isinstance(fake(source), Tensor) for source in sources):
+            reason = "an operand's shape is not known at capture, the attention stays fused"
+            edits.append(Edit.unsupported(node, reason))
             continue
         edits.append(_split(gm.graph, node))
     return edits
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> Edit:
-    settings: dict[str, Any] = {**dict(zip(_SETTINGS, node.args[3:], strict=False)), **node.kwargs}
-    query, key, value = node.args[:3]
-    site, sizes = site_of(node), [operand.meta["value"].shape for operand in node.args[:3]]  # type: ignore[union-attr]
+    site, given = site_of(node), arguments(node)
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    scale = 1 / math.sqrt(fake(query).shape[-1]) if given["scale"] is None else given["scale"]
     with graph.inserting_before(node):
-        if settings.get("enable_gqa"):
-            group = sizes[0][-3] // sizes[1][-3]
-            key, value = (insert_captured(graph, torch.repeat_interleave, heads, group, -3) for heads in (key, value))
+        if given["enable_gqa"]:
+            group = fake(query).shape[-3] // fake(key).shape[-3]
+            key, value = (insert_captured(graph, torch.repeat_interleave, part, group, -3) for part in (key, value))
         scores = insert_captured(graph, torch.matmul, query, insert_captured(graph, "transpose", key, -2, -1))
-        scale = settings.get("scale")
-        scaled = insert_captured(graph, torch.mul, scores, 1 / math.sqrt(sizes[0][-1]) if scale is None else scale)
-        masks = settings.get("attn_mask"), settings.get("is_causal", False)
-        weights = insert_captured(graph, masked_softmax, scaled, *masks)
-        dropout = settings.get("dropout_p", 0.0)
+        scaled = insert_captured(graph, torch.mul, scores, scale)
+        weights = insert_captured(graph, masked_softmax, scaled, given["attn_mask"], given["is_causal"])
+        dropout = given["dropout_p"]
         if isinstance(dropout, fx.Node) or dropout > 0:
             weights = insert_captured(graph, F.dropout, weights, dropout, True)
         output = insert_captured(graph, torch.matmul, weights, value)
-    scores.meta["site"], output.meta["site"] = f"{site}.scores", f"{site}.output"
+    update(scores, site=f"{site}.scores")
+    update(output, site=f"{site}.output")
     node.replace_all_uses_with(output)
     graph.erase_node(node)
     return Edit(site, "split", "scores and output")
-
-
-_SETTINGS: Final = ("attn_mask", "dropout_p", "is_causal")

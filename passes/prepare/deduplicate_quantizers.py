@@ -10,7 +10,8 @@ something writes into that value between the two.
 from torch import fx
 
 from octav_fx.ir.aliasing import aliasing
-from octav_fx.ir.edits import Edit, skip
+from octav_fx.ir.arguments import module_input
+from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import module_of
 from octav_fx.nn import FakeQuantizer, Spec
 
@@ -23,14 +24,13 @@ def deduplicate_quantizers(gm: fx.GraphModule) -> list[Edit]:
     for node in list(gm.graph.nodes):
         if node.op != "call_module" or not isinstance(quantizer := module_of(node), FakeQuantizer):
             continue
-        value = node.args[0]
-        assert isinstance(value, fx.Node)
+        value = module_input(node)
         kept = first.setdefault((value, quantizer.spec), node)
         if kept is node:
             continue
         if memory.written(value, after=kept, before=node):
             edits.append(
-                skip(str(node.target), f"not shared with {kept.target}: {value.name} is written in place between")
+                Edit.info(str(node.target), f"not shared with {kept.target}: {value.name} is written in place between")
             )
             first[value, quantizer.spec] = node
             continue

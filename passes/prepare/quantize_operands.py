@@ -1,25 +1,27 @@
-"""Put a fake-quantizer before every operand that a rule names.
+"""Put a fake-quantizer before every operand that the row of its op names.
 
     conv2d(x, w, b, ...)  ->  conv2d(quantizers.site_input(x), quantizers.site_weight(w), b, ...)
     matmul(x, y)          ->  matmul(quantizers.site_input(x), quantizers.site_other(y))
 
-A value that is computed from parameters alone is a weight wherever a rule allows both: signed, one clip per output
+A value that is computed from parameters alone is a weight wherever a row allows both: signed, one clip per output
 channel. An activation gets one clip, on an unsigned grid if it cannot be negative. A product of constants stays as it
-is. What stays float is an edit with its reason, whether a rule, the configuration or a missing rule decided it.
+is. What stays float is an edit with its reason, whether its row, the configuration or a missing row decided it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.arguments import operand_of, operands_of, set_operand
 from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, static, tensor_flow
-from octav_fx.ir.edits import Edit, operand_of, set_operand, site_of, skip
+from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.first_last import first_and_last_layers
+from octav_fx.ir.meta import fake, info
+from octav_fx.ir.op import Op, Operand, Role
 from octav_fx.ir.ops import module_of, op_of
-from octav_fx.ir.rules import OWN, Operand, Role, Rule, rule_of
 from octav_fx.ir.signedness import nonnegative
 from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.nn.fake_quantizer import QUANTIZERS
@@ -54,27 +56,27 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     sources = [node for node in flow if is_value_source(node, gm)]
     valued = {*sources, *downstream(flow, sources)}
     for node in list(gm.graph.nodes):
-        op, rule = op_of(node), rule_of(node)
-        if rule is None:
-            if node.meta.get("macs"):
-                edits.append(skip(_name(node), f"no rule for {_kind(node)}"))
+        op, operands = op_of(node), operands_of(node)
+        if op is None or not op.operands:
+            if info(node).macs:
+                edits.append(Edit.unsupported(_name(node), f"no rule for {_kind(node)}"))
             continue
-        is_canonical = OWN in node.meta or (op is not None and node.target is op.target and "out" not in node.kwargs)
-        if node.op != "call_function" or not is_canonical:
+        if node.target is not op.target or ("out" in node.kwargs and info(node).op is None):
             # canonicalize has said why.
             continue
-        if node not in valued and all(_is_floating(operand_of(node, o)) for o in _operands(node, rule)):
+        if node not in valued and all(_is_floating(operand_of(node, operand)) for operand in operands):
             # Rotary embeddings multiply positions by frequencies: rounded, positions would be others.
-            edits.append(skip(node, "computed from integers and constants, nothing is learned or measured here"))
+            reason = "computed from integers and constants, nothing is learned or measured here"
+            edits.append(Edit.unsupported(node, reason))
             continue
-        for operand in _operands(node, rule):
+        for operand in operands:
             value = operand_of(node, operand)
             if _is_quantized(value):
                 continue
-            place = _place(node, rule, operand, value, value in parameters, node in edges, value not in unsigned)
+            place = _place(node, op, operand, value, value in parameters, node in edges, value not in unsigned)
             choice = choose(place)
             if isinstance(choice, str):
-                edits.append(skip(node, choice, operand.name))
+                edits.append(Edit.by_config(node, choice, operand.name))
                 continue
             _check_floating(place, value)
             with gm.graph.inserting_before(node):
@@ -84,63 +86,58 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     return edits
 
 
-def _operands(node: fx.Node, rule: Rule) -> list[Operand]:
-    """The operands of this very call; a contraction of one operand is none (einsum as a transpose or a sum)."""
-    if not rule.variadic:
-        return list(rule.operands)
-    first = rule.operands[0]
-    count = len(node.args) - first.index
-    return [replace(first, index=first.index + i, name=f"{first.name}{i}") for i in range(count)] if count > 1 else []
+def _value(argument: Any) -> Any:
+    return fake(argument) if isinstance(argument, fx.Node) else argument
 
 
-def _is_floating(value: Any) -> bool:
-    fake = value.meta.get("value") if isinstance(value, fx.Node) else value
-    return isinstance(fake, Tensor) and fake.is_floating_point()
+def _is_floating(argument: Any) -> bool:
+    value = _value(argument)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_quantized(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "call_module" and isinstance(module_of(value), FakeQuantizer)
 
 
-def _place(node: fx.Node, rule: Rule, operand: Operand, value: Any, is_static: bool, edge: bool, signed: bool) -> Place:
-    fake = value.meta.get("value") if isinstance(value, fx.Node) else value
-    site = site_of(node)
-    if not isinstance(fake, Tensor):
-        since = f", since {_unknown_since(value)}" if isinstance(value, fx.Node) else ""
-        raise NotCaptured(f"{site}: {operand.name} is {fake!r}, not a tensor whose shape is known at capture{since}")
+def _place(node: fx.Node, op: Op, operand: Operand, read: Any, is_static: bool, edge: bool, signed: bool) -> Place:
+    site, value = site_of(node), _value(read)
+    if not isinstance(value, Tensor):
+        since = f", since {_unknown_since(read)}" if isinstance(read, fx.Node) else ""
+        raise NotCaptured(f"{site}: {operand.name} is {value!r}, not a tensor whose shape is known at capture{since}")
     is_weight = operand.role is Role.WEIGHT or (operand.role is Role.EITHER and is_static)
     # A vector has no channel axis besides the one that is summed over.
-    channel = operand.channel if is_weight and fake.dim() > 1 else None
+    channel = operand.channel if is_weight and value.dim() > 1 else None
     return Place(
         site=site,
-        op=rule.op,
+        op=op.name,
         operand=operand.name,
         role=Role.WEIGHT if is_weight else Role.ACTIVATION,
         edge=edge,
         signed=signed or is_weight,
-        dim=None if channel is None else channel % fake.dim(),
+        dim=None if channel is None else channel % value.dim(),
     )
 
 
 def _unknown_since(node: fx.Node) -> str:
-    """The line of the user's code that asked for data."""
-    return next((str(source.meta["unknown"]) for source in ancestors(node) if "unknown" in source.meta), "?")
+    """Return the line of the user's code that asked for data."""
+    return next((since for source in ancestors(node) if (since := info(source).unknown_since) is not None), "?")
 
 
-def _check_floating(place: Place, value: fx.Node) -> None:
-    fake = value.meta["value"]
-    if not fake.is_floating_point():
+def _check_floating(place: Place, read: fx.Node) -> None:
+    value = fake(read)
+    if not value.is_floating_point():
         raise OctavError(
-            f"{place.site}: {place.operand} has dtype {fake.dtype} and shape {tuple(fake.shape)}, only floating point "
-            f"can be quantized; convert it in the model, or leave it float with overrides={{{place.site!r}: None}}"
+            f"{place.site}: {place.operand} has dtype {value.dtype} and shape {tuple(value.shape)}, only floating "
+            "point can be quantized; convert it in the model, or leave it float with "
+            f"overrides={{{place.site!r}: None}}"
         )
 
 
-def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node, *, running: bool) -> str:
+def _add(gm: fx.GraphModule, place: Place, spec: Spec, read: fx.Node, *, running: bool) -> str:
     """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
     quantizers = gm.get_submodule(QUANTIZERS)
-    fake = value.meta["value"]
-    channels = None if spec.dim is None else fake.shape[spec.dim]
+    value = fake(read)
+    channels = None if spec.dim is None else value.shape[spec.dim]
     base = f"{place.site}_{place.operand}".replace(".", "_").replace(":", "_")
     name, count = base, 0
     used = {node.target for node in gm.graph.nodes if node.op == "call_module"}
@@ -152,7 +149,7 @@ def _add(gm: fx.GraphModule, place: Place, spec: Spec, value: fx.Node, *, runnin
             return f"{QUANTIZERS}.{name}"
         count += 1
         name = f"{base}_{count}"
-    quantizer = FakeQuantizer(spec, channels, fake.device, running=running)
+    quantizer = FakeQuantizer(spec, channels, value.device, running=running)
     quantizers.add_module(name, quantizer.train(gm.training))
     return f"{QUANTIZERS}.{name}"
 

@@ -1,6 +1,5 @@
 """Layers whose matmuls are integer compute compiled what they do eagerly; on a GPU, where there is one."""
 
-import functools
 from typing import Any
 
 import pytest
@@ -9,10 +8,11 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.backend import entry
-from octav_fx.passes import LOWER, integer_matmul
+from octav_fx.ir.edits import Edit
+from octav_fx.ir.pipeline import run
+from octav_fx.ops import matmuls
 from tests.support.interpreter import DEVICE
-
-FORCED = functools.partial(integer_matmul, device=DEVICE, decline=lambda *sizes: None)
+from tests.support.matmuls import ON_DEVICE
 
 
 class Layers(nn.Module):
@@ -33,8 +33,9 @@ class Layers(nn.Module):
 @pytest.mark.compile
 def test_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
     torch.compiler.reset()
-    done = []
-    monkeypatch.setattr(entry, "LOWER", (*LOWER[:-1], lambda gm: done.extend(FORCED(gm)) or []))
+    monkeypatch.setattr(matmuls, "MATMULS", (ON_DEVICE,))
+    done: list[Edit] = []
+    monkeypatch.setattr(entry, "run", lambda gm, passes: done.extend(run(gm, passes)))
     x = torch.randn(9, 16, 2, 2, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
     q = octav_fx.quantize(Layers().to(DEVICE), x)
     # What is forced is no part of what Inductor's cache is keyed with.
@@ -42,8 +43,22 @@ def test_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
         y, expected = torch.compile(q, backend="octav")(x), q(x)
         parameters = [x, *q.parameters()]
         y += torch.autograd.grad(sum(z.square().sum() for z in y), parameters)
-    assert [edit.verb for edit in done] == ["integer matmul"] * 4
+    assert [edit.verb for edit in done].count("integer matmul") == 4
     expected += torch.autograd.grad(sum(z.square().sum() for z in expected), parameters)
     # A wrong code would be off by a step, which is above 0.01 everywhere.
+    for value, other in zip(y, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
+
+
+def test_inference_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(matmuls, "MATMULS", (ON_DEVICE,))
+    done: list[Edit] = []
+    monkeypatch.setattr(entry, "run", lambda gm, passes: done.extend(run(gm, passes)))
+    x = torch.randn(9, 16, 2, 2, device=DEVICE).to(memory_format=torch.channels_last)
+    q = octav_fx.quantize(Layers().to(DEVICE).eval(), x)
+    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+        y, expected = torch.compile(q, backend="octav")(x), q(x)
+    assert [edit.verb for edit in done].count("integer matmul") == 4
     for value, other in zip(y, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)

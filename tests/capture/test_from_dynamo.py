@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import octav_fx
 from octav_fx.capture.from_dynamo import from_dynamo, has_quantizers, lift_hints
 from octav_fx.config import Config
-from octav_fx.ir.dataflow import STATE, state_name
+from octav_fx.ir.dataflow import state_name
 from octav_fx.ir.edits import site_of
+from octav_fx.ir.meta import fake, info
 from octav_fx.ir.ops import op_of
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.printer import graph_text
@@ -108,7 +109,7 @@ def test_parameters_and_buffers_have_their_names() -> None:
 
 def test_arguments_are_no_state() -> None:
     def read(gm: fx.GraphModule) -> list[bool]:
-        return [STATE in node.meta for node in placeholders(from_dynamo(gm))]
+        return [info(node).state is not None for node in placeholders(from_dynamo(gm))]
 
     # A tensor of someone else is none of the model's either.
     elsewhere = torch.randn(3)
@@ -119,7 +120,7 @@ def test_arguments_are_no_state() -> None:
 
 def test_values_are_where_passes_look_for_them() -> None:
     def read(gm: fx.GraphModule) -> bool:
-        values = {node.name: node.meta.get("value") for node in from_dynamo(gm).graph.nodes if node.op != "output"}
+        values = {node.name: fake(node) for node in from_dynamo(gm).graph.nodes if node.op != "output"}
         assert all(isinstance(value, Tensor) for value in values.values())
         return True
 
@@ -201,7 +202,7 @@ def test_multi_head_attention_is_expanded(options: dict[str, Any]) -> None:
 def test_what_attention_is_expanded_into_has_values_and_a_place() -> None:
     def read(gm: fx.GraphModule) -> list[str]:
         gm = from_dynamo(gm)
-        assert all("value" in node.meta for node in gm.graph.nodes if node.op == "call_function")
+        assert all(fake(node) is not None for node in gm.graph.nodes if node.op == "call_function")
         run(gm, [canonicalize])
         return [site_of(node) for node in gm.graph.nodes if op_of(node) is not None]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import octav_fx
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.ir.ops import CONTRACTIONS
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from tests.support.graphs import model, run_alike
 
 

@@ -5,17 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octav_fx.clips.newton import METHODS, octav_grid_step, octav_step
+from octav_fx.clips import newton
+from octav_fx.clips.newton import octav_grid_step, octav_step
 from octav_fx.formats.grid import Grid
 from tests.support.examples import examples
+from tests.support.pairwise import pairwise
 from tests.support.samples import NON_NEGATIVE, SAMPLES, SIGNS, fixed_point, least_error, squared_error
+from tests.support.strategies import METHODS
 
 NEWTON = ["octav", "octav-grid"]
 
 
 def solve(rows, bits, signed=True, method="octav", hint=None):
     hint = torch.zeros(len(rows)) if hint is None else hint
-    return METHODS[method](rows, hint, Grid(bits, signed))
+    return newton.METHODS[method](rows, hint, Grid(bits, signed))
 
 
 def bisect(falling, low, high):
@@ -230,9 +233,10 @@ def test_empty_rows_have_a_clip_of_zero(method):
     assert solve(torch.empty(0, 3), 4, method=method).tolist() == []
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("hint", [0.0, 0.2, 0.3, 0.5, 1e6])
-@pytest.mark.parametrize("row", [[0.3] * 7, [-0.3] * 7, [0.0, 0.0, 0.3], [0.0, -0.3]])
+ONE_MAGNITUDE = [[0.3] * 7, [-0.3] * 7, [0.0, 0.0, 0.3], [0.0, -0.3]]
+
+
+@pairwise({"bits": range(2, 9), "hint": [0.0, 0.2, 0.3, 0.5, 1e6], "row": ONE_MAGNITUDE})
 def test_octav_of_one_magnitude_is_that_magnitude(row, hint, bits):
     clip = solve(torch.tensor([row]), bits, hint=torch.tensor([hint]))
     # With a hint, 24 halvings at most of a bracket no wider than the hint.
@@ -240,7 +244,7 @@ def test_octav_of_one_magnitude_is_that_magnitude(row, hint, bits):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("row", [[0.3] * 7, [-0.3] * 7, [0.0, 0.0, 0.3], [0.0, -0.3]])
+@pytest.mark.parametrize("row", ONE_MAGNITUDE)
 def test_octav_grid_of_one_value_puts_a_level_on_it(row, bits):
     x = torch.tensor([row])
     error = squared_error(x, solve(x, bits, method="octav-grid"), bits, True)
@@ -282,4 +286,4 @@ def test_largest_is_the_largest_magnitude(signed):
 def test_the_host_reads_no_value(method):
     # A meta tensor has none: .item(), a branch on a value or a boolean index would raise.
     x = torch.empty(3, 500, device="meta")
-    assert METHODS[method](x, torch.empty(3, device="meta"), Grid(4, True)).shape == (3,)
+    assert newton.METHODS[method](x, torch.empty(3, device="meta"), Grid(4, True)).shape == (3,)

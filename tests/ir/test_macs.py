@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from octav_fx.ir.macs import MacCounter
+from octav_fx.ir.meta import info
 from tests.support.graphs import captured, model
 
 # forward, parts, shape of x, multiply-accumulates.
@@ -32,7 +33,7 @@ COUNTS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...], int]] = {
 def test_counts(name: str) -> None:
     forward, parts, shape, macs = COUNTS[name]
     gm = captured(model(forward, **parts), x=torch.randn(shape))
-    assert sum(node.meta.get("macs", 0) for node in gm.graph.nodes) == macs
+    assert sum(info(node).macs for node in gm.graph.nodes) == macs
 
 
 def test_a_counter_counts_what_runs_inside() -> None:
@@ -80,7 +81,7 @@ def test_recurrent_layers_on_data_and_in_a_capture(name: str, training: bool) ->
         layer(torch.randn(shape))
     assert counter.macs == macs
     gm = captured(model(lambda s, x: s.a(x)[0], a=layer), x=torch.randn(shape))
-    assert sum(node.meta.get("macs", 0) for node in gm.graph.nodes) == macs
+    assert sum(info(node).macs for node in gm.graph.nodes) == macs
 
 
 def test_rows_sorted_by_expert_meet_one_expert_each() -> None:

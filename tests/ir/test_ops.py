@@ -9,24 +9,27 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from octav_fx.capture.symbolic.proxies import setitem_
-from octav_fx.ir.ops import CONTRACTIONS, OTHERS, in_place, module_of, op_of, op_of_module
+from octav_fx.errors import OctavError
+from octav_fx.ir.op import Op
+from octav_fx.ir.ops import OPS, by_name, in_place, module_of, op_of, op_of_module
 from tests.support.graphs import captured, model
 
 
-def test_no_name_and_no_spelling_is_given_twice() -> None:
-    ops = (*CONTRACTIONS, *OTHERS)
-    names = [op.name for op in ops]
-    assert len(set(names)) == len(names)
-    for spellings in (
-        # F.pad is torch.nn.functional.pad; a row may repeat a spelling of its own, no other row may.
-        [s for op in ops for s in {op.target, *op.functions}],
-        [s for op in ops for s in op.methods],
-        [s for op in ops for s in op.modules],
-    ):
-        assert len(set(spellings)) == len(spellings)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((Op("a", target=torch.abs), Op("a", target=torch.neg)), r"op 'a' has two rows in octav_fx/ir/table"),
+        ((Op("a", target=torch.abs), Op("b", target=torch.neg, functions=(torch.abs,))), r"abs.* of 'a' and of 'b'"),
+        ((Op("a", target=torch.abs, methods=("abs",)), Op("b", target=F.gelu, methods=("abs",))), r"of 'a' and of 'b'"),
+        ((Op("a"),), r"the row of 'a' has no target"),
+    ],
+)
+def test_rows_that_contradict_each_other_are_an_error(rows: tuple[Op, ...], message: str) -> None:
+    with pytest.raises(OctavError, match=message):
+        by_name(rows)
 
 
-@pytest.mark.parametrize("op", (*CONTRACTIONS, *OTHERS), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_a_node_is_known_by_each_spelling_of_its_op(op: Any) -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

@@ -1,12 +1,14 @@
 """pipeline: passes in order, checked after each; an error says where."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import fx
 
-from octav_fx.ir.edits import Edit, skip
+from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import name_of, run
 from tests.support.graphs import captured, model
 
@@ -20,7 +22,7 @@ def to_tanh(gm: fx.GraphModule) -> list[Edit]:
         if node.op == "call_method" and node.target == "relu":
             node.target = "tanh"
             return [Edit("relu", "change", "tanh")]
-    return [skip("relu", "there is none")]
+    return [Edit.unsupported("relu", "there is none")]
 
 
 def broken(gm: fx.GraphModule) -> list[Edit]:
@@ -63,3 +65,51 @@ def test_a_graph_that_a_pass_broke_is_found_at_once() -> None:
 def test_the_name_of_a_pass_with_options() -> None:
     assert name_of(functools.partial(failing, 1)) == "failing"
     assert name_of(to_tanh) == "to_tanh"
+
+
+def test_a_dump_is_the_graph_before_and_after_each_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAV_FX_DUMP", str(tmp_path / "dump"))
+    run(graph(), [to_tanh, to_tanh])
+    run(graph(), [])
+    assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == ["000", "001"]
+    first = tmp_path / "dump" / "000"
+    texts = {path.name: path.read_text() for path in first.iterdir()}
+    relu, tanh = "relu = x.relu()\nreturn relu\n", "relu = x.tanh()\nreturn relu\n"
+    summary = texts.pop("summary.txt").splitlines()
+    assert texts == {
+        "00-to_tanh.before.txt": relu,
+        "00-to_tanh.after.txt": tanh,
+        "01-to_tanh.before.txt": tanh,
+        "01-to_tanh.after.txt": tanh,
+    }
+    assert [re.sub(r" +[0-9.]+ ms +", " ", line).split() for line in summary] == [
+        ["00-to_tanh", "1", "edits"],
+        ["relu", "change", "tanh"],
+        ["01-to_tanh", "1", "edits"],
+        ["relu", "skip", "there", "is", "none"],
+    ]
+
+
+def test_a_dump_has_what_a_failing_pass_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAV_FX_DUMP", str(tmp_path))
+    with pytest.raises(ValueError):
+        run(graph(), [to_tanh, failing])
+    assert (tmp_path / "000" / "01-failing.before.txt").read_text() == "relu = x.tanh()\nreturn relu\n"
+    assert (tmp_path / "000" / "summary.txt").read_text().endswith("failed\n")
+
+
+def test_several_runs_find_numbers_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAV_FX_DUMP", str(tmp_path))
+    (tmp_path / "000").mkdir()
+    (tmp_path / "002").mkdir()
+    for _ in range(2):
+        run(graph(), [to_tanh])
+    # Another process may have taken 002 between the count and the mkdir.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000", "002", "003", "004"]
+
+
+def test_off_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OCTAV_FX_DUMP", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run(graph(), [to_tanh])
+    assert list(tmp_path.iterdir()) == []

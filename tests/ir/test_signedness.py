@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from octav_fx.ir.signedness import _CASES, ALWAYS, COMBINING, PRESERVING, nonnegative
+from octav_fx.ir import signs
+from octav_fx.ir.ops import OPS
+from octav_fx.ir.signedness import nonnegative
 from tests.support.graphs import captured, model
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -154,12 +156,13 @@ def cases(table: dict[str, list[Any]]) -> list[Any]:
     return [pytest.param(case, id=f"{row}-{i}") for row, listed in table.items() for i, case in enumerate(listed)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "table"),
-    [(ALWAYS, ALWAYS_CASES), (PRESERVING, PRESERVING_CASES), (COMBINING, COMBINING_CASES), (_CASES, SPECIAL_CASES)],
-)
-def test_every_row_has_a_case(rows: Any, table: dict[str, list[Any]]) -> None:
-    assert set(table) == set(rows)
+def test_every_row_that_speaks_of_signs_has_a_case() -> None:
+    def named(rule: signs.SignRule) -> set[str]:
+        return {op.name for op in OPS.values() if op.nonnegative is rule}
+
+    assert (set(ALWAYS_CASES), set(PRESERVING_CASES)) == (named(signs.always), named(signs.as_input))
+    rest = {op.name for op in OPS.values() if op.nonnegative not in (None, signs.always, signs.as_input)}
+    assert set(COMBINING_CASES) | set(SPECIAL_CASES) == rest
 
 
 @pytest.mark.parametrize("forward", cases(ALWAYS_CASES))
@@ -205,6 +208,10 @@ def test_what_can_be_negative_is_not_claimed(forward: Callable[[Tensor], Tensor]
         lambda s, x: x.relu() + -0.5,
         lambda s, x: x.relu() / -2,
         lambda s, x: torch.stack((x.relu(), -x.relu())),
+        # By name, too.
+        lambda s, x: torch.add(x.relu(), other=x),
+        lambda s, x: torch.add(x.relu(), x.abs(), alpha=-1),
+        lambda s, x: torch.cat(tensors=(x.relu(), x), dim=1),
         lambda s, x: x.relu().amin(1) - x.relu().amax(1),
         lambda s, x: s.norm(x.relu()),
     ],
@@ -220,6 +227,10 @@ def test_arithmetic_below_zero_is_not_claimed(forward: Forward) -> None:
         lambda s, x: 2 * x.relu(),
         lambda s, x: x.relu() / x.shape[0],
         lambda s, x: x * x,
+        lambda s, x: torch.add(x.relu(), other=x.abs(), alpha=2),
+        lambda s, x: torch.cat(tensors=(x.relu(), x.abs()), dim=1),
+        # An axis is no value.
+        lambda s, x: torch.cat((x.relu(), x.abs()), -1),
         lambda s, x: sum([x.relu(), x.abs()]),
         lambda s, x: (x.relu() + x.sigmoid()).flatten(1).mean(1),
     ],

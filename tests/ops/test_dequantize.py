@@ -13,6 +13,7 @@ from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.ops.quantize.op import quantize
 from tests.support.compare import EXACT, assert_same_bits
 from tests.support.examples import examples
+from tests.support.pairwise import pairwise
 from tests.support.strategies import DTYPES, NATIVE, axes, clips, codes, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
@@ -157,9 +158,13 @@ def test_out_is_written_in_its_own_layout(dtype, dim, bits):
         assert_same_bits(out, dequantize(stored, clip, bits, True, dim, dtype))
 
 
-@pytest.mark.parametrize(("dim", "channels_last"), [(None, False), (0, False), (1, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pairwise(
+    {
+        "dim, channels_last": [(None, False), (0, False), (1, True)],
+        "dtype": [torch.float32, torch.bfloat16],
+        "bits": [4, 8],
+    }
+)
 def test_opcheck(dim, channels_last, dtype, bits):
     stored = some_codes((2, 3, 4, 5), bits)
     stored = stored.to(memory_format=torch.channels_last) if channels_last else stored

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips.gradients import GRADIENTS
-from octav_fx.clips.newton import METHODS
 from octav_fx.formats.granularity import clip_shape
 from octav_fx.ops.dynamic_fake_quantize import reference
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
@@ -14,7 +13,8 @@ from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from tests.support.compare import EXACT
 from tests.support.examples import examples
-from tests.support.strategies import DTYPES, axes, filled_with_nan, tensors
+from tests.support.pairwise import pairwise
+from tests.support.strategies import DTYPES, METHODS, axes, filled_with_nan, tensors
 
 COLD = torch.tensor(0.0)
 
@@ -119,9 +119,13 @@ def test_empty_tensors_pass_through(shape, dim):
     assert not clip.any()
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize(("dim", "channels_last"), [(None, False), (0, False), (1, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pairwise(
+    {
+        "gradient": GRADIENTS,
+        "dim, channels_last": [(None, False), (0, False), (1, True)],
+        "dtype": [torch.float32, torch.bfloat16],
+    }
+)
 def test_opcheck(gradient, dim, channels_last, dtype):
     x = torch.randn(2, 3, 4, 5, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x

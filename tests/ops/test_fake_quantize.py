@@ -12,6 +12,7 @@ from octav_fx.ops.fake_quantize import reference
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from tests.support.compare import EXACT, assert_same_bits
 from tests.support.examples import examples
+from tests.support.pairwise import pairwise
 from tests.support.strategies import DTYPES, NATIVE, axes, clips, every_number, filled_with_nan, tensors
 
 SIGNED = [True, False]
@@ -269,9 +270,13 @@ def test_second_derivatives(gradient, signed):
     torch.testing.assert_close(second, 2 * v * factor * factor, rtol=2**-22, atol=0)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize(("dim", "channels_last"), [(None, False), (0, False), (1, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pairwise(
+    {
+        "gradient": GRADIENTS,
+        "dim, channels_last": [(None, False), (0, False), (1, True)],
+        "dtype": [torch.float32, torch.bfloat16],
+    }
+)
 def test_opcheck(gradient, dim, channels_last, dtype):
     x = torch.randn(2, 3, 4, 5, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x

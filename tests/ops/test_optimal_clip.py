@@ -5,15 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octav_fx.clips.newton import METHODS
 from octav_fx.formats.granularity import clip_shape, to_rows
 from octav_fx.formats.grid import Grid
 from octav_fx.ops import cpu
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from tests.support.examples import examples
+from tests.support.pairwise import pairwise
 from tests.support.samples import SAMPLES, SIGNS, fixed_point, least_error, squared_error
-from tests.support.strategies import DTYPES, NATIVE, axes, every_number, filled_with_nan, tensors
+from tests.support.strategies import DTYPES, METHODS, NATIVE, axes, every_number, filled_with_nan, tensors
 
 COLD = torch.tensor(0.0)
 NEWTON = ["octav", "octav-grid", "octav-tight"]
@@ -37,9 +37,7 @@ def test_the_kernel_finds_the_fixed_point_from_any_hint(kernels, name, signed, b
         assert clip.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("solve", ["kernel", "reference"])
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("name", "signed"), SIGNS)
+@pairwise({"solve": ["kernel", "reference"], "bits": range(2, 9), "name, signed": SIGNS})
 def test_octav_tight_counts_rounding_four_times(kernels, name, signed, bits, solve):
     x = SAMPLES[name](20_000)
     clip = SOLVERS[solve](x, COLD, bits, signed, None, "octav-tight")
@@ -173,7 +171,7 @@ def test_the_kernel_sweeps_beside_large_negative_values(kernels):
 
 
 @pytest.mark.parametrize("method", [*NEWTON, "max", "percentile", "mse"])
-@pytest.mark.parametrize(("shape", "dim"), [((200_003,), None), ((37, 2003), 0), ((5, 301, 50), 1)])
+@pytest.mark.parametrize(("shape", "dim"), [((70_003,), None), ((37, 2003), 0), ((5, 301, 50), 1)])
 def test_the_number_of_threads_changes_no_bit(kernels, threads, method, shape, dim):
     x, clips = torch.randn(shape), []
     for count in (1, 2, 3):
@@ -287,10 +285,10 @@ def test_inf_and_nan_take_no_part(method, signed):
     torch.testing.assert_close(optimal_clip(bad, COLD, 4, signed, None, method), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("values", [[], [0.0, -0.0], [math.nan, math.inf, -math.inf], [0.0] * 9 + [math.nan]])
+NOTHING = [[], [0.0, -0.0], [math.nan, math.inf, -math.inf], [0.0] * 9 + [math.nan]]
+
+
+@pairwise({"method": METHODS, "signed": [True, False], "dtype": DTYPES, "values": NOTHING})
 def test_nothing_to_clip_is_a_clip_of_zero(method, signed, dtype, values):
     x = torch.tensor(values, dtype=dtype)
     assert optimal_clip(x, torch.tensor(1.0), 4, signed, None, method).item() == 0
@@ -332,9 +330,13 @@ def test_out_is_written(method, dim):
     assert torch.equal(out, optimal_clip(x, cold(x, dim), 4, True, dim, method))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("dim", "channels_last"), [(None, False), (None, True), (0, False), (1, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pairwise(
+    {
+        "method": METHODS,
+        "dim, channels_last": [(None, False), (None, True), (0, False), (1, True)],
+        "dtype": [torch.float32, torch.float16],
+    }
+)
 def test_opcheck(method, dim, channels_last, dtype):
     x = torch.randn(2, 3, 4, 5, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
@@ -367,10 +369,7 @@ def test_rows_are_the_channels():
 SOLVERS = {"reference": reference.optimal_clip, "kernel": optimal_clip}
 
 
-@pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("elements", [1, 3, 7])
+@pairwise({"solve": SOLVERS.values(), "bits": range(2, 9), "signed": [True, False], "elements": [1, 3, 7]})
 def test_octav_grid_of_one_value_puts_the_highest_level_on_it(solve, bits, signed, elements):
     value = torch.rand(2000) + 0.01
     x = value.unsqueeze(-1).expand(-1, elements).contiguous()

@@ -12,6 +12,7 @@ from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.quantize import reference
 from octav_fx.ops.quantize.op import quantize
 from tests.support.examples import examples
+from tests.support.pairwise import pairwise
 from tests.support.strategies import DTYPES, NATIVE, axes, clips, every_number, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
@@ -199,9 +200,13 @@ def test_out_is_written_in_its_own_layout(dtype, dim, bits):
         assert torch.equal(out, quantize(x, clip, bits, True, dim))
 
 
-@pytest.mark.parametrize(("dim", "channels_last"), [(None, False), (0, False), (1, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pairwise(
+    {
+        "dim, channels_last": [(None, False), (0, False), (1, True)],
+        "dtype": [torch.float32, torch.bfloat16],
+        "bits": [4, 8],
+    }
+)
 def test_opcheck(dim, channels_last, dtype, bits):
     x = torch.randn(2, 3, 4, 5, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x

@@ -26,7 +26,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 class Row:
     """One kernel as it is launched.
 
-    kernel: its name in octav_fx/ops/<op>/kernel.py. signature: parameter -> Triton's type of it, such as "*bf16" or
+    kernel: its name in the kernel.py of the op. signature: parameter -> Triton's type of it, such as "*bf16" or
     "i32"; ":16" behind it says what Triton finds out at a launch, that an address or a number divides by 16.
     constexprs: parameter -> value. A parameter that is None at a launch, or an integer 1, is a constexpr for Triton.
     targets: where this row is ever launched.
@@ -106,7 +106,7 @@ def _weights(kind: str, method: int, block: int, warps: int, fits: bool = True) 
     return Row("fake_quantize_weights_kernel", signature, constexprs, num_warps=warps)
 
 
-# op -> how its kernels are launched. Every @triton.jit function that is launched has at least one row.
+# Package of octav_fx.ops -> how its kernels are launched. Each @triton.jit function that is launched has a row.
 ROWS: dict[str, tuple[Row, ...]] = {
     "fake_quantize": (
         _elementwise("fake_quantize_kernel", _BFLOAT16, **_SIGNED),
@@ -132,19 +132,19 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _elementwise("dequantize_kernel", {"codes": "*i16", "out": "*fp32"}, **_SIGNED, **{**_CODES, "SIGNED": True}),
     ),
     # "octav", "octav-grid" and "max", held and read again.
-    "solve_rows": (
+    "kernels.solve_rows": (
         _solve_rows("fp32", 0, 512, True),
         _solve_rows("fp32", 1, 2**14, True),
         _solve_rows("bf16", 1, 2**14, False, contiguous=False),
         _solve_rows("fp32", 2, 4096, True),
     ),
-    "solve_passes": (
+    "kernels.solve_passes": (
         *(_solve_pass(which, 0) for which in range(3)),
         *(_solve_pass(which, 1) for which in range(1, 4)),
         _solve_pass(0, 2),
     ),
     # bfloat16, float16 and float32.
-    "solve_tail": (
+    "kernels.solve_tail": (
         *(_solve_tail(stage, "*i16", "*i32", 0x7F80, 0) for stage in range(2)),
         _solve_tail(0, "*i16", "*i32", 0x7C00, 0, is_half=True),
         _solve_tail(0, "*i32", "*i64", 0x7F800000, 16),

@@ -1,11 +1,18 @@
-"""Running one pass the way the pipeline does."""
+"""Running one pass the way the pipeline does, and quantizing at four bits by hand."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 
+from octav_fx.capture.modules import QuantizedModule
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
+from octav_fx.nn import Spec
+from octav_fx.passes import Place, canonicalize, quantize_operands
+from tests.support.graphs import captured
 
 
 def made(gm: fx.GraphModule, graph_pass: Callable[[fx.GraphModule], list[Edit]]) -> list[Edit]:
@@ -18,3 +25,26 @@ def declined(
 ) -> list[tuple[str, str | None, str]]:
     """(node, operand, reason) of what one run declined to do."""
     return [(edit.node, edit.operand, edit.detail) for edit in run(gm, [graph_pass]) if edit.declined]
+
+
+def four_bits(place: Place) -> Spec:
+    """What quantize_operands may choose for any place."""
+    return Spec(4, place.signed, place.dim, "octav", "pwl")
+
+
+def canonical(float_module: nn.Module, **arguments: Any) -> QuantizedModule:
+    """The graph of a module, each contraction a call with its operands in place."""
+    gm = captured(float_module, **arguments)
+    made(gm, canonicalize)
+    return gm
+
+
+def quantize_with(choose: Callable[[Place], Spec | str]) -> Callable[[Any], list[Edit]]:
+    """The pass with this choice."""
+    return functools.partial(quantize_operands, choose=choose)
+
+
+def on_grid(x: Tensor, signed: bool, dim: int | None) -> Tensor:
+    """The values that a quantizer chosen by four_bits returns."""
+    hint = x.new_zeros(() if dim is None else (x.shape[dim],))
+    return torch.ops.octav.dynamic_fake_quantize(x, hint, 4, signed, dim, "octav", "pwl")[0]

@@ -1,49 +1,15 @@
 """DistributedDataParallel around a quantized module: two processes, gloo."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import octav_fx
 from octav_fx import OctavError, float_mode, quantize
 from tests.support.nets import ConvNet as Net
-
-RANKS = 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def spawn(worker, *args) -> None:
-    mp.spawn(_start, (worker, free_port(), *args), nprocs=RANKS)
-
-
-def _start(rank: int, worker, port: int, *args) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:
-        worker(rank, *args)
-        # The first to leave would take its connections away from the other, which gloo answers with an abort.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def same_everywhere(value: Tensor) -> bool:
-    gathered = [torch.empty_like(value) for _ in range(RANKS)]
-    dist.all_gather(gathered, value.contiguous())
-    return all(torch.equal(other, value) for other in gathered)
+from tests.support.ranks import RANKS, same_everywhere, spawn
 
 
 def train(rank: int, static_graph: bool, broadcast_buffers: bool) -> None:

@@ -15,7 +15,7 @@ import octav_fx
 from octav_fx import Config, OctavError, float_mode, pact_penalty, quantize
 from octav_fx.nn import FakeQuantizer
 from tests.support.nets import ConvNet as Net
-from tests.training.test_distributed import same_everywhere, spawn
+from tests.support.ranks import same_everywhere, spawn
 
 CLIPS = ["pact", "lsq"]
 

@@ -14,7 +14,7 @@ from octav_fx.formats.packing import integer_codes
 from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from tests.support.nets import ConvNet as Net
-from tests.training.test_distributed import same_everywhere, spawn
+from tests.support.ranks import same_everywhere, spawn
 
 # Sums of a few thousand float32, in parts: some 2**-24 * log2(4096) = 7e-7 of them, twice, and the same of the clip.
 CLOSE = {"rtol": 2e-6, "atol": 0}

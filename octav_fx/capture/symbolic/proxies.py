@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from octav_fx.capture.user_stack import TORCH, caller
+from octav_fx.ir.meta import fake
 
 if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
@@ -36,7 +37,7 @@ class ValueProxy(fx.Proxy):
     @property
     def value(self) -> Any:
         """Return what the example inputs make of this: a fake tensor, a number, a shape, UNKNOWN."""
-        return self.node.meta["value"]
+        return fake(self.node)
 
     def __getattr__(self, name: str) -> Any:
         value = self.value

@@ -19,14 +19,15 @@ from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.ir.rules import Own
+from octav_fx.ir.meta import fake
+from octav_fx.ir.ops import UserRules
 
-_NOTHING: Final = Own()
+_NOTHING: Final = UserRules()
 
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """A traced graph. Its nodes carry meta["value"] (fake) and meta["macs"]."""
+    """A traced graph. Its nodes carry what they compute for the arguments (meta.fake) and how much work that is."""
 
     graph: fx.Graph
     # Modules whose Python code branches on self.training: the graph holds for one mode only.
@@ -37,14 +38,14 @@ class Capture:
     stored: tuple[str, ...]
 
 
-def capture(root: nn.Module, arguments: Mapping[str, Any], own: Own = _NOTHING) -> Capture:
+def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NOTHING) -> Capture:
     """Trace root.forward for these arguments by name; root is in the mode to be captured.
 
     Tensor constants that forward makes on the way become non-persistent buffers of root. Raises NotCaptured with
     the user's file and line where the Python code needs data to go on.
     """
     # Evaluation may write into objects among them.
-    tracer = ValueTracer(own_copy(dict(arguments)), own=own)
+    tracer = ValueTracer(own_copy(dict(arguments)), user=user)
     before = set(root.__dict__)
     try:
         with (
@@ -84,7 +85,5 @@ def _remove_unused(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if node.users or node.op in ("placeholder", "output", "call_module") or node.is_impure():
             continue
-        if node.op == "get_attr" or not any(
-            isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta["value"])
-        ):
+        if node.op == "get_attr" or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(fake(node))):
             graph.erase_node(node)

@@ -28,12 +28,12 @@ from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_forward_hooks
-from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree
+from octav_fx.compat.tensors import NEEDS_DATA, TORCH_GROUPED_MM, FakeTensorMode, pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
-from octav_fx.ir.ops import in_place, is_altered
-from octav_fx.ir.rules import LEAF, OWN, Own
+from octav_fx.ir.meta import fake, info, set_fake, update
+from octav_fx.ir.ops import UserRules, in_place, is_altered
 
 # torch.nn modules are leaves: they are what rules speak of, and their checks on shapes are torch's own business.
 # These are made of other modules, some of which multiply matrices, so they are traced into.
@@ -73,14 +73,14 @@ class ValueTracer(fx.Tracer):
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
-    own: Own = field(default_factory=Own)
+    user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
     # Read by fx: buffers become proxies, not constants.
     proxy_buffer_attributes = True
 
     def __post_init__(self) -> None:
         # Functions with a rule are calls in the graph, not what they do.
-        self.rules = {rule.target: rule for rule in self.own.rules}
+        self.rules = {rule.target: rule for rule in self.user.ops}
         super().__init__(autowrap_functions=tuple(f for f in self.rules if isinstance(f, types.FunctionType)))
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.attributes: dict[int, str] = {}
@@ -172,11 +172,15 @@ class ValueTracer(fx.Tracer):
         """Make a node, with what it computes for the example inputs."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "output":
-            node.meta["value"], node.meta["macs"] = self._evaluate(node)
-            if (called := self._called(node)) is not None and isinstance(called, self.own.leaves):
-                node.meta[LEAF] = True
-            if node.meta["value"] is UNKNOWN and not any(n.meta["value"] is UNKNOWN for n in node.all_input_nodes):
-                node.meta["unknown"] = user_caller()
+            value, macs = self._evaluate(node)
+            set_fake(node, value)
+            is_new = value is UNKNOWN and not any(fake(source) is UNKNOWN for source in node.all_input_nodes)
+            update(
+                node,
+                macs=macs,
+                is_leaf=isinstance(self._called(node), self.user.leaves),
+                unknown_since=user_caller() if is_new else None,
+            )
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -222,7 +226,7 @@ class ValueTracer(fx.Tracer):
             bound = inspect.signature(target).bind(*args, **kwargs) if inspect.isfunction(target) else None
             args, kwargs = (args, kwargs) if bound is None else (bound.args, bound.kwargs)
             proxy = super().create_proxy(kind, target, args, kwargs)
-            proxy.node.meta[OWN] = self.rules[target]
+            update(proxy.node, op=self.rules[target])
             return proxy
         if kind == "call_function" and _is_user_function(target):
             return self._inline(target, args, kwargs)
@@ -271,7 +275,7 @@ class ValueTracer(fx.Tracer):
             raise OctavError(
                 f"{module_qualified_name} is a scripted module, without Python code to trace: use the original"
             )
-        return isinstance(m, self.own.leaves) or is_torch_leaf(m)
+        return isinstance(m, self.user.leaves) or is_torch_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module; stochastic depth stays a call, since traced through it would be on or off for good."""
@@ -319,7 +323,7 @@ class ValueTracer(fx.Tracer):
 
     def _is_random(self, mark: _Mark) -> bool:
         """Tell whether what was traced since then is a switch of training (stochastic depth) and multiplies nothing."""
-        return len(self.branched_on) > mark.branches and not any(node.meta["macs"] for node in self._since(mark))
+        return len(self.branched_on) > mark.branches and not any(info(node).macs for node in self._since(mark))
 
     def _since(self, mark: _Mark) -> list[fx.Node]:
         nodes = []
@@ -385,7 +389,7 @@ class ValueTracer(fx.Tracer):
                 value = getattr(value, atom)
             value = value.value if isinstance(value, TrainingFlag) else value
             return (self.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value), 0
-        args, kwargs = _mutable(fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"]))
+        args, kwargs = _mutable(fx.node.map_arg((node.args, node.kwargs), fake))
         if any(value is UNKNOWN for value in pytree.tree_leaves((args, kwargs))):
             return UNKNOWN, 0
         try:
@@ -431,7 +435,7 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
 _NOT_EVALUATED: Final = (guard_equal, ENTER_AUTOCAST, EXIT_AUTOCAST)
 
 # What evaluates a function on fake tensors in its place: torch's own for this one takes bfloat16 only, kernels do not.
-_STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, torch._grouped_mm: _grouped_mm}
+_STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, TORCH_GROUPED_MM: _grouped_mm}
 
 
 def _mutable(argument: Any) -> Any:

@@ -15,6 +15,7 @@ from octav_fx import zoo
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.symbolic.trace import capture
 from octav_fx.errors import OctavError
+from octav_fx.ir.meta import fake, info
 from octav_fx.ir.printer import graph_text
 from tests.support.graphs import captured, model, parameter, run_alike
 
@@ -590,8 +591,8 @@ def test_the_module_is_as_before(fail: bool, training: bool) -> None:
 def test_values_and_macs_are_there_for_the_passes() -> None:
     graph = capture(model(lambda self, x: self.fc(x).sum(), fc=nn.Linear(6, 4)), rows(3, 6)).graph
     nodes = {node.name: node for node in graph.nodes}
-    assert nodes["x"].meta["value"].shape == (3, 6) and nodes["fc"].meta["value"].shape == (3, 4)
-    assert [nodes[name].meta["macs"] for name in ("x", "fc", "sum_1")] == [0, 3 * 6 * 4, 0]
+    assert fake(nodes["x"]).shape == (3, 6) and fake(nodes["fc"]).shape == (3, 4)
+    assert [info(nodes[name]).macs for name in ("x", "fc", "sum_1")] == [0, 3 * 6 * 4, 0]
 
 
 def test_hooks_of_leaves_run_in_the_graph() -> None:

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from octav_fx import convert
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import fold_affine_into_scale
 from tests.support.deployable import frozen, trained
-from tests.support.graphs import model
+from tests.support.graphs import model, parameter
 from tests.support.passes import declined, made
 
 
@@ -72,3 +73,20 @@ def test_what_stays():
     assert "the weight of" in reasons["norm2"]
     assert "the weight of" in reasons["norm3"]
     assert "is not a convolution" in reasons["norm4"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.norm(F.conv2d(x, s.weight, bias=s.bias, padding=1)),
+        lambda s, x: s.norm(F.conv2d(x, s.weight, padding=1, stride=1)),
+    ],
+    ids=["bias by name", "no bias"],
+)
+def test_a_functional_convolution(forward):
+    parts = {"weight": parameter(5, 3, 3, 3), "bias": parameter(5), "norm": trained(nn.BatchNorm2d(5))}
+    x = torch.randn(2, 3, 6, 6)
+    c = converted(model(forward, **parts), x)
+    before = copy.deepcopy(c)
+    assert len(made(c, fold_affine_into_scale)) == 1
+    torch.testing.assert_close(c(x), before(x), rtol=0, atol=30 * 30 * 2**-24)

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
-from octav_fx.passes import LOWER, filters_channels_last, save_codes
-from tests.passes.lower.test_save_codes import joint, leaf, lower, tagged, targets, unchanged, weight
+from octav_fx.passes import LOWER, filters_channels_last, save_codes, split_quantizers
+from tests.support.joint import joint, leaf, lower, tagged, targets, unchanged, weight
 
 octav = torch.ops.octav
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="Inductor leaves layouts alone")
@@ -27,7 +27,7 @@ def arguments(*shape: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 def half_lowered(function: Callable[..., tuple[Tensor]], inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     gm = joint(function, *inputs)
-    lower(gm, save_codes)
+    lower(gm, split_quantizers, save_codes)
     return gm
 
 
@@ -199,7 +199,7 @@ def test_what_does_not_gain_stays(name: str) -> None:
     assert graph_text(gm.graph) == text
 
 
-def test_before_save_codes_there_is_nothing_to_do() -> None:
+def test_before_the_split_there_is_nothing_to_do() -> None:
     assert lower(joint(conv, *arguments(4, 3, 3, 3)), filters_channels_last) == []
 
 
@@ -271,7 +271,7 @@ def test_twice_changes_nothing() -> None:
 
 def test_a_whole_graph_twice() -> None:
     gm = joint(conv, *arguments(4, 3, 3, 3))
-    assert len(lower(gm, *LOWER)) == 2
+    assert len(lower(gm, *LOWER)) == 3
     text = graph_text(gm.graph)
     assert unchanged(gm, arguments(4, 3, 3, 3), *LOWER) == []
     assert graph_text(gm.graph) == text

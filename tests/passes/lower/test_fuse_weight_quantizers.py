@@ -1,7 +1,5 @@
 """fuse_weight_quantizers: forward reads weights quantized together, backward rounds them one by one as before."""
 
-import functools
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +10,11 @@ from octav_fx.backend import entry
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.printer import graph_text
-from octav_fx.passes import LOWER, fuse_weight_quantizers, integer_matmul, save_codes
-from tests.passes.lower.test_save_codes import joint, kept, leaf, lower, quantized, unchanged, weight
+from octav_fx.passes import LOWER, fuse_weight_quantizers, save_codes, split_quantizers
+from tests.support.joint import joint, kept, leaf, lower, quantized, targets, unchanged, weight
+from tests.support.matmuls import forced, fuse_anywhere
 
-ANYWHERE = functools.partial(fuse_weight_quantizers, device="cpu")
+octav = torch.ops.octav
 
 
 def mlp(x: Tensor, w: Tensor, v: Tensor, h: Tensor, k: Tensor) -> tuple[Tensor]:
@@ -32,8 +31,8 @@ def gathered(edits: list[Edit]) -> int:
 
 def test_golden() -> None:
     gm = joint(mlp, *inputs())
-    lower(gm, save_codes)
-    assert [(edit.node, edit.verb, edit.detail) for edit in lower(gm, ANYWHERE)] == [
+    lower(gm, split_quantizers, save_codes)
+    assert [(edit.node, edit.verb, edit.detail) for edit in lower(gm, fuse_anywhere)] == [
         ("primals_2", "gather", "4 bits"),
         ("primals_3", "gather", "8 bits"),
     ]
@@ -59,18 +58,18 @@ def test_golden() -> None:
 
 def test_no_output_and_no_gradient_changes() -> None:
     arguments = inputs()
-    assert gathered(unchanged(joint(mlp, *arguments), arguments, save_codes, ANYWHERE)) == 2
+    assert gathered(unchanged(joint(mlp, *arguments), arguments, split_quantizers, save_codes, fuse_anywhere)) == 2
 
 
 def test_backward_keeps_clips_and_no_levels() -> None:
     gm = joint(mlp, *inputs())
-    lower(gm, save_codes, ANYWHERE)
+    lower(gm, split_quantizers, save_codes, fuse_anywhere)
     assert set(kept(gm)) == {"slice_tensor", "slice_tensor_1", "relu"}
 
 
 def test_every_value_has_its_fake_value() -> None:
     gm = joint(mlp, *inputs())
-    lower(gm, save_codes, ANYWHERE)
+    lower(gm, split_quantizers, save_codes, fuse_anywhere)
     assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")
 
 
@@ -80,7 +79,7 @@ def test_a_weight_that_is_read_twice() -> None:
         return (F.linear(F.linear(x, y), y) + weight(v, k).sum(),)
 
     arguments = (leaf(7, 20), leaf(20, 20), leaf(4, 20), torch.ones(20), torch.zeros(4))
-    assert gathered(unchanged(joint(tied, *arguments), arguments, save_codes, ANYWHERE)) == 2
+    assert gathered(unchanged(joint(tied, *arguments), arguments, split_quantizers, save_codes, fuse_anywhere)) == 2
 
 
 def test_a_single_weight_stays() -> None:
@@ -88,7 +87,7 @@ def test_a_single_weight_stays() -> None:
         return (F.linear(x, weight(w, h)),)
 
     arguments = (leaf(7, 20), leaf(3, 20), torch.ones(3))
-    assert not gathered(unchanged(joint(alone, *arguments), arguments, save_codes, ANYWHERE))
+    assert not gathered(unchanged(joint(alone, *arguments), arguments, split_quantizers, save_codes, fuse_anywhere))
 
 
 def test_a_weight_that_is_computed_stays() -> None:
@@ -96,30 +95,30 @@ def test_a_weight_that_is_computed_stays() -> None:
         return (F.linear(F.linear(x, weight(2 * w, h)), weight(v, k)),)
 
     arguments = inputs()
-    assert not gathered(unchanged(joint(scaled, *arguments), arguments, save_codes, ANYWHERE))
+    assert not gathered(unchanged(joint(scaled, *arguments), arguments, split_quantizers, save_codes, fuse_anywhere))
 
 
 def test_levels_that_only_backward_reads_stay() -> None:
     # Forward multiplies codes: integer_matmul.
-    forced = functools.partial(integer_matmul, device="cpu", decline=lambda *sizes: None)
-
     def both(x: Tensor, w: Tensor, v: Tensor, h: Tensor, k: Tensor, hint: Tensor) -> tuple[Tensor]:
         y = F.linear(quantized(x.sin(), hint), weight(w, h))
         return (F.linear(quantized(y, hint), weight(v, k)),)
 
     gm = joint(both, *inputs(), torch.ones(()))
-    assert not gathered(lower(gm, save_codes, forced, ANYWHERE))
+    assert not gathered(lower(gm, split_quantizers, save_codes, forced, fuse_anywhere))
 
 
 def test_it_is_the_last_pass_and_for_gpus() -> None:
     arguments = inputs()
     assert LOWER[-1] is fuse_weight_quantizers
-    assert not gathered(unchanged(joint(mlp, *arguments), arguments, save_codes, fuse_weight_quantizers))
+    assert not gathered(
+        unchanged(joint(mlp, *arguments), arguments, split_quantizers, save_codes, fuse_weight_quantizers)
+    )
 
 
 @pytest.mark.compile
 def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry, "LOWER", (*LOWER, ANYWHERE))
+    monkeypatch.setattr(entry, "LOWER", (*LOWER, fuse_anywhere))
     ran = []
     monkeypatch.setattr(entry, "run", lambda gm, passes: ran.extend(run(gm, passes)))
     torch.manual_seed(0)
@@ -133,3 +132,11 @@ def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for gradient, same in zip(found, expected, strict=True):
         # Inductor's kernels sum in another order than eager ones.
         torch.testing.assert_close(gradient, same)
+
+
+def test_without_a_backward_nothing_is_left_of_the_single_quantizers() -> None:
+    arguments = tuple(tensor.detach() for tensor in inputs())
+    with torch.no_grad():
+        gm = joint(mlp, *arguments, trace_joint=False)
+    assert gathered(unchanged(gm, arguments, split_quantizers, fuse_anywhere)) == 2
+    assert not {octav.optimal_clip.default, octav.fake_quantize.default} & targets(gm)

@@ -1,6 +1,6 @@
 """integer_matmul: forward multiplies the codes that are there anyway, backward stays as it is."""
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from octav_fx.ir.calls import arguments_of
 from octav_fx.ir.printer import graph_text
+from octav_fx.ops import matmuls
 from octav_fx.ops.int_matmul import configs
+from octav_fx.ops.matmuls import MatmulKernel, fits_int32
 from octav_fx.passes import LOWER, integer_matmul
-from tests.passes.lower.test_save_codes import codes_of, joint, kept, leaf, lower, quantized, results, targets, weight
+from tests.support.joint import codes_of, joint, kept, leaf, lower, quantized, results, targets, weight
+from tests.support.matmuls import ON_CPU, forced
 
 octav, aten = torch.ops.octav, torch.ops.aten
-# On any device, whatever it pays.
-FORCED = functools.partial(integer_matmul, device="cpu", decline=lambda *sizes: None)
 
 
 def lowered(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -36,7 +38,7 @@ def small() -> tuple[Tensor, ...]:
 
 def test_golden() -> None:
     gm = lowered(linear, small())
-    assert [(edit.node, edit.verb, edit.detail) for edit in lower(gm, FORCED)] == [
+    assert [(edit.node, edit.verb, edit.detail) for edit in lower(gm, forced)] == [
         ("mm", "integer matmul", "[7, 30] times [30, 4]")
     ]
     assert graph_text(gm.graph) == (
@@ -63,8 +65,8 @@ def test_golden() -> None:
         "div_tensor_1 = div.Tensor(optimal_clip_default_1, 8.0)\n"
         "full_default_2 = full.default([], nan, dtype=torch.float32, device=device(type='cpu'))\n"
         "where_self_2 = where.self(eq_scalar_1, full_default_2, div_tensor_1)\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default_1, 4, True, 0, 'mad')\n"
-        "permute = permute.default(fake_quantize_default, [1, 0])\n"
+        "fake_quantize_default_1 = fake_quantize.default(primals_2, optimal_clip_default_1, 4, True, 0, 'mad')\n"
+        "permute = permute.default(fake_quantize_default_1, [1, 0])\n"
         "view_default = view.default(convert_element_type_default_1, [7, 30])\n"
         "view_default_1 = view.default(where_self_1, [7])\n"
         "int_matmul_default = int_matmul.default(view_default, view_default_1, convert_element_type_default_2, "
@@ -154,7 +156,7 @@ def test_numbers(name: str) -> None:
     function, inputs = CASES[name]
     gm = lowered(function, inputs)
     before = results(gm, inputs)
-    assert [edit.verb for edit in lower(gm, FORCED)] == ["integer matmul"]
+    assert [edit.verb for edit in lower(gm, forced)] == ["integer matmul"]
     assert octav.int_matmul.default in targets(gm)
     (y, *gradients), (expected, *others) = results(gm, inputs), before
     assert y is not None
@@ -173,7 +175,7 @@ def test_numbers(name: str) -> None:
 def test_the_result_is_that_of_exact_levels() -> None:
     inputs = small()
     gm = lowered(linear, inputs)
-    lower(gm, FORCED)
+    lower(gm, forced)
     y = results(gm, inputs)[0]
     x, w = inputs[0].detach().sin(), inputs[1].detach()
     clip, clips = (
@@ -196,7 +198,7 @@ def test_what_is_not_finite_is_nan_where_it_was(name: str, value: float) -> None
     inputs = (x.requires_grad_(), w.requires_grad_(), *rest)
     gm = lowered(function, inputs)
     before = results(gm, inputs)[0]
-    lower(gm, FORCED)
+    lower(gm, forced)
     after = results(gm, inputs)[0]
     assert before is not None
     assert after is not None
@@ -209,12 +211,12 @@ def test_what_is_raised_at_a_ceiling_is_lowered() -> None:
     inputs = (x, w, torch.tensor(10.0), hints)
     gm = lowered(at_a_ceiling, inputs)
     # The clip of a solve is never so far above the ceiling that this could matter: take the hint for it.
-    solve = next(node for node in gm.graph.nodes if node.target is octav.optimal_clip.default and node.args[4] is None)
-    solve.replace_all_uses_with(solve.args[1])
+    solve = next(n for n in gm.graph.nodes if n.target is octav.optimal_clip.default and arguments_of(n).dim is None)
+    solve.replace_all_uses_with(arguments_of(solve).hint)
     gm.graph.erase_node(solve)
     gm.recompile()
     before = results(gm, inputs)[0]
-    lower(gm, FORCED)
+    lower(gm, forced)
     torch.testing.assert_close(results(gm, inputs)[0], before, rtol=1e-5, atol=1e-5)
 
 
@@ -224,7 +226,7 @@ def test_an_operand_of_several_matmuls_is_made_once() -> None:
         return F.linear(y, weight(w, hints)), F.linear(y, weight(2 * w, hints)), F.linear(y, weight(w.sin(), hints))
 
     gm = lowered(function, small())
-    assert len(lower(gm, FORCED)) == 3
+    assert len(lower(gm, forced)) == 3
     assert len(gm.graph.find_nodes(op="call_function", target=octav.int_matmul.default)) == 3
     # One of the activation, which save_codes made, and those of the weights.
     assert len(codes_of(gm)) == 4
@@ -234,9 +236,9 @@ def test_an_operand_of_several_matmuls_is_made_once() -> None:
 @pytest.mark.parametrize("name", ["linear", "autocast", "codes up to 255", "convolution"])
 def test_backward_keeps_what_it_kept(name: str) -> None:
     function, inputs = CASES[name]
-    gm, forced = lowered(function, inputs), lowered(function, inputs)
-    lower(forced, FORCED)
-    assert sorted(map(str, kept(forced).values())) == sorted(map(str, kept(gm).values()))
+    gm, multiplied = lowered(function, inputs), lowered(function, inputs)
+    lower(multiplied, forced)
+    assert sorted(map(str, kept(multiplied).values())) == sorted(map(str, kept(gm).values()))
 
 
 def plain(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor]:
@@ -270,7 +272,7 @@ def test_what_is_no_matmul_of_levels_stays(name: str) -> None:
     function, inputs = STAY[name]
     gm = lowered(function, inputs)
     text = graph_text(gm.graph)
-    assert lower(gm, FORCED) == []
+    assert lower(gm, forced) == []
     assert graph_text(gm.graph) == text
 
 
@@ -317,7 +319,7 @@ def test_declined_with_a_reason(name: str) -> None:
     function, inputs, reason = DECLINED[name]
     gm = lowered(function, inputs)
     text = graph_text(gm.graph)
-    (edit,) = lower(gm, FORCED)
+    (edit,) = lower(gm, forced)
     assert edit.declined
     assert edit.detail == reason
     assert graph_text(gm.graph) == text
@@ -325,7 +327,7 @@ def test_declined_with_a_reason(name: str) -> None:
 
 def test_the_last_k_that_fits_is_multiplied() -> None:
     inputs = (leaf(2, 65793), leaf(2, 65793), torch.ones(()), torch.ones(2))
-    (edit,) = lower(lowered(eight, inputs), FORCED)
+    (edit,) = lower(lowered(eight, inputs), forced)
     assert not edit.declined
 
 
@@ -343,9 +345,9 @@ def test_nothing_changes_on_a_cpu(name: str) -> None:
 def test_twice_changes_nothing(name: str) -> None:
     function, inputs = CASES[name]
     gm = lowered(function, inputs)
-    lower(gm, FORCED)
+    lower(gm, forced)
     text = graph_text(gm.graph)
-    assert lower(gm, *LOWER, FORCED) == []
+    assert lower(gm, *LOWER, forced) == []
     assert graph_text(gm.graph) == text
 
 
@@ -367,8 +369,98 @@ def test_what_pays(family: str, sizes: tuple[int, int, int], reason: str | None,
     assert found is None if reason is None else reason in str(found)
 
 
-def test_a_small_matmul_is_declined() -> None:
-    decline = functools.partial(integer_matmul, device="cpu", decline=lambda device, m, n, k: f"{m} x {n} x {k}")
+def test_a_small_matmul_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(ON_CPU, declined=lambda device, m, n, k: f"{m} x {n} x {k}")
+    monkeypatch.setattr(matmuls, "MATMULS", (row,))
     gm = lowered(linear, small())
-    (edit,) = lower(gm, decline)
+    (edit,) = lower(gm, integer_matmul)
     assert (edit.node, edit.declined, edit.detail) == ("mm", True, "7 x 4 x 30")
+
+
+torch.library.define(
+    "octav_tests::int_mm",
+    "(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor",
+)
+
+
+@torch.library.impl("octav_tests::int_mm", "CompositeExplicitAutograd")
+def _(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = torch._int_mm(x, w.t()) * x_scale[:, None] * w_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+@torch.library.register_fake("octav_tests::int_mm")
+def _(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((len(x), len(w)), dtype=dtype)
+
+
+ROWS = {
+    "reference": ON_CPU,
+    "another op, signed codes only": MatmulKernel(
+        "cpu",
+        torch.ops.octav_tests.int_mm.default,
+        lambda matmul: fits_int32(matmul) or (None if matmul.x.signed else "unsigned codes"),
+        lambda *sizes: None,
+    ),
+}
+
+
+def whole(*shape: int) -> Tensor:
+    """Integers from -8 to 7, -8 among each row: the largest magnitude is the clip, the step is 1, any sum is exact."""
+    x = torch.randint(-8, 8, shape).float()
+    x.flatten(1)[:, 0] = -8
+    return x
+
+
+def max_clip(x: Tensor, hint: Tensor, dim: int | None) -> Tensor:
+    y: Tensor = octav.dynamic_fake_quantize(x, hint, 4, True, dim, "max", "pwl")[0]
+    return y
+
+
+def whole_linear(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (F.linear(max_clip(x * 1, hint, None), max_clip(w, hints, 0), bias),)
+
+
+def whole_conv(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (F.conv2d(max_clip(x * 1, hint, None), max_clip(w, hints, 0), bias),)
+
+
+WHOLE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "linear": (whole_linear, (whole(9, 30), whole(4, 30), torch.ones(()), torch.ones(4), whole(1, 4)[0])),
+    "1x1 convolution": (
+        whole_conv,
+        (
+            whole(2, 8, 5, 6).to(memory_format=torch.channels_last),
+            *(whole(4, 8, 1, 1), torch.ones(()), torch.ones(4), whole(1, 4)[0]),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("row", ROWS)
+def test_a_kernel_is_one_row(row: str, case: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, inputs = WHOLE[case]
+    if training:
+        inputs = tuple(tensor.clone().requires_grad_() if i in (0, 1, 4) else tensor for i, tensor in enumerate(inputs))
+    before, after = (joint(function, *inputs, trace_joint=training) for _ in range(2))
+    lower(before, *LOWER)
+    monkeypatch.setattr(matmuls, "MATMULS", (*matmuls.MATMULS, ROWS[row]))
+    lower(after, *LOWER)
+    # The float product is gone, and in inference the levels that it read, too.
+    assert len(after.graph.find_nodes(op="call_function", target=ROWS[row].op)) == 1
+    assert ROWS[row].op not in targets(before)
+    assert training or not {octav.fake_quantize.default, aten.mm.default} & targets(after)
+    for found, expected in zip(results(after, inputs), results(before, inputs), strict=True):
+        assert (found is None and expected is None) or torch.equal(found, expected)
+    assert lower(after, *LOWER) == []
+
+
+def test_the_first_row_that_takes_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmuls, "MATMULS", (ROWS["another op, signed codes only"], ON_CPU))
+    gm = lowered(unsigned(4), small())
+    assert octav.int_matmul.default in targets(gm)
+    monkeypatch.setattr(matmuls, "MATMULS", (ROWS["another op, signed codes only"],))
+    (edit,) = [edit for edit in lower(lowered(unsigned(4), small()), integer_matmul) if edit.declined]
+    assert edit.detail == "unsigned codes"

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.ir.edits import site_of
-from octav_fx.ir.ops import CONTRACTIONS, op_of
+from octav_fx.ir.meta import info
+from octav_fx.ir.ops import op_of
 from octav_fx.ir.printer import graph_text
-from octav_fx.ir.rules import RULES
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.passes import canonicalize
 from tests.support.graphs import captured, model, parameter, run_alike
+from tests.support.layers import LAYERS, Layer
 from tests.support.passes import declined, made
 
 aten = torch.ops.aten
@@ -30,18 +32,6 @@ class Spelling:
     rest: dict[str, Any] = field(default_factory=dict)
     # Arguments before this one have no names.
     nameless: int = 0
-
-
-def convolution(target: Any, dims: int) -> Spelling:
-    tensors = {"input": (2, 4) + (7,) * dims, "weight": (6, 2) + (3,) * dims, "bias": (6,)}
-    lists = {"stride": [2] * dims, "padding": [1] * dims, "dilation": [1] * dims}
-    return Spelling(target, tensors, {**lists, "groups": 2})
-
-
-def transposed(target: Any, dims: int) -> Spelling:
-    tensors = {"input": (2, 4) + (3,) * dims, "weight": (4, 3) + (3,) * dims, "bias": (6,)}
-    lists = {"stride": [2] * dims, "padding": [1] * dims, "output_padding": [1] * dims}
-    return Spelling(target, tensors, {**lists, "groups": 2, "dilation": [1] * dims})
 
 
 def product(target: Any, first: tuple[int, ...], second: tuple[int, ...], *names: str, nameless: int = 0) -> Spelling:
@@ -61,16 +51,7 @@ ADDBMM, BADDBMM = [(3, 5), (2, 3, 4), (2, 4, 5)], [(2, 3, 5), (2, 3, 4), (2, 4, 
 HEADS = {"query": (2, 2, 5, 4), "key": (2, 2, 6, 4), "value": (2, 2, 6, 4)}
 
 FUNCTIONS = [
-    *(convolution(target, 1) for target in (F.conv1d, aten.conv1d.default)),
-    *(convolution(target, 2) for target in (F.conv2d, aten.conv2d.default)),
-    *(convolution(target, 3) for target in (F.conv3d, aten.conv3d.default)),
-    *(transposed(target, 1) for target in (F.conv_transpose1d, aten.conv_transpose1d.default)),
-    *(transposed(target, 2) for target in (F.conv_transpose2d, aten.conv_transpose2d.input)),
-    *(transposed(target, 3) for target in (F.conv_transpose3d, aten.conv_transpose3d.input)),
-    *(
-        Spelling(target, {"input": (2, 3, 4), "weight": (5, 4), "bias": (5,)})
-        for target in (F.linear, aten.linear.default)
-    ),
+    *(Spelling(target, layer.tensors_of(target), layer.rest) for layer in LAYERS for target in layer.functions),
     *(product(target, (2, 3, 4), (4, 5), "input", "other") for target in (torch.matmul, torch.linalg.matmul)),
     *(product(target, *MATRICES, "input", "other", nameless=2) for target in (operator.matmul, operator.imatmul)),
     product(torch.mm, *MATRICES, "input", "mat2"),
@@ -108,22 +89,13 @@ METHODS = [
     sum_of_products("addbmm", ADDBMM, "self", "batch1", "batch2", nameless=1),
     sum_of_products("baddbmm", BADDBMM, "self", "batch1", "batch2", nameless=1),
 ]
-# nn.Module -> (its arguments, the shape of its input, the canonical function's arguments after input, weight and bias).
-MODULES = {
-    nn.Conv1d: ((4, 6, 3, 2, 1, 1, 2), (2, 4, 7), ((2,), (1,), (1,), 2)),
-    nn.Conv2d: ((4, 6, 3, 2, 1, 1, 2), (2, 4, 7, 7), ((2, 2), (1, 1), (1, 1), 2)),
-    nn.Conv3d: ((4, 6, 2, 2, 1, 1, 2), (2, 4, 3, 3, 3), ((2, 2, 2), (1, 1, 1), (1, 1, 1), 2)),
-    nn.ConvTranspose1d: ((4, 6, 3, 2, 1, 1, 2), (2, 4, 5), ((2,), (1,), (1,), 2, (1,))),
-    nn.ConvTranspose2d: ((4, 6, 3, 2, 1, 1, 2), (2, 4, 5, 5), ((2, 2), (1, 1), (1, 1), 2, (1, 1))),
-    nn.ConvTranspose3d: ((4, 6, 3, 2, 1, 1, 2), (2, 4, 3, 3, 3), ((2, 2, 2), (1, 1, 1), (1, 1, 1), 2, (1, 1, 1))),
-    nn.Linear: ((4, 6), (2, 3, 4), ()),
-}
+MODULES = [layer for layer in LAYERS if layer.module is not None]
 # Neither has a function of this name, and einsum has no operand names: they have tests of their own below.
 ELSEWHERE = {torch.einsum, torch.functional.einsum, "__imatmul__"}
 
 
 def test_every_spelling_of_every_row_has_a_case() -> None:
-    cases = {case.target for case in (*FUNCTIONS, *METHODS)} | set(MODULES) | ELSEWHERE
+    cases = {case.target for case in (*FUNCTIONS, *METHODS)} | {layer.module for layer in MODULES} | ELSEWHERE
     spellings = {s for op in CONTRACTIONS for s in (op.target, *op.functions, *op.methods, *op.modules)}
     assert spellings == cases
 
@@ -164,28 +136,31 @@ def test_a_call_becomes_the_canonical_function_with_its_operands_in_place(case: 
     (call,) = [n for n in gm.graph.nodes if n.op == "call_function"]
     assert (call.target, call.name) == (op.target, node.name)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for operand in RULES[op.name].operands:
+    for operand in op.operands:
         assert call.args[operand.index] is placeholders[operand.index]
     assert torch.equal(gm(*inputs), before)
     text = graph_text(gm.graph)
     assert made(gm, canonicalize) == [] and graph_text(gm.graph) == text
 
 
-@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("layer", MODULES, ids=lambda layer: layer.module.__name__)
 @pytest.mark.parametrize("by_name", [False, True])
-def test_a_module_becomes_the_canonical_function(kind: type[nn.Module], by_name: bool) -> None:
-    arguments, shape, rest = MODULES[kind]
-    forward = (lambda self, x: self.part(input=x)) if by_name else (lambda self, x: self.part(x))
-    x, float_module = torch.randn(shape), model(forward, part=kind(*arguments))
-    gm = captured(float_module, x=x)
+def test_a_module_becomes_the_canonical_function(layer: Layer, by_name: bool) -> None:
+    def call(part: nn.Module, *given: torch.Tensor) -> torch.Tensor:
+        return part(**dict(zip(layer.inputs, given, strict=True))) if by_name else part(*given)
+
+    forward = (lambda s, x: call(s.part, x)) if len(layer.inputs) == 1 else (lambda s, x, y: call(s.part, x, y))
+    inputs = dict(zip("xy", map(torch.randn, layer.inputs.values()), strict=False))
+    float_module = model(forward, part=layer.module(*layer.arguments))
+    gm = captured(float_module, **inputs)
     (node,) = [n for n in gm.graph.nodes if n.op == "call_module"]
-    op, before = op_of(node), gm(x)
+    op, before = op_of(node), gm(**inputs)
     assert [(edit.node, edit.verb) for edit in made(gm, canonicalize)] == [("part", "canonicalize")]
 
-    source, weight, bias, call, output = gm.graph.nodes
-    assert (call.target, call.args, call.kwargs) == (op.target, (source, weight, bias, *rest), {})
-    assert (weight.target, bias.target, output.args) == ("part.weight", "part.bias", (call,))
-    assert torch.equal(gm(x), before) and torch.equal(before, float_module(x))
+    *sources, weight, bias, new, output = gm.graph.nodes
+    assert (new.target, new.args, new.kwargs) == (op.target, (*sources, weight, bias, *layer.module_rest), {})
+    assert (weight.target, bias.target, output.args) == ("part.weight", "part.bias", (new,))
+    assert torch.equal(gm(**inputs), before) and torch.equal(before, float_module(**inputs))
     assert made(gm, canonicalize) == []
 
 
@@ -397,7 +372,7 @@ def test_sites_are_the_names_that_users_know() -> None:
     )
     gm = captured(float_module, x=torch.randn(4, 4))
     made(gm, canonicalize)
-    sites = [site_of(node) for node in gm.graph.nodes if "site" in node.meta]
+    sites = [site_of(node) for node in gm.graph.nodes if info(node).site is not None]
     assert sites == [
         *("blocks.0.proj", "blocks.0.matmul", "blocks.0.matmul:1", "blocks.0"),
         *("blocks.1.proj", "blocks.1.matmul", "blocks.1.matmul:1", "blocks.1"),

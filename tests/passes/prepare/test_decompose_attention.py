@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import octav_fx
+from octav_fx.ir.edits import site_of
 from octav_fx.ir.masked_softmax import masked_softmax
+from octav_fx.ir.meta import set_fake
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import canonicalize, decompose_attention
 from tests.support.graphs import captured, model
@@ -51,7 +53,7 @@ matmul_1 = matmul(dropout, v)
 return matmul_1"""
     )
     assert [(e.node, e.verb) for e in edits] == [("attention", "split")]
-    assert [n.meta["site"] for n in gm.graph.nodes if "matmul" in n.name] == ["attention.scores", "attention.output"]
+    assert [site_of(n) for n in gm.graph.nodes if "matmul" in n.name] == ["attention.scores", "attention.output"]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -95,7 +97,7 @@ def test_a_second_run_changes_nothing():
 def test_an_operand_of_unknown_shape_stays_fused():
     gm = captured(attends(), q=QUERY, k=KEY, v=VALUE)
     canonicalize(gm)
-    next(n for n in gm.graph.nodes if n.name == "k").meta["value"] = None
+    set_fake(next(n for n in gm.graph.nodes if n.name == "k"), None)
     ((site, operand, reason),) = declined(gm, decompose_attention)
     assert (site, operand) == ("attention", None) and "stays fused" in reason
 

@@ -11,9 +11,8 @@ from octav_fx.capture.modules import QuantizedModule
 from octav_fx.ir.printer import graph_text
 from octav_fx.nn import Spec
 from octav_fx.passes import Place, deduplicate_quantizers
-from tests.passes.prepare.test_quantize_operands import canonical, four_bits, on_grid, quantize_with
 from tests.support.graphs import model, parameter, run_alike
-from tests.support.passes import declined, made
+from tests.support.passes import canonical, declined, four_bits, made, on_grid, quantize_with
 
 
 def quantized(

@@ -423,3 +423,27 @@ def test_statistics_that_the_model_writes_before_they_are_read_are_not_folded() 
     float_module.mean.fill_(1)
     # A mean that is 1 instead of 2 moves every value by 1.
     assert (gm(x) - expected).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s, x: F.conv2d(x, s.weight, bias=s.bias, padding=1),
+        lambda s, x: F.conv2d(x, weight=s.weight, bias=s.bias, stride=1, padding=1),
+        lambda s, x: F.conv2d(x, s.weight, s.bias, padding=1),
+        # Its groups are those that a call without them has.
+        lambda s, x: F.conv_transpose2d(x, s.weight.transpose(0, 1), bias=s.bias),
+    ],
+    ids=["bias by name", "all by name", "bias by position", "transposed, no groups"],
+)
+def test_a_functional_layer_is_folded_however_its_arguments_are_written(call: Any) -> None:
+    norm, x = nn.BatchNorm2d(4), torch.randn(2, 3, 5, 5)
+    float_module = trained(
+        model(lambda s, x: s.norm(call(s, x)), weight=parameter(4, 3, 3, 3), bias=parameter(4), norm=norm)
+    )
+    gm = canonical(float_module, x=x)
+    before = gm(x)
+    assert len(made(gm, fold_batchnorm)) == 1
+    # 27 products and the fold round to 2**-24 of sums below 100 each.
+    torch.testing.assert_close(gm(x), before, rtol=0, atol=35 * 100 * 2**-23)
+    assert made(gm, fold_batchnorm) == []

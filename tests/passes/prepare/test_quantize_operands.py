@@ -1,6 +1,5 @@
 """quantize_operands: a quantizer of the right role, axis and sign before each operand; elsewhere a reason."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,28 +13,15 @@ from torch.nn.utils import parametrizations
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.errors import OctavError
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.op import Role
 from octav_fx.ir.printer import graph_text
 from octav_fx.ir.records import records
-from octav_fx.ir.rules import RULES, Role
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer, Spec
-from octav_fx.passes import Place, canonicalize, quantize_operands
-from tests.support.graphs import captured, model, parameter
-from tests.support.passes import made
-
-
-def four_bits(place: Place) -> Spec:
-    return Spec(4, place.signed, place.dim, "octav", "pwl")
-
-
-def canonical(float_module: nn.Module, **arguments: Any) -> QuantizedModule:
-    gm = captured(float_module, **arguments)
-    made(gm, canonicalize)
-    return gm
-
-
-def quantize_with(choose: Callable[[Place], Spec | str]) -> Callable[[Any], list[Edit]]:
-    return functools.partial(quantize_operands, choose=choose)
+from octav_fx.passes import Place, quantize_operands
+from tests.support.graphs import model, parameter
+from tests.support.layers import LAYERS, Layer
+from tests.support.passes import canonical, four_bits, made, on_grid, quantize_with
 
 
 def places(gm: QuantizedModule) -> list[Place]:
@@ -48,11 +34,6 @@ def places(gm: QuantizedModule) -> list[Place]:
 
     made(gm, quantize_with(choose))
     return seen
-
-
-def on_grid(x: Tensor, signed: bool, dim: int | None) -> Tensor:
-    hint = x.new_zeros(() if dim is None else (x.shape[dim],))
-    return torch.ops.octav.dynamic_fake_quantize(x, hint, 4, signed, dim, "octav", "pwl")[0]
 
 
 @dataclass(frozen=True)
@@ -74,26 +55,18 @@ class Case:
 A, W = Role.ACTIVATION, Role.WEIGHT
 
 
-def conv(function: Callable[..., Any], dims: int, axis: int) -> Case:
-    expected = {0: ("input", A, False, None), 1: ("weight", W, True, axis)}
-    return Case(function, ("r", "w", None), expected, {"x": (2, 4) + (5,) * dims, "w": (4, 4) + (2,) * dims})
+def case_of(layer: Layer) -> Case:
+    """The relu of an input is unsigned; a second input of the same shape is signed."""
+    (first, *further), tensors = layer.inputs, list(layer.tensors)
+    expected = {0: (first, A, False, None), **{i + 1: (name, A, True, None) for i, name in enumerate(further)}}
+    expected[len(layer.inputs)] = ("weight", W, True, layer.channel)
+    arguments = ("r", *("x" for _ in further), *layer.state, *layer.rest.values())
+    assert tensors[len(layer.inputs)] == "weight" and {layer.inputs[first]} == set(layer.inputs.values())
+    return Case(layer.functions[0], arguments, expected, {"x": layer.inputs[first], **layer.state})
 
 
 CASES = {
-    "conv1d": [conv(F.conv1d, 1, 0)],
-    "conv2d": [conv(F.conv2d, 2, 0)],
-    "conv3d": [conv(F.conv3d, 3, 0)],
-    "conv_transpose1d": [conv(F.conv_transpose1d, 1, 1)],
-    "conv_transpose2d": [conv(F.conv_transpose2d, 2, 1)],
-    "conv_transpose3d": [conv(F.conv_transpose3d, 3, 1)],
-    "linear": [
-        Case(
-            F.linear,
-            ("x", "w", "b"),
-            {0: ("input", A, True, None), 1: ("weight", W, True, 0)},
-            {"x": (2, 3, 4), "w": (5, 4), "b": (5,)},
-        )
-    ],
+    **{layer.op: [case_of(layer)] for layer in LAYERS},
     "matmul": [
         Case(torch.matmul, ("r", "x"), {0: ("input", A, False, None), 1: ("other", A, True, None)}, {"x": (4, 4)}),
         Case(
@@ -193,11 +166,11 @@ CASES = {
 }
 
 
-def test_every_rule_has_a_case() -> None:
-    assert set(CASES) == set(RULES)
-    for op, cases in CASES.items():
-        operands = {operand for case in cases for operand, *_ in case.expected.values()}
-        assert operands >= {operand.name for operand in RULES[op].operands} - {"operand"}
+def test_every_contraction_has_a_case() -> None:
+    assert set(CASES) == {op.name for op in CONTRACTIONS}
+    for op in CONTRACTIONS:
+        operands = {operand for case in CASES[op.name] for operand, *_ in case.expected.values()}
+        assert operands >= {operand.name for operand in op.operands} - {"operand"}
 
 
 @pytest.mark.parametrize(("op", "case"), [pytest.param(op, c, id=op) for op, cases in CASES.items() for c in cases])

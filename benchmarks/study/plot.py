@@ -1,0 +1,111 @@
+"""Curves and errors as pictures, from the files that hold them."""
+
+import csv
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+
+from benchmarks.study.run import Run
+from benchmarks.study.tables import EVERY, Table
+
+# Files only: there may be no screen.
+matplotlib.use("Agg")
+
+# The same in every panel, whichever methods it has.
+_COLOURS: Final = {clip: f"C{i}" for i, clip in enumerate(EVERY)}
+
+
+def curve(source: Path, target: Path, title: str, score: str) -> None:
+    """Plot loss and score over the steps of a run's CSV."""
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    left.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], linewidth=0.8)
+    left.set(xlabel="step", ylabel="loss", title=title)
+    scored = [row for row in rows if row["score"]]
+    right.plot([int(row["step"]) for row in scored], [float(row["score"]) for row in scored], marker="o")
+    right.set(xlabel="step", ylabel=score)
+    figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
+def scores(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size: str) -> None:
+    """Plot a point for each run of a table, a panel for each net."""
+
+    def draw(axes: Any, runs: list[tuple[str, Run]]) -> None:
+        labels = list(dict.fromkeys(label for label, _ in runs))
+        axes.plot(
+            [found[run]["final"] for _, run in runs], [labels.index(label) for label, _ in runs], "o", fillstyle="none"
+        )
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.set_xlabel(found[runs[0][1]]["score"])
+
+    _panels(found, table, target, size, draw)
+
+
+def losses(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size: str) -> None:
+    """Plot the training loss of a table's runs with seed 0, a panel for each net."""
+
+    def draw(axes: Any, runs: list[tuple[str, Run]]) -> None:
+        for label, run in runs:
+            if run.seed == 0:
+                axes.plot(*zip(*found[run]["curve"], strict=True), label=label, linewidth=0.9)
+        axes.set(xlabel="step", ylabel="training loss", yscale="log")
+        axes.legend(fontsize="small")
+
+    _panels(found, table, target, size, draw)
+
+
+def errors(found: Mapping[Run, dict[str, Any]], target: Path, size: str) -> None:
+    """Plot SQNR over training, a panel for each net and kind of operand, a line for each method."""
+    panels: dict[tuple[str, str, str], list[tuple[str, list[tuple[int, float]]]]] = {}
+    for run, values in found.items():
+        if run.size == size and run.recipe != "digits":
+            for kind in dict.fromkeys(row["kind"] for row in values["errors"] if row["bits"] == run.bits):
+                line = [(r["step"], r["sqnr"]) for r in values["errors"] if (r["kind"], r["bits"]) == (kind, run.bits)]
+                panels.setdefault((run.net, run.attention, kind), []).append((run.clip, line))
+    if not panels:
+        return
+    columns = 4
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(14, 3 * rows), layout="constrained", squeeze=False)
+    for axes, ((net, attention, kind), lines) in zip(grid.flat, sorted(panels.items()), strict=False):
+        for label, line in sorted(lines):
+            axes.plot(*zip(*line, strict=True), color=_COLOURS[label], linewidth=0.9)
+        title = f"{net}, {kind}" if attention == "operands" else f"{net}, full attention, {kind}"
+        axes.set_title(title, fontsize="small")
+        axes.set(xlabel="step", ylabel="SQNR, dB")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.axis("off")
+    shown = {label for lines in panels.values() for label, _ in lines}
+    handles = [Line2D([], [], color=colour, label=label) for label, colour in _COLOURS.items() if label in shown]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize="small")
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
+
+
+def _panels(
+    found: Mapping[Run, dict[str, Any]],
+    table: Table,
+    target: Path,
+    size: str,
+    draw: Callable[[Any, list[tuple[str, Run]]], None],
+) -> None:
+    """Draw a figure with a panel for each net of a table that has a finished run; without any, none."""
+    sized = [(label, dataclasses.replace(run, size=size)) for label, run in table.runs]
+    there = [(label, run) for label, run in sized if run in found and found[run]["final"] is not None]
+    nets = list(dict.fromkeys((run.recipe, run.net) for _, run in there))
+    if not nets:
+        return
+    figure, grid = plt.subplots(1, len(nets), figsize=(4.5 * len(nets), 3.5), layout="constrained", squeeze=False)
+    for axes, net in zip(grid.flat, nets, strict=True):
+        draw(axes, [(label, run) for label, run in there if (run.recipe, run.net) == net])
+        axes.set_title(", ".join(net))
+    figure.savefig(target, dpi=90)
+    plt.close(figure)

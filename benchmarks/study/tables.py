@@ -1,0 +1,143 @@
+"""The tables of the study, as rows of runs."""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from benchmarks.study.run import FLOAT, Run
+
+NETS: Final = (("glyphs", "resnet"), ("glyphs", "mobilenet"), ("text", "transformer"))
+# Clips that are found anew for each tensor, and those that are learned.
+FOUND: Final = ("octav", "octav-grid", "max", "percentile", "mse")
+LEARNED: Final = ("pact", "lsq")
+METHODS: Final = (*FOUND, *LEARNED)
+# Made after the others had been seen, for the text net: beside them in the tables of three seeds, and in no other.
+LATER: Final = ("octav-tight",)
+EVERY: Final = (*METHODS, *LATER)
+# Name -> gradients of weights and activations (arXiv 2206.06501, section 4.2).
+GRADIENTS: Final = {"STE": ("ste", "ste"), "PWL": ("pwl", "pwl"), "MAD": ("mad", "mad"), "MPH": ("mad", "pwl")}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row for each label, a column for each net; runs of one label and net differ in their seed."""
+
+    title: str
+    runs: tuple[tuple[str, Run], ...]
+    # Whether quantization errors are measured during the runs of seed 0.
+    measured: bool = False
+
+
+def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> tuple[tuple[str, Run], ...]:
+    """Return each labelled run on each net."""
+    return tuple((label, replace(run, recipe=recipe, net=net)) for label, run in labelled for recipe, net in nets)
+
+
+def _run(clip: str, **fields: object) -> Run:
+    return Run("", "", clip, **fields)  # type: ignore[arg-type]
+
+
+TABLES: Final[dict[str, Table]] = {
+    "main": Table(
+        "4 bits, three seeds",
+        _on(NETS, *((clip, _run(clip, seed=seed)) for seed in range(3) for clip in (FLOAT, *EVERY))),
+        measured=True,
+    ),
+    "gradients": Table(
+        "gradients, octav, one seed",
+        _on(
+            NETS,
+            *(
+                (f"{name}, {bits} bits", _run("octav", bits=bits, weight_gradient=of_w, activation_gradient=of_a))
+                for bits in (4, 3)
+                for name, (of_w, of_a) in GRADIENTS.items()
+            ),
+        ),
+    ),
+    "retrain": Table(
+        "4 bits, from the float net with the short schedule, three seeds",
+        _on(
+            NETS,
+            *((FLOAT, _run(FLOAT, seed=seed)) for seed in range(3)),
+            *(
+                ("float, trained on" if clip == FLOAT else clip, _run(clip, start="float", seed=seed))
+                for seed in range(3)
+                for clip in (FLOAT, *EVERY)
+            ),
+        ),
+    ),
+    "static": Table(
+        "4 bits, from the float net, clips found anew or calibrated and frozen, one seed",
+        _on(
+            NETS,
+            (FLOAT, _run(FLOAT)),
+            *(
+                (f"{clip}, {clips}", _run(clip, start="float", clips=clips))
+                for clip in FOUND
+                for clips in ("dynamic", "static")
+            ),
+        ),
+    ),
+    "edges": Table(
+        "4 bits, first convolution and last linear layer, one seed",
+        _on(
+            NETS,
+            *(
+                (f"{clip}, edges at {edge_bits or 4} bits", _run(clip, edge_bits=edge_bits))
+                for clip in ("octav", "octav-grid")
+                for edge_bits in (8, 0)
+            ),
+        ),
+    ),
+    "attention": Table(
+        "4 bits, softmax output in float (operands) or quantized (full), one seed",
+        _on(
+            NETS[2:],
+            *(
+                (f"{clip}, {attention}", _run(clip, attention=attention))
+                for clip in ("octav", "octav-grid", "max", "mse")
+                for attention in ("operands", "full")
+            ),
+        ),
+        measured=True,
+    ),
+    "bits": Table(
+        "3 and 2 bits, one seed",
+        _on(
+            NETS,
+            (FLOAT, _run(FLOAT)),
+            *((f"{clip}, {bits} bits", _run(clip, bits=bits)) for bits in (3, 2) for clip in METHODS),
+        ),
+    ),
+    "percentiles": Table(
+        "4 bits, percentiles, one seed",
+        _on(
+            NETS,
+            ("99.9", _run("percentile")),
+            ("99.99", _run("percentile-99.99")),
+            ("99.999", _run("percentile-99.999")),
+        ),
+    ),
+    # Seconds, not minutes: to try the study out.
+    "digits": Table(
+        "digits, 4 bits, one seed", _on((("digits", "resnet"),), (FLOAT, _run(FLOAT)), ("octav", _run("octav")))
+    ),
+}
+# Of no table that asks for them by default.
+DEFAULT: Final = tuple(name for name in TABLES if name != "digits")
+
+
+def all_runs(names: tuple[str, ...]) -> list[Run]:
+    """Return each run of some tables once, in the order of the tables; before it the run whose net it starts from."""
+    runs: dict[Run, None] = {}
+    for name in names:
+        for _, run in TABLES[name].runs:
+            if run.parent is not None:
+                runs[run.parent] = None
+            runs[run] = None
+    return list(runs)
+
+
+def is_measured(run: Run) -> bool:
+    """Return whether a table wants the quantization errors of a run."""
+    wanted = {known for table in TABLES.values() if table.measured for _, known in table.runs}
+    return run.seed == 0 and run.clip != FLOAT and replace(run, size="small") in wanted

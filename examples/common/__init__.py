@@ -1,0 +1,1 @@
+"""What the long recipes share: the training loop, its checkpoint, processes, samplers, the command line."""

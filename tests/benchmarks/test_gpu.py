@@ -1,0 +1,161 @@
+"""./dev gpu, as far as it can be tried without a GPU: how it ends, what it writes, what a limit of time leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import result
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import dequantize, fake_quantize, int_matmul, limited, optimal_clip, quantize, step, worker
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_without_a_gpu_it_says_so_and_touches_nothing() -> None:
+    before = contents(result.RESULTS)
+    # In any folder, and in the Python that has torch.
+    done = subprocess.run([sys.executable, ROOT / "dev", "gpu"], cwd="/", capture_output=True, text=True)
+    assert done.returncode == command.NO_GPU
+    assert len(done.stdout.splitlines()) == 1
+    assert "no GPU" in done.stdout
+    assert contents(result.RESULTS) == before
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op and no models: nothing to compile."""
+    monkeypatch.setattr(step, "TINY", {})
+    monkeypatch.setattr(worker, "KERNELS", {"quantize": quantize.measure})
+
+
+def tried(folder: Path, test: str) -> int:
+    """The command on a CPU, with a file of one test for those of the kernels."""
+    file = folder / "test_one.py"
+    file.write_text(f"def test_one():\n    {test}\n")
+    return command.main(["--device", "cpu", "--folder", str(folder / "results"), "--tests", str(file)])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("test", ["assert 1 + 1 == 3", "import pytest; pytest.skip('no Triton')"])
+def test_no_speed_is_reported_when_no_test_is_green(
+    test: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tried(tmp_path, test) == command.RED
+    assert not (tmp_path / "results").exists()
+    printed = capsys.readouterr().out
+    assert "1 failed" in printed or "1 skipped" in printed
+    assert "no speed is measured" in printed
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_written(tmp_path: Path) -> None:
+    before = contents(result.RESULTS)
+    assert tried(tmp_path, "pass") == 0
+    found = json.loads((tmp_path / "results" / "cpu.json").read_text())
+    assert list(found) == ["environment", "gpu", "tests", "setting", "quantize"]
+    assert found["environment"]["torch"] == torch.__version__
+    assert found["tests"].startswith("1 passed")
+    assert [row["op"] for row in found["quantize"]["rows"]] == ["quantize"] * 3
+    assert "stopped" not in found["quantize"]
+    assert contents(result.RESULTS) == before
+
+
+def test_trying_it_never_writes_among_the_results() -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cpu"])
+
+
+def test_a_limit_of_time_leaves_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "endless.py").write_text(
+        "import time\nprint('some library says hello')\nprint('{\"row\": 1}', flush=True)\ntime.sleep(600)\n"
+    )
+    (tmp_path / "broken.py").write_text("print('{\"row\": 2}', flush=True)\nraise ValueError('why')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found: list[dict[str, Any]] = []
+    assert limited.rows(["endless"], 5, found.append) == "over 5 s"
+    assert limited.rows(["broken"], 60, found.append) == "exit 1: ValueError: why"
+    assert found == [{"row": 1}, {"row": 2}]
+
+
+def test_a_report_is_on_disk_after_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = command.Report("some", tmp_path, "cpu", "1 passed", begun=0.0)
+    seen = []
+
+    def rows(arguments: list[str], seconds: float, take: Any) -> str:
+        for row in ({"model": "a", "variant": step.FLOAT, "ms": 2.0, "mb": 8.0}, {"model": "a", "variant": "other"}):
+            take(row)
+            seen.append(len(result.read("some", tmp_path)["step"]["rows"]))
+        return "over 1 s"
+
+    monkeypatch.setattr(limited, "rows", rows)
+    assert report.ask("step", ["step", "cpu"], 1.0) == "over 1 s"
+    assert seen == [1, 2]
+
+
+def test_ratios_are_to_the_float_model_of_the_same_name() -> None:
+    base = {"model": "a", "variant": step.FLOAT, "ms": 2.0, "mb": 8.0}
+    other = {"model": "a", "variant": "octav compiled", "ms": 3.0, "mb": 4.0}
+    alone = {"model": "b", "variant": "octav compiled", "ms": 3.0, "mb": 4.0}
+    failed = {"model": "a", "variant": "octav compiled", "error": "exit 1: out of memory"}
+    assert step.with_ratios([other, base, alone, failed]) == [
+        {**other, "ratio": 1.5, "memory": 0.5},
+        {**base, "ratio": 1.0, "memory": 1.0},
+        alone,
+        failed,
+    ]
+
+
+@pytest.mark.parametrize("question", [optimal_clip, quantize, dequantize, fake_quantize])
+def test_rows_of_a_kernel(question: Any) -> None:
+    with torch.no_grad():
+        rows = list(question.measure("cpu"))
+    for row in rows:
+        assert row["op"].startswith(question.__name__.rpartition(".")[2])
+        assert row["ms"] > 0
+    assert {row["bytes"] for row in rows if row["op"].endswith("quantize")} <= {3, 4, 5, 6}
+
+
+def test_rows_of_the_matmul() -> None:
+    assert [(row["way"], row["m"]) for row in int_matmul.measure("cpu")] == [("bfloat16", 64), ("int_matmul", 64)]
+
+
+@pytest.mark.parametrize("variant", ["float eager", "octav eager", step.VARIANTS[-1]])
+def test_a_row_of_a_step(variant: str) -> None:
+    (row,) = step.measure("tiny", variant, "cpu", 1)
+    assert list(row) == ["model", "variant", "ms", "mb", "note"]
+
+
+def test_bert_without_transformers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with torch.device("meta"):
+        model, note = step.MODELS["BERT-base, 32 x 384 tokens"].load()
+        assert model(step.MODELS["BERT-base, 32 x 384 tokens"].batch("meta")).shape == (32, step.CLASSES)
+    assert "transformers cannot be imported" in note
+    # BERT-base without its pooler: 12 layers of 7.1 million, and 23.4 million of words.
+    assert 105e6 < sum(p.numel() for p in model.parameters()) < 115e6
+
+
+def test_the_tests_of_every_kernel_are_run() -> None:
+    files = command.kernel_tests()
+    assert "tests/ops/test_int_matmul.py" in files
+    assert "tests/ops/test_register.py" not in files
+
+
+def test_files_without_their_history_have_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    found = result.environment()
+    assert found["commit"] is None
+    assert found["uncommitted"] is None
