@@ -18,22 +18,22 @@ def _attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: 
 
 
 def _trilinear(first: Tensor, weight: Tensor, second: Tensor, *_: Any, **__: Any) -> int:
-    """Bilinear layers: first [..., 1, I], weight [O, I, J], second [..., 1, J] after torch's expansions."""
+    """Count a bilinear layer: first [..., 1, I], weight [O, I, J], second [..., 1, J] after torch's expansions."""
     return 2 * math.prod(first.shape[:-1]) * weight.numel()
 
 
 def _conv_tbc(x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> int:
-    """Time-first convolution: x [T, B, I], weight [K, I, O]."""
+    """Count a convolution with time first: x [T, B, I], weight [K, I, O]."""
     return 2 * (x.shape[0] + 2 * pad - weight.shape[0] + 1) * x.shape[1] * weight.numel()
 
 
 def _lstm_layer(x: Tensor, weight: Tensor, recurrent_weight: Tensor, *_: Any, **__: Any) -> int:
-    """One layer and direction: both weights meet each of the [T, B] vectors."""
+    """Count one layer and direction: both weights meet each of the [T, B] vectors."""
     return 2 * math.prod(x.shape[:-1]) * (weight.numel() + recurrent_weight.numel())
 
 
 def _grouped(mat_a: Tensor, mat_b: Tensor, *_: Any, **__: Any) -> int:
-    """Rows [S, I] times their expert's weights [E, I, O], or a batch of products [G, S, I], [G, I, O]."""
+    """Count rows [S, I] times their expert's weights [E, I, O], or a batch of products [G, S, I], [G, I, O]."""
     return 2 * mat_a.numel() * mat_b.shape[-1]
 
 
@@ -59,7 +59,7 @@ class MacCounter(TorchDispatchMode):
 
     @property
     def macs(self) -> int:
-        """One multiply-accumulate is two operations."""
+        """Return the multiply-accumulates so far; each is two operations."""
         return self._operations // 2
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

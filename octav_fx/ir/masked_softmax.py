@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Scores [..., L, S] -> their softmax over S, masked as F.scaled_dot_product_attention does.
+    """Return the softmax of scores [..., L, S] over S, masked as F.scaled_dot_product_attention does.
 
     mask [..., L, S]: bool, True where a query may look, or added to the scores. A query that may look nowhere gets
     weights of zero.

@@ -134,7 +134,7 @@ class Op:
 
     @cached_property
     def keywords(self) -> Mapping[str, str]:
-        """Every keyword that some spelling takes, with the name of its parameter."""
+        """Return every keyword that some spelling takes, with the name of its parameter."""
         named = {"self": next(iter(self.parameters)), **self.aliases}
         named |= {alias: operand.name for operand in self.operands for alias in operand.aliases}
         return named | {name: name for name in self.parameters}

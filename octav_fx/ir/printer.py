@@ -8,7 +8,7 @@ from torch import fx
 
 
 def fingerprint(graph: fx.Graph) -> str:
-    """A hash of what a graph computes from its inputs and the state under its names."""
+    """Return a hash of what a graph computes from its inputs and the state under its names."""
     inputs = [f"{node.name} {node.target}" for node in graph.find_nodes(op="placeholder")]
     text = "\n".join([*inputs, graph_text(graph)])
     # An object that prints its address is at another one in a copy.
@@ -16,7 +16,7 @@ def fingerprint(graph: fx.Graph) -> str:
 
 
 def graph_text(graph: fx.Graph) -> str:
-    """One line for each node that is not a placeholder or the output: name = target(arguments)."""
+    """Return one line for each node that is not a placeholder or the output: name = target(arguments)."""
     lines = []
     for node in graph.nodes:
         arguments = [_text(arg) for arg in node.args] + [f"{key}={_text(value)}" for key, value in node.kwargs.items()]

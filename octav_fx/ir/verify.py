@@ -93,14 +93,16 @@ def dialect_of(graph: fx.Graph) -> Dialect | None:
 def _fake_values(state: State) -> Iterator[Fault]:
     key = Dialect.JOINT.value
     for node in state.gm.graph.nodes:
-        if node.op in ("placeholder", "call_function") and key not in node.meta:
+        # Assertions return nothing.
+        if node.op in ("placeholder", "call_function") and node.users and key not in node.meta:
             yield node, f"its fake value is not in meta[{key!r}]"
 
 
 def _captured_values(state: State) -> Iterator[Fault]:
     key = Dialect.CAPTURED.value
     for node in state.gm.graph.nodes:
-        if node.op != "output" and not _is_quantizer(node) and key not in node.meta:
+        # Switches of modes return nothing.
+        if node.users and not _is_quantizer(node) and key not in node.meta:
             yield node, f"its fake value is not in meta[{key!r}]"
 
 
@@ -185,7 +187,8 @@ def _no_float_copy(state: State) -> Iterator[Fault]:
 
 INVARIANTS: Final = (
     # Passes decide by shapes and dtypes, of what other passes made, too.
-    Invariant("nodes have fake values", Dialect.CAPTURED, _captured_values),
+    # Those of convert, which follow on a model whose values are gone, need none.
+    Invariant("nodes have fake values", Dialect.CAPTURED, _captured_values, ("canonicalize",)),
     Invariant("nodes have fake values", Dialect.JOINT, _fake_values),
     # Tables, freezing and export take a quantizer for a function of one value.
     Invariant("a quantizer has one input, a Spec and a reader", Dialect.CAPTURED, _one_input),

@@ -6,6 +6,7 @@ from torch import Tensor, fx, nn
 
 import octav_fx
 from octav_fx import Config, OctavError, Rule, activation, quantize, weight
+from octav_fx.ir.ops import OPS
 from tests.support.on_grid import OnGrid
 
 TWO_BITS = Config(weight_bits=2, activation_bits=2, edge_bits=None)
@@ -79,6 +80,21 @@ def test_a_rule_for_an_op_of_torch_ops():
     q = quantize(Outer(), torch.randn(9), rules=[rule])
     # An outer product adds nothing up and is no multiply-accumulate, but its operands are quantized as asked.
     assert [(r.operand, r.bits, r.signed) for r in octav_fx.rows(q)] == [("self", 4, True), ("vec2", 4, False)]
+
+
+def test_an_op_of_torch_ops_may_be_called_by_keywords():
+    rule = Rule("outer", (activation(0, "self"), activation(1, "vec2")), target=torch.ops.aten.outer.default)
+
+    class Outer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.outer.default(vec2=x.abs(), self=x)
+
+    q = quantize(Outer(), torch.randn(9), rules=[rule])
+    assert [(r.operand, r.bits, r.signed) for r in octav_fx.rows(q)] == [("self", 4, True), ("vec2", 4, False)]
+
+
+def test_a_rule_is_a_row_like_those_of_the_library():
+    assert isinstance(SHIFTED, type(OPS["linear"])) and type(OPS["linear"]) is Rule
 
 
 def test_a_leaf_stays_one_float_call():

@@ -201,6 +201,15 @@ def test_twice_changes_nothing(function: Callable[..., Any]) -> None:
     assert (graph_text(gm.graph), tagged(gm)) == (text, tags)
 
 
+def test_a_static_clip_keeps_codes_as_a_solved_one_does() -> None:
+    def frozen(x: Tensor, u: Tensor, w: Tensor, clip: Tensor) -> tuple[Tensor]:
+        return (F.linear(octav.fake_quantize(x @ u, clip, 4, True, None, "pwl"), w),)
+
+    gm = joint(frozen, *layer_inputs())
+    assert [edit.verb for edit in unchanged(gm, layer_inputs(), *ALL)] == ["save codes", "mask from codes"]
+    assert kept(gm) == {"quantize_default": torch.int8}
+
+
 def test_a_reshaped_activation_is_recomputed_as_a_whole() -> None:
     def function(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
         return (F.linear(quantized(x @ u, hint).view(30, 7).t().contiguous(), w),)
