@@ -33,7 +33,7 @@ _FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping
 TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # From so many elements on, a tensor is large enough for a slow way through it to be felt.
-_SLOW_FROM: Final = 1 << 14
+_SLOW_FROM: Final = 1 << 16
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: Final = {

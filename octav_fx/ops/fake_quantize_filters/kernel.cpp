@@ -13,12 +13,12 @@ namespace {
 
 constexpr int64_t PARALLEL_FROM = 1 << 16, INPUTS = 32;
 
-// Calls pass(channel, first input, count of inputs, scratch for them) for all inputs of all channels, in parallel.
-template <class T, class Pass>
+// Calls pass(channel, first input, count of inputs, scratch for their floats) for all inputs of all channels, in parallel.
+template <class Pass>
 void each_block(int64_t channels, int64_t inputs, int64_t positions, int threads, Pass pass) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && channels * inputs * positions >= PARALLEL_FROM)
   {
-    std::vector<T> scratch(INPUTS * positions);
+    std::vector<float> scratch(INPUTS * positions);
 #pragma omp for
     for (int64_t channel = 0; channel < channels; channel++)
       for (int64_t first = 0; first < inputs; first += INPUTS)
@@ -28,28 +28,28 @@ void each_block(int64_t channels, int64_t inputs, int64_t positions, int threads
 
 // from [count, positions] -> to [positions, count], whose rows lie `inputs` elements apart. With the 9 positions of most
 // kernels known to the compiler it takes two thirds of the time.
-template <int64_t KNOWN, class T>
-void inputs_last(const T* __restrict from, T* __restrict to, int64_t count, int64_t positions, int64_t inputs) {
+template <int64_t KNOWN, class Y>
+void inputs_last(const float* __restrict from, Y* __restrict to, int64_t count, int64_t positions, int64_t inputs) {
   if (KNOWN) positions = KNOWN;
   for (int64_t position = 0; position < positions; position++)
-    for (int64_t i = 0; i < count; i++) to[position * inputs + i] = from[i * positions + position];
+    for (int64_t i = 0; i < count; i++) to[position * inputs + i] = from_float<Y>(from[i * positions + position]);
 }
 
 // The way back.
-template <int64_t KNOWN, class T>
-void positions_last(const T* __restrict from, T* __restrict to, int64_t count, int64_t positions, int64_t inputs) {
+template <int64_t KNOWN, class G>
+void positions_last(const G* __restrict from, float* __restrict to, int64_t count, int64_t positions, int64_t inputs) {
   if (KNOWN) positions = KNOWN;
   for (int64_t i = 0; i < count; i++)
     for (int64_t position = 0; position < positions; position++)
-      to[i * positions + position] = from[position * inputs + i];
+      to[i * positions + position] = to_float(from[position * inputs + i]);
 }
 
-template <class X, class Y>
-void fake_quantize(const X* __restrict x, float step, Y* __restrict out, int64_t n, float bottom, float top) {
+template <class X>
+void fake_quantize(const X* __restrict x, float step, float* __restrict out, int64_t n, float bottom, float top) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float value = to_float(x[i]), code = std::min(std::max(std::nearbyint(value / step), bottom), top);
-    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? (step > 0 ? code * step : 0.f) : value);
+    out[i] = std::fabs(value) <= FLT_MAX ? (step > 0 ? code * step : 0.f) : value;
   }
 }
 
@@ -76,7 +76,7 @@ extern "C" void octav_fake_quantize_filters(const void* filters, int filters_typ
     using X = decltype(of_filters);
     using Y = decltype(of_out);
     const auto transpose = positions == 9 ? inputs_last<9, Y> : inputs_last<0, Y>;
-    each_block<Y>(channels, inputs, positions, threads, [=](int64_t channel, int64_t first, int64_t count, Y* scratch) {
+    each_block(channels, inputs, positions, threads, [=](int64_t channel, int64_t first, int64_t count, float* scratch) {
       const X* x = static_cast<const X*>(filters) + (channel * inputs + first) * positions;
       fake_quantize(x, clip[channel] / float(steps), scratch, count * positions, float(low), float(high));
       transpose(scratch, static_cast<Y*>(out) + channel * inputs * positions + first, count, positions, inputs);
@@ -95,12 +95,16 @@ extern "C" void octav_fake_quantize_filters_backward(const void* grad, int grad_
     using X = decltype(of_filters);
     const auto transpose = positions == 9 ? positions_last<9, G> : positions_last<0, G>;
     const G* grads = static_cast<const G*>(grad);
-    each_block<G>(channels, inputs, positions, threads, [=](int64_t channel, int64_t first, int64_t count, G* scratch) {
+    each_block(channels, inputs, positions, threads, [=](int64_t channel, int64_t first, int64_t count, float* scratch) {
       const int64_t at = (channel * inputs + first) * positions;
-      if (channels_last)
+      const X* x = static_cast<const X*>(filters) + at;
+      X* dx = static_cast<X*>(out) + at;
+      if (channels_last) {
         transpose(grads + channel * inputs * positions + first, scratch, count, positions, inputs);
-      backward(channels_last ? scratch : grads + at, static_cast<const X*>(filters) + at, clip[channel],
-               static_cast<X*>(out) + at, count * positions, is_signed, gradient);
+        backward(scratch, x, clip[channel], dx, count * positions, is_signed, gradient);
+      } else {
+        backward(grads + at, x, clip[channel], dx, count * positions, is_signed, gradient);
+      }
     });
   });
 }
