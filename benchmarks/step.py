@@ -1,7 +1,8 @@
 """What a training step costs: float, octav, OCTAV as one would write it first, and other libraries.
 
-Three models, 4 bits, SGD, one thread. One process per model, variant and round, rounds interleaved; the minimum over
-all steps counts, and ratios of minima, because a shared machine only ever adds time.
+Three models, 4 bits, SGD, one thread; float32, and float and octav under bf16 autocast. One process per model, variant
+and round, rounds interleaved; the minimum over all steps counts, and ratios of minima, because a shared machine only
+ever adds time.
 """
 
 from collections.abc import Iterable
@@ -12,14 +13,16 @@ from tabulate import tabulate
 from benchmarks import result, worker
 from benchmarks.models import MODELS
 from benchmarks.peers import PEERS
-from benchmarks.variants import OWN
+from benchmarks.variants import AUTOCAST, OWN, VARIANTS
 
 FLOAT = ("float eager", "float Inductor")
+# What a variant is compared with: the fastest of these that runs in its precision.
+_FLOAT = (*FLOAT, "float Inductor, bf16 autocast")
 
 
 def main(rounds: int) -> None:
     """Measure our own variants and write results/step.json."""
-    _measure("step", tuple(OWN), rounds)
+    _measure("step", (*OWN, *AUTOCAST), rounds)
 
 
 def peers(rounds: int) -> None:
@@ -35,16 +38,22 @@ def _measure(name: str, variants: Iterable[str], rounds: int) -> None:
                 found.setdefault((model, variant), []).append(worker.run("step", model, variant))
     rows = [_row(model, variant, answers) for (model, variant), answers in found.items()]
     for row in rows:
-        fastest = min(r["ms"] for r in rows if r["model"] == row["model"] and r["variant"] in FLOAT)
-        row["ratio"] = row["ms"] and round(row["ms"] / fastest, 3)
+        row["ratio"] = row["ms"] and round(row["ms"] / _fastest_float(row, rows), 3)
     setting = {
         "threads": 1,
         "rounds": rounds,
         "steps": worker.STEPS,
-        "ratio": "to the faster of the two float variants",
+        "ratio": "to the fastest float variant of the same precision",
     }
     result.write(name, {"setting": setting, "rows": rows})
     print(tabulate(rows, headers="keys"))
+
+
+def _fastest_float(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """The time of the same model in float, in the same precision."""
+    autocast = VARIANTS[row["variant"]].autocast
+    floats = [r for r in rows if r["variant"] in _FLOAT and VARIANTS[r["variant"]].autocast == autocast]
+    return min(r["ms"] for r in floats if r["model"] == row["model"])
 
 
 def _row(model: str, variant: str, answers: list[dict[str, Any]]) -> dict[str, Any]:

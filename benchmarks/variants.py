@@ -23,6 +23,8 @@ class Variant:
     # A torch.compile backend, or None: eager.
     backend: str | None = None
     note: str = ""
+    # Forward runs under torch.autocast in bfloat16.
+    autocast: bool = False
 
 
 class _Plain(torch.autograd.Function):
@@ -78,4 +80,13 @@ OWN = {
     "octav eager": Variant(octav_fx.quantize),
     "ten cold Newton steps, plain PyTorch eager": Variant(_plain),
 }
-VARIANTS = {**OWN, **{name: Variant(peer.prepare, note=peer.note) for name, peer in PEERS.items()}}
+# What they are compared with is float under the same autocast.
+AUTOCAST = {
+    "float Inductor, bf16 autocast": Variant(_as_is, "inductor", autocast=True),
+    "octav compiled, bf16 autocast": Variant(octav_fx.quantize, "octav", autocast=True),
+}
+VARIANTS = {
+    **OWN,
+    **AUTOCAST,
+    **{name: Variant(peer.prepare, note=peer.note) for name, peer in PEERS.items()},
+}

@@ -38,6 +38,8 @@ def _prepare(model_name: str, variant_name: str) -> tuple[nn.Module, Callable[..
     variant = VARIANTS[variant_name]
     prepared = variant.prepare(model, x)
     forward: Any = prepared if variant.backend is None else torch.compile(prepared, backend=variant.backend)
+    if variant.autocast:
+        forward = torch.autocast("cpu", torch.bfloat16)(forward)
     return prepared, forward, x, target
 
 

@@ -22,6 +22,7 @@ from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
 from octav_fx.passes.lower.integer_matmul import integer_matmul
+from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.split_quantizers import split_quantizers
@@ -49,6 +50,7 @@ LOWER: Final[tuple[Pass, ...]] = (
     split_quantizers,  # first: the parts are what all others are about
     save_codes,  # what backward needs of a quantized value is decided before anyone asks for it in another form
     mask_from_codes,  # after save_codes: it asks the codes that are kept
+    levels_as_read,  # after save_codes; before filters_channels_last, which asks who reads the levels of a weight
     filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
     integer_matmul,  # after save_codes, whose codes it multiplies
     fuse_weight_quantizers,  # last: of the weights whose levels are still needed
@@ -112,6 +114,7 @@ __all__ = [
     "fuse_weight_quantizers",
     "integer_layers",
     "integer_matmul",
+    "levels_as_read",
     "make_activations_static",
     "mask_from_codes",
     "multiply_codes",

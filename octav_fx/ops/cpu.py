@@ -29,22 +29,32 @@ _ARCHITECTURE: Final = {
 # No -ffast-math: inf and NaN must be seen. These two only say that nobody reads errno or traps.
 _FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 
+# The codes of elements.h.
+TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# From so many elements on, a tensor is large enough for a slow way through it to be felt.
+_SLOW_FROM: Final = 1 << 16
+
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: Final = {
-    "octav_optimal_clip": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
-    "octav_percentile": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _LONG, _INT),
-    "octav_sweep": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT),
-    "octav_dequantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _INT),
-    "octav_fake_quantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
-    "octav_fake_quantize_backward": (*(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),),
-    "octav_fake_quantize_filters": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
-    "octav_fake_quantize_filters_backward": (
-        *(_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
+    "octav_optimal_clip": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
+    "octav_percentile": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _LONG, _INT),
+    "octav_sweep": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT),
+    "octav_dequantize": (_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _INT),
+    "octav_fake_quantize": (*(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),),
+    "octav_fake_quantize_backward": (
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),
     ),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
     "octav_integer_max_pool": (_POINTER, _POINTER, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
-    "octav_quantize": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT),
+    "octav_fake_quantize_filters": (
+        *(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
+    ),
+    "octav_fake_quantize_filters_backward": (
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
+    ),
+    "octav_quantize": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT),
 }
 
 
@@ -111,6 +121,31 @@ def checked(clip: Tensor, shape: tuple[int, ...]) -> Tensor:
     if clip.shape != shape:
         raise OctavError(f"a clip or hint of shape {tuple(clip.shape)} where x and dim ask for {shape}")
     return clip.to(torch.float32).contiguous()
+
+
+def types_of(op: str, *tensors: Tensor) -> list[int] | None:
+    """The codes of the dtypes for the kernels of an op, or None, and a warning where its reference takes long."""
+    types = [TYPES[tensor.dtype] for tensor in tensors if tensor.dtype in TYPES]
+    if len(types) == len(tensors):
+        return types
+    if any(tensor.numel() >= _SLOW_FROM for tensor in tensors):
+        _warn_slow(op, next(tensor.dtype for tensor in tensors if tensor.dtype not in TYPES))
+    return None
+
+
+@functools.cache
+def _warn_slow(op: str, dtype: torch.dtype) -> None:
+    known = ", ".join(str(known) for known in TYPES)
+    warnings.warn(
+        f"octav_fx: {op} of {dtype} runs on the CPU in pure torch, three to ten times slower than the C++ kernels for "
+        f"{known}: convert the model and its inputs, for example with .float()",
+        stacklevel=2,
+    )
+
+
+def lying_as(x: Tensor, dense: Tensor) -> Tensor:
+    """X with equal indices at equal offsets as in a dense tensor of its shape: itself, or a copy."""
+    return x if same_layout(x, dense) else torch.empty_like(dense, dtype=x.dtype).copy_(x)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -74,6 +74,38 @@ def test_a_cache_that_cannot_be_written_warns(fresh, monkeypatch, tmp_path):
         assert cpu.library() is None
 
 
+def test_what_takes_long_for_its_dtype_says_so_once(kernels):
+    cpu._warn_slow.cache_clear()
+    x = torch.randn(cpu._SLOW_FROM, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"fake_quantize of torch\.float64 .*\.float\(\)") as record:
+        for _ in range(2):
+            fake_quantize(x, torch.tensor(1.0), 4, True, None, "pwl")
+    assert len(record) == 1
+    with pytest.warns(UserWarning, match=r"quantize of torch\.float64"):
+        torch.ops.octav.quantize(x, torch.tensor(1.0), 4, True, None)
+
+
+def test_nothing_is_said_about_what_is_fast(kernels):
+    cpu._warn_slow.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # A few elements take no time, and for these dtypes and layouts there are kernels.
+        fake_quantize(torch.randn(100, dtype=torch.float64), torch.tensor(1.0), 4, True, None, "pwl")
+        for dtype in cpu.TYPES:
+            x = torch.randn(2, cpu._SLOW_FROM).to(dtype)
+            for layout in (x, x.t(), x[:, ::2], x[:, :1].expand_as(x)):
+                fake_quantize(layout, torch.tensor(1.0), 4, True, None, "pwl")
+                torch.ops.octav.optimal_clip(layout, torch.tensor(1.0), 4, True, None, "octav")
+
+
+def test_without_kernels_the_dtype_is_not_to_blame(fresh, monkeypatch):
+    monkeypatch.setenv("OCTAV_FX_NATIVE", "0")
+    cpu._warn_slow.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fake_quantize(torch.randn(cpu._SLOW_FROM, dtype=torch.float64), torch.tensor(1.0), 4, True, None, "pwl")
+
+
 @pytest.mark.slow
 def test_kernels_are_built_once(kernels, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

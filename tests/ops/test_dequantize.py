@@ -14,7 +14,7 @@ from octav_fx.ops.quantize.op import quantize
 from tests.support.compare import EXACT, assert_same_bits
 from tests.support.examples import examples
 from tests.support.pairwise import pairwise
-from tests.support.strategies import DTYPES, axes, clips, codes, filled_with_nan, laid_out, tensors
+from tests.support.strategies import DTYPES, NATIVE, axes, clips, codes, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
@@ -92,12 +92,26 @@ def test_no_element_is_left_out_of_a_large_tensor(kernel_calls, threads, shape, 
     assert kernel_calls == ["octav_dequantize"]
 
 
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_every_code_has_the_level_of_the_reference(kernel_calls, dtype, bits, signed):
+    values = torch.iinfo(Grid(bits, signed).codes_dtype)
+    stored = torch.arange(values.min, values.max + 1).to(Grid(bits, signed).codes_dtype)
+    # In half precision some of these levels are subnormal numbers, and some beyond the largest of float16.
+    clips = [0.7, 1e-6, 1e-40, 7e4]
+    for clip in map(torch.tensor, clips):
+        y = dequantize(stored, clip, bits, signed, None, dtype)
+        assert_same_bits(y, reference.dequantize(stored, clip, bits, signed, None, dtype))
+    assert kernel_calls == ["octav_dequantize"] * len(clips)
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 2, 1)])
 @pytest.mark.parametrize("dim", [None, 0, 1, -1])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, bits):
+def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, bits, dtype):
     stored = some_codes((2, 3, 4, 5), bits).permute(order)
-    dequantize(stored, torch.ones(clip_shape(stored, dim)), bits, True, dim, torch.float32)
+    dequantize(stored, torch.ones(clip_shape(stored, dim)), bits, True, dim, dtype)
     assert kernel_calls == ["octav_dequantize"]
 
 

@@ -13,7 +13,7 @@ from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from tests.support.compare import EXACT, assert_same_bits
 from tests.support.examples import examples
 from tests.support.pairwise import pairwise
-from tests.support.strategies import DTYPES, axes, clips, filled_with_nan, tensors
+from tests.support.strategies import DTYPES, NATIVE, axes, clips, every_number, filled_with_nan, tensors
 
 SIGNED = [True, False]
 
@@ -52,9 +52,11 @@ def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     x = data.draw(tensors(DTYPES))
     dim = data.draw(axes(x))
     clip, bits, signed = data.draw(clips(x, dim)), data.draw(st.integers(2, 8)), data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([None, *DTYPES]))
     with filled_with_nan():
-        y = fake_quantize(x, clip, bits, signed, dim, "pwl")
-    assert_same_bits(y, reference.fake_quantize(x, clip, bits, signed, dim, "pwl"))
+        y = fake_quantize(x, clip, bits, signed, dim, "pwl", dtype)
+    assert y.dtype is (dtype or x.dtype)
+    assert_same_bits(y, reference.fake_quantize(x, clip, bits, signed, dim, "pwl", dtype))
     assert y.stride() == promised_strides(x)
 
 
@@ -65,15 +67,46 @@ def test_the_backward_kernel_is_the_reference_bit_for_bit(kernels, data):
     dim, gradient = data.draw(axes(x)), data.draw(st.sampled_from(list(GRADIENTS)))
     clip, signed = data.draw(clips(x, dim)), data.draw(st.booleans())
     # Autograd hands over gradients that lie otherwise than x, or are expanded.
-    grad = torch.randn(x.shape, dtype=data.draw(st.sampled_from([x.dtype, torch.float32])))
+    grad = torch.randn(x.shape, dtype=data.draw(st.sampled_from([x.dtype, *DTYPES])))
     if x.dim():
         grad = data.draw(
             st.sampled_from([grad, grad.movedim(0, -1).contiguous().movedim(-1, 0), grad[:1].expand_as(x)])
         )
     with filled_with_nan():
         result = fake_quantize_backward(grad, x, clip, signed, dim, gradient)
+    assert result.dtype is x.dtype
     assert_same_bits(result, reference.fake_quantize_backward(grad, x, clip, signed, dim, gradient))
     assert result.stride() == promised_strides(x)
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize("signed", SIGNED)
+def test_every_number_has_the_level_and_the_gradient_of_the_reference(kernel_calls, dtype, signed):
+    x = every_number(dtype)
+    for clip in (torch.tensor(0.7), torch.tensor(1e-6), torch.tensor(3e4)):
+        y = fake_quantize(x, clip, 4, signed, None, "pwl")
+        assert_same_bits(y, reference.fake_quantize(x, clip, 4, signed, None, "pwl"))
+        # The number itself as gradient: products that are subnormal, or beyond the largest.
+        for gradient in ("pwl", "mad"):
+            result = fake_quantize_backward(x, x, clip, signed, None, gradient)
+            assert_same_bits(result, reference.fake_quantize_backward(x, x, clip, signed, None, gradient))
+    assert kernel_calls == ["octav_fake_quantize", *["octav_fake_quantize_backward"] * 2] * 3
+
+
+@pytest.mark.parametrize("out", DTYPES)
+def test_a_dtype_is_a_conversion_afterwards(out):
+    x = torch.cat([torch.randn(1000), torch.tensor([math.inf, -math.inf, math.nan])])
+    y = fake_quantize(x, torch.tensor(0.7), 8, True, None, "pwl", out)
+    assert_same_bits(y, fake_quantize(x, torch.tensor(0.7), 8, True, None, "pwl").to(out))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_gradient_has_the_dtype_of_x_whatever_that_of_the_levels(gradient):
+    x, clip, grad = torch.randn(3, 5), torch.tensor([0.3, 1.0, 0.0]), torch.randn(3, 5).bfloat16()
+    x.requires_grad_()
+    fake_quantize(x, clip, 4, True, 0, gradient, torch.bfloat16).backward(grad)
+    expected = grad.float() * GRADIENTS[gradient](x.detach(), clip.unsqueeze(1), True)
+    torch.testing.assert_close(x.grad, expected, **EXACT)
 
 
 # A block of the kernel is 2**14 elements; from four on they are shared among the threads.
@@ -95,10 +128,11 @@ def test_no_element_is_left_out_of_a_large_tensor(kernels, threads, shape, dim, 
     assert_same_bits(backward, reference.fake_quantize_backward(grad, x, clip, True, dim, "mad"))
 
 
+@pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 2, 1)])
 @pytest.mark.parametrize("dim", [None, 0, 1, -1])
-def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim):
-    x = torch.randn(2, 3, 4, 5).permute(order)
+def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, dtype):
+    x = torch.randn(2, 3, 4, 5).to(dtype).permute(order)
     clip = torch.tensor(1.0) if dim is None else torch.ones(x.shape[dim])
     fake_quantize(x, clip, 4, True, dim, "pwl")
     fake_quantize_backward(torch.randn(x.shape), x, clip, True, dim, "pwl")
@@ -249,6 +283,7 @@ def test_opcheck(gradient, dim, channels_last, dtype):
     clip = torch.tensor(1.0) if dim is None else torch.rand(x.shape[dim]) + 0.5
     x.requires_grad_()
     torch.library.opcheck(fake_quantize.default, (x, clip, 4, True, dim, gradient))
+    torch.library.opcheck(fake_quantize.default, (x, clip, 4, True, dim, gradient, torch.float16))
     grad = torch.randn(x.shape, dtype=dtype, requires_grad=True)
     torch.library.opcheck(fake_quantize_backward.default, (grad, x.detach(), clip, True, dim, gradient))
 

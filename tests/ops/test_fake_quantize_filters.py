@@ -12,7 +12,7 @@ from octav_fx.ops.fake_quantize_filters import reference
 from octav_fx.ops.fake_quantize_filters.op import fake_quantize_filters, fake_quantize_filters_backward
 from tests.support.compare import assert_same_bits
 from tests.support.examples import examples
-from tests.support.strategies import DTYPES, SIZES, SPECIAL, TIE, clips, filled_with_nan
+from tests.support.strategies import DTYPES, NATIVE, SIZES, SPECIAL, TIE, clips, filled_with_nan
 
 SIGNED = [True, False]
 
@@ -56,10 +56,12 @@ def test_by_hand_input_channels_come_last():
 def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     x = data.draw(filters())
     clip, bits, signed = data.draw(clips(x, 0)), data.draw(st.integers(2, 8)), data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([None, *DTYPES]))
     with filled_with_nan() as allocations:
-        y = fake_quantize_filters(x, clip, bits, signed)
+        y = fake_quantize_filters(x, clip, bits, signed, dtype)
     assert allocations[0]
-    assert_same_bits(y, reference.fake_quantize_filters(x, clip, bits, signed))
+    assert y.dtype is (dtype or x.dtype)
+    assert_same_bits(y, reference.fake_quantize_filters(x, clip, bits, signed, dtype))
     assert y.is_contiguous()
 
 
@@ -80,13 +82,13 @@ def test_the_backward_kernel_is_the_reference_bit_for_bit(kernels, data):
     # "ste" asks nothing of x, and NaN in it is below.
     x = x.nan_to_num(posinf=math.inf, neginf=-math.inf) if gradient == "ste" else x
     clip = data.draw(clips(x, 0))
-    grad = torch.randn(x.shape, dtype=data.draw(st.sampled_from([x.dtype, torch.float32])))
+    grad = torch.randn(x.shape, dtype=data.draw(st.sampled_from([x.dtype, *DTYPES])))
     grad = data.draw(st.sampled_from(list(layouts(grad).values())))
     with filled_with_nan() as allocations:
         result = fake_quantize_filters_backward(grad, x, clip, signed, gradient)
     assert allocations[0]
     assert_same_bits(result, reference.fake_quantize_filters_backward(grad, x, clip, signed, gradient))
-    assert result.dtype is grad.dtype
+    assert result.dtype is x.dtype
 
 
 def test_straight_through_passes_the_gradient_of_nan_too(kernels):
@@ -105,11 +107,13 @@ def test_a_gradient_in_any_layout_is_that_of_fake_quantize(layout, signed, gradi
     assert_same_bits(rows.view(w.shape), fake_quantize_backward(grad, w, clip, signed, 0, gradient))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-def test_the_layouts_of_convolutions_reach_the_kernels(kernel_calls, layout):
-    x, clip = torch.randn(5, 3, 8), torch.ones(5)
-    fake_quantize_filters(x, clip, 4, True)
-    fake_quantize_filters_backward(layouts(torch.randn(5, 3, 2, 4))[layout], x, clip, True, "pwl")
+@pytest.mark.parametrize("layout", layouts(torch.ones(1, 1, 1, 1)))
+@pytest.mark.parametrize("half", NATIVE)
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_all_layouts_and_dtypes_reach_the_kernels(kernel_calls, layout, dtype, half):
+    x, clip, grad = torch.randn(5, 3, 8).to(dtype), torch.ones(5), torch.randn(5, 3, 2, 4).to(half)
+    fake_quantize_filters(x, clip, 4, True, half)
+    fake_quantize_filters_backward(layouts(grad)[layout], x, clip, True, "pwl")
     assert kernel_calls == ["octav_fake_quantize_filters", "octav_fake_quantize_filters_backward"]
 
 
@@ -187,6 +191,7 @@ def test_filters_are_not_modified():
 def test_opcheck(dtype):
     x, clip = torch.randn(5, 3, 4, dtype=dtype), torch.rand(5) + 0.5
     torch.library.opcheck(fake_quantize_filters.default, (x, clip, 4, True))
+    torch.library.opcheck(fake_quantize_filters.default, (x, clip, 4, True, torch.float16))
     torch.library.opcheck(fake_quantize_filters.out, (x, clip, 4, True), {"out": torch.empty(5, 4, 3, dtype=dtype)})
 
 

@@ -13,7 +13,7 @@ from octav_fx.ops.optimal_clip.op import optimal_clip
 from tests.support.examples import examples
 from tests.support.pairwise import pairwise
 from tests.support.samples import SAMPLES, SIGNS, fixed_point, least_error, squared_error
-from tests.support.strategies import DTYPES, METHODS, axes, filled_with_nan, tensors
+from tests.support.strategies import DTYPES, METHODS, NATIVE, axes, every_number, filled_with_nan, tensors
 
 COLD = torch.tensor(0.0)
 NEWTON = ["octav", "octav-grid", "octav-tight"]
@@ -230,13 +230,42 @@ def test_a_part_of_a_tensor_is_solved_from_where_it_starts(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("shape", "dim"), [((70_003,), None), ((5, 3001), 0), ((37, 20, 9), 1)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_solved_in_float32(method, dtype):
+def test_half_precision_is_solved_in_float32_to_the_bit(method, shape, dim, dtype):
     # 70 000 numbers of about 1: float16 cannot hold their sum, bfloat16 cannot count past 256.
-    x = torch.randn(70_000).to(dtype)
-    clip = optimal_clip(x, COLD, 4, True, None, method)
+    x = torch.randn(shape).to(dtype)
+    x.view(-1)[::1001] = math.inf
+    clip = optimal_clip(x, cold(x, dim), 4, True, dim, method)
     assert clip.dtype is torch.float32
-    assert torch.equal(clip, optimal_clip(x.float(), COLD, 4, True, None, method))
+    assert torch.equal(clip, optimal_clip(x.float(), cold(x, dim), 4, True, dim, method))
+    warm = 1.02 * clip
+    assert torch.equal(optimal_clip(x, warm, 4, True, dim, method), optimal_clip(x.float(), warm, 4, True, dim, method))
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_numbers_are_read_as_what_they_are(dtype):
+    x = every_number(dtype)
+    assert optimal_clip(x, COLD, 4, True, None, "max") == x[x.isfinite()].abs().max()
+    for scale in (1e-7, 1.0):
+        # Small numbers too: subnormal ones of float16.
+        x = (torch.randn(20_000) * scale).to(dtype)
+        clip = optimal_clip(x, COLD, 4, True, None, "octav").item()
+        assert clip == pytest.approx(fixed_point(x.double(), 4, True), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "kernel"),
+    [("octav", "optimal_clip"), ("max", "percentile"), ("percentile", "percentile"), ("mse", "sweep")],
+)
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_half_precision_is_not_copied(kernel_calls, monkeypatch, dtype, method, kernel):
+    x = torch.randn(50, 100).to(dtype)
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("a copy"))
+    optimal_clip(x, COLD, 4, True, None, method)
+    optimal_clip(x.t(), COLD, 4, True, None, method)
+    optimal_clip(x, torch.zeros(50), 4, True, 0, method)
+    assert kernel_calls == [f"octav_{kernel}"] * 3
 
 
 def test_float64_is_solved_in_float64():

@@ -13,7 +13,7 @@ from octav_fx.ops.quantize import reference
 from octav_fx.ops.quantize.op import quantize
 from tests.support.examples import examples
 from tests.support.pairwise import pairwise
-from tests.support.strategies import DTYPES, axes, clips, filled_with_nan, laid_out, tensors
+from tests.support.strategies import DTYPES, NATIVE, axes, clips, every_number, filled_with_nan, laid_out, tensors
 
 SIGNED = [True, False]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
@@ -82,6 +82,16 @@ def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     assert codes.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_every_number_has_the_code_of_the_reference(kernel_calls, dtype, bits, signed):
+    x = every_number(dtype)
+    for clip in (torch.tensor(0.7), torch.tensor(1e-6), torch.tensor(3e4)):
+        codes = quantize(x, clip, bits, signed, None, 6.0)
+        assert torch.equal(codes, reference.quantize(x, clip, bits, signed, None, 6.0))
+    assert kernel_calls == ["octav_quantize"] * 3
+
+
 # A block of the kernel is 2**14 elements; from four on they are shared among the threads.
 LARGE = [((5 * 2**14 + 3,), None), ((2, 3, 2**14 + 5), 1), ((7, 2**14 + 1), 0), ((2**13, 9), 1)]
 
@@ -98,13 +108,23 @@ def test_no_element_is_left_out_of_a_large_tensor(kernel_calls, threads, shape, 
     assert kernel_calls == ["octav_quantize"]
 
 
+@pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 2, 1)])
 @pytest.mark.parametrize("dim", [None, 0, 1, -1])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, bits):
-    x = torch.randn(2, 3, 4, 5).permute(order)
+def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, bits, dtype):
+    x = torch.randn(2, 3, 4, 5).to(dtype).permute(order)
     quantize(x, torch.ones(clip_shape(x, dim)), bits, True, dim)
     assert kernel_calls == ["octav_quantize"]
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_tensors_with_gaps_reach_the_kernel_too(kernel_calls, dtype):
+    x = torch.randn(6, 10).to(dtype)
+    for gaps in (x[:, ::2], x[:1].expand(4, 10)):
+        codes = quantize(gaps, torch.tensor(1.0), 4, True, None)
+        assert torch.equal(codes, reference.quantize(gaps, torch.tensor(1.0), 4, True, None))
+    assert kernel_calls == ["octav_quantize"] * 2
 
 
 @examples(200)

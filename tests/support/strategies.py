@@ -15,6 +15,8 @@ from octav_fx.formats.grid import Grid
 # "percentile" is another name of one of the others, as tests/clips/test_percentile.py asserts.
 METHODS = [name for name in newton.METHODS if name != "percentile"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+# What the C++ kernels take.
+NATIVE = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [0, 1, 2, 3, 5, 8, 17, 33]
 # 1 / 512 is half of the smallest step for a clip of 1: multiples of it hit every tie of every grid.
 TIE = 1 / 512
@@ -77,6 +79,12 @@ def codes(draw: st.DrawFn, grid: Grid) -> Tensor:
     # copy_ refuses memory that several elements share.
     stored = torch.empty_strided(like.shape, like.stride(), dtype=grid.codes_dtype)
     return stored.copy_(chosen) if 0 not in like.stride() else chosen.to(grid.codes_dtype)
+
+
+def every_number(dtype: torch.dtype) -> Tensor:
+    """All numbers of 16 bits, subnormal ones, infinities and NaN among them; of float32 those in bfloat16."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    return bits.view(torch.bfloat16).float() if dtype is torch.float32 else bits.view(dtype)
 
 
 @contextmanager

@@ -3,31 +3,37 @@
 #include <cstdint>
 #include <limits>
 
+#include "../elements.h"
 #include "../stretches.h"
 
 namespace {
 
-template <class Code>
-void dequantize(const Code* __restrict codes, float step, float* __restrict out, int64_t n, int low, int high) {
+template <class Code, class Y>
+void dequantize(const Code* __restrict codes, float step, Y* __restrict out, int64_t n, int low, int high) {
   const int not_finite = std::numeric_limits<Code>::min(), saturated = 2 * (high + 1);
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const int code = low == 0 && codes[i] >= saturated ? codes[i] - saturated : codes[i];
     const float level = float(std::min(std::max(code, low), high)) * step;
-    out[i] = codes[i] == not_finite ? std::numeric_limits<float>::quiet_NaN() : level;
+    out[i] = from_float<Y>(codes[i] == not_finite ? std::numeric_limits<float>::quiet_NaN() : level);
   }
 }
 
 }  // namespace
 
-// codes, out: dense, [outer, channels, inner] in memory order. clip: [channels]. bytes: those of one code, 1 or 2.
-extern "C" void octav_dequantize(const void* codes, const float* clip, float* out, int64_t outer, int64_t channels,
-                                 int64_t inner, int steps, int low, int high, int bytes, int threads) {
-  stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
-    const float step = clip[channel] / float(steps);
-    if (bytes == 1)
-      dequantize(static_cast<const int8_t*>(codes) + at, step, out + at, count, low, high);
-    else
-      dequantize(static_cast<const int16_t*>(codes) + at, step, out + at, count, low, high);
+// codes, out: dense, [outer, channels, inner] in memory order, out of a type. clip: [channels]. bytes: those of one
+// code, 1 or 2.
+extern "C" void octav_dequantize(const void* codes, const float* clip, void* out, int type, int64_t outer,
+                                 int64_t channels, int64_t inner, int steps, int low, int high, int bytes,
+                                 int threads) {
+  with_element(type, [=](auto element) {
+    auto* to = static_cast<decltype(element)*>(out);
+    stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
+      const float step = clip[channel] / float(steps);
+      if (bytes == 1)
+        dequantize(static_cast<const int8_t*>(codes) + at, step, to + at, count, low, high);
+      else
+        dequantize(static_cast<const int16_t*>(codes) + at, step, to + at, count, low, high);
+    });
   });
 }

@@ -19,16 +19,16 @@ def _empty(codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None
 def _cpu(
     codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, dtype: torch.dtype, out: Tensor
 ) -> bool:
-    layout, library, grid = cpu.channel_layout(codes, dim), cpu.library(), Grid(bits, signed)
-    floats = dtype is torch.float32 and out.dtype is dtype
-    fits = cpu.same_layout(out, codes) and codes.dtype is grid.codes_dtype
-    if library is None or layout is None or not floats or not fits:
+    layout, library, grid = cpu.channel_layout(out, dim), cpu.library(), Grid(bits, signed)
+    fits = out.shape == codes.shape and codes.dtype is grid.codes_dtype and out.dtype is dtype
+    if library is None or layout is None or not fits or (types := cpu.types_of("dequantize", out)) is None:
         return False
-    clip = cpu.checked(clip, clip_shape(codes, dim))
+    codes, clip = cpu.lying_as(codes, out), cpu.checked(clip, clip_shape(codes, dim))
     library.octav_dequantize(
         codes.data_ptr(),
         clip.data_ptr(),
         out.data_ptr(),
+        *types,
         *layout,
         grid.steps,
         grid.low,

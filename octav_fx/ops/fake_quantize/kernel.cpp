@@ -4,49 +4,71 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../elements.h"
 #include "../stretches.h"
 
 namespace {
 
-template <bool SIGNED, bool MAGNITUDE_AWARE>
-void backward(const float* __restrict grad, const float* __restrict x, float bound, float* __restrict out, int64_t n) {
+template <class X, class Y>
+void fake_quantize(const X* __restrict x, float step, Y* __restrict out, int64_t n, float bottom, float top) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    const float m = std::fabs(x[i]), outside = MAGNITUDE_AWARE ? bound / m : 0.f;
+    const float value = to_float(x[i]), code = std::min(std::max(std::nearbyint(value / step), bottom), top);
+    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? code * step : value);
+  }
+}
+
+// A clip of zero leaves nothing but what is not finite.
+template <class X, class Y>
+void clear(const X* __restrict x, Y* __restrict out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const float value = to_float(x[i]);
+    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? 0.f : value);
+  }
+}
+
+template <bool SIGNED, bool MAGNITUDE_AWARE, class G, class X>
+void backward(const G* __restrict grad, const X* __restrict x, float bound, X* __restrict out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const float value = to_float(x[i]), m = std::fabs(value), outside = MAGNITUDE_AWARE ? bound / m : 0.f;
     const float factor = m <= bound ? 1.f : outside;
-    out[i] = grad[i] * (SIGNED ? factor : x[i] >= 0.f ? factor : 0.f);
+    out[i] = from_float<X>(to_float(grad[i]) * (SIGNED ? factor : value >= 0.f ? factor : 0.f));
   }
 }
 
 }  // namespace
 
-// x, out: dense, [outer, channels, inner] in memory order. clip: [channels].
-extern "C" void octav_fake_quantize(const float* x, const float* clip, float* out, int64_t outer, int64_t channels,
-                                    int64_t inner, int steps, int low, int high, int threads) {
-  stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
-    const float step = clip[channel] / float(steps), bottom = float(low), top = float(high);
-    const float *from = x + at;
-    float* to = out + at;
-    if (step > 0) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; i++) {
-        const float code = std::min(std::max(std::nearbyint(from[i] / step), bottom), top);
-        to[i] = std::fabs(from[i]) <= FLT_MAX ? code * step : from[i];
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < count; i++) to[i] = std::fabs(from[i]) <= FLT_MAX ? 0.f : from[i];
-    }
+// x, out: dense, [outer, channels, inner] in memory order, each of a type. clip: [channels].
+extern "C" void octav_fake_quantize(const void* x, int x_type, const float* clip, void* out, int out_type, int64_t outer,
+                                    int64_t channels, int64_t inner, int steps, int low, int high, int threads) {
+  with_elements(x_type, out_type, [=](auto of_x, auto of_out) {
+    const auto* from = static_cast<const decltype(of_x)*>(x);
+    auto* to = static_cast<decltype(of_out)*>(out);
+    stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
+      const float step = clip[channel] / float(steps);
+      if (step > 0)
+        fake_quantize(from + at, step, to + at, count, float(low), float(high));
+      else
+        clear(from + at, to + at, count);
+    });
   });
 }
 
-// grad, x, out: dense, [outer, channels, inner] in the same memory order. clip: [channels].
-extern "C" void octav_fake_quantize_backward(const float* grad, const float* x, const float* clip, float* out,
-                                             int64_t outer, int64_t channels, int64_t inner, int is_signed,
-                                             int magnitude_aware, int threads) {
-  const auto pass = is_signed ? (magnitude_aware ? backward<true, true> : backward<true, false>)
-                              : (magnitude_aware ? backward<false, true> : backward<false, false>);
-  stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
-    pass(grad + at, x + at, clip[channel], out + at, count);
+// grad, x, out: dense, [outer, channels, inner] in the same memory order, grad of one type, x and out of another.
+// clip: [channels].
+extern "C" void octav_fake_quantize_backward(const void* grad, int grad_type, const void* x, int x_type,
+                                             const float* clip, void* out, int64_t outer, int64_t channels,
+                                             int64_t inner, int is_signed, int magnitude_aware, int threads) {
+  with_elements(grad_type, x_type, [=](auto of_grad, auto of_x) {
+    using G = decltype(of_grad);
+    using X = decltype(of_x);
+    const auto pass = is_signed ? (magnitude_aware ? backward<true, true, G, X> : backward<true, false, G, X>)
+                                : (magnitude_aware ? backward<false, true, G, X> : backward<false, false, G, X>);
+    stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
+      pass(static_cast<const G*>(grad) + at, static_cast<const X*>(x) + at, clip[channel], static_cast<X*>(out) + at,
+           count);
+    });
   });
 }

@@ -64,12 +64,12 @@ def fake_quantize_kernel(
 ):
     """x, out: [n] as they lie in memory. clip: [channels] float32."""
     offsets, mask = offsets_of(n, BLOCK, WIDE)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    value = x.to(tl.float32)
+    value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     # Not a division, which is an approximation; STEPS is a power of two.
     step = clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) * (1.0 / STEPS)
     level = nearest(value, step, LOW, HIGH) * step
-    tl.store(out_ptr + offsets, tl.where(tl.abs(value) < float("inf"), level.to(x.dtype), x), mask=mask)
+    level = tl.where(tl.abs(value) < float("inf"), level, value)
+    tl.store(out_ptr + offsets, level.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -127,12 +127,13 @@ def fake_quantize(
     signed: bool,
     dim: int | None,
     gradient: str,
+    dtype: torch.dtype | None = None,
     *,
     out: Tensor,
     block: int = BLOCK,
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
-    if x.dtype not in FLOATS or out.dtype is not x.dtype or x.shape != out.shape:
+    if x.dtype not in FLOATS or out.dtype not in FLOATS or x.shape != out.shape:
         return False
     grid = Grid(bits, signed)
     codes = {"STEPS": grid.steps, "LOW": grid.low, "HIGH": grid.high}
@@ -151,7 +152,7 @@ def fake_quantize_backward(
     block: int = BLOCK,
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
-    floats = x.dtype in FLOATS and grad.dtype in FLOATS and out.dtype is grad.dtype
+    floats = x.dtype in FLOATS and grad.dtype in FLOATS and out.dtype is x.dtype
     if gradient == "ste" or not floats or not x.shape == grad.shape == out.shape:
         return False
     kind = {"SIGNED": signed, "MAD": gradient == "mad"}

@@ -12,20 +12,40 @@ from octav_fx.ops.fake_quantize import reference
 from octav_fx.ops.register import register_op
 
 
-def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
-    return torch.empty_like(x)
+def _empty(
+    x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
 
 
-def _cpu(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, out: Tensor) -> bool:
-    layout = cpu.channel_layout(x, dim)
-    library = cpu.library()
-    floats = x.dtype is torch.float32 and out.dtype is torch.float32
-    if library is None or layout is None or not floats or not cpu.same_layout(out, x):
+def _cpu(
+    x: Tensor,
+    clip: Tensor,
+    bits: int,
+    signed: bool,
+    dim: int | None,
+    gradient: str,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Tensor,
+) -> bool:
+    layout, library = cpu.channel_layout(out, dim), cpu.library()
+    fits = out.shape == x.shape and out.dtype is (dtype or x.dtype)
+    if library is None or layout is None or not fits or (types := cpu.types_of("fake_quantize", x, out)) is None:
         return False
-    grid = Grid(bits, signed)
-    clip = cpu.checked(clip, clip_shape(x, dim))
+    grid, (x_type, out_type) = Grid(bits, signed), types
+    x, clip = cpu.lying_as(x, out), cpu.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize(
-        x.data_ptr(), clip.data_ptr(), out.data_ptr(), *layout, grid.steps, grid.low, grid.high, torch.get_num_threads()
+        x.data_ptr(),
+        x_type,
+        clip.data_ptr(),
+        out.data_ptr(),
+        out_type,
+        *layout,
+        grid.steps,
+        grid.low,
+        grid.high,
+        torch.get_num_threads(),
     )
     return True
 
@@ -38,7 +58,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
 
 fake_quantize = register_op(
     "fake_quantize",
-    "Tensor x, Tensor clip, int bits, bool signed, int? dim, str gradient",
+    "Tensor x, Tensor clip, int bits, bool signed, int? dim, str gradient, ScalarType? dtype=None",
     empty=_empty,
     reference=reference.fake_quantize,
     cpu=_cpu,
@@ -47,24 +67,25 @@ fake_quantize = register_op(
 
 
 def _empty_gradient(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> Tensor:
-    return torch.empty_like(x, dtype=grad.dtype)
+    return torch.empty_like(x)
 
 
 def _cpu_gradient(
     grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str, out: Tensor
 ) -> bool:
-    layout = cpu.channel_layout(x, dim)
-    library = cpu.library()
-    floats = all(tensor.dtype is torch.float32 for tensor in (grad, x, out))
-    if library is None or layout is None or gradient == "ste" or not floats or not cpu.same_layout(out, x):
+    layout, library = cpu.channel_layout(out, dim), cpu.library()
+    fits = out.shape == x.shape == grad.shape and out.dtype is x.dtype and gradient != "ste"
+    if library is None or layout is None or not fits:
         return False
-    if not cpu.same_layout(grad, x):
-        # Autograd may hand over another layout than that of x; both are then walked in the order of x.
-        grad = torch.empty_like(x).copy_(grad)
-    clip = cpu.checked(clip, clip_shape(x, dim))
+    if (types := cpu.types_of("fake_quantize_backward", grad, x)) is None:
+        return False
+    grad_type, x_type = types
+    grad, x, clip = cpu.lying_as(grad, out), cpu.lying_as(x, out), cpu.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize_backward(
         grad.data_ptr(),
+        grad_type,
         x.data_ptr(),
+        x_type,
         clip.data_ptr(),
         out.data_ptr(),
         *layout,
@@ -108,19 +129,21 @@ def gradient_of_x(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, clip, _, signed, dim, gradient = inputs
+    x, clip, _, signed, dim, gradient, _ = inputs
     save_for_backward(ctx, x, clip, signed, dim, gradient)
+    ctx.dtype = x.dtype
 
 
 def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, clip, signed, dim, gradient = inputs
+    grad, x, clip, signed, dim, gradient = inputs
     save_for_backward(ctx, x, clip, signed, dim, gradient)
+    ctx.dtype = grad.dtype
 
 
 # The gradient is linear in grad, with the same factors: that makes second derivatives right.
 for _name, _setup in (("fake_quantize", _save), ("fake_quantize_backward", _save_factors)):
     torch.library.register_autograd(
         f"octav::{_name}",
-        lambda ctx, grad: (gradient_of_x(ctx, grad), None, None, None, None, None),
+        lambda ctx, grad: (gradient_of_x(ctx, grad).to(ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)),
         setup_context=_setup,
     )

@@ -8,8 +8,12 @@ from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 
 
-def fake_quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str) -> Tensor:
-    """X [...], clip [] or [C] in the units of x -> [...], the dtype of x: the nearest level, ties to the even code.
+def fake_quantize(
+    x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """X [...], clip [] or [C] in the units of x -> [...], the nearest level, ties to the even code; the dtype of x.
+
+    With a dtype: in that. Levels of half precision are those of float32, rounded once.
 
     A clip of 0 sends every value to 0. Values that are not finite stay what they are, so that they are not hidden.
     """
@@ -18,13 +22,13 @@ def fake_quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | N
     step = grid.step(along(clip, x, dim).to(value.dtype))
     # Not a multiplication by steps / clip: that rounds twice and moves ties.
     code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
-    return torch.where(x.isfinite(), (code * step).to(x.dtype), x)
+    return torch.where(x.isfinite(), code * step, value).to(dtype or x.dtype)
 
 
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str
 ) -> Tensor:
-    """Grad and x [...], clip [] or [C] -> the gradient of x [...], the dtype of grad."""
+    """Grad and x [...], clip [] or [C] -> the gradient of x [...], the dtype of x."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     factor = GRADIENTS[gradient](value, along(clip, x, dim).to(value.dtype), signed)
-    return (grad.to(value.dtype) * factor).to(grad.dtype)
+    return (grad.to(value.dtype) * factor).to(x.dtype)

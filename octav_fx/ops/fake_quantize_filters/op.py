@@ -13,24 +13,29 @@ from octav_fx.ops.fake_quantize_filters import reference
 from octav_fx.ops.register import register_op
 
 
-def _empty(filters: Tensor, clip: Tensor, bits: int, signed: bool) -> Tensor:
+def _empty(filters: Tensor, clip: Tensor, bits: int, signed: bool, dtype: torch.dtype | None = None) -> Tensor:
     channels, inputs, positions = filters.shape
-    return filters.new_empty(channels, positions, inputs)
+    return filters.new_empty(channels, positions, inputs, dtype=dtype)
 
 
-def _cpu(filters: Tensor, clip: Tensor, bits: int, signed: bool, out: Tensor) -> bool:
-    library = cpu.library()
-    floats = filters.dtype is torch.float32 and out.dtype is torch.float32
+def _cpu(
+    filters: Tensor, clip: Tensor, bits: int, signed: bool, dtype: torch.dtype | None = None, *, out: Tensor
+) -> bool:
+    library, grid = cpu.library(), Grid(bits, signed)
     channels, inputs, positions = filters.shape
-    contiguous = filters.is_contiguous() and out.is_contiguous() and out.shape == (channels, positions, inputs)
-    if library is None or not floats or not contiguous:
+    fits = out.shape == (channels, positions, inputs) and out.dtype is (dtype or filters.dtype)
+    if library is None or not fits or not out.is_contiguous():
         return False
-    grid = Grid(bits, signed)
-    clip = cpu.checked(clip, (filters.shape[0],))
+    if (types := cpu.types_of("fake_quantize_filters", filters, out)) is None:
+        return False
+    filters_type, out_type = types
+    filters, clip = filters.contiguous(), cpu.checked(clip, (channels,))
     library.octav_fake_quantize_filters(
         filters.data_ptr(),
+        filters_type,
         clip.data_ptr(),
         out.data_ptr(),
+        out_type,
         *filters.shape,
         grid.steps,
         grid.low,
@@ -42,7 +47,7 @@ def _cpu(filters: Tensor, clip: Tensor, bits: int, signed: bool, out: Tensor) ->
 
 fake_quantize_filters = register_op(
     "fake_quantize_filters",
-    "Tensor filters, Tensor clip, int bits, bool signed",
+    "Tensor filters, Tensor clip, int bits, bool signed, ScalarType? dtype=None",
     empty=_empty,
     reference=reference.fake_quantize_filters,
     cpu=_cpu,
@@ -50,20 +55,25 @@ fake_quantize_filters = register_op(
 
 
 def _empty_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gradient: str) -> Tensor:
-    return torch.empty_like(filters, dtype=grad.dtype)
+    return torch.empty_like(filters)
 
 
 def _cpu_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gradient: str, out: Tensor) -> bool:
     library = cpu.library()
-    floats = all(tensor.dtype is torch.float32 for tensor in (grad, filters, out))
-    contiguous = filters.is_contiguous() and out.is_contiguous() and out.shape == filters.shape
-    channels_last = grad.movedim(1, -1).is_contiguous()
-    if library is None or not floats or not contiguous or not (channels_last or grad.is_contiguous()):
+    fits = out.shape == filters.shape and out.dtype is filters.dtype and grad.numel() == filters.numel()
+    if library is None or not fits or not out.is_contiguous():
         return False
-    clip = cpu.checked(clip, (filters.shape[0],))
+    if (types := cpu.types_of("fake_quantize_filters_backward", grad, filters)) is None:
+        return False
+    grad_type, filters_type = types
+    channels_last = grad.movedim(1, -1).is_contiguous()
+    grad = grad if channels_last else grad.contiguous()
+    filters, clip = filters.contiguous(), cpu.checked(clip, (filters.shape[0],))
     library.octav_fake_quantize_filters_backward(
         grad.data_ptr(),
+        grad_type,
         filters.data_ptr(),
+        filters_type,
         clip.data_ptr(),
         out.data_ptr(),
         *filters.shape,

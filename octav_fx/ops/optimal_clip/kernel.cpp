@@ -112,16 +112,16 @@ Errors error_of(const float* x, int64_t n, float clip, const Grid& grid) {
 
 // The best of the neighbours of a fixed point, itself if none is better. The constants are those of clips/newton.py.
 template <bool SIGNED, bool FINITE>
-float polish(const float* x, int64_t n, float clip, const Grid& grid, int threads) {
+float polish(const Row& row, float clip, const Grid& grid, int threads) {
   float best = clip;
   double least = INFINITY;
   for (const int i : {0, -4, -3, -2, -1, 1, 2, 3, 4}) {
     const float candidate = i == 0 ? clip : float(clip * std::pow(1.25, i / 4.0));
-    const Errors errors = total<Errors>(n, threads, [&](int64_t at, int64_t length) {
-      return error_of<SIGNED, FINITE>(x + at, length, candidate, grid);
+    const Errors errors = total<Errors>(row, threads, [&](const float* x, int64_t n) {
+      return error_of<SIGNED, FINITE>(x, n, candidate, grid);
     });
     if (!FINITE && !(std::isfinite(errors.error) && std::isfinite(errors.power)))
-      return polish<SIGNED, true>(x, n, clip, grid, threads);
+      return polish<SIGNED, true>(row, clip, grid, threads);
     if (i == 0 || errors.error < 0.999 * least - 1e-12 * errors.power) least = errors.error, best = candidate;
   }
   return best;
@@ -132,8 +132,8 @@ float polish(const float* x, int64_t n, float clip, const Grid& grid, int thread
 template <bool SIGNED, bool FINITE>
 class Tail {
  public:
-  Tail(const float* x, int64_t n, int threads, std::vector<std::vector<float>>& parts)
-      : x_(x), n_(n), threads_(n < PARALLEL_FROM ? 1 : threads), parts_(parts) {
+  Tail(const Row& row, int threads, std::vector<std::vector<float>>& parts)
+      : row_(row), threads_(row.size() < PARALLEL_FROM ? 1 : threads), parts_(parts) {
     if (int(parts_.size()) < threads_) parts_.resize(threads_);
     sizes_.resize(threads_);
   }
@@ -146,7 +146,7 @@ class Tail {
   // Gathers from `floor` upwards, and returns what start_of returns for the row.
   Start gather(float floor) {
     floor_ = floor;
-    const int64_t chunks = (n_ + CHUNK - 1) / CHUNK;
+    const int64_t chunks = row_.chunks();
     std::vector<Start> starts(threads_);
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1)
     for (int part = 0; part < threads_; part++) {
@@ -155,7 +155,8 @@ class Tail {
       for (int64_t i = chunks * part / threads_; i < chunks * (part + 1) / threads_; i++) {
         // Room for a whole chunk, and for the store of a whole vector behind it.
         if (int64_t(values.size()) < size + CHUNK + 16) values.resize(2 * values.size() + CHUNK + 16);
-        starts[part] += append(x_ + i * CHUNK, std::min(CHUNK, n_ - i * CHUNK), floor, values.data(), size);
+        starts[part] += row_.chunk(
+            i, [&](const float* x, int64_t n) { return append(x, n, floor, values.data(), size); });
       }
       sizes_[part] = size;
     }
@@ -219,8 +220,7 @@ class Tail {
     return {sum, count};
   }
 
-  const float* x_;
-  int64_t n_;
+  Row row_;
   int threads_;
   float floor_ = INFINITY;
   // By thread, in the order of the row. The memory is the caller's.
@@ -256,47 +256,45 @@ float newton(float clip, float mean, Step step) {
 }
 
 template <bool SIGNED, bool ON_GRID, bool FINITE>
-float solve(const float* x, int64_t n, float hint, const Grid& grid, int threads) {
-  const bool positive = hint > 0 && hint <= FLT_MAX, gathers = !ON_GRID && n >= GATHERED_FROM;
+float solve(const Row& row, float hint, const Grid& grid, int threads) {
+  const bool positive = hint > 0 && hint <= FLT_MAX, gathers = !ON_GRID && row.size() >= GATHERED_FROM;
   // Kept from call to call: pages that are mapped already cost less than those that malloc would fetch.
   static thread_local std::vector<std::vector<float>> parts;
-  Tail<SIGNED, FINITE> tail(x, gathers ? n : 0, threads, parts);
+  Tail<SIGNED, FINITE> tail(gathers ? row : row.part(0, 0), threads, parts);
   const Start start =
       gathers && positive
           ? tail.gather(hint * tail.KEEP)
-          : total<Start>(n, threads,
-                         [&](int64_t at, int64_t length) { return start_of<SIGNED, FINITE>(x + at, length); });
+          : total<Start>(row, threads, [](const float* x, int64_t n) { return start_of<SIGNED, FINITE>(x, n); });
   // An infinity, or sums beyond float: again, without the values that cannot take part.
-  if (!FINITE && !std::isfinite(start.sum)) return solve<SIGNED, ON_GRID, true>(x, n, hint, grid, threads);
+  if (!FINITE && !std::isfinite(start.sum)) return solve<SIGNED, ON_GRID, true>(row, hint, grid, threads);
   if (start.count == 0) return 0;
   const float mean = float(start.sum / double(start.count));
   const bool usable = positive && (!ON_GRID || hint / grid.steps / 2 <= mean);
   const float clip = newton(usable ? hint : mean, mean, [&](float at_clip) {
-    Sums sums = gathers ? tail.step(at_clip, grid) : total<Sums>(n, threads, [&](int64_t at, int64_t length) {
-      return ON_GRID ? octav_grid_step<SIGNED, FINITE>(x + at, length, at_clip, grid)
-                     : octav_step<SIGNED, FINITE>(x + at, length, at_clip, grid);
+    Sums sums = gathers ? tail.step(at_clip, grid) : total<Sums>(row, threads, [&](const float* x, int64_t n) {
+      return ON_GRID ? octav_grid_step<SIGNED, FINITE>(x, n, at_clip, grid)
+                     : octav_step<SIGNED, FINITE>(x, n, at_clip, grid);
     });
     if (!ON_GRID) sums.denominator += grid.noise * double(start.count);
     return sums;
   });
-  return ON_GRID ? polish<SIGNED, FINITE>(x, n, clip, grid, threads) : clip;
+  return ON_GRID ? polish<SIGNED, FINITE>(row, clip, grid, threads) : clip;
 }
 
 template <bool SIGNED, bool ON_GRID>
-void solve_rows(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, const Grid& grid, int threads) {
-  each_row(x, rows, n, hint, clip, threads, [&](const float* row, float near, int of_row) {
-    return solve<SIGNED, ON_GRID, false>(row, n, near, grid, of_row);
-  });
+float solved(const Row& row, float hint, const Grid& grid, int threads) {
+  return solve<SIGNED, ON_GRID, false>(row, hint, grid, threads);
 }
 
 }  // namespace
 
-// x: [rows, n] contiguous. hint, clip: [rows]. on_grid: 0 = "octav", 1 = "octav-grid".
-extern "C" void octav_optimal_clip(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, int bits,
-                                   int is_signed, int on_grid, int threads) {
+// x: [rows, n] contiguous, elements of a type. hint, clip: [rows]. on_grid: 0 = "octav", 1 = "octav-grid".
+extern "C" void octav_optimal_clip(const void* x, int type, int64_t rows, int64_t n, const float* hint, float* clip,
+                                   int bits, int is_signed, int on_grid, int threads) {
   const double steps = double(1 << (is_signed ? bits - 1 : bits));
   const Grid grid{steps, 1 / (12 * steps * steps), 1 - 1 / steps};
-  const auto run = is_signed ? (on_grid ? solve_rows<true, true> : solve_rows<true, false>)
-                             : (on_grid ? solve_rows<false, true> : solve_rows<false, false>);
-  run(x, rows, n, hint, clip, grid, threads);
+  const auto run = is_signed ? (on_grid ? solved<true, true> : solved<true, false>)
+                             : (on_grid ? solved<false, true> : solved<false, false>);
+  each_row(x, type, rows, n, hint, clip, threads,
+           [&](const Row& row, float near, int of_row) { return run(row, near, grid, of_row); });
 }

@@ -24,14 +24,14 @@ def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, meth
     library = cpu.library()
     bits, method = as_octav(bits, method)
     fits = out.shape == clip_shape(x, dim) and out.dtype is torch.float32 and out.is_contiguous()
-    if library is None or x.dtype is torch.float64 or not fits:
+    if library is None or not fits or (types := cpu.types_of("optimal_clip", x)) is None:
         return False
     # The order of the elements does not matter: a dense tensor is one row, as it lies in memory.
     flat = dim is None and cpu.is_dense(x)
     rows = x.as_strided((1, x.numel()), (x.numel(), 1)) if flat else to_rows(x, dim)
-    rows = rows.to(torch.float32).contiguous()
+    rows = rows.contiguous()
     hint = cpu.checked(hint, clip_shape(x, dim))
-    data, threads = (rows.data_ptr(), *rows.shape, hint.data_ptr(), out.data_ptr()), torch.get_num_threads()
+    data, threads = (rows.data_ptr(), *types, *rows.shape, hint.data_ptr(), out.data_ptr()), torch.get_num_threads()
     if method in _NEWTON:
         library.octav_optimal_clip(*data, bits, signed, _NEWTON.index(method), threads)
     elif method == "mse":

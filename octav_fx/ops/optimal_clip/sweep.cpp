@@ -30,8 +30,8 @@ double error_of(const float* x, int64_t n, double step, const Range& range) {
 }
 
 template <bool SIGNED>
-float sweep(const float* x, int64_t n, float hint, double steps, const Range& range, int threads) {
-  const float largest = largest_of<SIGNED>(x, n);
+float sweep(const Row& row, float hint, double steps, const Range& range, int threads) {
+  const float largest = largest_of<SIGNED>(row);
   if (largest == 0) return 0;
   const auto clip_of = [&](int k) { return largest * (float(k) / float(POINTS)); };
   const double share = double(hint) / largest * POINTS;
@@ -45,10 +45,11 @@ float sweep(const float* x, int64_t n, float hint, double steps, const Range& ra
     const double step = clip_of(k) / steps;
     const auto pass = step >= LEAST_STEP ? error_of<SIGNED, float> : error_of<SIGNED, double>;
     double error = 0;
-    for (int64_t from = 0; from < n && error <= least; from += BETWEEN)
-      error += step * step * total<double>(std::min(BETWEEN, n - from), threads, [&](int64_t at, int64_t length) {
-        return pass(x + from + at, length, step, range);
-      });
+    for (int64_t from = 0; from < row.size() && error <= least; from += BETWEEN) {
+      const Row part = row.part(from, std::min(BETWEEN, row.size() - from));
+      error += step * step *
+               total<double>(part, threads, [&](const float* x, int64_t n) { return pass(x, n, step, range); });
+    }
     if (error < least || (error == least && k < best)) best = k, least = error;
   }
   return clip_of(best);
@@ -56,12 +57,12 @@ float sweep(const float* x, int64_t n, float hint, double steps, const Range& ra
 
 }  // namespace
 
-// x: [rows, n] contiguous. hint, clip: [rows].
-extern "C" void octav_sweep(const float* x, int64_t rows, int64_t n, const float* hint, float* clip, int bits,
+// x: [rows, n] contiguous, elements of a type. hint, clip: [rows].
+extern "C" void octav_sweep(const void* x, int type, int64_t rows, int64_t n, const float* hint, float* clip, int bits,
                             int is_signed, int threads) {
   const double steps = double(1 << (is_signed ? bits - 1 : bits));
   const Range range{is_signed ? -steps : 0, steps - 1};
   const auto run = is_signed ? sweep<true> : sweep<false>;
-  each_row(x, rows, n, hint, clip, threads,
-           [&](const float* row, float near, int of_row) { return run(row, n, near, steps, range, of_row); });
+  each_row(x, type, rows, n, hint, clip, threads,
+           [&](const Row& row, float near, int of_row) { return run(row, near, steps, range, of_row); });
 }

@@ -20,13 +20,14 @@ def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ce
 def _cpu(
     x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None, *, out: Tensor
 ) -> bool:
-    layout, library, grid = cpu.channel_layout(x, dim), cpu.library(), Grid(bits, signed)
-    fits = cpu.same_layout(out, x) and out.dtype is grid.codes_dtype
-    if library is None or layout is None or x.dtype is not torch.float32 or not fits:
+    layout, library, grid = cpu.channel_layout(out, dim), cpu.library(), Grid(bits, signed)
+    fits = out.shape == x.shape and out.dtype is grid.codes_dtype
+    if library is None or layout is None or not fits or (types := cpu.types_of("quantize", x)) is None:
         return False
-    clip = cpu.checked(clip, clip_shape(x, dim))
+    x, clip = cpu.lying_as(x, out), cpu.checked(clip, clip_shape(x, dim))
     library.octav_quantize(
         x.data_ptr(),
+        *types,
         clip.data_ptr(),
         out.data_ptr(),
         *layout,

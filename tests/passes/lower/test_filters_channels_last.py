@@ -36,7 +36,7 @@ def test_golden() -> None:
     geometry = "[1, 1], [0, 0], [1, 1], False, [0, 0], 1"
     assert graph_text(gm.graph) == (
         "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 4, True, 0, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad')\n"
+        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad', None)\n"
         f"convolution = convolution.default(primals_1, fake_quantize_default, None, {geometry})\n"
         "convolution_backward = convolution_backward.default("
         f"tangents_1, primals_1, fake_quantize_default, [0], {geometry}, [True, True, False])\n"
@@ -54,7 +54,7 @@ def test_golden() -> None:
         "as_strided_default = as_strided.default(primals_2, [4, 3, 10], [30, 10, 1])\n"
         "optimal_clip_default = optimal_clip.default(as_strided_default, primals_3, 4, True, 0, 'octav')\n"
         "fake_quantize_filters_default = "
-        "fake_quantize_filters.default(as_strided_default, optimal_clip_default, 4, True)\n"
+        "fake_quantize_filters.default(as_strided_default, optimal_clip_default, 4, True, None)\n"
         "view_default = view.default(fake_quantize_filters_default, [4, 2, 5, 3])\n"
         "permute_default = permute.default(view_default, [0, 3, 1, 2])\n"
         f"convolution = convolution.default(primals_1, permute_default, None, {geometry})\n"

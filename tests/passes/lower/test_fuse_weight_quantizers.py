@@ -46,7 +46,7 @@ def test_golden() -> None:
         "getitem_7 = getitem(getitem_4, 1)\n"
         "slice_tensor = slice.Tensor(getitem_5, 0, 0, 20)\n"
         "slice_tensor_1 = slice.Tensor(getitem_5, 0, 20, 24)\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, slice_tensor, 4, True, 0, 'mad')\n"
+        "fake_quantize_default = fake_quantize.default(primals_2, slice_tensor, 4, True, 0, 'mad', None)\n"
         "permute_10 = permute.default(getitem_6, [1, 0])\n"
         "permute = permute.default(fake_quantize_default, [1, 0])\n"
         "mm = mm.default(primals_1, permute_10)\n"

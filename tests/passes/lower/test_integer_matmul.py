@@ -65,7 +65,7 @@ def test_golden() -> None:
         "div_tensor_1 = div.Tensor(optimal_clip_default_1, 8.0)\n"
         "full_default_2 = full.default([], nan, dtype=torch.float32, device=device(type='cpu'))\n"
         "where_self_2 = where.self(eq_scalar_1, full_default_2, div_tensor_1)\n"
-        "fake_quantize_default_1 = fake_quantize.default(primals_2, optimal_clip_default_1, 4, True, 0, 'mad')\n"
+        "fake_quantize_default_1 = fake_quantize.default(primals_2, optimal_clip_default_1, 4, True, 0, 'mad', None)\n"
         "permute = permute.default(fake_quantize_default_1, [1, 0])\n"
         "view_default = view.default(convert_element_type_default_1, [7, 30])\n"
         "view_default_1 = view.default(where_self_1, [7])\n"

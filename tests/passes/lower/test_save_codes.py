@@ -90,7 +90,7 @@ def test_golden_weight() -> None:
     assert lower(gm, save_codes) == []
     assert graph_text(gm.graph) == (
         "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 4, True, 0, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad')\n"
+        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad', None)\n"
         "permute = permute.default(fake_quantize_default, [1, 0])\n"
         "mm = mm.default(primals_1, permute)\n"
         "permute_1 = permute.default(tangents_1, [1, 0])\n"

@@ -28,7 +28,7 @@ def test_golden() -> None:
     assert graph_text(gm.graph) == (
         "sin = sin.default(primals_1)\n"
         "optimal_clip_default = optimal_clip.default(sin, primals_3, 4, True, None, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(sin, optimal_clip_default, 4, True, None, 'pwl')\n"
+        "fake_quantize_default = fake_quantize.default(sin, optimal_clip_default, 4, True, None, 'pwl', None)\n"
         "permute = permute.default(primals_2, [1, 0])\n"
         "mm = mm.default(fake_quantize_default, permute)\n"
         "permute_1 = permute.default(tangents_1, [1, 0])\n"
@@ -54,7 +54,7 @@ def test_golden_inference() -> None:
     assert graph_text(gm.graph) == (
         "mm = mm.default(arg0_1, arg1_1)\n"
         "optimal_clip_default = optimal_clip.default(mm, arg3_1, 4, True, None, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(mm, optimal_clip_default, 4, True, None, 'pwl')\n"
+        "fake_quantize_default = fake_quantize.default(mm, optimal_clip_default, 4, True, None, 'pwl', None)\n"
         "permute = permute.default(arg2_1, [1, 0])\n"
         "mm_1 = mm.default(fake_quantize_default, permute)\n"
         "return (mm_1)"
