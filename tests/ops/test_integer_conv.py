@@ -179,3 +179,22 @@ print(onednn.largest_product())
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["16383"]
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [3, 15])
+@pytest.mark.parametrize("size", [(6, 4), (9, 5), (10, 3)])
+def test_one_input_for_each_group_and_one_column(rows, size):
+    x = torch.randint(0, 256, (2, 3, *size)).to(torch.uint8)
+    w = torch.randint(-128, 128, (rows, 1, 2, 3)).to(torch.int8)
+    given = (x, torch.tensor(1.0), 8, True, w, torch.ones(rows), list(w.shape), None, [1, 3], [0, 0], [1, 1], 3)
+    # Sums of integers: exact.
+    assert torch.equal(integer_conv(*given), reference.integer_conv(*given))
+
+
+@needs_onednn
+def test_a_stride_over_positions_of_one_row():
+    x = torch.randint(0, 256, (2, 16, 1, 5)).to(torch.uint8)
+    w = torch.randint(-128, 128, (8, 16, 1, 1)).to(torch.int8)
+    given = (x, torch.tensor(1.0), 8, True, w, torch.ones(8), list(w.shape), None, [2, 2], [0, 0], [1, 1], 1)
+    assert torch.equal(integer_conv(*given), reference.integer_conv(*given))

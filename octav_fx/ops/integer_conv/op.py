@@ -54,9 +54,7 @@ def _empty(*args: Any) -> Tensor:
 def _cpu(*args: Any) -> Tensor | None:
     call = Call(*args)
     reference.check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
-    extent = [d * (k - 1) + 1 for d, k in zip(call.dilation, call.shape[2:], strict=True)]
-    # Where a filter fits into the padding, oneDNN's compensation for the zero point is wrong (torch 2.13).
-    if not call.x.numel() or any(p >= size for p, size in zip(call.padding, extent, strict=True)):
+    if not call.x.numel() or _is_wrong(call):
         return None
     if call.groups == 1 and not any(call.padding) and all(size == 1 for size in call.shape[2:]):
         return _pointwise(call)
@@ -84,12 +82,26 @@ def _cpu(*args: Any) -> Tensor | None:
     return torch.ops.onednn.qconv_pointwise.default(*operands, *window, *last)
 
 
+def _is_wrong(call: Call) -> bool:
+    """Tell whether oneDNN computes a convolution wrongly (torch 2.13; found by comparing with the reference).
+
+    Where a filter fits into the padding, its compensation for the zero point is that of another place. Where each
+    group has one input and strides leave one column, it reads beyond the rows.
+    """
+    extents = [d * (k - 1) + 1 for d, k in zip(call.dilation, call.shape[2:], strict=True)]
+    if any(p >= extent for p, extent in zip(call.padding, extents, strict=True)):
+        return True
+    columns = (call.x.shape[-1] + 2 * call.padding[-1] - extents[-1]) // call.stride[-1] + 1
+    return call.shape[1] == 1 and call.stride[-1] > 1 and columns == 1
+
+
 def _pointwise(call: Call) -> Tensor | None:
     """Filters of one element: a matmul at each position; as a convolution oneDNN can take ten times as long."""
     x, rows = call.x.movedim(1, -1), call.shape[:2]
     if any(step > 1 for step in call.stride):
-        # Codes of eight channels are copied as one number.
-        by_eight = rows[1] % 8 == 0 and x.is_contiguous()
+        # Codes of eight channels are copied as one number. An axis of one element may have any stride.
+        places = (rows[1], x.storage_offset(), *x.stride()[:-1])
+        by_eight = x.is_contiguous() and not any(place % 8 for place in places)
         x = x.view(torch.int64) if by_eight else x
         for axis, step in enumerate(call.stride, 1):
             x = torch.ops.aten.slice.Tensor(x, axis, 0, None, step)
