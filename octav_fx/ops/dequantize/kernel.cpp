@@ -8,14 +8,28 @@
 
 namespace {
 
-template <class Code, class Y>
-void dequantize(const Code* __restrict codes, float step, Y* __restrict out, int64_t n, int low, int high) {
+constexpr int64_t CHUNK = 1024;
+
+template <class Code>
+void dequantize(const Code* __restrict codes, float step, float* __restrict out, int64_t n, int low, int high) {
   const int not_finite = std::numeric_limits<Code>::min(), saturated = 2 * (high + 1);
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const int code = low == 0 && codes[i] >= saturated ? codes[i] - saturated : codes[i];
     const float level = float(std::min(std::max(code, low), high)) * step;
-    out[i] = from_float<Y>(codes[i] == not_finite ? std::numeric_limits<float>::quiet_NaN() : level);
+    out[i] = codes[i] == not_finite ? std::numeric_limits<float>::quiet_NaN() : level;
+  }
+}
+
+// Through floats in the nearest cache: a loop over bytes, floats and halves at once takes half as long again.
+template <class Code, class Y>
+void dequantize(const Code* codes, float step, Y* __restrict out, int64_t n, int low, int high) {
+  float levels[CHUNK];
+  for (int64_t at = 0; at < n; at += CHUNK) {
+    const int64_t count = std::min(CHUNK, n - at);
+    dequantize(codes + at, step, levels, count, low, high);
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) out[at + i] = from_float<Y>(levels[i]);
   }
 }
 
