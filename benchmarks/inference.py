@@ -5,6 +5,7 @@ shared machine only ever adds time. A variant is a row of VARIANTS: from a float
 runs it. Models are untrained: time does not depend on the values.
 """
 
+import copy
 import importlib
 import importlib.metadata
 import tempfile
@@ -26,8 +27,10 @@ MODELS: Final = ("resnet18", "mobilenet_v2", "encoder")
 BATCH: Final = 4
 # Runs of each variant in a round.
 _RUNS: Final = 4
-# What the others are compared with.
+# What the others are compared with, in their own runtime.
 FLOAT: Final = "float onnxruntime"
+EAGER: Final = "float PyTorch eager"
+COMPILED: Final = "float PyTorch Inductor"
 
 Run = Callable[[], Any]
 Make = Callable[[nn.Module, Tensor, Path], Run]
@@ -85,18 +88,51 @@ def _our_onnx(weight_bits: int, activation_bits: int, residual_bits: int | None 
     return make
 
 
+def _last(x: Tensor) -> Tensor:
+    """Return images channels last, as convolutions on a CPU want them."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
 def _eager(model: nn.Module, x: Tensor, folder: Path) -> Run:
-    return lambda: model(x)
+    own: Any = copy.deepcopy(model)
+    return _warm(own.to(memory_format=torch.channels_last), _last(x))
 
 
-VARIANTS: Final[dict[str, Make]] = {
-    "float PyTorch eager": _eager,
-    FLOAT: _float_onnx,
-    "onnxruntime's quantize_static": _static,
-    "octav_fx W8A8 onnxruntime": _our_onnx(8, 8),
-    "octav_fx W4A8 onnxruntime": _our_onnx(4, 8),
-    "octav_fx W4A4 onnxruntime": _our_onnx(4, 4),
-    "octav_fx W8A8 onnxruntime, residual_bits=None": _our_onnx(8, 8, residual_bits=None),
+def _compiled(model: nn.Module, x: Tensor, folder: Path) -> Run:
+    # Freezing: weights are constants, and laid out beforehand.
+    with torch._inductor.config.patch(freezing=True):
+        return _warm(torch.compile(copy.deepcopy(model)), _last(x))
+
+
+def _warm(function: Callable[[Tensor], Any], x: Tensor) -> Run:
+    function(x)
+    return lambda: function(x)
+
+
+def _our_torch(bits: int, *, is_compiled: bool) -> Make:
+    config = Config(bits, bits)
+
+    def make(model: nn.Module, x: Tensor, folder: Path) -> Run:
+        converted = octav_fx.convert(_ours(model, x, config))
+        return _warm(torch.compile(converted, backend="octav") if is_compiled else converted, _last(x))
+
+    return make
+
+
+# Variant -> how it is made, and what it is compared with.
+VARIANTS: Final[dict[str, tuple[Make, str]]] = {
+    FLOAT: (_float_onnx, FLOAT),
+    "onnxruntime's quantize_static": (_static, FLOAT),
+    "octav_fx W8A8 onnxruntime": (_our_onnx(8, 8), FLOAT),
+    "octav_fx W4A8 onnxruntime": (_our_onnx(4, 8), FLOAT),
+    "octav_fx W4A4 onnxruntime": (_our_onnx(4, 4), FLOAT),
+    "octav_fx W8A8 onnxruntime, residual_bits=None": (_our_onnx(8, 8, residual_bits=None), FLOAT),
+    EAGER: (_eager, EAGER),
+    "octav_fx W8A8 eager": (_our_torch(8, is_compiled=False), EAGER),
+    "octav_fx W4A4 eager": (_our_torch(4, is_compiled=False), EAGER),
+    COMPILED: (_compiled, COMPILED),
+    "octav_fx W8A8 compiled": (_our_torch(8, is_compiled=True), COMPILED),
+    "octav_fx W4A4 compiled": (_our_torch(4, is_compiled=True), COMPILED),
 }
 
 
@@ -104,7 +140,8 @@ def main(rounds: int) -> None:
     """Measure all variants and write results/inference.json."""
     torch.set_num_threads(1)
     rows = [row for name in MODELS for row in measured(name, rounds)]
-    setting = {"threads": 1, "rounds": rounds, "runs": _RUNS, "batch": BATCH, "ratio": f"{FLOAT} over the variant"}
+    ratio = "the float variant it is compared with over the variant"
+    setting = {"threads": 1, "rounds": rounds, "runs": _RUNS, "batch": BATCH, "ratio": ratio}
     result.write("inference", {"setting": setting, "versions": _versions(), "rows": rows})
     print(tabulate(rows, headers="keys"))
 
@@ -115,7 +152,7 @@ def measured(name: str, rounds: int) -> list[dict[str, Any]]:
     runs: dict[str, Run] = {}
     notes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for variant, make in VARIANTS.items():
+        for variant, (make, _) in VARIANTS.items():
             own = Path(folder) / str(len(runs) + len(notes))
             own.mkdir()
             try:
@@ -132,10 +169,12 @@ def measured(name: str, rounds: int) -> list[dict[str, Any]]:
                     run()
                     least[variant] = min(least[variant], time.thread_time() - start)
     rows: list[dict[str, Any]] = []
-    for variant in VARIANTS:
-        t = least.get(variant)
-        ms, ratio = (None, None) if t is None else (round(1000 * t, 2), round(least[FLOAT] / t, 2))
-        rows.append({"model": name, "variant": variant, "ms": ms, "ratio": ratio, "note": notes.get(variant, "")})
+    for variant, (_, base) in VARIANTS.items():
+        t, known = least.get(variant), least.get(base)
+        ms = None if t is None else round(1000 * t, 2)
+        ratio = None if t is None or known is None else round(known / t, 2)
+        row = {"model": name, "variant": variant, "ms": ms, "compared with": base, "ratio": ratio}
+        rows.append({**row, "note": notes.get(variant, "")})
     return rows
 
 
