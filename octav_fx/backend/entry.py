@@ -48,7 +48,7 @@ def octav(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend. A graph with quantizers in it is lowered; any other is quantized first.
+    """Return the backend. A graph with quantizers in it is lowered; any other is quantized first.
 
     options: the fields of octav_fx.Config, which say how a float model is quantized, and "inductor", a dict of options
     for Inductor. mode: one of Inductor's. Raises OctavError for an option or a mode that does not exist.
@@ -73,7 +73,7 @@ def _with_hints(compiled: Callable[..., Any], hints: list[Tensor], *args: Any) -
 
 
 def _settings(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Config, dict[str, Any]]:
-    """What to quantize with, and what to tell Inductor."""
+    """Return what to quantize with, and what to tell Inductor."""
     options = dict(options or {})
     if unknown := sorted(set(options) - set(_OPTIONS)):
         raise OctavError(f"options has no {', '.join(unknown)}; backend 'octav' takes {', '.join(_OPTIONS)}")
@@ -151,7 +151,7 @@ class _Lower(CustomGraphPass):
         run(graph.owning_module, LOWER)
 
     def uuid(self) -> Any:
-        """What Inductor's cache of compiled graphs is keyed with: the sources of everything that decides the code."""
+        """Return the key of Inductor's cache of compiled graphs: the sources of everything that decides the code."""
         # passes/ by itself: in a checkout it is a link, which rglob does not follow.
         folders = [Path(str(package.__file__)).parent for package in (octav_fx, octav_fx.passes)]
         files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
@@ -165,8 +165,8 @@ class _Identity(CustomGraphPass):
         self._of = of
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Nothing."""
+        """Make the node of the method call."""
 
     def uuid(self) -> Any:
-        """That of the other pass."""
+        """Return that of the other pass."""
         return self._of.uuid()

@@ -16,7 +16,7 @@ from octav_fx.passes import COMPUTE, CONVERT, INTEGERS
 
 
 def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
-    """A copy of a frozen model in eval mode that stores integers in place of its quantized weights and multiplies them.
+    """Return a copy of a frozen model in eval mode that stores its quantized weights as integers, and multiplies them.
 
     Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, biases are on
     the grid of the sums, activations are rounded with static scales, a batch norm is in scales and biases. What was
@@ -51,12 +51,12 @@ def rewritten(q: nn.Module, passes: Iterable[Pass]) -> nn.Module:
 
 
 def size_of(module: nn.Module) -> int:
-    """Bytes of the tensors of a module's state_dict; tied ones count once."""
+    """Return bytes of the tensors of a module's state_dict; tied ones count once."""
     return bytes_of(value for value in module.state_dict().values() if isinstance(value, Tensor))
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors; tied ones count once."""
+    """Return bytes of tensors; tied ones count once."""
     tensors = {value.data_ptr(): value for value in tensors}.values()
     return sum(value.numel() * value.element_size() for value in tensors)
 

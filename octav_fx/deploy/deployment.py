@@ -105,7 +105,7 @@ def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] |
 def _observed(
     module: nn.Module, kinds: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The outputs, and what each quantizer returned last."""
+    """Return the outputs, and what each quantizer returned last."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:

@@ -86,7 +86,7 @@ def unfreeze(q: nn.Module) -> nn.Module:
 
 
 def check_frozen(module: QuantizedModule) -> None:
-    """Raises OctavError unless every quantizer of eval mode is frozen and the graphs are those that were frozen."""
+    """Raise OctavError unless every quantizer of eval mode is frozen and the graphs are those that were frozen."""
     calls = _quantizer_calls(module, module.graph_of(False))
     if loose := [node.target for node, quantizer in calls if quantizer.clip is None]:
         raise OctavError(
@@ -102,7 +102,7 @@ def check_frozen(module: QuantizedModule) -> None:
 
 
 def _clips(module: QuantizedModule) -> dict[FakeQuantizer, Tensor]:
-    """The static clip of each quantizer; those that training mode alone calls may go without."""
+    """Return the static clip of each quantizer; those that training mode alone calls may go without."""
     clips: dict[FakeQuantizer, Tensor] = {}
     for mode in sorted(module.modes):
         known = constants(module.graph_of(mode))
@@ -123,7 +123,7 @@ def _clips(module: QuantizedModule) -> dict[FakeQuantizer, Tensor]:
 
 
 def _seen(quantizer: FakeQuantizer) -> Tensor | None:
-    """What calibration or training left, else the clip of an earlier freeze, else None."""
+    """Return what calibration or training left, else the clip of an earlier freeze, else None."""
     average = quantizer.average
     return quantizer.clip if average is None else average
 

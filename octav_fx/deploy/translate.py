@@ -88,7 +88,7 @@ def _stand_ins(module: nn.Module) -> dict[str, Part]:
 
 
 def _free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """The inputs with a batch of at least two, as a size of one would be taken for a constant; their free axes."""
+    """Return the inputs with a batch of at least two, as one would be taken for a constant, and their free axes."""
     sizes = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     axis = {0: torch.export.Dim("batch")}
 
@@ -102,7 +102,7 @@ def _free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
 
 
 def _why(error: BaseException, dynamic_batch: bool) -> str:
-    """The innermost cause, which names the op; the exporter's own messages are pages long."""
+    """Return the innermost cause, which names the op; the exporter's own messages are pages long."""
     while error.__cause__ is not None:
         error = error.__cause__
     detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

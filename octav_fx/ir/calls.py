@@ -93,7 +93,7 @@ _REQUIRED = object()
 
 @functools.cache
 def _schema(target: OpOverload) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The positional and the keyword-only arguments of an op, each by name with its default."""
+    """Return the positional and the keyword-only arguments of an op, each by name with its default."""
     arguments = schema_of(target).arguments
     named = [(a.name, a.default_value if a.has_default_value() else _REQUIRED, a.kwarg_only) for a in arguments]
     positional = {name: default for name, default, only in named if not only}

@@ -20,7 +20,7 @@ def bias_levels(codes: Tensor, step: Tensor, fraction: int) -> Tensor:
 
 
 def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
-    """X [...] -> codes uint8 [...], counted from the lowest: ops/integer_codes."""
+    """Return the codes of ops/fake_quantize for finite x [...] and a clip [] or [C]: int8 [...]; signed grids."""
     # Written out, so that a compiler can put it at the end of what computes x.
     if torch.compiler.is_compiling():
         return reference.integer_codes(x, scale, bits, signed)
@@ -28,22 +28,22 @@ def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def integer_conv(*args: Any, **kwargs: Any) -> Tensor:
-    """Codes uint8 [N, C, ...] -> float32, or the codes of a next layer, [N, O, ...]: ops/integer_conv."""
+    """Return codes uint8 [N, C, ...] -> float32, or the codes of a next layer, [N, O, ...]: ops/integer_conv."""
     return torch.ops.octav.integer_conv.default(*args, **kwargs)
 
 
 def integer_linear(*args: Any, **kwargs: Any) -> Tensor:
-    """Codes uint8 [..., K] -> float32, or the codes of a next layer, [..., O]: ops/integer_linear."""
+    """Return codes uint8 [..., K] -> float32, or the codes of a next layer, [..., O]: ops/integer_linear."""
     return torch.ops.octav.integer_linear.default(*args, **kwargs)
 
 
 def integer_max_pool(*args: Any) -> Tensor:
-    """Codes uint8 [N, C, H, W] -> the largest of each window: ops/integer_max_pool."""
+    """Return codes uint8 [N, C, H, W] -> the largest of each window: ops/integer_max_pool."""
     return torch.ops.octav.integer_max_pool.default(*args)
 
 
 def integer_sum(x: Tensor, y: Tensor, relu: bool, scale: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """X and y [...] -> their sum or its relu, and the codes of that: ops/integer_sum."""
+    """Map x and y [...] -> their sum or its relu, and the codes of that: ops/integer_sum."""
     alike = isinstance(y, Tensor) and isinstance(x, Tensor) and x.shape == y.shape and x.dtype is y.dtype
     if torch.compiler.is_compiling() or not alike:
         return sums.integer_sum(x, y, relu, scale, bits, signed)

@@ -24,7 +24,7 @@ EXACT = 2**24
 
 
 def codes_of(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Levels [...], code * scale rounded to float32, and the scale [] -> the codes [...] in a floating dtype."""
+    """Return levels [...], code * scale rounded to float32, and the scale [] -> the codes [...] in a floating dtype."""
     # Two roundings move the quotient by 2**-23 of itself: far from a tie for codes of a byte.
     return (levels / scale).round().to(dtype)
 

@@ -105,7 +105,7 @@ class StaticQuantizer(nn.Module):
 
     @property
     def range(self) -> tuple[int, int]:
-        """The lowest and the highest code that forward returns the level of; of a scale for the tensor only."""
+        """Return the lowest and the highest code that forward returns the level of; of a scale for the tensor only."""
         grid = Grid(self.bits, self.signed)
         ends = torch.tensor([grid.low if self.floor is None else self.floor, self.ceiling or 0.0])
         floor, ceiling = (ends.to(self.scale.device) / self.scale).round().tolist()

@@ -60,7 +60,7 @@ _SIGNATURES: Final = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None (and a warning) where they cannot be built; OCTAV_FX_NATIVE=0 asks for None."""
+    """Load the kernels; return None, with a warning, where they cannot be built. OCTAV_FX_NATIVE=0 asks for None."""
     if os.environ.get("OCTAV_FX_NATIVE") == "0":
         return None
     try:
@@ -76,7 +76,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    """The shared library for these sources and this machine, compiled if it is not in the cache yet."""
+    """Return the shared library for these sources and this machine, compiled if it is not in the cache yet."""
     found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     # CXX may bring a launcher or flags along.
     compiler = shlex.split(found or "")
@@ -117,14 +117,14 @@ def _openmp() -> tuple[str, ...]:
 
 
 def checked(clip: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A clip or hint as the kernels read it; one of another shape would be read beyond its end."""
+    """Return a clip or hint as the kernels read it; one of another shape would be read beyond its end."""
     if clip.shape != shape:
         raise OctavError(f"a clip or hint of shape {tuple(clip.shape)} where x and dim ask for {shape}")
     return clip.to(torch.float32).contiguous()
 
 
 def types_of(op: str, *tensors: Tensor) -> list[int] | None:
-    """The codes of the dtypes for the kernels of an op, or None, and a warning where its reference takes long."""
+    """Return the codes of the dtypes for the kernels of an op, or None, and warn where its reference takes long."""
     types = [TYPES[tensor.dtype] for tensor in tensors if tensor.dtype in TYPES]
     if len(types) == len(tensors):
         return types
@@ -149,7 +149,7 @@ def lying_as(x: Tensor, dense: Tensor) -> Tensor:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements of x fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
+    """Tell whether the elements of x fill one stretch of memory without gaps or overlaps, in any order of axes."""
     expected = 1
     for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
         if size != 1:
@@ -160,7 +160,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def channel_layout(x: Tensor, dim: int | None) -> tuple[int, int, int] | None:
-    """How a dense x lies in memory: (outer, channels, inner), the channel index in the middle; None if not dense."""
+    """Return how a dense x lies in memory, (outer, channels, inner), the channel index in the middle; else None."""
     if not is_dense(x):
         return None
     if dim is None:
@@ -171,7 +171,7 @@ def channel_layout(x: Tensor, dim: int | None) -> tuple[int, int, int] | None:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether the shapes are equal and equal indices lie at equal offsets; a stride along size 1 says nothing."""
+    """Tell whether the shapes are equal and equal indices lie at equal offsets; a stride along size 1 says nothing."""
     return a.shape == b.shape and all(
         i == j or size == 1 for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
     )

@@ -23,7 +23,7 @@ _ANY: Final = 255 * 128
 
 
 def refusal(x_bits: int, largest: int) -> str | None:
-    """Why codes of x_bits bits cannot be multiplied with those of a weight, largest in magnitude; None if they can."""
+    """Return why x_bits-bit codes cannot be multiplied with codes of a weight up to largest; None if they can."""
     if (limit := largest_product()) is None:
         return "torch has no oneDNN here that multiplies integers"
     if (2**x_bits - 1) * largest > limit:
@@ -33,7 +33,7 @@ def refusal(x_bits: int, largest: int) -> str | None:
 
 @functools.cache
 def largest_product() -> int | None:
-    """The largest product of two codes that oneDNN adds up exactly; None where it multiplies no integers.
+    """Return the largest product of two codes that oneDNN adds up exactly; None where it multiplies no integers.
 
     Found by trying: what the CPU has is not what oneDNN uses where ONEDNN_MAX_CPU_ISA limits it.
     """
@@ -66,7 +66,7 @@ _DERIVED: Final[dict[Hashable, _Derived]] = {}
 
 
 def derived(codes: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
-    """What make() returns, made once for the present values of the codes of a weight and each key.
+    """Return what make() returns, made once for the present values of the codes of a weight and each key.
 
     A write into codes, as by load_state_dict, makes it anew; it goes with the memory of the codes. So a packed weight
     is part of no state. (A write through .data leaves no trace: copy the model after one.)
@@ -86,19 +86,19 @@ def derived(codes: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def integers(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The codes of a weight as IntegerWeight stores them -> int8 of a shape."""
+    """Return the codes of a weight as IntegerWeight stores them -> int8 of a shape."""
     return unpack(codes, shape) if codes.dtype is torch.uint8 else codes.reshape(shape)
 
 
 def largest_code(codes: Tensor) -> int:
-    """The largest magnitude among int8 codes; 0 if there are none."""
+    """Return the largest magnitude among int8 codes; 0 if there are none."""
     return int(codes.to(torch.int16).abs().amax()) if codes.numel() else 0
 
 
 def packed(
     codes: Tensor, shape: tuple[int, ...], x_bits: int, key: Hashable, pack: Callable[[Tensor], Tensor]
 ) -> Tensor | None:
-    """The codes of a weight as pack(int8 of a shape) lays them out; None where oneDNN would not add them up exactly."""
+    """Return the codes of a weight as pack(int8 of a shape) lays them out; None where oneDNN's sums are not exact."""
 
     def make() -> Tensor | None:
         w = integers(codes, shape)
@@ -109,25 +109,25 @@ def packed(
 
 
 def channel_scale(x_scale: Tensor, w_scale: Tensor, channels: int) -> Tensor:
-    """The product of the scales, [channels]."""
+    """Return the product of the scales, [channels]."""
     scale = x_scale * w_scale
     return scale if scale.dim() else scale.expand(channels).contiguous()
 
 
 @functools.cache
 def zeros(channels: int) -> Tensor:
-    """The zero points of a weight, which are none."""
+    """Return the zero points of a weight, which are none."""
     return torch.zeros(channels, dtype=torch.int32)
 
 
 @functools.cache
 def zero_point(bits: int, signed: bool) -> int:
-    """What stands for zero among codes that are counted from the lowest."""
+    """Return what stands for zero among codes that are counted from the lowest."""
     return -Grid(bits, signed).low
 
 
 def epilogue(low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> "Epilogue":
-    """The last arguments of oneDNN's calls: clamp to low .. high, then to codes where there is a step."""
+    """Return the last arguments of oneDNN's calls: clamp to low .. high, then to codes where there is a step."""
     return _epilogue(low, high, None if step is None else float(step), bits, signed)
 
 
@@ -154,7 +154,7 @@ _LARGEST: Final = torch.finfo(torch.float32).max
 
 
 def clamped(low: float | None, high: float | None, grid: Grid, step: float) -> tuple[float | None, float | None]:
-    """The bounds of a clamp and of a grid in one. A byte ends where codes of 8 bits do, so these need none."""
+    """Return the bounds of a clamp and of a grid in one. A byte ends where codes of 8 bits do, so these need none."""
     if grid.bits == 8:
         return (None if low == 0 and not grid.signed else low), high
     bottom, top = max(grid.low * step, -_LARGEST), min(grid.high * step, _LARGEST)

@@ -104,7 +104,7 @@ def register_allocating(
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether kernels can be compiled for a GPU; a warning says, once, if not."""
+    """Tell whether kernels can be compiled for a GPU; a warning says, once, if not."""
     found = importlib.util.find_spec("triton") is not None
     if not found:
         warnings.warn("octav_fx: no Triton, quantizers on the GPU will be slow: pip install triton", stacklevel=2)

@@ -52,7 +52,7 @@ def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
 
 
 def _chain(node: Any) -> list[fx.Node] | None:
-    """An integer layer and what moves its result up to a node, if each is read by the next alone; else None."""
+    """Return an integer layer and what moves its result up to a node, if each is read by the next alone; else None."""
     found: list[fx.Node] = []
     while len(node.users) == 1:
         found.insert(0, node)
@@ -67,7 +67,7 @@ def _chain(node: Any) -> list[fx.Node] | None:
 
 
 def _window(node: fx.Node) -> tuple[Any, ...] | None:
-    """The window of a max pool over planes: two sizes, strides, paddings and dilations, and ceil_mode; or None."""
+    """Return the window of a max pool over planes, two sizes, strides, paddings, dilations, and ceil_mode; or None."""
     is_planar = type(module_of(node)) is nn.MaxPool2d if node.op == "call_module" else node.target is F.max_pool2d
     if not is_planar:
         return None

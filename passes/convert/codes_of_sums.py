@@ -36,7 +36,7 @@ def _name(node: fx.Node) -> str | None:
 
 
 def _is_plain_sum(node: fx.Node) -> bool:
-    """Whether a node adds two values, and none that something else reads is written into."""
+    """Tell whether a node adds two values, and none that something else reads is written into."""
     if _name(node) != "add" or len(node.args) != 2 or node.kwargs:
         return False
     first, second = argument(node, "input"), argument(node, "other")

@@ -48,7 +48,7 @@ def _is_op(node: fx.Node, *names: str) -> bool:
 
 
 def quantizer_of(node: Any) -> StaticQuantizer | None:
-    """The quantizer with one scale that a node calls, or None."""
+    """Return the quantizer with one scale that a node calls, or None."""
     module = module_of(node) if isinstance(node, fx.Node) and node.op == "call_module" else None
     return module if isinstance(module, StaticQuantizer) and module.dim is None else None
 
@@ -62,7 +62,7 @@ def _is_plain_sum(node: fx.Node) -> bool:
 
 
 def result_of(node: fx.Node) -> tuple[fx.Node, StaticQuantizer] | None:
-    """The quantizer that is the only reader of a node, seen through ops that select."""
+    """Return the quantizer that is the only reader of a node, seen through ops that select."""
     while len(node.users) == 1:
         (reader,) = node.users
         if (quantizer := quantizer_of(reader)) is not None:
@@ -98,7 +98,7 @@ def _layer(gm: fx.GraphModule, layer: fx.Node, bias: fx.Node) -> Edit:
 
 
 def _fits(codes: Tensor, bias: IntegerBias, source: StaticQuantizer) -> bool:
-    """Whether float32 holds every sum of products, in any order, and every bias."""
+    """Tell whether float32 holds every sum of products, in any order, and every bias."""
     low, high = source.range
     greatest = codes.flatten(1).abs().sum(1, dtype=torch.int64).max() * max(high, -low)
     return bool(greatest < EXACT) and bool(bias.codes.abs().max() < EXACT)

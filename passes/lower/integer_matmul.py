@@ -86,7 +86,7 @@ class _Matmul:
 
     @property
     def of_codes(self) -> CodesMatmul:
-        """What a kernel has to know of it."""
+        """Return what a kernel has to know of it."""
         return CodesMatmul(*self.sizes, _grid(self.x), _grid(self.w), fake(self.node).dtype)
 
 

@@ -20,6 +20,7 @@ from torch import fx
 from octav_fx.ir.calls import arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import CONVERT, erase_unread, replace
+from octav_fx.ir.meta import fake
 
 octav = torch.ops.octav
 
@@ -39,19 +40,20 @@ def levels_as_read(gm: fx.GraphModule, device: str = "cpu") -> list[Edit]:
     for gradient in graph.find_nodes(op="call_function", target=octav.fake_quantize_backward.default):
         converted = arguments_of(gradient).grad
         if _is_from_half(converted, device):
-            edits.append(Edit(gradient.name, "gradient as it comes", str(converted.args[0])))
-            update_arguments(gradient, grad=converted.args[0])
+            source = arguments_of(converted).a
+            edits.append(Edit(gradient.name, "gradient as it comes", str(source)))
+            update_arguments(gradient, grad=source)
             erase_unread(converted, frozenset({CONVERT}))
     return edits
 
 
 def _asked(levels: fx.Node, device: str) -> torch.dtype | None:
     """Return the one dtype of half precision that all readers of float32 levels convert them to, if there is one."""
-    value = levels.meta["val"]
-    dtypes = {user.args[1] if user.target is CONVERT else None for user in levels.users}
+    value = fake(levels)
+    dtypes = {arguments_of(user).dtype if user.target is CONVERT else None for user in levels.users}
     fits = value.dtype is torch.float32 and value.device.type == device and len(dtypes) == 1
     (dtype,) = dtypes if fits else (None,)
-    return dtype if dtype in _HALF else None  # type: ignore[return-value]
+    return dtype if dtype in _HALF else None
 
 
 def _write(levels: fx.Node, dtype: torch.dtype) -> None:
@@ -66,8 +68,8 @@ def _write(levels: fx.Node, dtype: torch.dtype) -> None:
 
 
 def _is_from_half(node: fx.Node, device: str) -> bool:
-    """Whether the node is float32 made of half precision."""
-    if node.target is not CONVERT or node.meta["val"].device.type != device:
+    """Tell whether the node is float32 made of half precision."""
+    if node.target is not CONVERT or fake(node).device.type != device:
         return False
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
-    return node.meta["val"].dtype is torch.float32 and source.meta["val"].dtype in _HALF
+    source: fx.Node = arguments_of(node).a
+    return fake(node).dtype is torch.float32 and fake(source).dtype in _HALF

@@ -52,7 +52,7 @@ class Graph:
         return self.model
 
     def _used(self, nodes: list[Any]) -> list[Any]:
-        """The nodes that an output is computed from."""
+        """Return the nodes that an output is computed from."""
         needed = {value.name for value in self.proto.output}
         kept = []
         for node in reversed(nodes):

@@ -69,7 +69,7 @@ def _operand(target: Target, graph: Graph, node: Any, parts: Mapping[str, Part])
 
 
 def is_operand(graph: Graph, name: str, kind: str) -> bool:
-    """Whether a value is what an octav node of a kind returns."""
+    """Tell whether a value is what an octav node of a kind returns."""
     maker = graph.makers.get(name)
     return maker is not None and maker.domain == DOMAIN and maker.op_type == kind
 

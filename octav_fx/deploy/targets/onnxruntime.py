@@ -60,7 +60,7 @@ def _convolution(graph: Graph, node: Any) -> list[Any] | None:
 
 
 def _add(graph: Graph, node: Any) -> list[Any] | None:
-    """A linear layer's bias, or a sum before a layer norm as Sum, which is the same.
+    """Return a linear layer's bias, or a sum before a layer norm as Sum, which is the same.
 
     Of Add and LayerNormalization onnxruntime makes one node, SkipLayerNormalization, five times as slow as the two.
     """
@@ -72,7 +72,7 @@ def _add(graph: Graph, node: Any) -> list[Any] | None:
 
 
 def _linear(graph: Graph, node: Any) -> list[Any] | None:
-    """A linear layer of any rank as Gemm, which has an int32 bias inside; MatMul has none."""
+    """Return a linear layer of any rank as Gemm, which has an int32 bias inside; MatMul has none."""
     if (found := product_and_bias(graph, node)) is None:
         return None
     product, bias = found
@@ -90,7 +90,7 @@ def _linear(graph: Graph, node: Any) -> list[Any] | None:
 
 
 def _mean(graph: Graph, node: Any) -> list[Any] | None:
-    """The mean over the two spatial axes of quantized images as GlobalAveragePool."""
+    """Return the mean over the two spatial axes of quantized images as GlobalAveragePool."""
     axes = graph.value(node.input[1]) if len(node.input) > 1 else None
     shape = graph.shape(node.input[0])
     if axes is None or shape is None or len(shape) != 4 or sorted(axis % 4 for axis in axes.tolist()) != [2, 3]:

@@ -121,7 +121,13 @@ ARITHMETIC: Final = (
         parameters=parameters("input", "other"),
         nonnegative=signs.as_all("input", "other"),
     ),
-    Op("mean", target=torch.mean, methods=("mean",), nonnegative=signs.as_input),
+    Op(
+        "mean",
+        target=torch.mean,
+        methods=("mean",),
+        parameters=parameters("input", dim=None, keepdim=False),
+        nonnegative=signs.as_input,
+    ),
     Op("sum", target=torch.sum, methods=("sum",), nonnegative=signs.as_input),
     Op("amax", target=torch.amax, methods=("amax",), nonnegative=signs.as_input),
 )
@@ -149,6 +155,7 @@ POOLS: Final = (
         target=F.adaptive_avg_pool2d,
         functions=(F.adaptive_avg_pool1d, F.adaptive_avg_pool3d),
         modules=(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        parameters=parameters("input", "output_size"),
         nonnegative=signs.as_input,
     ),
     Op(

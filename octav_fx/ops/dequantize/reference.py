@@ -8,7 +8,7 @@ from octav_fx.formats.grid import Grid
 
 
 def dequantize(codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, dtype: torch.dtype) -> Tensor:
-    """Codes [...] from quantize, clip [] or [C] -> the levels [...] in dtype; what was not finite is NaN.
+    """Return codes [...] from quantize, clip [] or [C] -> the levels [...] in dtype; what was not finite is NaN.
 
     dequantize(quantize(x, clip), clip) equals fake_quantize(x, clip) exactly where x is finite, but for the sign of
     a zero.

@@ -18,7 +18,7 @@ BLOCK: Final = 2048
 
 @triton.jit
 def offsets_of(n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The elements of this program, and which of them there are. WIDE: n does not fit 31 bits."""
+    """Return the elements of this program, and which of them there are. WIDE: n does not fit 31 bits."""
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -28,13 +28,13 @@ def offsets_of(n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL: tl.constexpr):
-    """The clip of each element: of the tensor, or of the channel in the middle of (outer, channels, inner)."""
+    """Return the clip of each element: of the tensor, or of the channel in the middle of (outer, channels, inner)."""
     return tl.load(clip_ptr + (offsets // inner % channels if PER_CHANNEL else 0))
 
 
 @triton.jit
 def nearest(x, step, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The code from LOW to HIGH nearest to x / step, ties to even, as a float; 0 for a step of zero, NaN for NaN."""
+    """Return the code from LOW to HIGH nearest to x / step, ties to even, as a float; 0 for step 0, NaN for NaN."""
     # The default division is an approximation, and moves ties.
     quotient = tl.div_rn(x, tl.where(step > 0, step, 1.0))
     # Cut above the tie below LOW, which is even and gets it: what rounds to -0 on an unsigned grid has to stay that.

@@ -113,7 +113,7 @@ fake_quantize_backward = register_op(
 
 
 def save_for_backward(ctx: Any, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> None:
-    """What the gradient needs; the straight-through one needs nothing."""
+    """Return what the gradient needs; the straight-through one needs nothing."""
     if gradient == "ste":
         ctx.save_for_backward()
     else:
@@ -122,7 +122,7 @@ def save_for_backward(ctx: Any, x: Tensor, clip: Tensor, signed: bool, dim: int 
 
 
 def gradient_of_x(ctx: Any, grad: Tensor) -> Tensor:
-    """The gradient of x from what save_for_backward kept."""
+    """Return the gradient of x from what save_for_backward kept."""
     if ctx.gradient == "ste":
         return grad
     return torch.ops.octav.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.signed, ctx.dim, ctx.gradient)

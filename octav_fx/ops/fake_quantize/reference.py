@@ -11,7 +11,7 @@ from octav_fx.formats.grid import Grid
 def fake_quantize(
     x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """X [...], clip [] or [C] in the units of x -> [...], the nearest level, ties to the even code; the dtype of x.
+    """Map x [...], clip [] or [C] in the units of x -> [...], the nearest level, ties to the even code; the dtype of x.
 
     With a dtype: in that. Levels of half precision are those of float32, rounded once.
 
@@ -28,7 +28,7 @@ def fake_quantize(
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str
 ) -> Tensor:
-    """Grad and x [...], clip [] or [C] -> the gradient of x [...], the dtype of x."""
+    """Return grad and x [...], clip [] or [C] -> the gradient of x [...], the dtype of x."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     factor = GRADIENTS[gradient](value, along(clip, x, dim).to(value.dtype), signed)
     return (grad.to(value.dtype) * factor).to(x.dtype)

@@ -62,7 +62,7 @@ def fake_quantize_weights_kernel(
 
 @functools.lru_cache(maxsize=64)
 def _table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The entries on the device. Parameters stay where they are, and so, mostly, does what is allocated for them."""
+    """Return the entries on the device. Parameters stay where they are, and mostly what is made for them, too."""
     return torch.tensor(entries, dtype=torch.int64, device=device)
 
 

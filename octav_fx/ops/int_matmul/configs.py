@@ -56,12 +56,12 @@ _OTHER: Final = Architecture((Config(64, 64, 64, num_warps=4, num_stages=2),))
 
 
 def architecture(device: torch.device) -> Architecture:
-    """That of a device; compute capabilities 8.x are sm_80, and so on."""
+    """Return that of a device; compute capabilities 8.x are sm_80, and so on."""
     return ARCHITECTURES.get(_family(device), _OTHER)
 
 
 def choose(configs: tuple[Config, ...], m: int, n: int, processors: int) -> Config:
-    """The largest tile of which there is one for each processor, or the smallest."""
+    """Return the largest tile of which there is one for each processor, or the smallest."""
     for config in configs:
         if -(-m // config.block_m) * -(-n // config.block_n) >= processors:
             return config
@@ -69,7 +69,7 @@ def choose(configs: tuple[Config, ...], m: int, n: int, processors: int) -> Conf
 
 
 def declined(device: torch.device, m: int, n: int, k: int) -> str | None:
-    """Why a matmul of this size stays in floating point on this GPU; None if integers pay."""
+    """Return why a matmul of this size stays in floating point on this GPU; None if integers pay."""
     pays = architecture(device).pays
     if pays is None:
         return f"no gain from integers is known for {_family(device)}"

@@ -81,7 +81,7 @@ def int_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of out [m, n] from int8 x [m, k] and w [n, k], each row of which is contiguous and begins aligned.
+    """Compute one tile of out [m, n] from int8 x [m, k] and w [n, k], whose rows are contiguous and begin aligned.
 
     Up to out_n columns of out are written: n, or what is there beyond for the sake of alignment.
     HALVES: multiply as float16, which holds every int8, and sum in float32; exact while sums are at most 2**24.
@@ -128,7 +128,7 @@ def int_matmul_kernel(
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether rows of x are contiguous, begin at multiples of 16 bytes and have a multiple of 16 elements."""
+    """Tell whether rows of x are contiguous, begin at multiples of 16 bytes and have a multiple of 16 elements."""
     return x.stride(1) == 1 and not any(value % 16 for value in (x.shape[1], x.stride(0), x.data_ptr()))
 
 

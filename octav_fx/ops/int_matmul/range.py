@@ -10,12 +10,12 @@ FLOAT32: Final = 2**24
 
 
 def offset(bits: int, signed: bool) -> int:
-    """What is subtracted from codes so that they fit int8: codes 0..255 become -128..127."""
+    """Return what is subtracted from codes so that they fit int8: codes 0..255 become -128..127."""
     return 128 if Grid(bits, signed).high > 127 else 0
 
 
 def largest_k(x_bits: int, x_signed: bool, w_bits: int) -> int:
-    """The K up to which the integer product of codes fits int32: 131071 at 8 signed bits, 65793 unsigned.
+    """Return the K up to which the integer product of codes fits int32: 131071 at 8 signed bits, 65793 unsigned.
 
     No partial sum has to fit, as integers of 32 bits wrap around and a sum that fits comes out right.
     """
@@ -23,12 +23,12 @@ def largest_k(x_bits: int, x_signed: bool, w_bits: int) -> int:
 
 
 def largest_k_in_halves(x_bits: int, x_signed: bool, w_bits: int) -> int:
-    """The K up to which float32 holds every partial sum of the codes as they are multiplied: 1024 at 8 bits."""
+    """Return the K up to which float32 holds every partial sum of the codes as they are multiplied: 1024 at 8 bits."""
     shift = offset(x_bits, x_signed)
     return FLOAT32 // (_magnitude(x_bits, x_signed, shift) * _magnitude(w_bits, True, 0))
 
 
 def _magnitude(bits: int, signed: bool, shift: int) -> int:
-    """The largest |code - shift| on a grid."""
+    """Return the largest |code - shift| on a grid."""
     grid = Grid(bits, signed)
     return max(abs(grid.low - shift), abs(grid.high - shift))

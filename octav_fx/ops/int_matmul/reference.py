@@ -18,7 +18,7 @@ def int_matmul(
     w_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Codes x [M, K] and w [N, K], int8, scales x_scale [] or [M] and w_scale [] or [N] -> [M, N] in dtype.
+    """Return codes x [M, K] and w [N, K], int8, scales x_scale [] or [M] and w_scale [] or [N] -> [M, N] in dtype.
 
     The levels of x are (x + offset) * x_scale, those of w are w * w_scale, and the result is levels of x times levels
     of w transposed plus bias [N]. offset is 128 where codes are 0..255, so that they fit int8, else 0.

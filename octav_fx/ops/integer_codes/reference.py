@@ -7,7 +7,7 @@ from octav_fx.formats.grid import Grid
 
 
 def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
-    """X [...], scale float32 [] in the units of x -> codes uint8 [...], 0 .. 2**bits - 1, in the layout of x.
+    """Return the codes of ops/fake_quantize for finite x [...] and a clip [] or [C]: int8 [...]; signed grids.
 
     The nearest code of StaticQuantizer, ties to even, counted from the lowest: zero is 2**(bits - 1) on a signed grid.
     inf saturates; NaN gets the lowest code.

@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
     @property
     def window(self) -> tuple[list[int], list[int], list[int], int]:
-        """How the filters move."""
+        """Return how the filters move."""
         return self.stride, self.padding, self.dilation, self.groups
 
 
@@ -114,7 +114,7 @@ def _pointwise(call: Call) -> Tensor | None:
 
 
 def _planar(call: Call) -> Call:
-    """A convolution along one axis as one over planes of height 1: oneDNN's own of rank 1 has no clamp."""
+    """Return a convolution along one axis as one over planes of height 1: oneDNN's own of rank 1 has no clamp."""
     rows, columns, length = call.shape
     return call._replace(
         x=call.x.unsqueeze(2),

@@ -30,7 +30,7 @@ def integer_conv(
     bits: int = 8,
     signed: bool = False,
 ) -> Tensor:
-    """Codes x uint8 [N, C, ...] and w of a shape [O, C / groups, ...] -> float32, or codes uint8 [N, O, ...].
+    """Return codes x uint8 [N, C, ...] and w of a shape [O, C / groups, ...] -> float32, or codes uint8 [N, O, ...].
 
     x counts from the lowest level of its grid (integer_codes), w is as IntegerWeight stores it. x_scale [], w_scale []
     or [O], bias [O], step [] float32. The sum of products of codes is exact; then, in float32 and in this order,
@@ -47,13 +47,13 @@ def integer_conv(
 
 
 def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, trailing: int) -> Tensor:
-    """Sums of integers [..., O, *trailing axes] -> f32(total) * scale + bias."""
+    """Return sums of integers [..., O, *trailing axes] -> f32(total) * scale + bias."""
     y = total.to(torch.float32) * per_channel(scale, trailing)
     return y if bias is None else y + per_channel(bias.to(torch.float32), trailing)
 
 
 def ended(y: Tensor, low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> Tensor:
-    """The clamp of y [...], and its codes where there is a step."""
+    """Return the clamp of y [...], and its codes where there is a step."""
     if step is None:
         return y if low is None and high is None else y.clamp(low, high)
     grid = Grid(bits, signed)

@@ -23,7 +23,7 @@ def integer_linear(
     bits: int = 8,
     signed: bool = False,
 ) -> Tensor:
-    """Codes x uint8 [..., K] and w of a shape [O, K] -> float32, or codes uint8 [..., O]: as integer_conv."""
+    """Return codes x uint8 [..., K] and w of a shape [O, K] -> float32, or codes uint8 [..., O]: as integer_conv."""
     check(x, w, x_scale, w_scale, shape, bias)
     codes = x.to(torch.float64) + Grid(x_bits, x_signed).low
     total = codes @ integers(w, tuple(shape)).to(torch.float64).t()

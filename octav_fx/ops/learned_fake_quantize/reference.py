@@ -12,7 +12,7 @@ from octav_fx.ops.fake_quantize import reference
 def learned_fake_quantize(
     x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str, is_data: bool
 ) -> Tensor:
-    """X [...], parameter [] or [C] -> [...]: x rounded to the grid of a learned clip (clips/learned.py).
+    """Map x [...], parameter [] or [C] -> [...]: x rounded to the grid of a learned clip (clips/learned.py).
 
     method: "pact", the parameter is the clip, or "lsq", it is the step. is_data: the first axis of x is the batch,
     which does not count as features in LSQ's gradient scale.
@@ -44,7 +44,7 @@ def learned_parameter_backward(
 def learned_slopes(
     x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str, is_data: bool
 ) -> Tensor:
-    """The derivative of each rounded value by the parameter, times the method's scale, [...]; 0 for inf and NaN."""
+    """Return the derivative of each rounded value, times the method's scale, [...]; 0 for inf and NaN."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     grid = Grid(bits, signed)
     clip = along(clip_from_parameter(parameter, grid, method), x, dim).to(value.dtype)

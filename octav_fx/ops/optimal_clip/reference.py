@@ -9,7 +9,7 @@ from octav_fx.formats.grid import Grid
 
 
 def optimal_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
-    """X [...] floating point, hint [] or [C] -> clip [] or [C], float32, in the units of x.
+    """Find the clip with the least quantization error (arXiv 2206.06501, eq. 6), from scratch.
 
     Half-precision x is solved in float32, float64 in float64.
     """

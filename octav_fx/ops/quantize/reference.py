@@ -8,7 +8,7 @@ from octav_fx.formats.grid import Grid
 
 
 def quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None) -> Tensor:
-    """X [...], clip [] or [C] in the units of x -> codes [...], int8 or int16 (formats/grid.py).
+    """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
 
     The nearest code, ties to even, and for backward's sake some more.
     A value beyond the clip gets a code beyond those of the grid, high + 1 or grid.below: there the gradient is cut.

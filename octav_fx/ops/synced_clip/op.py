@@ -18,7 +18,7 @@ def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, me
 
 
 def _alone(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
-    """Where there are no other ranks: by the op for that, so that each device runs the kernel it has."""
+    """Return where there are no other ranks: by the op for that, so that each device runs the kernel it has."""
     if has_others():
         return False
     torch.ops.octav.optimal_clip(x, hint, bits, signed, dim, method, out=out)

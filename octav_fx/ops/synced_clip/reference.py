@@ -10,7 +10,7 @@ from octav_fx.ops.optimal_clip.reference import optimal_clip
 
 
 def synced_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
-    """X [...] of this rank, hint [] or [C] -> the clip [] or [C] of what all ranks hold, float32.
+    """Map x [...] of this rank, hint [] or [C] -> the clip [] or [C] of what all ranks hold, float32.
 
     Every rank has to call, in the same order. Where there are no other ranks, that of x.
     """

@@ -57,7 +57,7 @@ PASSES: Final = {
 
 @triton.jit
 def is_last(counters_ptr):
-    """Whether all other programs of the launch have stored what they had to; resets the ticket then."""
+    """Tell whether all other programs of the launch have stored what they had to; resets the ticket then."""
     # All threads' stores come before the ticket of one.
     tl.debug_barrier()
     last = tl.atomic_add(counters_ptr + TICKET, 1, sem="acq_rel") == tl.num_programs(0) - 1
@@ -74,7 +74,7 @@ def leave(partials_ptr, i, value):
 
 @triton.jit
 def left_by_all(partials_ptr, i, PROGRAMS: tl.constexpr):
-    """The i-th result of all programs, [PROGRAMS], 0 behind the last."""
+    """Return the i-th result of all programs, [PROGRAMS], 0 behind the last."""
     lanes = tl.arange(0, PROGRAMS)
     mask = lanes < tl.num_programs(0)
     # Past the cache of this multiprocessor, which does not see what others store.
@@ -201,7 +201,7 @@ def solve_pass_kernel(
 
 
 def program_count(x: Tensor, block: int) -> int:
-    """How many programs share a tensor: enough to fill the GPU, and none without a block."""
+    """Return how many programs share a tensor: enough to fill the GPU, and none without a block."""
     blocks = max(1, triton.cdiv(x.numel(), block))
     if not x.is_cuda:
         return min(INTERPRETED, blocks)

@@ -38,19 +38,19 @@ def tile_of(x_ptr, row, start, n, rows, inner, BLOCK: tl.constexpr, CONTIGUOUS: 
 
 @triton.jit
 def finite(x, factor):
-    """The product of x and factor, 0 where x is not finite."""
+    """Return the product of x and factor, 0 where x is not finite."""
     return tl.where(tl.abs(x) < float("inf"), x * factor, 0.0)
 
 
 @triton.jit
 def magnitude_of(x, SIGNED: tl.constexpr):
-    """What can be clipped: newton.magnitudes of finite x."""
+    """Return what can be clipped: newton.magnitudes of finite x."""
     return tl.abs(x) if SIGNED else tl.maximum(x, 0.0)
 
 
 @triton.jit
 def power_of_two(largest):
-    """2**-e and 2**e near the largest finite magnitude: what no sum of x * 2**-e over- or underflows with."""
+    """Return a power of two near a largest magnitude [...]: dividing by it is exact, and then no sum overflows."""
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 126, -100), 100)
     down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     return down, ((127 + exponent) << 23).to(tl.float32, bitcast=True)
@@ -58,13 +58,13 @@ def power_of_two(largest):
 
 @triton.jit
 def mean_of(total, count):
-    """The mean magnitude of the non-zeros, float32, from their sum and number."""
+    """Return the mean magnitude of the non-zeros, float32, from their sum and number."""
     return total.to(tl.float32) / tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
 def step_sums(x, clip, STEPS: tl.constexpr, SIGNED: tl.constexpr, METHOD: tl.constexpr):
-    """The sums of one step over finite x: clipped below, clipped above (sum, count each), and rounded (count).
+    """Return the sums of one step over finite x: clipped below, clipped above (sum, count each), and rounded (count).
 
     "octav" (arXiv 2206.06501, eq. 6) has only the first; "octav-grid" is newton.octav_grid_step.
     """
@@ -86,7 +86,7 @@ def step_sums(x, clip, STEPS: tl.constexpr, SIGNED: tl.constexpr, METHOD: tl.con
 
 @triton.jit
 def fraction(below, n_below, above, n_above, noisy, nonzero, STEPS: tl.constexpr, METHOD: tl.constexpr):
-    """Numerator and denominator of a step, float64, from the sums of all elements."""
+    """Return numerator and denominator of a step, float64, from the sums of all elements."""
     noise: tl.constexpr = 1.0 / (12 * STEPS * STEPS)
     k: tl.constexpr = 1.0 - 1.0 / STEPS
     clipped = n_below.to(tl.float64)
@@ -98,7 +98,7 @@ def fraction(below, n_below, above, n_above, noisy, nonzero, STEPS: tl.constexpr
 
 @triton.jit
 def newton_step(clip, low, high, mean, numerator, denominator):
-    """The next clip and bracket, float32: the safeguarded iteration of newton.newton."""
+    """Return the next clip and bracket, float32: the safeguarded iteration of newton.newton."""
     # Divided in float32 and to 2 units of its last place: the slow path of an exact division would need a stack.
     some = numerator > 0
     divisor = tl.where(some, denominator, 1.0).to(tl.float32)
@@ -112,7 +112,7 @@ def newton_step(clip, low, high, mean, numerator, denominator):
 
 @triton.jit
 def start_of(hint, mean, STEPS: tl.constexpr, METHOD: tl.constexpr):
-    """Where Newton starts: at the hint if it is one, else at the mean magnitude."""
+    """Return where Newton starts: at the hint if it is one, else at the mean magnitude."""
     usable = (hint > 0) & (hint < float("inf"))
     if METHOD == ON_GRID:
         usable = usable & (hint * (0.5 / STEPS) <= mean)
@@ -121,7 +121,7 @@ def start_of(hint, mean, STEPS: tl.constexpr, METHOD: tl.constexpr):
 
 @triton.jit
 def error_of(x, clip, STEPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The sum of squared errors of finite x on the grid of a clip."""
+    """Return the sum of squared errors of finite x on the grid of a clip."""
     step = clip * (1.0 / STEPS)
     error = nearest(x, step, LOW, HIGH) * step - x
     return tl.sum(error * error)
@@ -129,7 +129,7 @@ def error_of(x, clip, STEPS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
 
 @triton.jit
 def neighbour(clip, i):
-    """The clip times the i-th of newton.NEIGHBOURS; the clip itself for -1."""
+    """Return the clip times the i-th of newton.NEIGHBOURS; the clip itself for -1."""
     ratio = 1.0
     for j in tl.static_range(8):
         ratio = tl.where(i == j, _NEIGHBOURS[j], ratio)
@@ -138,14 +138,14 @@ def neighbour(clip, i):
 
 @triton.jit
 def chosen(best, least, candidate, error, squares, is_first):
-    """The better of two clips, and its error: newton.polish."""
+    """Return the better of two clips, and its error: newton.polish."""
     better = is_first | (error < least * _BETTER - squares * _FLOOR)
     return tl.where(better, candidate, best), tl.where(better, error, least)
 
 
 @triton.jit
 def restored(clip, up, mean):
-    """The clip in the units of the tensor, at most the end of float32; 0 where nothing can be clipped."""
+    """Return the clip in the units of the tensor, at most the end of float32; 0 where nothing can be clipped."""
     return tl.where(mean > 0, tl.minimum(clip * up, 3.4028234663852886e38), 0.0)
 
 
@@ -166,7 +166,7 @@ def solve_row(
     CONTIGUOUS: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """The clip of a row, float32, and the row's first tile as it was read. FITS: that is all of it."""
+    """Return the clip of a row, float32, and the row's first tile as it was read. FITS: that is all of it."""
     held = tile_of(x_ptr, row, 0, n, rows, inner, BLOCK, CONTIGUOUS)
     largest, positive = 0.0, 0.0
     for start in range(0, n, BLOCK):

@@ -55,7 +55,7 @@ NONZERO, TOP, SOLVED, CROSSING, COUNT, FINE_TOP, SUM = (tl.constexpr(i) for i in
 
 @triton.jit
 def floor_of(hint_ptr, keep, IS_HALF: tl.constexpr):
-    """The bin of keep * hint; 0 without a hint."""
+    """Return the bin of keep * hint; 0 without a hint."""
     hint = tl.load(hint_ptr)
     usable = (hint > 0) & (hint < float("inf"))
     bound = tl.where(usable, hint * keep, 0.0)
@@ -66,7 +66,7 @@ def floor_of(hint_ptr, keep, IS_HALF: tl.constexpr):
 
 @triton.jit
 def value_of(pattern, IS_HALF: tl.constexpr):
-    """The magnitude of a pattern: of float16, or of float32."""
+    """Return the magnitude of a pattern: of float16, or of float32."""
     if IS_HALF:
         return pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32).to(tl.float64)
     return pattern.to(tl.float32, bitcast=True).to(tl.float64)
@@ -74,7 +74,7 @@ def value_of(pattern, IS_HALF: tl.constexpr):
 
 @triton.jit
 def edges(bins, base, STAGE: tl.constexpr, IS_HALF: tl.constexpr):
-    """The least magnitude in each bin."""
+    """Return the least magnitude in each bin."""
     if IS_HALF:
         return value_of(bins, True)
     return value_of(base + bins if STAGE == FINE else bins << 16, False)
@@ -82,7 +82,7 @@ def edges(bins, base, STAGE: tl.constexpr, IS_HALF: tl.constexpr):
 
 @triton.jit
 def contents(bins_ptr, bins, base, replicas, STAGE: tl.constexpr, IS_HALF: tl.constexpr, HAS_SUMS: tl.constexpr):
-    """Number and sum of the magnitudes in each bin, int64 and float64, both exact but for the rounding of the sum."""
+    """Return number and sum of the magnitudes in each bin, int64 and float64, exact but for the sum's rounding."""
     count = tl.zeros_like(bins).to(tl.int64)
     low = tl.zeros_like(bins).to(tl.int64)
     for replica in range(replicas):
@@ -117,7 +117,7 @@ def search(
     HAS_SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The largest bin from lowest to top with g >= 0 at its edge, -1 if none; and count and sum of what lies above it.
+    """Return the largest bin from lowest to top with g >= 0 at its edge, -1 if none; count and sum of what is above.
 
     count, total: what lies above all bins.
     """
