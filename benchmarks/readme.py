@@ -59,6 +59,20 @@ def _compile(found: dict[str, Any]) -> str:
     return _by_variant(found, "seconds", "seconds to compile, cold (ratio to float Inductor)")
 
 
+def _inference(found: dict[str, Any]) -> str:
+    """Return a row for each variant and a column for each model: milliseconds, and how many times as fast as float."""
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    variants = list(dict.fromkeys(row["variant"] for row in found["rows"]))
+    cells = {(row["variant"], row["model"]): _times(row) for row in found["rows"]}
+    rows = [[variant, *(cells[variant, model] for model in models)] for variant in variants]
+    title = "ms of one batch (times as fast as float in the same runtime)"
+    return f"{_where(found)}.\n\n{tabulate(rows, [title, *models], 'github', disable_numparse=True)}"
+
+
+def _times(row: dict[str, Any]) -> str:
+    return "fails" if row["ms"] is None or row["ratio"] is None else f"{row['ms']:.1f} ({row['ratio']:.2f})"
+
+
 def _by_variant(found: dict[str, Any], unit: str, title: str) -> str:
     """A row per variant, a column per model."""
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
@@ -77,4 +91,11 @@ def _where(found: dict[str, Any]) -> str:
     return f"{environment['cpu']}, torch {environment['torch']}, commit {environment['commit']}, {environment['date']}"
 
 
-_TABLES = {"demo": _demo, "step": _step, "peers": _peers, "memory": _memory, "compile": _compile}
+_TABLES = {
+    "demo": _demo,
+    "step": _step,
+    "peers": _peers,
+    "memory": _memory,
+    "compile": _compile,
+    "inference": _inference,
+}

@@ -101,8 +101,9 @@ def _fake_values(state: State) -> Iterator[Fault]:
 
 def _captured_values(state: State) -> Iterator[Fault]:
     for node in state.gm.graph.nodes:
-        # Switches of modes return nothing.
-        if node.users and not _is_quantizer(node) and not has_fake(node):
+        # Switches of modes return nothing; a region's body is a graph, and no value.
+        is_body = node.op == "get_attr" and isinstance(getattr(state.gm, str(node.target), None), fx.GraphModule)
+        if node.users and not is_body and not _is_quantizer(node) and not has_fake(node):
             yield node, "it has no fake value"
 
 

@@ -56,9 +56,9 @@ def test_mixed_bits_gives_few_bits_to_the_layers_that_mind_least(capsys):
 
 def test_deploy_onnx(tmp_path):
     found = deploy_onnx.main(tmp_path / "model.onnx")
-    assert found.converted_difference == 0
-    # Sums in another order; no value of these lies at a tie, which would move by a step of its grid.
-    assert found.onnx_difference < 1e-5
+    # Biases are rounded; no value of these lies at a tie, which would move by a step of its grid.
+    assert 0 < found.converted_difference < 0.01
+    assert abs(found.onnx_difference - found.converted_difference) < 1e-5
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
 

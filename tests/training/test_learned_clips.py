@@ -289,10 +289,10 @@ def test_frozen_they_are_what_was_learned(clip, tmp_path):
     # Calibration has nothing to find here.
     octav_fx.freeze(octav_fx.calibrate(q, [images() for _ in range(5)]))
     assert torch.equal(q(x), y)
-    assert torch.equal(octav_fx.convert(q, integers=False)(x), y)
     deployed = octav_fx.deployment(q, x)
-    # Codes at a tie may fall to either side in another runtime; with this seed none does.
-    assert deployed.onnx_difference < 1e-5
+    # Biases are rounded to the grid of sums; codes at a tie may fall to either side. Both do the same.
+    assert deployed.converted_difference < 0.05
+    assert abs(deployed.onnx_difference - deployed.converted_difference) < 1e-5
     loaded = quantize(Net().eval(), x, Config(clip=clip))
     loaded.load_state_dict(q.state_dict())
     assert torch.equal(loaded(x), y)
