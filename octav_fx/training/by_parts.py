@@ -1,6 +1,6 @@
-"""Capture that does not give up: a module in one graph; else its children, each by the same ladder.
+"""Capture that does not give up: a module in one graph, else each of its children in the same way.
 
-What no rung reaches stays float, runs as it did, and is a record with its reason.
+What is not reached so stays float, runs as it did, and is a record with its reason.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ _Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], Any]]
 
 
 @dataclass
-class Ladder:
-    """One climb: what holds for the whole model, and what was found on the way."""
+class PartsQuantizer:
+    """Quantize one model: what holds for all of it, and what was found on the way."""
 
     config: Config
     user: UserRules
@@ -43,7 +43,7 @@ class Ladder:
     # By identity of the float module: one that is reached by two ways is quantized once.
     done: dict[int, nn.Module] = field(default_factory=dict)
 
-    def climb(self, module: nn.Module, calls: list[Inputs], path: str = "") -> nn.Module:
+    def quantize(self, module: nn.Module, calls: list[Inputs], path: str = "") -> nn.Module:
         """Quantize a module for these calls, the first of which is the example; after a descent it is itself, changed.
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
@@ -52,22 +52,22 @@ class Ladder:
         if path and (has_no_rule or isinstance(module, self.user.leaves)):
             raise NotCaptured(f"no rule for {type(module).__name__}")
         if id(module) not in self.done:
-            self.done[id(module)] = self._climbed(module, calls, path)
+            self.done[id(module)] = self._quantized(module, calls, path)
         return self.done[id(module)]
 
-    def _climbed(self, module: nn.Module, calls: list[Inputs], path: str) -> nn.Module:
+    def _quantized(self, module: nn.Module, calls: list[Inputs], path: str) -> nn.Module:
         try:
-            return self._whole(module, calls, path)
+            return self._one_graph(module, calls, path)
         except NotCaptured as reason:
             try:
                 return self._descend(module, calls, path, str(reason))
             except NotCaptured:
                 # One mode is better than none; entering the other raises.
                 with contextlib.suppress(NotCaptured):
-                    return self._whole(module, calls, path, both_modes=False)
+                    return self._one_graph(module, calls, path, both_modes=False)
                 raise
 
-    def _whole(self, module: nn.Module, calls: list[Inputs], path: str, both_modes: bool = True) -> QuantizedModule:
+    def _one_graph(self, module: nn.Module, calls: list[Inputs], path: str, both_modes: bool = True) -> QuantizedModule:
         position = Position()
         if self.macs_by_module:
             is_op, first, last = op_of_module(module) is not None, self.macs_by_module[0][0], self.macs_by_module[-1][0]
@@ -99,7 +99,7 @@ class Ladder:
             try:
                 if not its_calls:
                     raise NotCaptured("no call of it succeeds outside of a transform of torch.func")
-                quantized = self.climb(child, its_calls, below)
+                quantized = self.quantize(child, its_calls, below)
             except NotCaptured as why:
                 float_records.append(self._float(below, child, str(why)))
                 continue
@@ -189,15 +189,15 @@ class Ladder:
 
 def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: UserRules) -> nn.Module:
     """Quantize a model, as one graph where one holds it; raise OctavError where nothing of it can be quantized."""
-    ladder = Ladder(config, user)
-    quantized = ladder.climb(model, [example])
+    parts = PartsQuantizer(config, user)
+    quantized = parts.quantize(model, [example])
     if isinstance(quantized, QuantizedModule):
         quantized.examples = example
         return quantized
-    _tie(quantized, ladder.done)
+    _tie(quantized, parts.done)
     assert isinstance(quantized, PartialModule)
     descent = quantized.octav_partial
-    ran = {path for path, _ in ladder.macs_by_module}
+    ran = {path for path, _ in parts.macs_by_module}
     idle = [
         Record(path, type(module).__name__, None, (), 0, None, "not called for the example inputs")
         for path, module in _outside(quantized)

@@ -1,4 +1,4 @@
-"""The ladder: what no graph can hold runs its own Python over quantized children, and what stays float is told."""
+"""What no graph can hold runs its own Python over quantized children, and what stays float is told."""
 
 import copy
 import functools
