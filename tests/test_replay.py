@@ -39,6 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return command.main()
 
 
+@pytest.mark.slow
 def test_another_process_with_other_hashes_writes_the_same(tmp_path: Path) -> None:
     output = tmp_path / "texts.json"
     only = [option for name in SMALL for option in ("--only", name)]

@@ -311,6 +311,7 @@ def test_a_quantized_model_is_not_quantized_again(reached):
     assert reached.count("dynamic_fake_quantize") == len(q.quantizers._modules)
 
 
+@pytest.mark.compile
 def test_a_converted_model_is_not_quantized_again():
     x = torch.randn(4, 8)
     q = quantize(Mlp().eval(), x)

@@ -50,6 +50,7 @@ def test_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.compile
 def test_inference_compiled_as_it_is_eagerly(monkeypatch: Any) -> None:
     torch.compiler.reset()
     monkeypatch.setattr(matmuls, "MATMULS", (ON_DEVICE,))

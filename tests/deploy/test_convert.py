@@ -80,6 +80,7 @@ def test_weights_are_those_of_the_frozen_model_and_biases_half_a_unit_from_them(
         assert total + bias.codes.abs().max() < 2**31
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_layer_computes_on_codes_what_it_computes_on_levels(name, bits):

@@ -90,6 +90,7 @@ def codes_on_levels(levels: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "encoder"])
 def test_codes_are_those_of_the_model_on_levels(name, bits):
@@ -103,6 +104,7 @@ def test_codes_are_those_of_the_model_on_levels(name, bits):
     assert torch.equal(c(*inputs).argmax(-1), levels(*inputs).argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_layer_is_accounted_for(name):
     q, inputs = frozen(WHOLE[name])
@@ -173,6 +175,7 @@ def test_any_batch_and_size_of_the_images():
         torch.testing.assert_close(c(x), levels(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compile
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["octav", "inductor"])
 def test_compiled(backend):
@@ -181,6 +184,7 @@ def test_compiled(backend):
     torch.testing.assert_close(torch.compile(c, backend=backend, fullgraph=True)(x), c(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.compile
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_an_encoder_compiles_into_one_graph():
     q, inputs = frozen(LANGUAGE["encoder"])
@@ -200,6 +204,7 @@ def test_torch_export():
         assert torch.equal(program.module()(x), c(x))
 
 
+@pytest.mark.compile
 def test_a_package_of_aot_inductor(tmp_path):
     q, x = ready()
     c = convert(q)
@@ -209,6 +214,7 @@ def test_a_package_of_aot_inductor(tmp_path):
     torch.testing.assert_close(loaded(x), c(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_results_stay_right_where_products_saturate():
     """8-bit layers run in float on a CPU without VNNI, and a model made where there is one stays right there."""
     code = """
@@ -239,6 +245,7 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_resnet50_is_as_small():
     model = made(named("resnet50"))
     x = images(1)

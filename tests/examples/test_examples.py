@@ -82,6 +82,7 @@ def plain(values: dict) -> dict:
     return {name: torch.as_tensor(value).tolist() for name, value in values.items()}
 
 
+@pytest.mark.ranks
 def test_ddp_goes_on_to_the_same_weights(tmp_path):
     runs = [("whole", 6), ("parts", 4), ("parts", 6)]
     arguments = [(free_port(), [str(tmp_path / name), "--steps", str(steps)]) for name, steps in runs]

@@ -159,6 +159,7 @@ def test_products_that_saturate_run_the_reference(monkeypatch):
         assert (calls.pop() is not None) is runs
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_results_stay_right_where_products_saturate(isa):

@@ -92,7 +92,8 @@ def test_a_killed_process_goes_on_to_the_same_curve(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not (folder / loop.CHECKPOINT).exists():
+        # The curve is written just after the checkpoint that it goes with.
+        while not ((folder / loop.CHECKPOINT).exists() and (folder / loop.CURVE).exists()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:

@@ -118,6 +118,7 @@ def test_transformers_of_every_width_with_a_free_and_a_fixed_batch(name, bits, d
     assert relative(ours, out) < 1e-4
 
 
+@pytest.mark.slow
 def test_ties_go_to_the_even_code(tmp_path):
     model = nn.Sequential(nn.Linear(8, 2)).eval()
     x = torch.arange(-8, 8).reshape(2, 8) + 0.5

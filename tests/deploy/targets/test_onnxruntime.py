@@ -16,6 +16,8 @@ from tests.support.deployable import trained
 from tests.support.deployable_models import frozen, images, observed, relative
 from tests.support.onnx_files import computed, optimized_ops, ready, shortened, small
 
+pytestmark = pytest.mark.slow
+
 CASES = shortened()
 BITS = [(8, 8), (4, 8), (4, 4)]
 

@@ -8,6 +8,8 @@ from octav_fx import Config, convert, export_onnx
 from tests.support.deployable_models import frozen, relative
 from tests.support.onnx_files import shortened
 
+pytestmark = pytest.mark.slow
+
 openvino = pytest.importorskip("openvino", reason="a second runtime, which is not installed")
 CASES = shortened()
 
