@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import onnx
+import pytest
 import torch
 import torch.multiprocessing as mp
 
