@@ -55,6 +55,7 @@ def test_mixed_bits_gives_few_bits_to_the_layers_that_mind_least(capsys):
     assert max(minds[layer] for layer in few) <= min(minds[layer] for layer in minds.keys() - few)
 
 
+@pytest.mark.slow
 def test_deploy_onnx(tmp_path):
     found = deploy_onnx.main(tmp_path / "model.onnx")
     # Biases are rounded; no value of these lies at a tie, which would move by a step of its grid.
