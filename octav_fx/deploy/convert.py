@@ -1,4 +1,4 @@
-"""convert(): the trained model as real integers, which computes what the frozen model computes."""
+"""convert(): the trained model as real integers, multiplied by the machine or by their definition."""
 
 import copy
 from collections.abc import Iterable

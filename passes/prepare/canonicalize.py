@@ -23,6 +23,7 @@ from octav_fx.ir.edits import Edit, insert_captured, site_of
 from octav_fx.ir.meta import copy_meta, info, set_fake, update
 from octav_fx.ir.op import Op, Role
 from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.sites import in_scope, numbered
 
 
 def canonicalize(gm: fx.GraphModule) -> list[Edit]:
@@ -147,20 +148,11 @@ def _site(node: fx.Node, op: Op) -> str:
         name = state_name(read) if isinstance(read, fx.Node) else None
         if name is not None and name.endswith(f".{weight}"):
             return name.removesuffix(f".{weight}")
-    return _in_scope(node, op.name)
-
-
-def _in_scope(node: fx.Node, name: str) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    scope = next(reversed(stack.values()))[0] if stack else ""
-    return f"{scope}.{name}".lstrip(".")
+    return in_scope(node, op.name)
 
 
 def _unique(site: str, taken: set[str]) -> str:
     """Return the site, with :1, :2, ... for further calls of the same module."""
-    name, count = site, 0
-    while name in taken:
-        count += 1
-        name = f"{site}:{count}"
+    name = numbered(site, taken)
     taken.add(name)
     return name

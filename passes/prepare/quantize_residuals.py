@@ -25,6 +25,7 @@ from octav_fx.ir.op import Op, Operand, Role, activation
 from octav_fx.ir.ops import in_place, module_of, op_of
 from octav_fx.ir.pools import is_global_mean
 from octav_fx.ir.signedness import nonnegative
+from octav_fx.ir.sites import in_scope, numbered
 from octav_fx.nn import FakeQuantizer
 from octav_fx.passes.prepare.quantize_operands import Choose, Place, add_quantizer
 
@@ -99,12 +100,5 @@ def _site(node: fx.Node, graph: fx.Graph) -> str:
     """Return the module's path, else that of the enclosing module with the op's name; further calls are numbered."""
     op = op_of(node)
     assert op is not None
-    stack = node.meta.get("nn_module_stack") or {}
-    scope = next(reversed(stack.values()))[0] if stack else ""
-    base = str(node.target) if node.op == "call_module" else f"{scope}.{op.name}".lstrip(".")
-    taken = {site_of(other) for other in graph.nodes if other is not node}
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}:{count}"
-    return name
+    base = str(node.target) if node.op == "call_module" else in_scope(node, op.name)
+    return numbered(base, {site_of(other) for other in graph.nodes if other is not node})
