@@ -74,6 +74,8 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()
     run(working, passes)
-    converted = IntegerModule(working, working.graph, type(module).__name__, {})
+    guards = working.graphs_of(False)[0].guards
+    guards = None if guards is None else guards.of_inputs()
+    converted = IntegerModule(working, working.graph, type(module).__name__, {}, guards)
     update_graph_info(converted, records={False: working.all_records[False]})
     return converted.requires_grad_(False)

@@ -1,13 +1,16 @@
 """One module as one graph: capture, the passes, the records of what they did."""
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.modules import QuantizedModule
@@ -21,6 +24,8 @@ from octav_fx.capture.rerun import (
     without_quantizers,
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
+from octav_fx.clips.distributed import no_sync
+from octav_fx.compat.graphs import replaced_graph
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.edits import Kind
@@ -28,8 +33,8 @@ from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
-from octav_fx.ir.records import records, update_graph_info
-from octav_fx.nn import Spec
+from octav_fx.ir.records import Record, graph_info, records, update_graph_info
+from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 
@@ -68,19 +73,14 @@ def prepare_module(
     if "forward" in vars(module):
         raise NotCaptured(f"forward of {position.path or type(module).__name__} was replaced on the instance")
     graphs, missing, notes = _graphs(module, example, user, both_modes)
-    quantized = QuantizedModule(module, graphs, {})
-
-    def choose(place: Place) -> Spec | str:
-        return choose_spec(config, position.placed(place))
-
+    recipe = Recipe(config, position, user)
+    quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
     found = {}
     for mode in quantized.modes:
-        quantized.graph = graphs[mode]
-        edits = run(quantized, prepare_passes(config, choose))
-        rows = records(graphs[mode], edits)
-        found[mode] = [replace(row, site=position.named(row.site)) for row in rows]
-        notes += [f"{position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
-    quantized.graph = graphs[module.training]
+        quantized.graph = graphs[mode].graph
+        found[mode], told = recipe.rewrite(quantized)
+        notes += told
+    quantized.graph = graphs[module.training].graph
     update_graph_info(
         quantized,
         config=config.to_dict(),
@@ -88,9 +88,81 @@ def prepare_module(
         notes=tuple(dict.fromkeys(notes)),
         missing=missing,
     )
-    remove_unused(quantized, list(graphs.values()))
-    _drop_values(graphs)
+    remove_unused(quantized, [guarded.graph for guarded in graphs.values()])
+    _drop_values([guarded.graph for guarded in graphs.values()])
     return quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the graphs of a quantized module are made with."""
+
+    config: Config
+    position: Position
+    user: UserRules
+
+    def add_graph(self, quantized: QuantizedModule, call: Inputs) -> Callable[..., Any]:
+        """Capture a graph for a call that no graph of the module holds for, with the quantizers that are there.
+
+        Returns the graph as a function of the module and its inputs. Raises NotCaptured where no graph can hold it.
+        """
+        mode = quantized.training
+        with torch.inference_mode(False), torch.no_grad(), no_sync():
+            captured, notes = _captured(quantized.float_module(), call, mode, self.user)
+            with replaced_graph(quantized, captured.graph):
+                rows, told = self.rewrite(quantized)
+            _drop_values([captured.graph])
+            guarded = GuardedGraph(captured.graph, captured.guards)
+            function = guarded.function()
+            if has_data(quantized, call):
+                expected = run_once(quantized, *call, quantized.float_forward)
+                with without_quantizers(quantized):
+                    found = run_once(quantized, *call, functools.partial(function, quantized))
+                if detail := difference(expected, found):
+                    raise NotCaptured(f"the graph captured for this call does not compute what forward does: {detail}")
+        for held in (True, False):
+            if held is mode or not captured.depends_on_training:
+                quantized.graphs_of(held).append(guarded)
+        add_records(quantized, mode, rows, [*notes, *told])
+        return function
+
+    def rewrite(self, quantized: QuantizedModule) -> tuple[list[Record], list[str]]:
+        """Run the passes on the present graph; return a record for each operand, and notes."""
+        known = quantizers_by_operand(quantized)
+
+        def choose(place: Place) -> Spec | str:
+            choice = choose_spec(self.config, self.position.placed(place))
+            there = known.get((self.position.named(place.site), place.operand))
+            if isinstance(choice, str) or there is None or (choice.signed and not there.spec.signed):
+                return choice
+            # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
+            return replace(choice, bits=there.spec.bits, signed=there.spec.signed)
+
+        edits = run(quantized, prepare_passes(self.config, choose))
+        rows = [replace(row, site=self.position.named(row.site)) for row in records(quantized.graph, edits)]
+        return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
+
+
+def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], FakeQuantizer]:
+    """Return the quantizers of a module by site and operand."""
+    rows = [row for mode in quantized.all_records.values() for row in mode if row.quantizer is not None]
+    found: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        found.setdefault((row.site, str(row.operand)), quantized.get_submodule(str(row.quantizer)))
+    return found
+
+
+def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
+    """Add rows for operands that no row of a mode speaks of yet, and notes."""
+    known = graph_info(quantized)
+    present = known.records.get(mode, [])
+    seen = {(row.site, row.operand) for row in present}
+    added = [row for row in rows if (row.site, row.operand) not in seen]
+    update_graph_info(
+        quantized,
+        records={**known.records, mode: [*present, *added]},
+        notes=tuple(dict.fromkeys((*known.notes, *notes))),
+    )
 
 
 def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
@@ -126,27 +198,35 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
 
 def _graphs(
     module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
-) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
+) -> tuple[dict[bool, GuardedGraph], str | None, list[str]]:
     """Return a graph for each mode, why the other mode has none if it needs one and cannot be captured, and notes."""
     mode = module.training
-    captured = _capture(module, example, mode, user)
-    if captured.stored and has_data(module, example):
-        # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        _warm_up(module, example)
-        captured = _capture(module, example, mode, user)
-    notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
-    graphs = {mode: captured.graph, (not mode): captured.graph}
+    captured, notes = _captured(module, example, mode, user)
+    guarded = GuardedGraph(captured.graph, captured.guards)
+    graphs = {mode: guarded, (not mode): guarded}
     if captured.depends_on_training:
         try:
-            graphs[not mode] = _capture(module, example, not mode, user).graph
+            other = _capture(module, example, not mode, user)
+            graphs[not mode] = GuardedGraph(other.graph, other.guards)
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
             if both_modes and _runs(module, example, not mode):
                 raise NotCaptured(missing) from error
-            # Inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
+            # Inputs too small for an auxiliary head. The captured mode works; a call in the other one will say this.
             del graphs[not mode]
             return graphs, missing, [*notes, missing]
     return graphs, None, notes
+
+
+def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
+    """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
+    captured = _capture(module, call, mode, user)
+    if captured.stored and has_data(module, call):
+        # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
+        _warm_up(module, call)
+        captured = _capture(module, call, mode, user)
+    stored = [f"{name}: forward stores it, the graph computes it anew" for name in captured.stored]
+    return captured, [*captured.notes, *stored]
 
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:
@@ -182,8 +262,8 @@ def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
         yield
 
 
-def _drop_values(graphs: Mapping[bool, fx.Graph]) -> None:
+def _drop_values(graphs: Iterable[fx.Graph]) -> None:
     """Drop what only the passes needed, fake tensors above all."""
-    for graph in graphs.values():
+    for graph in graphs:
         for node in graph.nodes:
             keep_site(node)

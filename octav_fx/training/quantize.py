@@ -20,6 +20,7 @@ from octav_fx.ir.op import Op
 from octav_fx.ir.ops import UserRules
 from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
+from octav_fx.training.again import capture_again
 from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
 
@@ -54,6 +55,8 @@ def quantize(
     arguments_of(model, example)
     quantized = quantize_by_parts(_copy(model), example, config, _user_rules(rules, leaves))
     graphs = quantized_modules(quantized)
+    for part in graphs:
+        part.capture_again = capture_again
     captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
     _check_overrides(config, [*captured, *float_records(quantized)])
     for rule in rules:

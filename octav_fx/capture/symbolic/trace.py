@@ -11,7 +11,10 @@ from typing import Any, Final
 
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.guards import Guards
+from octav_fx.capture.kinds import kind_of
 from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.patches import quiet, symbolic_isinstance, symbolic_torch, training_flags
 from octav_fx.capture.symbolic.regions import regions
 from octav_fx.capture.symbolic.side_effects import undone_writes
@@ -30,6 +33,8 @@ class Capture:
     """A traced graph. Its nodes carry what they compute for the arguments (meta.fake) and how much work that is."""
 
     graph: fx.Graph
+    # Under what it holds.
+    guards: Guards
     # Modules whose Python code branches on self.training: the graph holds for one mode only.
     depends_on_training: tuple[str, ...]
     # What the user has to know about this capture.
@@ -46,6 +51,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     """
     # Evaluation may write into objects among them.
     tracer = ValueTracer(own_copy(dict(arguments)), user=user)
+    kinds = {name: kind_of(value) for name, value in arguments.items()}
     before = set(root.__dict__)
     try:
         with (
@@ -68,11 +74,14 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             root.register_buffer(name, constant, persistent=False)
         else:
             setattr(root, name, constant)
+    modes = tuple(dict.fromkeys(tracer.branched_on))
+    attributes = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
+    guards = take_guards(graph, root, kinds, attributes)
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
         node.meta.pop("is_wrapped", None)
-    return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)), tuple(tracer.notes), tuple(tracer.stored))
+    return Capture(graph, guards, modes, tuple(tracer.notes), tuple(tracer.stored))
 
 
 def _is_constant(name: str) -> bool:
