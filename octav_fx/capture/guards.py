@@ -114,6 +114,12 @@ class GuardedGraph:
             self._function = function_of(self.graph)
         return self._function
 
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Tell whether the graph holds in one gradient mode only."""
+        facts = None if self.guards is None else self.guards.attributes
+        return facts is not None and bool(facts.graph.find_nodes(op="call_function", target=torch.is_grad_enabled))
+
     def set_function(self, function: Callable[..., Any]) -> None:
         """Run a function that was generated for the graph elsewhere."""
         self._function = function

@@ -5,13 +5,22 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from octav_fx.ir.meta import fake
 
 PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
+# In place of an attribute that is not there.
+MISSING: Final = "missing"
 # What counts by being itself.
 _ITSELF: Final = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 3
+
+
+def kind_of_attribute(module: nn.Module, name: str) -> Any:
+    """Return the kind of an attribute, that of MISSING where there is none."""
+    return kind_of(getattr(module, name, MISSING))
 
 
 def kind_of(value: Any, depth: int = _DEEP) -> Any:
@@ -32,6 +41,8 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         return (type(value).__name__, *[kind_of(item, depth) for item in value])
     if isinstance(value, (set, frozenset, range)):
         return (type(value).__name__, *value)
+    if isinstance(value, fx.Proxy):
+        return kind_of(fake(value.node), depth)
     if depth and hasattr(value, "__dict__"):
         return (type(value).__name__, *[(key, kind_of(item, depth - 1)) for key, item in value.__dict__.items()])
     return type(value).__name__

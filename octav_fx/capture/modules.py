@@ -12,6 +12,7 @@ from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.guards import GuardedGraph, Guards
 from octav_fx.capture.inputs import Inputs, call_of
+from octav_fx.capture.module_state import without_history
 from octav_fx.compat.modules import (
     HOOK_ATTRIBUTES,
     buffers_of,
@@ -55,8 +56,6 @@ class QuantizedModule(GuardedModule):
                 f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
             )
         super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
-        # Not a registered child: the tree below both is the same one.
-        self.__dict__["_float_module"] = float_module
         self._parameters = parameters_of(float_module)
         self._buffers = buffers_of(float_module)
         self._non_persistent_buffers_set = transient_buffers_of(float_module)
@@ -78,6 +77,8 @@ class QuantizedModule(GuardedModule):
         self.meta = dict(meta)
         if self._graphs[self.training]:
             self.graph = self._graphs[self.training][0].graph
+        # Not a registered child: the tree below both is the same one. From now on it gets what users set.
+        self.__dict__["_float_module"] = float_module
 
     @property
     def records(self) -> list[Record]:
@@ -182,6 +183,15 @@ class QuantizedModule(GuardedModule):
                 raise
             return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        float_module = self.__dict__.get("_float_module")
+        is_plain = not isinstance(value, (nn.Module, nn.Parameter))
+        if float_module is None or not is_plain or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            # Where forward reads it, and guards look.
+            setattr(float_module, name, value)
+
     def _parts(self) -> tuple[Any, ...]:
         """Return all that this module is made of, as values that copy and pickle."""
         float_module = copy.copy(self._float_module)
@@ -197,6 +207,7 @@ class QuantizedModule(GuardedModule):
         return _rebuild, self._parts()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedModule":
+        memo.update(without_history(self))
         copied = _rebuild(*copy.deepcopy(self._parts(), memo))
         copied.examples = self.examples
         memo[id(self)] = copied

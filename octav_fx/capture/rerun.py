@@ -29,15 +29,20 @@ def has_data(module: nn.Module, inputs: Any) -> bool:
 
 
 def run_once(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Callable[..., Any] | None = None
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = False,
 ) -> Any:
     """Return the outputs of one forward in the module's own mode; state, random states and inputs are as before.
 
-    Only the hints of quantizers change. forward: what to call in place of the module.
+    Only the hints of quantizers change. forward: what to call in place of the module. gradients: the gradient mode.
     """
     with preserved_buffers(module), preserved_attributes(module):
         own_args, own_kwargs = own_copy((args, dict(kwargs)))
-        return run_keeping_state(module, own_args, own_kwargs, forward)
+        return run_keeping_state(module, own_args, own_kwargs, forward, gradients=gradients)
 
 
 @contextmanager
@@ -56,12 +61,22 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def run_keeping_state(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Callable[..., Any] | None = None
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = False,
 ) -> Any:
     """Run a forward like run_once, but keep what it sets on its modules and writes into its inputs."""
     tensors = (*module.parameters(), *module.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers(), no_sync():
+    with (
+        torch.set_grad_enabled(gradients),
+        torch.random.fork_rng(devices=sorted(devices)),
+        _same_random_numbers(),
+        no_sync(),
+    ):
         return (forward or module)(*args, **kwargs)
 
 

@@ -28,7 +28,9 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     mode, name = quantized.training, recipe.position.path or type(quantized).__name__
     graphs = quantized.graphs_of(mode)
     before = {m for m in quantized.modules() if isinstance(m, FakeQuantizer)}
-    with torch.inference_mode(False), torch.no_grad(), no_sync():
+    # Forward may ask for the gradient mode, and leaving inference mode would turn gradients on.
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync():
         try:
             if len(graphs) >= MOST_GRAPHS:
                 raise NotCaptured(_too_many(quantized, call, name))

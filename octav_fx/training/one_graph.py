@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import (
     difference,
@@ -24,7 +24,6 @@ from octav_fx.capture.rerun import (
     without_quantizers,
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
-from octav_fx.clips.distributed import no_sync
 from octav_fx.compat.graphs import replaced_graph
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
@@ -101,30 +100,23 @@ class Recipe:
     position: Position
     user: UserRules
 
-    def add_graph(self, quantized: QuantizedModule, call: Inputs) -> Callable[..., Any]:
+    def add_graph(self, quantized: QuantizedModule, call: Inputs) -> None:
         """Capture a graph for a call that no graph of the module holds for, with the quantizers that are there.
 
-        Returns the graph as a function of the module and its inputs. Raises NotCaptured where no graph can hold it.
+        Raises NotCaptured where no graph can hold it.
         """
         mode = quantized.training
-        with torch.inference_mode(False), torch.no_grad(), no_sync():
-            captured, notes = _captured(quantized.float_module(), call, mode, self.user)
-            with replaced_graph(quantized, captured.graph):
-                rows, told = self.rewrite(quantized)
-            _drop_values([captured.graph])
-            guarded = GuardedGraph(captured.graph, captured.guards)
-            function = guarded.function()
-            if has_data(quantized, call):
-                expected = run_once(quantized, *call, quantized.float_forward)
-                with without_quantizers(quantized):
-                    found = run_once(quantized, *call, functools.partial(function, quantized))
-                if detail := difference(expected, found):
-                    raise NotCaptured(f"the graph captured for this call does not compute what forward does: {detail}")
+        captured, notes = _captured(quantized.float_module(), call, mode, self.user)
+        with replaced_graph(quantized, captured.graph):
+            rows, told = self.rewrite(quantized)
+        _drop_values([captured.graph])
+        guarded = GuardedGraph(captured.graph, captured.guards)
+        if has_data(quantized, call):
+            _check_graph(quantized, guarded, call)
         for held in (True, False):
             if held is mode or not captured.depends_on_training:
                 quantized.graphs_of(held).append(guarded)
         add_records(quantized, mode, rows, [*notes, *told])
-        return function
 
     def rewrite(self, quantized: QuantizedModule) -> tuple[list[Record], list[str]]:
         """Run the passes on the present graph; return a record for each operand, and notes."""
@@ -166,17 +158,26 @@ def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], 
 
 
 def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
-    """Check that the rewritten graph without its quantizers computes what the float module computes.
+    """Check that the graph for a call computes, without its quantizers, what the float module computes.
 
-    Raises NotCaptured where it does not; does nothing without data (meta device).
+    Where no graph of the module holds for the call, one more is captured. Raises NotCaptured where that cannot be done
+    or something else is computed; does nothing without data (meta device).
     """
     if not has_data(quantized, call):
         return
-    with quantized.as_float():
-        expected = run_once(quantized, *call)
+    holding = [g for g in quantized.graphs_of(quantized.training) if g.broken(quantized, *call) is None]
+    if not holding:
+        quantized.recipe.add_graph(quantized, call)
+        return
+    _check_graph(quantized, holding[0], call)
+
+
+def _check_graph(quantized: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> None:
+    gradients = guarded.asks_for_gradients and torch.is_grad_enabled()
+    expected = run_once(quantized, *call, quantized.float_forward, gradients=gradients)
     try:
         with without_quantizers(quantized):
-            found = run_once(quantized, *call)
+            found = run_once(quantized, *call, functools.partial(guarded.function(), quantized), gradients=gradients)
     except Exception as error:
         raise NotCaptured(f"the captured graph does not run on a call that the model makes: {error}") from error
     if detail := difference(expected, found):
@@ -221,12 +222,20 @@ def _graphs(
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
     """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
     captured = _capture(module, call, mode, user)
-    if captured.stored and has_data(module, call):
+    if captured.remembered and has_data(module, call):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        _warm_up(module, call)
-        captured = _capture(module, call, mode, user)
-    stored = [f"{name}: forward stores it, the graph computes it anew" for name in captured.stored]
-    return captured, [*captured.notes, *stored]
+        with attributes_kept_on_success(module):
+            _warm_up(module, call)
+            captured = _capture(module, call, mode, user)
+            _check_memory(captured.remembered)
+    else:
+        _check_memory(name for name in captured.remembered if name not in captured.stored)
+    return captured, list(captured.notes)
+
+
+def _check_memory(remembered: Iterable[str]) -> None:
+    for name in remembered:
+        raise NotCaptured(f"forward reads {name} and changes it for the next call, and a graph has no memory")
 
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:

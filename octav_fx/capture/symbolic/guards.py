@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Facts, Guards
-from octav_fx.capture.kinds import kind_of
+from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute
 from octav_fx.capture.symbolic.sizes import forward_sizes
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
@@ -22,12 +23,16 @@ def guard_equal(value: Any, expected: Any, where: str) -> None:
 
 
 def take_guards(
-    graph: fx.Graph, root: nn.Module, kinds: Mapping[str, Any], attributes: Sequence[tuple[str, Any]] = ()
+    graph: fx.Graph,
+    root: nn.Module,
+    kinds: Mapping[str, Any],
+    attributes: Sequence[tuple[str, Any]] = (),
+    gradient_mode: bool | None = None,
 ) -> Guards:
     """Make guards of the checks in a trace, which keeps only those of sizes that it computes on its way.
 
     kinds: what kind_of found in each argument of forward. attributes: paths of plain attributes that forward read, and
-    what kind_of found there.
+    what kind_of found there. gradient_mode: that of the call, if forward asked for it.
     """
     checks = list(graph.find_nodes(op="call_function", target=guard_equal))
     sizes: Facts | None = None
@@ -41,7 +46,7 @@ def take_guards(
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
-    return Guards(_arguments(graph, kinds), _attributes(graph, attributes), sizes, deep)
+    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep)
 
 
 def _copied(graph: fx.Graph, root: nn.Module) -> fx.Graph:
@@ -69,9 +74,17 @@ def _arguments(graph: fx.Graph, kinds: Mapping[str, Any]) -> Facts:
     return _facts(asked, rows)
 
 
-def _attributes(graph: fx.Graph, attributes: Sequence[tuple[str, Any]]) -> Facts | None:
+def _attributes(graph: fx.Graph, attributes: Sequence[tuple[str, Any]], gradient_mode: bool | None) -> Facts | None:
     asked = _with_inputs(graph)
-    rows = [(asked.call_function(kind_of, (asked.get_attr(path),)), kind, path) for path, kind in attributes]
+    rows = []
+    for path, kind in attributes:
+        owner, _, name = path.rpartition(".")
+        # What forward looked for in vain is nothing that code could name.
+        is_missing = kind == kind_of(MISSING)
+        args = (asked.get_attr(owner), name) if is_missing else (asked.get_attr(path),)
+        rows.append((asked.call_function(kind_of_attribute if is_missing else kind_of, args), kind, path))
+    if gradient_mode is not None:
+        rows.append((asked.call_function(torch.is_grad_enabled), gradient_mode, "torch.is_grad_enabled()"))
     return _facts(asked, rows) if rows else None
 
 
