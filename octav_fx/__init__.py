@@ -11,6 +11,7 @@ from octav_fx.ir.op import Op as Rule
 from octav_fx.ir.op import activation, either, weight
 from octav_fx.optim import pact_penalty, param_groups
 from octav_fx.reporting.rows import Coverage, Row, coverage, rows, table
+from octav_fx.training.check import check
 from octav_fx.training.quantize import float_mode, quantize
 from octav_fx.version import __version__
 
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "activation",
     "calibrate",
+    "check",
     "convert",
     "coverage",
     "deployment",
