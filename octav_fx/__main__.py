@@ -13,7 +13,7 @@ from octav_fx.deploy.deployment import deployment
 from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.freeze import calibrate, freeze
 from octav_fx.errors import OctavError
-from octav_fx.reporting.rows import table
+from octav_fx.reporting.table import table
 from octav_fx.training.quantize import quantize
 
 

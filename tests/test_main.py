@@ -42,7 +42,7 @@ def test_table_of_a_callable(capsys):
     assert main(["table", "tests.test_main:tiny", "--input", "2x8", "--weight-bits", "3", "--clip", "max"]) == 0
     out = capsys.readouterr().out
     # Four operands, two of each layer; the last linear has 8 bits.
-    assert [line.split()[4] for line in out.splitlines()[2:6]] == ["4", "3", "8", "8"]
+    assert [line.split()[5] for line in out.splitlines()[3:7]] == ["int4", "int3", "uint8", "int8"]
     assert out.endswith("quantized: 100.00% of 80 MACs\n")
     # Seeded, and in eval mode: the same again.
     main(["table", "tests.test_main:tiny", "--input", "2x8", "--weight-bits", "3", "--clip", "max"])

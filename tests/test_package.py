@@ -101,6 +101,7 @@ def test_the_public_names():
         "Deployment",
         "OctavError",
         "Row",
+        "Rows",
         "Rule",
         "__version__",
         "activation",
