@@ -30,6 +30,9 @@ ALLOWED = {
     "sklearn": "octav_fx.demo",
     "tqdm": "octav_fx.demo",
     "pandas": "octav_fx.reporting.rows",
+    "timm": "octav_fx.zoo",
+    "transformers": "octav_fx.zoo",
+    "safetensors": "octav_fx.cli.models",
 }
 
 
