@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     tabled.add_argument("--filter", metavar="GLOB", help="rows of these nodes only")
     tabled.add_argument("--sort", metavar="FIELD", help="order by a field of the rows: --sort sqnr, --sort=-macs")
     tabled.set_defaults(run=commands.run_table, fields={})
+    reported = found.add_parser("report", help="write what becomes of each operand as one HTML file with plots")
+    reported.add_argument("-o", "--output", default="report.html", metavar="PATH", help="(default report.html)")
+    reported.set_defaults(run=commands.run_report, fields={})
     quantized = found.add_parser("quantize", help="after training, to 8 bits: calibrate, freeze and write an ONNX file")
     quantized.add_argument("--state", metavar="PATH", help="write the frozen state_dict too")
     quantized.set_defaults(run=commands.run_quantize, fields=_POST_TRAINING)
@@ -61,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     timed = found.add_parser("compare", help="time float and integers in PyTorch and onnxruntime, side by side")
     timed.add_argument("--seconds", type=float, default=1.0, help="for each way to run it (default 1)")
     timed.set_defaults(run=commands.run_compare, fields=_POST_TRAINING)
-    for command in (tabled, quantized, exported, timed):
+    for command in (tabled, reported, quantized, exported, timed):
         _add_model(command)
     for command in (tabled, quantized, timed):
         form = command.add_mutually_exclusive_group()

@@ -30,6 +30,7 @@ ALLOWED = {
     "sklearn": "octav_fx.demo",
     "tqdm": "octav_fx.demo",
     "pandas": "octav_fx.reporting.rows",
+    "plotly": "octav_fx.reporting.report.page",
     "timm": "octav_fx.zoo",
     "transformers": "octav_fx.zoo",
     "safetensors": "octav_fx.cli.models",

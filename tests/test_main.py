@@ -122,6 +122,14 @@ def test_table_as_data(capsys):
     assert [line["node"] for line in lines] == ["0", "0"]
 
 
+def test_report_is_written(tmp_path, capsys):
+    pytest.importorskip("plotly")
+    path = tmp_path / "out.html"
+    assert main(["report", "tests.test_main:with_inputs", "-o", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: open it in a browser\n"
+    assert "<title>tests.test_main:with_inputs: octav_fx report</title>" in path.read_text()
+
+
 def test_config_as_json_and_file(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"weight_bits": 2, "edge_bits": None, "clip": "max"}))

@@ -118,6 +118,7 @@ def test_the_public_names():
         "pact_penalty",
         "param_groups",
         "quantize",
+        "report",
         "rows",
         "table",
         "unfreeze",

@@ -23,6 +23,7 @@ from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.freeze import calibrate, freeze
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer
+from octav_fx.reporting.report.page import report
 from octav_fx.reporting.rows import coverage, rows
 from octav_fx.reporting.table import table
 from octav_fx.training.quantize import quantize
@@ -44,6 +45,14 @@ def run_table(options: argparse.Namespace) -> None:
         width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
         text = table(q, subject.inputs, filter=options.filter, sort=options.sort, width=width)
     print(text)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write the report of a model."""
+    subject, q = _quantized(options)
+    with stage("measuring"):
+        path = report(q, options.output, subject.inputs, title=options.model)
+    print(f"{path}: open it in a browser")
 
 
 def run_quantize(options: argparse.Namespace) -> None:

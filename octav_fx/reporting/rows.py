@@ -11,19 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from octav_fx.capture.inputs import as_inputs
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
-from octav_fx.capture.partial import example_of, float_records, outermost
-from octav_fx.capture.rerun import has_data, run_once
+from octav_fx.capture.partial import float_records, outermost
 from octav_fx.errors import OctavError
-from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid
 from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
 from octav_fx.reporting.html import html_table
+from octav_fx.reporting.measure import Statistics, measured, statistics_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +117,6 @@ class Coverage:
     skipped: list[tuple[str, str, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Statistics:
-    clip: Tensor
-    max_abs: float
-    clipped: float
-    zeros: float
-    sqnr: float
-    gain: float
-
-
 def rows(q: nn.Module, example_inputs: Any = None) -> Rows:
     """Return a Row for each operand of each matmul and convolution, and one for each node that no rule covers.
 
@@ -138,8 +124,8 @@ def rows(q: nn.Module, example_inputs: Any = None) -> Rows:
     and random states stay as they are.
     """
     quantized = outermost(q)
-    statistics = _measure(quantized, example_inputs)
-    found = _records(quantized)
+    statistics = measured(quantized, example_inputs, statistics_of)
+    found = records_of(quantized)
     total = _total([record for _, record in found])
     names = {module: name for name, module in quantized.named_modules()}
     return Rows(_row(part, record, statistics, total, names) for part, record in found)
@@ -148,7 +134,7 @@ def rows(q: nn.Module, example_inputs: Any = None) -> Rows:
 def coverage(q: nn.Module) -> Coverage:
     """Count how much of the model's work is quantized, and say what is not."""
     nodes: dict[str, list[Record]] = {}
-    for _, record in _records(outermost(q)):
+    for _, record in records_of(outermost(q)):
         nodes.setdefault(record.site, []).append(record)
     skipped = []
     quantized = total = 0
@@ -162,7 +148,7 @@ def coverage(q: nn.Module) -> Coverage:
     return Coverage(quantized, total, skipped)
 
 
-def _records(quantized: nn.Module) -> list[tuple[QuantizedModule | None, Record]]:
+def records_of(quantized: nn.Module) -> list[tuple[QuantizedModule | None, Record]]:
     """Return each record and the graph it is of; None for what no graph holds."""
     found = [(part, record) for part in quantized_modules(quantized) for record in part.records]
     return [*found, *((None, record) for record in float_records(quantized))]
@@ -172,64 +158,10 @@ def _total(found: list[Record]) -> int:
     return sum({record.site: record.macs for record in found}.values())
 
 
-def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
-    """Return statistics by quantizer, from one forward; none where there is nothing to run on."""
-    call = example_of(q) if example_inputs is None else as_inputs(example_inputs)
-    if call is None or not has_data(q, call):
-        return {}
-    found: dict[nn.Module, _Statistics] = {}
-
-    def record(m: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        assert isinstance(m, FakeQuantizer)
-        found[m] = _statistics(m, args[0], y)
-
-    handles = [m.register_forward_hook(record) for m in q.modules() if isinstance(m, FakeQuantizer)]
-    try:
-        run_once(q, *call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _statistics(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> _Statistics:
-    spec, clip = quantizer.spec, quantizer.used
-    finite = x.isfinite()
-    grid = Grid(spec.bits, spec.signed)
-    bound = along(clip, x, spec.dim)
-    beyond = (x.abs() > bound) | (x < 0 if not spec.signed else False)
-    largest = torch.ops.octav.optimal_clip(x, clip, spec.bits, spec.signed, spec.dim, "max")
-    by_largest = torch.ops.octav.fake_quantize(x, largest, grid.bits, spec.signed, spec.dim, "ste")
-    signal = _power(x, finite)
-    sqnr, of_largest = (_decibel(signal, _power(x - rounded, finite)) for rounded in (y, by_largest))
-    return _Statistics(
-        clip=clip.detach().clone(),
-        max_abs=float(torch.where(finite, x.abs(), 0).max()) if x.numel() else 0.0,
-        clipped=_share(beyond & finite),
-        zeros=_share(y == 0),
-        sqnr=sqnr,
-        gain=0.0 if sqnr == of_largest else sqnr - of_largest,
-    )
-
-
-def _power(x: Tensor, finite: Tensor) -> float:
-    return float(torch.where(finite, x, 0).double().square().sum())
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.float().mean()) if mask.numel() else 0.0
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
 def _row(
     part: QuantizedModule | None,
     record: Record,
-    statistics: Mapping[nn.Module, _Statistics],
+    statistics: Mapping[nn.Module, Statistics],
     total: int,
     names: Mapping[nn.Module, str],
 ) -> Row:
