@@ -1,9 +1,12 @@
 """What is installed: the wheel's contents, the public names, and passes/ under one name only."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +32,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, sources)
     for name in ("octav_fx", "passes"):
         shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return made_wheel(sources, folder)
+
+
+def made_wheel(sources: Path, folder: Path) -> Path:
+    """The wheel that pip makes of a folder."""
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
     made = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *options, str(sources), "-w", str(folder)],
@@ -38,6 +46,49 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert made.returncode == 0, made.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"version: {octav_fx.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {octav_fx.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_wheel_made_of_the_sdist_is_the_wheel(wheel, tmp_path):
+    sources = wheel.parent / "sources"
+    program = "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
+    made = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=sources, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    with tarfile.open(tmp_path / made.stdout.splitlines()[-1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    again = made_wheel(unpacked, tmp_path / "again")
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_has_its_command_and_its_backend(wheel, tmp_path):
+    """In an environment of its own, beside the packages of this one."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    # Dependencies come from here; an editable octav_fx among them would be found later than the installed one.
+    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet", "--no-warn-script-location"]
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)]
+    done = subprocess.run(install, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    shown = subprocess.run(
+        [str(python.parent / "octav-fx"), "--version"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert shown.stdout.startswith(f"octav_fx {octav_fx.__version__}, torch "), shown.stderr
+    program = (
+        "import torch; f = torch.compile(torch.nn.Linear(4, 2), backend='octav'); import octav_fx; "
+        "print(octav_fx.__file__, 'octav' in torch.compiler.list_backends())"
+    )
+    shown = subprocess.run([str(python), "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert shown.stdout.split() == [str(site / "octav_fx" / "__init__.py"), "True"], shown.stderr
 
 
 def tracked(folder: str) -> set[str]:
