@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import octav_fx
 from tests.support.sources import SOURCES
@@ -28,20 +30,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     sources = folder / "sources"
     sources.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
     for name in ("octav_fx", "passes"):
         shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     return made_wheel(sources, folder)
 
 
-def made_wheel(sources: Path, folder: Path) -> Path:
+def made_wheel(sources: Path, folder: Path, **environment: str) -> Path:
     """The wheel that pip makes of a folder."""
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
     made = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *options, str(sources), "-w", str(folder)],
         capture_output=True,
         text=True,
+        env={**os.environ, **environment},
     )
     assert made.returncode == 0, made.stderr
     (path,) = folder.glob("*.whl")
@@ -89,6 +92,38 @@ def test_the_installed_wheel_has_its_command_and_its_backend(wheel, tmp_path):
     )
     shown = subprocess.run([str(python), "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert shown.stdout.split() == [str(site / "octav_fx" / "__init__.py"), "True"], shown.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_for_release_needs_no_compiler(kernels, wheel, tmp_path):
+    sources = wheel.parent / "sources"
+    path = made_wheel(sources, tmp_path, OCTAV_FX_BUNDLE="1")
+    assert re.fullmatch(rf"octav_fx-{octav_fx.__version__}-py3-none-\w+\.whl", path.name) and "any" not in path.name
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "installed")
+    folder = tmp_path / "installed" / "octav_fx" / "ops" / "bundled"
+    bundled = sorted(each.name.split("-")[1] for each in folder.iterdir())
+    assert bundled == ["AVX2", "AVX512"]
+    program = (
+        "import torch; from octav_fx import optimal_clip; from octav_fx.ops import cpu; "
+        "print(cpu.library()._name, float(optimal_clip(torch.arange(100.0), 4)))"
+    )
+    # A compiler that fails, and an empty cache.
+    environment = {**os.environ, "CXX": "false", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""}
+    for chosen, expected in (({"ATEN_CPU_CAPABILITY": "avx2"}, "AVX2"), ({}, torch.backends.cpu.get_cpu_capability())):
+        shown = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path / "installed",
+            env={**environment, **chosen},
+        )
+        assert shown.returncode == 0, shown.stderr
+        library, clip = shown.stdout.split()
+        assert f"bundled/passes-{expected}-" in library
+        # Sums in another order.
+        assert float(clip) == pytest.approx(float(octav_fx.optimal_clip(torch.arange(100.0), 4)), rel=1e-6)
+    assert not (tmp_path / "cache").exists()
 
 
 def tracked(folder: str) -> set[str]:
