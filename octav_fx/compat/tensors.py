@@ -16,25 +16,51 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "CHECKS",
     "NEEDS_DATA",
     "TORCH_GROUPED_MM",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
+    "assert_true",
     "detect_fake_mode",
     "has_vnni",
     "is_functorch_wrapped",
     "is_higher_order",
     "packet_of",
     "pytree",
+    "replace_extended_shape",
     "schema_of",
     "storage_id",
+    "validates_distributions",
     "version_of",
 ]
 
 # F.grouped_mm under its older name.
 TORCH_GROUPED_MM: Final = torch._grouped_mm
+
+# Functions that raise where a condition, the argument "cond" or "i" >= 0, does not hold.
+CHECKS: Final = (
+    *("_check", "_check_with", "_check_is_size", "_check_index", "_check_value", "_check_type"),
+    *("_check_not_implemented", "_check_tensor_all", "_check_tensor_all_with"),
+)
+
+
+def replace_extended_shape(function: Any) -> Any:
+    """Let distributions find the shape of their samples by function(distribution, sample_shape); return what did."""
+    original = torch.distributions.Distribution._extended_shape
+    torch.distributions.Distribution._extended_shape = function  # type: ignore[method-assign]
+    return original
+
+
+def validates_distributions() -> bool:
+    """Tell whether distributions check their arguments."""
+    return bool(torch.distributions.Distribution._validate_args)
+
+
+# assert as a graph can hold it.
+assert_true = torch._assert
 
 # What a fake tensor raises where only data could tell the answer.
 NEEDS_DATA: Final = (DataDependentOutputException, DynamicOutputShapeException)
