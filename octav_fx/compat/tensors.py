@@ -5,6 +5,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -24,7 +25,9 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "assert_true",
+    "body_of",
     "detect_fake_mode",
+    "functional",
     "has_vnni",
     "is_functorch_wrapped",
     "is_higher_order",
@@ -84,6 +87,19 @@ def is_higher_order(op: Any) -> bool:
 def packet_of(op: Any) -> Any:
     """Return the op that an overload belongs to."""
     return op._overloadpacket
+
+
+def functional(packet: Any) -> Any:
+    """Return the op that addmm_ and its like are the in-place form of, or the op itself."""
+    name = str(packet.__name__)
+    return getattr(torch.ops.aten, name.removesuffix("_"), packet) if name.endswith("_") else packet
+
+
+def body_of(op: OpOverload) -> Any:
+    """Return the Python function of an op that torch.library.custom_op made of it and that writes nothing, or None."""
+    is_ours = op.namespace in ("aten", "prim", "prims", "octav")
+    definition = None if is_ours or op._schema.is_mutable else OPDEFS.get(op._schema.name)
+    return None if definition is None else definition._init_fn
 
 
 def schema_of(op: OpOverload) -> torch.FunctionSchema:

@@ -15,7 +15,7 @@ from octav_fx.capture.partial import example_of, float_records, outermost, parti
 from octav_fx.capture.rerun import has_data, run_once
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
-from octav_fx.ir.records import Record, graph_info
+from octav_fx.ir.records import NOT_CALLED, Record, graph_info
 from octav_fx.nn import FakeQuantizer
 
 
@@ -129,8 +129,11 @@ def table(q: nn.Module, example_inputs: Any = None) -> str:
     covered = coverage(q)
     share = covered.quantized_macs / covered.total_macs if covered.total_macs else 0.0
     text += f"\n\nquantized: {share:.2%} of {_si(covered.total_macs)} MACs"
-    if covered.skipped:
-        text += f"; {len(covered.skipped)} nodes keep float operands"
+    idle = sum(reason == NOT_CALLED for _, reason, _ in covered.skipped)
+    if idle:
+        text += f" of what ran; {idle} module{'s' if idle > 1 else ''} did not run"
+    if len(covered.skipped) > idle:
+        text += f"; {len(covered.skipped) - idle} nodes keep float operands"
     quantized = outermost(q)
     own = [note for part in quantized_modules(quantized) for note in graph_info(part).notes]
     return "\n".join([text, *partial_lines(quantized), *dict.fromkeys(own)])

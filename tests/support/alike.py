@@ -1,6 +1,7 @@
 """A quantized model, its quantizers aside, beside the float one: results, gradients and state, on several inputs."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,6 @@ def assert_close(what: str, found: Tensor, expected: Tensor) -> None:
 def assert_computes(q: nn.Module, float_model: nn.Module, *inputs: tuple[Any, ...]) -> None:
     """Check that both compute, learn and write the same for each of the inputs, twice, as state may change."""
     state = q.state_dict()
-    float_model = copy.deepcopy(float_model)
     float_model.load_state_dict({name: state[name] for name in float_model.state_dict()})
     for at, args in enumerate(inputs):
         for _ in range(2):
@@ -67,10 +67,15 @@ def assert_computes(q: nn.Module, float_model: nn.Module, *inputs: tuple[Any, ..
         gradients(other, tensors(run(other, args)))
 
 
-def quantized_alike(float_model: nn.Module, *inputs: tuple[Any, ...], parts: bool = False) -> nn.Module:
-    """Quantize for the first inputs, as one graph unless parts, in both modes; check all of the inputs; return q."""
+def quantized_alike(
+    made: nn.Module | Callable[[], nn.Module], *inputs: tuple[Any, ...], parts: bool = False
+) -> nn.Module:
+    """Quantize for the first inputs, as one graph unless parts, in both modes; check all of the inputs; return q.
+
+    made: a model, or what makes one that cannot be copied.
+    """
     for training in (False, True):
-        model = copy.deepcopy(float_model).train(training)
+        model = (copy.deepcopy(made) if isinstance(made, nn.Module) else made()).train(training)
         q = octav_fx.quantize(model, inputs[0])
         assert isinstance(q, QuantizedModule) is not parts, octav_fx.table(q)
         assert_computes(q, model, *inputs)
