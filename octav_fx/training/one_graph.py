@@ -32,7 +32,7 @@ from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
-from octav_fx.ir.records import Record, graph_info, records, update_graph_info
+from octav_fx.ir.records import NOT_CALLED, Record, graph_info, idle_records, records, update_graph_info
 from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
@@ -131,7 +131,9 @@ class Recipe:
             return replace(choice, bits=there.spec.bits, signed=there.spec.signed)
 
         edits = run(quantized, prepare_passes(self.config, choose))
-        rows = [replace(row, site=self.position.named(row.site)) for row in records(quantized.graph, edits)]
+        found = records(quantized.graph, edits)
+        found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
+        rows = [replace(row, site=self.position.named(row.site)) for row in found]
         return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
 
 
@@ -147,9 +149,12 @@ def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], F
 def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
     """Add rows for operands that no row of a mode speaks of yet, and notes."""
     known = graph_info(quantized)
-    present = known.records.get(mode, [])
+    new = [row for row in rows if row.reason != NOT_CALLED]
+    sites = {row.site for row in new}
+    # What the first graph did not call is called now.
+    present = [row for row in known.records.get(mode, []) if row.reason != NOT_CALLED or row.site not in sites]
     seen = {(row.site, row.operand) for row in present}
-    added = [row for row in rows if (row.site, row.operand) not in seen]
+    added = [row for row in new if (row.site, row.operand) not in seen]
     update_graph_info(
         quantized,
         records={**known.records, mode: [*present, *added]},
