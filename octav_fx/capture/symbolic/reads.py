@@ -87,7 +87,9 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
             value = _plain(module, name)
             # Tensors and modules have nodes of their own.
             key, is_part = (module, name), isinstance(value, (nn.Module, Tensor))
-            if not is_part and key not in reads.attributes and key not in reads.written:
+            # Tracers look for names that are free.
+            is_probe = value is MISSING and not is_users(sys._getframe(1))
+            if not is_part and not is_probe and key not in reads.attributes and key not in reads.written:
                 reads.attributes[key] = kind_of(value)
         return object.__getattribute__(module, name)
 
