@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
-from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.inputs import Inputs, tensors_of
 from octav_fx.compat.modules import (
     HOOK_ATTRIBUTES,
     buffers_of,
@@ -17,6 +18,7 @@ from octav_fx.compat.modules import (
     share_parts,
     transient_buffers_of,
 )
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.meta import info, update
 from octav_fx.ir.records import Record, graph_info
@@ -120,9 +122,21 @@ class QuantizedModule(fx.GraphModule):
                 raise
             return value
 
+    @property
+    def plain_attributes(self) -> dict[str, Any]:
+        """Return what the float module holds besides parts, tensors and what can be called, by name."""
+        held = vars(self._float_module).items()
+        return {
+            name: value
+            for name, value in held
+            if name[:1] != "_" and name != "training" and not callable(value) and not tensors_of(value)
+        }
+
     def _parts(self) -> tuple[Any, ...]:
         """Return all that this module is made of, as values that copy and pickle."""
-        float_module = copy.copy(self._float_module)
+        # Past copy.copy, which modules with parametrizations refuse.
+        kind: Any = type(self._float_module)
+        float_module = kind.__new__(kind)
         float_module.__dict__ = {**vars(self._float_module)}
         replace_children(float_module, {name: m for name, m in children_of(self).items() if name != QUANTIZERS})
         float_module.training = self.training
@@ -196,15 +210,35 @@ def _unflatten(rows: list[Any]) -> fx.Graph:
 class IntegerModule(fx.GraphModule):
     """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any], attributes: Mapping[str, Any]
+    ) -> None:
         super().__init__(root, graph, name)
         self.meta = dict(meta)
         self.training = False
+        # Plain ones of the float module (num_experts), which code around it may read.
+        self.__dict__["octav_attributes"] = dict(attributes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. A gradient through it would be zero: asking for one raises OctavError."""
+        result = super().__call__(*args, **kwargs)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not given or not torch.is_grad_enabled():
+            return result
+        return pytree.tree_map(lambda y: WithoutGradient.apply(y, *given) if _is_floating(y) else y, result)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in (known := self.__dict__.get("octav_attributes", {})):
+                raise
+            return known[name]
 
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
-        return root, _flatten(self.graph), type(self).__name__, self.meta
+        return root, _flatten(self.graph), type(self).__name__, self.meta, self.__dict__["octav_attributes"]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -215,8 +249,28 @@ class IntegerModule(fx.GraphModule):
         return copied
 
 
-def _rebuild_integer(root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any]) -> IntegerModule:
-    module = IntegerModule(root, _unflatten(rows), name, meta)
+class WithoutGradient(torch.autograd.Function):
+    """y [...], and whatever it was computed from by integers -> y, whose gradient nobody knows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *given: Tensor) -> Tensor:
+        """Return y."""
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Raise OctavError."""
+        raise OctavError("a converted model multiplies integers and has no gradient: take it in the frozen one")
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _rebuild_integer(
+    root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any], attributes: dict[str, Any]
+) -> IntegerModule:
+    module = IntegerModule(root, _unflatten(rows), name, meta, attributes)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
     return module

@@ -74,6 +74,6 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()
     run(working, passes)
-    converted = IntegerModule(working, working.graph, type(module).__name__, {})
+    converted = IntegerModule(working, working.graph, type(module).__name__, {}, working.plain_attributes)
     update_graph_info(converted, records={False: working.all_records[False]})
     return converted.requires_grad_(False)
