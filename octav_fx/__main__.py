@@ -1,6 +1,7 @@
 """octav-fx, or python -m octav_fx: the command line."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ _POST_TRAINING = {"weight_bits": 8, "activation_bits": 8, "residual_bits": 8}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; an OctavError is printed without a traceback."""
+    """Run one command; errors are printed without a traceback, OCTAV_FX_TRACEBACK=1 shows those of other libraries."""
     options = _parser().parse_args(arguments)
     try:
         for path in (getattr(options, "onnx", None), getattr(options, "output", None)):
@@ -32,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except OctavError as error:
         print(f"octav_fx: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if os.environ.get("OCTAV_FX_TRACEBACK"):
+            raise
+        print(f"octav_fx: {type(error).__name__}: {error}", file=sys.stderr)
+        print("OCTAV_FX_TRACEBACK=1 shows where it comes from", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
