@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -52,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     shown = found.add_parser("demo", help="train ResNet-18 in float and at 4 bits on handwritten digits")
     shown.add_argument("--epochs", type=int, default=4, help="epochs in float, and again quantized (default 4)")
     shown.add_argument("--seed", type=int, default=0)
+    shown.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write an ONNX file and a report there, and time them"
+    )
     shown.set_defaults(run=commands.run_demo)
     tabled = found.add_parser("table", help="print what becomes of each operand of a model")
     tabled.add_argument("--filter", metavar="GLOB", help="rows of these nodes only")

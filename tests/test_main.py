@@ -246,6 +246,6 @@ def test_a_folder_that_is_not_there_is_told_before_any_work(capsys):
 def test_demo_passes_its_options_on(monkeypatch):
     seen = []
     monkeypatch.setattr(demo, "main", lambda *arguments: seen.append(arguments))
-    assert main(["demo", "--epochs", "3", "--seed", "5"]) == 0
+    assert main(["demo", "--epochs", "3", "--seed", "5", "--out", "folder"]) == 0
     assert main(["demo"]) == 0
-    assert seen == [(3, 5), (4, 0)]
+    assert seen == [(3, 5, Path("folder")), (4, 0, None)]
