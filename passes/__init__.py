@@ -32,12 +32,14 @@ from octav_fx.passes.prepare.canonicalize import canonicalize
 from octav_fx.passes.prepare.choose import choose_spec
 from octav_fx.passes.prepare.decompose_attention import decompose_attention
 from octav_fx.passes.prepare.deduplicate_quantizers import deduplicate_quantizers
+from octav_fx.passes.prepare.expand_products import expand_products
 from octav_fx.passes.prepare.fold_batchnorm import fold_batchnorm
 from octav_fx.passes.prepare.quantize_operands import Choose, Place, quantize_operands
 from octav_fx.passes.prepare.quantize_residuals import quantize_residuals
 
 # The order in which quantize() runs them.
 PREPARE: Final[tuple[Any, ...]] = (
+    expand_products,  # first: what it makes is canonicalized like what forward calls
     canonicalize,  # one spelling for each op; everything below matches on it
     decompose_attention,  # before quantizing, if asked for: its matmuls are then operands like any
     fold_batchnorm,  # before quantizing, if asked for: the folded weight is the one to clip
@@ -117,6 +119,7 @@ __all__ = [
     "codes_of_sums",
     "decompose_attention",
     "deduplicate_quantizers",
+    "expand_products",
     "filters_channels_last",
     "fold_affine_into_scale",
     "fold_batchnorm",

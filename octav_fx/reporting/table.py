@@ -12,7 +12,7 @@ from torch import nn
 
 from octav_fx.capture.modules import quantized_modules
 from octav_fx.capture.partial import outermost, partial_lines
-from octav_fx.ir.records import graph_info
+from octav_fx.ir.records import NOT_CALLED, graph_info
 from octav_fx.reporting.blocks import Block, blocks
 from octav_fx.reporting.rows import Coverage, Row, Rows, coverage, rows
 
@@ -75,7 +75,12 @@ def table(
 def _covered(covered: Coverage) -> str:
     share = covered.quantized_macs / covered.total_macs if covered.total_macs else 0.0
     text = f"quantized: {share:.2%} of {si(covered.total_macs)} MACs"
-    return text + (f"; {len(covered.skipped)} nodes keep float operands" if covered.skipped else "")
+    idle = sum(reason == NOT_CALLED for _, reason, _ in covered.skipped)
+    if idle:
+        text += f" of what ran; {idle} module{'s' if idle > 1 else ''} did not run"
+    if floats := len(covered.skipped) - idle:
+        text += f"; {floats} nodes keep float operands"
+    return text
 
 
 def _notes(quantized: nn.Module) -> list[str]:

@@ -171,7 +171,7 @@ def test_multiply_accumulates_by_hand(name):
 
 def test_coverage_counts_a_node_once_and_lists_what_is_skipped():
     model = Applied(
-        lambda m, x: torch.tensordot(m.out(m.twice(m.twice(m.conv(x).mean((2, 3))))), m.out.weight, 1),
+        lambda m, x: torch.cdist(m.out(m.twice(m.twice(m.conv(x).mean((2, 3))))), m.out.weight.t()),
         conv=nn.Conv2d(3, 8, 3),
         twice=nn.Linear(8, 8),
         out=nn.Linear(8, 4),
@@ -183,7 +183,7 @@ def test_coverage_counts_a_node_once_and_lists_what_is_skipped():
         total_macs=conv + 2 * twice + 2 * out,
         skipped=[
             ("twice:1", "input: override 'twice:1': None; weight: override 'twice:1': None", twice),
-            ("tensordot", "no rule for tensordot", out),
+            ("cdist", "no rule for cdist", out),
         ],
     )
     shares = {row.node: row.share for row in rows(q)}
@@ -193,9 +193,9 @@ def test_coverage_counts_a_node_once_and_lists_what_is_skipped():
 
 def test_a_row_with_a_reason_for_each_operand_left_float():
     hooked = nn.Linear(8, 8)
-    hooked.register_forward_hook(lambda module, args, y: y)
+    hooked.register_full_backward_hook(lambda module, given, taken: None)
     model = Applied(
-        lambda m, x: torch.inner(m.hooked(m.off(x)), torch.mm(x, m.off.weight, out=torch.empty(2, 8))),
+        lambda m, x: torch.cdist(m.hooked(m.off(x)), torch.mm(x, m.off.weight, out=torch.empty(2, 8))),
         off=nn.Linear(8, 8),
         hooked=hooked,
     )
@@ -204,9 +204,9 @@ def test_a_row_with_a_reason_for_each_operand_left_float():
     assert found == [
         ("off", "linear", "input", (2, 8), None, "override 'off': None"),
         ("off", "linear", "weight", (8, 8), None, "override 'off': None"),
-        ("hooked", "linear", "", (2, 8), None, "the module has hooks, which a function call would not run"),
+        ("hooked", "linear", "", (2, 8), None, "the module has backward hooks, which a function call would not run"),
         ("matmul", "matmul", "", (2, 8), None, "writes into out="),
-        ("inner", "inner", "", (2, 2), None, "no rule for inner"),
+        ("cdist", "cdist", "", (2, 2), None, "no rule for cdist"),
     ]
     for row in rows(q):
         assert (row.signed, row.granularity, row.clip, row.max_abs, row.sqnr, row.gain) == (None,) * 6
@@ -320,7 +320,8 @@ def test_a_model_in_parts_names_the_graph_of_each_row():
     _, header, _, *lines = text.splitlines()
     place = header.index("graph")
     assert [line[place:].split()[0] for line in lines[2:4]] == ["head", "head"]
-    assert lines[-3] == "" and lines[-2] == "quantized: 55.56% of 576 MACs; 2 nodes keep float operands"
+    assert lines[-3] == ""
+    assert lines[-2] == "quantized: 55.56% of 576 MACs of what ran; 1 module did not run; 1 nodes keep float operands"
     assert re.fullmatch(r"the model: in parts, because .*test_rows\.py:\d+: forward needs bool\(lt\).*", lines[-1])
 
 
