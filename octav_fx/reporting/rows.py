@@ -13,7 +13,6 @@ from octav_fx.capture.inputs import as_inputs
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import example_of, float_records, outermost, partial_lines
 from octav_fx.capture.rerun import has_data, run_once
-from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.records import Record, graph_info
 from octav_fx.nn import FakeQuantizer
@@ -29,8 +28,12 @@ class Row:
     shape: tuple[int, ...]
     # None where the operand stays float; then reason says why.
     bits: int | None
+    # "int", or another number format.
+    format: str | None
+    # Bits of a code, and of its share of the scales.
+    bits_per_element: float | None
     signed: bool | None
-    # "tensor", or "channel" with the axis.
+    # "tensor", "channel", "token" or "group-N", with the axis.
     granularity: str | None
     # Mean, least and greatest clip over the channels, in the units of the operand.
     clip: float | None
@@ -167,13 +170,15 @@ def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
 
 
 def _statistics(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> _Statistics:
-    spec, clip = quantizer.spec, quantizer.used
+    spec = quantizer.spec
+    # A clip for each row of data is not kept.
+    solve = torch.ops.octav.optimal_clip
+    clip = solve(x, quantizer.hint, str(spec), quantizer.settings.method) if quantizer.by_row else quantizer.used
     finite = x.isfinite()
-    grid = Grid(spec.bits, spec.signed)
-    bound = along(clip, x, spec.dim)
-    beyond = (x.abs() > bound) | (x < 0 if not spec.signed else False)
-    largest = torch.ops.octav.optimal_clip(x, clip, spec.bits, spec.signed, spec.dim, "max")
-    by_largest = torch.ops.octav.fake_quantize(x, largest, grid.bits, spec.signed, spec.dim, "ste")
+    bound = spec.granularity.along(clip, x)
+    beyond = (x.abs() > bound) | (x < 0 if not spec.format.signed else False)
+    largest = solve(x, clip, str(spec), "max")
+    by_largest = torch.ops.octav.fake_quantize(x, largest, str(spec), "ste")
     signal = _power(x, finite)
     sqnr, of_largest = (_decibel(signal, _power(x - rounded, finite)) for rounded in (y, by_largest))
     return _Statistics(
@@ -218,9 +223,11 @@ def _row(
         op=record.op,
         operand=record.operand or "",
         shape=record.shape,
-        bits=spec.bits if spec else None,
-        signed=spec.signed if spec else None,
-        granularity=None if spec is None else "tensor" if spec.dim is None else f"channel {spec.dim}",
+        bits=spec.format.bits if spec else None,
+        format=None if spec is None else "int" if isinstance(spec.format, Grid) else spec.format.name,
+        bits_per_element=None if spec is None else spec.bits_per_element(record.shape),
+        signed=spec.format.signed if spec else None,
+        granularity=None if spec is None else spec.granularity.label,
         clip=None if clip is None else float(clip.mean()),
         clip_min=None if clip is None else float(clip.min()),
         clip_max=None if clip is None else float(clip.max()),
@@ -243,7 +250,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.op,
         row.operand,
         "x".join(map(str, row.shape)),
-        "float" if row.bits is None else str(row.bits),
+        _format(row),
         "" if row.signed is None else "yes" if row.signed else "no",
         row.granularity or "",
         _number(row.clip, ".4g"),
@@ -258,6 +265,15 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.graph or "",
         row.reason or "",
     )
+
+
+def _format(row: Row) -> str:
+    """Return "4", "e2m1", or "4 (4.5)" where scales of short rows add to it."""
+    if row.bits is None or row.bits_per_element is None:
+        return "float"
+    name = str(row.bits) if row.format == "int" else str(row.format)
+    is_short = row.granularity is not None and row.granularity.startswith(("token", "group"))
+    return f"{name} ({row.bits_per_element:.3g})" if is_short else name
 
 
 def _alignment(headers: tuple[str, ...]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.records import records, update_graph_info
-from octav_fx.nn import Spec
+from octav_fx.nn import Settings
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 
@@ -70,7 +70,7 @@ def prepare_module(
     graphs, missing, notes = _graphs(module, example, user, both_modes)
     quantized = QuantizedModule(module, graphs, {})
 
-    def choose(place: Place) -> Spec | str:
+    def choose(place: Place) -> Settings | str:
         return choose_spec(config, position.placed(place))
 
     found = {}

@@ -2,7 +2,7 @@
 
     linear(quantizers.q_input(x), wq), linear(quantizers.k_input(x), wk)  ->  both read quantizers.q_input(x)
 
-Two quantizers are one if they read the same value with the same Spec: the same node of the graph, so q, k and v
+Two quantizers are one if they read the same value with the same Settings: the same node of the graph, so q, k and v
 projections, residual forks, both sides of matmul(x, x), and the weight of a module that is called twice. Not if
 something writes into that value between the two.
 """
@@ -13,26 +13,26 @@ from octav_fx.ir.aliasing import aliasing
 from octav_fx.ir.arguments import module_input
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import module_of
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer, Settings
 
 
 def deduplicate_quantizers(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring."""
     edits: list[Edit] = []
     memory = aliasing(gm.graph)
-    first: dict[tuple[fx.Node, Spec], fx.Node] = {}
+    first: dict[tuple[fx.Node, Settings], fx.Node] = {}
     for node in list(gm.graph.nodes):
         if node.op != "call_module" or not isinstance(quantizer := module_of(node), FakeQuantizer):
             continue
         value = module_input(node)
-        kept = first.setdefault((value, quantizer.spec), node)
+        kept = first.setdefault((value, quantizer.settings), node)
         if kept is node:
             continue
         if memory.written(value, after=kept, before=node):
             edits.append(
                 Edit.info(str(node.target), f"not shared with {kept.target}: {value.name} is written in place between")
             )
-            first[value, quantizer.spec] = node
+            first[value, quantizer.settings] = node
             continue
         node.replace_all_uses_with(kept)
         gm.graph.erase_node(node)

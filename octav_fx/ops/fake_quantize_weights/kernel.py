@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize.kernel import FLOATS, nearest
 from octav_fx.ops.kernels.solve_rows.kernel import METHODS, solve_row, tile_of
@@ -69,8 +70,7 @@ def _table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
 def fake_quantize_weights(
     weights: list[Tensor],
     hints: list[Tensor],
-    bits: list[int],
-    dims: list[int],
+    specs: list[str],
     method: str,
     *,
     out: list[Tensor],
@@ -86,10 +86,13 @@ def fake_quantize_weights(
     if method not in METHODS or capturing:
         return False
     # Of each launch: the entries of its table, the first weight, and how many programs there are.
-    launches: dict[tuple[int, torch.dtype, int], tuple[list[tuple[int, ...]], Tensor, int]] = {}
+    launches: dict[tuple[Grid, torch.dtype, int], tuple[list[tuple[int, ...]], Tensor, int]] = {}
     # A hint that had to be converted has to live until the launch.
     kept, initial_clip = [], 0
-    for w, hint, b, dim, to in zip(weights, hints, bits, dims, out, strict=True):
+    for w, hint, spec, to in zip(weights, hints, specs, out, strict=True):
+        grid, dim = spec_of(spec).plain or (None, None)
+        if grid is None or dim is None or grid.narrow:
+            return False
         layout = cpu.channel_layout(w, dim)
         in_pieces = layout is None or (layout[0] > 1 and layout[1] > 1)
         if w.dtype not in FLOATS or in_pieces or not cpu.same_layout(to, w):
@@ -97,13 +100,12 @@ def fake_quantize_weights(
         rows = w.shape[dim]
         n = w.numel() // rows
         kept.append(cpu.checked(hint, (rows,)))
-        key = (b, w.dtype, sum(n > longest for longest, _ in classes))
+        key = (grid, w.dtype, sum(n > longest for longest, _ in classes))
         entries, of, programs = launches.get(key, ([], w, 0))
         entry = (w.data_ptr(), to.data_ptr(), kept[-1].data_ptr(), programs, initial_clip, n)
         launches[key] = ([*entries, entry], of, programs + rows)
         initial_clip += rows
-    for (b, _, which), (entries, of, programs) in launches.items():
-        grid = Grid(b, signed=True)
+    for (grid, _, which), (entries, of, programs) in launches.items():
         block, warps = classes[min(which, len(classes) - 1)]
         fake_quantize_weights_kernel[(programs,)](
             _table(tuple(entries), clips.device),

@@ -12,45 +12,41 @@ _NAME = "octav::fake_quantize_weights"
 
 torch.library.define(
     _NAME,
-    "(Tensor[] weights, Tensor[] hints, int[] bits, int[] dims, str method) -> (Tensor[], Tensor)",
+    "(Tensor[] weights, Tensor[] hints, str[] specs, str method) -> (Tensor[], Tensor)",
     tags=LAYOUT_AGNOSTIC,
 )
 
 
-def _empty(
-    weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
-) -> tuple[list[Tensor], Tensor]:
-    rows = sum(w.shape[dim] for w, dim in zip(weights, dims, strict=True))
+def _empty(weights: list[Tensor], hints: list[Tensor], specs: list[str], method: str) -> tuple[list[Tensor], Tensor]:
+    rows = sum(hint.numel() for hint in hints)
     clips = torch.empty(rows, dtype=torch.float32, device=weights[0].device if weights else None)
     return [torch.empty_like(w) for w in weights], clips
 
 
 def one_by_one(
-    weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
+    weights: list[Tensor], hints: list[Tensor], specs: list[str], method: str
 ) -> tuple[list[Tensor], Tensor]:
     """See reference.py. Composed of the two ops, so that each device runs the kernels it has."""
-    quantized, clips = _empty(weights, hints, bits, dims, method)
+    quantized, clips = _empty(weights, hints, specs, method)
     first = 0
-    for w, hint, b, dim, out in zip(weights, hints, bits, dims, quantized, strict=True):
-        clip = clips[first : first + w.shape[dim]]
-        torch.ops.octav.optimal_clip.out(w, hint, b, True, dim, method, out=clip)
-        torch.ops.octav.fake_quantize.out(w, clip, b, True, dim, "ste", out=out)
+    for w, hint, spec, out in zip(weights, hints, specs, quantized, strict=True):
+        clip = clips[first : first + len(hint)]
+        torch.ops.octav.optimal_clip.out(w, hint, spec, method, out=clip)
+        torch.ops.octav.fake_quantize.out(w, clip, spec, "ste", out=out)
         first += len(clip)
     return quantized, clips
 
 
-def _cuda(
-    weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
-) -> tuple[list[Tensor], Tensor]:
+def _cuda(weights: list[Tensor], hints: list[Tensor], specs: list[str], method: str) -> tuple[list[Tensor], Tensor]:
     if has_triton():
         from octav_fx.ops.fake_quantize_weights import kernel
 
-        quantized, clips = _empty(weights, hints, bits, dims, method)
+        quantized, clips = _empty(weights, hints, specs, method)
         with torch.cuda.device(clips.device):
-            written = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=quantized, clips=clips)
+            written = kernel.fake_quantize_weights(weights, hints, specs, method, out=quantized, clips=clips)
         if written:
             return quantized, clips
-    return one_by_one(weights, hints, bits, dims, method)
+    return one_by_one(weights, hints, specs, method)
 
 
 torch.library.register_fake(_NAME, _empty)
