@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from octav_fx.formats.format import Format
@@ -61,8 +62,13 @@ class Grid(Format):
         return self.high
 
     def codes(self, ratio: Tensor) -> Tensor:
-        """See Format; ties go to the even code."""
-        return ratio.round().clamp(self.low, self.high)
+        """See Format; ties go to the even code, and what rounds to -0 stays -0.
+
+        No clamp: which of two zeros it returns differs between devices and versions of torch.
+        """
+        code = ratio.round()
+        code = torch.where(code < self.low, self.low, code)
+        return torch.where(code > self.high, self.high, code)
 
     def levels(self, codes: Tensor) -> Tensor:
         """See Format."""

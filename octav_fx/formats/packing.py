@@ -11,7 +11,7 @@ def integer_codes(x: Tensor, clip: Tensor, grid: Grid, dim: int | None) -> Tenso
     """Return the codes of ops/fake_quantize for finite x [...] and a clip [] or [C]: int8 [...]; signed grids."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     step = grid.step(along(clip, x, dim).to(value.dtype))
-    code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
+    code = torch.where(step > 0, grid.codes(value / step), 0)
     return code.to(torch.int8)
 
 

@@ -37,14 +37,19 @@ class Spec:
         )
 
     @property
+    def even(self) -> tuple[Grid, int | None] | None:
+        """Return the grid and the channel axis of integers with one clip, or one for each channel; else None."""
+        if not isinstance(self.format, Grid) or self.granularity.is_short:
+            return None
+        return self.format, self.granularity.channel
+
+    @property
     def plain(self) -> tuple[Grid, int | None] | None:
         """Return the grid and the channel axis where the clip of the tensor or of each channel is all there is to know.
 
         None for any other spec: the kernels that are made for these leave it to the reference.
         """
-        if not isinstance(self.format, Grid) or self.granularity.is_short or self.scale != "float32":
-            return None
-        return self.format, self.granularity.channel
+        return self.even if self.scale == "float32" else None
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The modules that quantized and converted models are made of."""
 
-from octav_fx.nn.fake_quantizer import FakeQuantizer, Settings
+from octav_fx.nn.fake_quantizer import FakeQuantizer, Settings, as_autocast
 from octav_fx.nn.static import ChannelAffine, IntegerBias, IntegerWeight, StaticQuantizer, StoredWeight
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "Settings",
     "StaticQuantizer",
     "StoredWeight",
+    "as_autocast",
 ]

@@ -33,6 +33,14 @@ class Settings:
     sync: bool = False
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """Convert x [...] as a layer under autocast does, where autocast is on; float32 alone."""
+    device = x.device.type
+    if x.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class FakeQuantizer(nn.Module):
     """x [...] -> x on the grid of its own optimal clip, [...].
 
@@ -97,6 +105,12 @@ class FakeQuantizer(nn.Module):
         """Return how the numbers are represented."""
         return self.settings.spec
 
+    def clip_of(self, x: Tensor) -> Tensor:
+        """Return the clip that the last call gave x [...]; found anew where rows of data have one each."""
+        if not self.by_row:
+            return self.used
+        return torch.ops.octav.optimal_clip(x.detach(), self.hint, str(self.spec), self.settings.method)
+
     def init_from_data(self, x: Tensor) -> None:
         """Set a learned clip to where its method begins for x [...]; the hint becomes that clip."""
         assert self.learned is not None
@@ -123,12 +137,17 @@ class FakeQuantizer(nn.Module):
         self.steps.fill_(_MANY)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round x [...] to the nearest levels of its grid [...]; the clip that was used becomes the hint."""
+        """Round x [...] to the nearest levels of its grid [...]; the clip that was used becomes the hint.
+
+        Under autocast data is rounded in its dtype, which is what the layer would convert it to.
+        """
         settings, spec = self.settings, str(self.spec)
         if self.spec.granularity.size is not None and not self.spec.granularity.divides(x.shape):
             raise OctavError(
                 f"x of shape {tuple(x.shape)} for the granularity {self.spec.granularity}: does not divide"
             )
+        if self.running:
+            x = as_autocast(x)
         if self.clip is not None:
             return torch.ops.octav.fake_quantize(x, self.clip, spec, settings.gradient)
         if self.learned is not None:
@@ -172,7 +191,7 @@ class FakeQuantizer(nn.Module):
         if self.learned is not None:
             known = f"{prefix}learned" in state_dict
             # A weight's clip can begin at once, on every rank alike.
-            self.initialized = known or (self.initialized and self.mean is not None)
+            self.initialized = known or (self.initialized and self.running)
             if not known:
                 # Without it in the state it would count as missing; it stays.
                 state_dict = {**state_dict, f"{prefix}learned": self.learned.detach()}

@@ -18,7 +18,7 @@ def make_activations_static(gm: fx.GraphModule) -> list[Edit]:
     for node in gm.graph.find_nodes(op="call_module"):
         quantizer = module_of(node)
         if isinstance(quantizer, FakeQuantizer) and quantizer.clip is not None:
-            if (plain := quantizer.spec.plain) is None:
+            if (plain := quantizer.spec.even) is None:
                 # No integer kernel knows its levels: the frozen quantizer is its own definition.
                 edits.append(Edit.unsupported(node, f"{quantizer.spec} is rounded by its definition"))
                 continue

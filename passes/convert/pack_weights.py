@@ -32,10 +32,10 @@ def pack_weights(gm: fx.GraphModule) -> list[Edit]:
         weight = value_of(gm, source)
         if not weight.isfinite().all():
             raise OctavError(f"{node.target}: the weight {source} holds inf or NaN, which no integer stands for")
-        if spec.plain is None:
+        if spec.even is None:
             stored: nn.Module = StoredWeight(weight, quantizer.clip, spec)
         else:
-            grid, dim = spec.plain
+            grid, dim = spec.even
             stored = IntegerWeight(weight, quantizer.clip, grid.bits, dim, grid.narrow)
         gm.set_submodule(str(node.target), stored, strict=True)
         node.args = ()

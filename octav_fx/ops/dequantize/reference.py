@@ -16,6 +16,6 @@ def dequantize(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Te
     form = represented.format
     value = torch.promote_types(dtype, torch.float32)
     code = codes if form.signed else torch.where(codes >= form.ceiling_flag, codes - form.ceiling_flag, codes)
-    step = form.step(represented.granularity.along(clip, codes).to(value))
-    level = form.levels(code.clamp(form.low, form.high).to(value)) * step
+    level = form.levels(code.clamp(form.low, form.high).to(value))
+    level = level * form.step(represented.granularity.along(clip, codes).to(value))
     return torch.where(codes == torch.iinfo(codes.dtype).min, torch.nan, level).to(dtype)

@@ -80,7 +80,7 @@ def test_golden() -> None:
         "mm_2 = mm.default(tangents_1, permute_3)\n"
         "permute_4 = permute.default(permute_2, [1, 0])\n"
         "fake_quantize_backward = "
-        "fake_quantize_backward.default(permute_4, primals_2, optimal_clip_default_'int1/channel.0', 'mad')\n"
+        "fake_quantize_backward.default(permute_4, primals_2, optimal_clip_default_1, 'int4/channel.0', 'mad')\n"
         "convert_element_type_default = convert_element_type.default(quantize_default, torch.float32)\n"
         "sub_tensor = sub.Tensor(convert_element_type_default, -0.5)\n"
         "abs_default = abs.default(sub_tensor)\n"
