@@ -27,6 +27,7 @@ from octav_fx.capture.symbolic.trace import Capture, capture
 from octav_fx.compat.graphs import replaced_graph
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.formats.granularity import Granularity
 from octav_fx.ir.edits import Kind
 from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
@@ -128,6 +129,8 @@ class Recipe:
             if isinstance(choice, str) or there is None or (choice.spec.format.signed and not there.spec.format.signed):
                 return choice
             # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
+            if _fits(there.spec.granularity, choice.spec.granularity, place):
+                return there.settings
             return replace(choice, spec=replace(choice.spec, format=there.spec.format))
 
         edits = run(quantized, prepare_passes(self.config, choose))
@@ -135,6 +138,13 @@ class Recipe:
         found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
         rows = [replace(row, site=self.position.named(row.site)) for row in found]
         return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
+
+
+def _fits(known: Granularity, chosen: Granularity, place: Place) -> bool:
+    """Tell whether a granularity is one for an operand, in place of the one that was chosen for it."""
+    if known.is_short:
+        return known.axis == place.reduction and known.divides(place.shape)
+    return known.axis == place.dim if known.kind == "channel" else chosen.kind != "channel"
 
 
 def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], FakeQuantizer]:

@@ -142,6 +142,20 @@ def test_graphs_share_quantizers_and_parameters() -> None:
     assert q.a.weight.grad is not None and q.b.weight.grad is None
 
 
+@pytest.mark.parametrize("granularity", ["channel", "group-4", "token"])
+def test_an_edge_of_another_graph_keeps_its_quantizers(granularity: str) -> None:
+    """Where b is not called a is the last layer, and would have 8 bits and no groups if it were captured first."""
+    role = "activation" if granularity == "token" else "weight"
+    config = octav_fx.Config(**{f"{role}_granularity": granularity})
+    float_module = model(added, a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    for calls in ([(x(6, 8), x(8)), (x(6, 8),)], [(x(6, 8),), (x(6, 8), x(8))]):
+        q = octav_fx.quantize(float_module, calls[0], config)
+        first = {name: m.settings for name, m in q.named_modules() if isinstance(m, FakeQuantizer)}
+        q(*calls[1])
+        now = {name: m.settings for name, m in q.named_modules() if isinstance(m, FakeQuantizer)}
+        assert {name: now[name] for name in first} == first and len(now) == 4
+
+
 def test_a_new_branch_brings_its_quantizers_and_its_rows() -> None:
     float_module = model(added, a=nn.Linear(8, 8), b=nn.Linear(8, 8))
     q = octav_fx.quantize(float_module, x(6, 8))
