@@ -192,6 +192,7 @@ def test_the_public_names():
         "__version__",
         "activation",
         "calibrate",
+        "check",
         "convert",
         "coverage",
         "deployment",
