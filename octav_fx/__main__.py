@@ -91,6 +91,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", metavar="CALLABLE", help="package.module:callable, which returns batches")
     command.add_argument("--batches", type=int, default=32, help="at most so many of them (default 32)")
     quantized = command.add_argument_group("configuration, as in octav_fx.Config")
+    quantized.add_argument("--preset", metavar="NAME", help="as in octav_fx.Config.preset: w8a8, w4a16-g128")
     quantized.add_argument("--config", metavar="JSON", help="fields as a JSON object, or a file of one")
     quantized.add_argument("--weight-bits", type=int)
     quantized.add_argument("--activation-bits", type=int)

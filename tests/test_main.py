@@ -139,6 +139,14 @@ def test_config_as_json_and_file(tmp_path, capsys):
         assert formats == ["int4", "int5", "uint4", "int5"]
 
 
+def test_a_preset_and_what_is_laid_over_it(capsys):
+    arguments = ["table", "tests.test_main:tiny", "--input", "2x8", "--preset", "w8a8", "--edge-bits", "5", "--json"]
+    assert main(arguments) == 0
+    assert [value["bits"] for value in json.loads(capsys.readouterr().out)] == [8, 8, 5, 5]
+    assert main(["table", "tests.test_main:tiny", "--input", "2x8", "--preset", "w9a9"]) == 1
+    assert "octav_fx: " in capsys.readouterr().err
+
+
 def test_weights_are_loaded(tmp_path, capsys):
     torch.manual_seed(7)
     model, path = tiny(), tmp_path / "checkpoint.pt"

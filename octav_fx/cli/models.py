@@ -67,11 +67,13 @@ def load_weights(model: nn.Module, path: str | None) -> None:
 
 
 def config(options: argparse.Namespace) -> Config:
-    """Return the Config of --config, a JSON object or a file of one, with the fields of single options laid over it.
+    """Return the Config of --preset, with the fields of --config and of single options laid over it.
 
-    Fields that neither names are the command's own.
+    --config is a JSON object or a file of one. Without a preset the fields that nobody names are the command's own.
     """
     values: dict[str, Any] = dict(options.fields)
+    if options.preset is not None:
+        values = Config.preset(options.preset).to_dict()
     if options.config is not None:
         try:
             is_text = options.config.lstrip().startswith("{")

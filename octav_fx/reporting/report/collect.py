@@ -126,9 +126,9 @@ def _row(row: Row, detail: Detail | None) -> dict[str, Any]:
         "exact": row.sqnr == math.inf,
         "format": format_name(row),
         "block": block_of(row.node),
-        # Of a weight as it is stored: codes, without scales.
+        # Of a weight as it is stored: codes and scales.
         "float_bytes": 4 * count if row.operand == "weight" else None,
-        "bytes": math.ceil(count * (row.bits or 32) / 8) if row.operand == "weight" else None,
+        "bytes": math.ceil(count * (row.bits_per_element or 32) / 8) if row.operand == "weight" else None,
         "detail": None if detail is None else _rounded(dataclasses.asdict(detail)),
     }
 

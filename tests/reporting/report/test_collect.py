@@ -46,7 +46,7 @@ def test_weights_are_counted_in_bytes():
     q = quantize(nn.Linear(10, 3), torch.randn(2, 10), Config(weight_bits=3, edge_bits=None))
     data, weight = collected(q, None)["rows"]
     assert (data["bytes"], data["float_bytes"]) == (None, None)
-    assert (weight["bytes"], weight["float_bytes"]) == (math.ceil(30 * 3 / 8), 120)
+    assert (weight["bytes"], weight["float_bytes"]) == (math.ceil(30 * 3 / 8 + 3 * 4), 120)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 4), torch.full((2, 4), 3.0), torch.tensor([[math.inf, math.nan, 1, 2]])])
