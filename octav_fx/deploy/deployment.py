@@ -17,7 +17,7 @@ from octav_fx.deploy.convert import bytes_of, convert, integer_layers, rewritten
 from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.errors import OctavError
-from octav_fx.nn import FakeQuantizer, IntegerWeight, StaticQuantizer
+from octav_fx.nn import FakeQuantizer, IntegerWeight, StaticQuantizer, StoredWeight
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.passes import CONVERT
 
@@ -84,7 +84,7 @@ def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] |
         frozen, operands = _observed(q, FakeQuantizer, args, kwargs)
     found = run_once(converted, args, kwargs)
     # Operands are compared where they are levels; codes are the same.
-    _, others = _observed(levels, (StaticQuantizer, IntegerWeight), args, kwargs)
+    _, others = _observed(levels, (StaticQuantizer, IntegerWeight, StoredWeight), args, kwargs)
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
             path = Path(folder) / "model.onnx"
@@ -127,14 +127,15 @@ def _rows(
     for record in q.all_records[False]:
         runs = reasons.get(record.site, "no rule") or "integers"
         part = None if record.quantizer is None else converted.get_submodule(record.quantizer)
-        if not isinstance(part, (IntegerWeight, StaticQuantizer)) or record.quantizer is None:
+        if not isinstance(part, (IntegerWeight, StaticQuantizer, StoredWeight)) or record.quantizer is None:
             rows.append(DeployedRow(record.site, record.operand or "", None, None, None, None, record.reason, runs))
             continue
         stored = 0 if record.quantizer in counted else size_of(part)
         counted.add(record.quantizer)
         difference = differences.get(record.quantizer)
         scale = float(part.scale.mean())
-        rows.append(DeployedRow(record.site, record.operand or "", part.bits, scale, stored, difference, None, runs))
+        bits = part.spec.format.bits if isinstance(part, StoredWeight) else part.bits
+        rows.append(DeployedRow(record.site, record.operand or "", bits, scale, stored, difference, None, runs))
     return rows
 
 

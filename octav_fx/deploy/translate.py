@@ -83,7 +83,7 @@ def _stand_ins(module: nn.Module) -> dict[str, Part]:
                         f"{name}: ONNX has no levels of {part.spec.format.name}; give this weight "
                         "weight_format='int', or leave it float, by an override"
                     )
-                stand_in = _Constant("Weight", name, part.codes.shape)
+                stand_in = _Constant("Weight", name, part.shape)
             case FakeQuantizer():
                 raise OctavError(
                     f"{name}: ONNX has no op that rounds to {part.spec}; give this activation activation_format='int' "

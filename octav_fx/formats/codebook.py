@@ -72,7 +72,7 @@ class Codebook(Format):
         return torch.where(above % 2 == 0, down, middles).to(ratio.device)
 
 
-def symmetric(key: str, bits: int, magnitudes: list[float]) -> Codebook:
-    """Return the codebook of these magnitudes, zero included, and their negatives."""
+def symmetric(magnitudes: list[float]) -> tuple[float, ...]:
+    """Return these magnitudes, zero, and their negatives, in ascending order."""
     rising = sorted(set(magnitudes) - {0.0})
-    return Codebook(key, bits, (*(-level for level in reversed(rising)), 0.0, *rising))
+    return (*(-level for level in reversed(rising)), 0.0, *rising)

@@ -125,7 +125,8 @@ class StaticQuantizer(nn.Module):
 class StoredWeight(nn.Module):
     """() -> the weight on the levels of any spec, in the dtype that the model computes in.
 
-    codes: int8 [...]. clip: float32, of the shape that the granularity says.
+    codes: int8 [...], or uint8 [(n + 1) // 2] with two to a byte where they fit. clip: float32, of the shape that the
+    granularity says.
     """
 
     codes: Tensor
@@ -133,17 +134,28 @@ class StoredWeight(nn.Module):
 
     def __init__(self, weight: Tensor, clip: Tensor, spec: Spec) -> None:
         super().__init__()
-        self.spec, self.dtype = spec, weight.dtype
+        self.spec, self.shape, self.dtype = spec, tuple(weight.shape), weight.dtype
+        self.is_packed = spec.format.low >= -(2 ** (PACKED - 1)) and spec.format.high < 2 ** (PACKED - 1)
         value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         step = spec.format.step(spec.granularity.along(clip.detach(), value).to(value.dtype))
         codes = torch.where(step > 0, spec.format.codes(value / step), 0)
-        self.register_buffer("codes", codes.to(torch.int8))
+        codes = codes.to(torch.int8)
+        self.register_buffer("codes", pack(codes) if self.is_packed else codes)
         self.register_buffer("clip", clip.detach().clone())
+
+    def integers(self) -> Tensor:
+        """Return the codes [...], int8."""
+        return unpack(self.codes, self.shape) if self.is_packed else self.codes
+
+    @property
+    def scale(self) -> Tensor:
+        """Return what one step is, of the shape of the clip."""
+        return self.spec.format.step(self.clip)
 
     def forward(self) -> Tensor:
         """See the class."""
-        levels = self.spec.format.levels(self.codes.to(torch.promote_types(self.dtype, torch.float32)))
-        step = self.spec.format.step(self.spec.granularity.along(self.clip, self.codes).to(levels.dtype))
+        levels = self.spec.format.levels(self.integers().to(torch.promote_types(self.dtype, torch.float32)))
+        step = self.spec.format.step(self.spec.granularity.along(self.clip, levels).to(levels.dtype))
         return (levels * step).to(self.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]

@@ -57,7 +57,8 @@ def test_steps_are_numbers_of_their_format(scale, method):
     form, x = CODEBOOKS["e2m1"], torch.randn(200, 16) * torch.randn(200, 1).exp()
     step = found(x, form, method, scale)
     assert torch.equal(SCALES[scale](step, tensor_scale(x, form)), step)
-    if method == "octav":
+    if method == "octav" and scale in ("e8m0", "e4m3"):
+        # So few numbers are near that each is tried.
         near = [SCALES[scale](step * factor, tensor_scale(x, form)) for factor in (0.5, 0.93, 1.07, 2)]
         best = error(x, step, form)
         assert all((best <= error(x, other, form) + 1e-6 * x.square().sum(-1)).all() for other in near)

@@ -43,6 +43,8 @@ def test_every_level_is_its_own_code_and_others_go_to_the_nearest(form, dtype):
     # Distances are rounded once; a nearest level is as near as that allows.
     slack = 2 * torch.finfo(dtype).eps * form.steps
     assert ((form.round(x) - x).abs() <= distance.amin(-1) + slack).all()
+    # Rounding by arithmetic and by the table are the same.
+    assert torch.equal(form.round(x), form.levels(form.codes(x)))
 
 
 @pytest.mark.parametrize("form", CODEBOOKS.values(), ids=str)

@@ -86,8 +86,8 @@ def weight_levels(graph: Graph, key: str, weight: IntegerWeight, output: str) ->
 def grouped_levels(graph: Graph, key: str, weight: StoredWeight, output: str) -> Any:
     """Return DequantizeLinear of integer codes with a scale for each block along an axis, as opset 21 has it."""
     shared, kind = weight.spec.granularity, "INT4" if weight.spec.format.bits <= _NIBBLE else "INT8"
-    codes = graph.constant(f"{key}.codes", kind, weight.codes)
-    return dequantized(graph, key, codes, weight.spec.format.step(weight.clip), kind, shared.axis, output, shared.size)
+    codes = graph.constant(f"{key}.codes", kind, weight.integers())
+    return dequantized(graph, key, codes, weight.scale, kind, shared.axis, output, shared.size)
 
 
 def dequantized(

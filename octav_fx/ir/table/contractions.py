@@ -50,7 +50,9 @@ def _transposed(conv: Any, make_call: MakeCall, x: Any) -> tuple[Any, ...]:
 
 ATTENTION: Final = Op(
     "attention",
-    # The softmax output inside of a fused attention stays float; the mask is not an operand.
+    # The softmax output inside of a fused attention stays float; the mask is not an operand. The product with value
+    # sums over the sequence: its tokens and groups lie along it, and later positions count in a clip, as they do in one
+    # for the tensor.
     (
         activation(0, "query", reduction=-1),
         activation(1, "key", reduction=-1),

@@ -12,6 +12,8 @@ from torch import nn
 import octav_fx
 from octav_fx import Config, OctavError, quantize
 
+pytestmark = pytest.mark.slow
+
 
 def frozen(config: Config) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
@@ -60,3 +62,13 @@ def test_what_onnx_cannot_say(config: Config, message: str, tmp_path: Path):
     plain = {"weight_format": "int", "activation_format": "int", "activation_granularity": "tensor"}
     q, x = frozen(dataclasses.replace(config, overrides={"*": plain}))
     octav_fx.export_onnx(q, x, tmp_path / "model.onnx", target="exact")
+
+
+def test_what_is_deployed_counts_codes_and_scales(tmp_path: Path) -> None:
+    q, x = frozen(Config(edge_bits=None, activation_bits=None, weight_granularity="group-32"))
+    found = octav_fx.deployment(q, x)
+    (row,) = (row for row in found.rows if (row.node, row.operand) == ("0", "weight"))
+    # Two codes to a byte, and a float32 for each group of 32.
+    assert (row.bits, row.bytes) == (4, 64 * 32 // 2 + 64 * 32 // 32 * 4)
+    assert row.difference == 0
+    assert found.converted_difference == 0
