@@ -68,15 +68,15 @@ def assert_computes(q: nn.Module, float_model: nn.Module, *inputs: tuple[Any, ..
 
 
 def quantized_alike(
-    made: nn.Module | Callable[[], nn.Module], *inputs: tuple[Any, ...], parts: bool = False
+    made: nn.Module | Callable[[], nn.Module], *inputs: tuple[Any, ...], parts: bool = False, **options: Any
 ) -> nn.Module:
     """Quantize for the first inputs, as one graph unless parts, in both modes; check all of the inputs; return q.
 
-    made: a model, or what makes one that cannot be copied.
+    made: a model, or what makes one that cannot be copied. options: those of quantize.
     """
     for training in (False, True):
         model = (copy.deepcopy(made) if isinstance(made, nn.Module) else made()).train(training)
-        q = octav_fx.quantize(model, inputs[0])
+        q = octav_fx.quantize(model, inputs[0], **options)
         assert isinstance(q, QuantizedModule) is not parts, octav_fx.table(q)
         assert_computes(q, model, *inputs)
     return q
