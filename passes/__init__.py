@@ -26,6 +26,8 @@ from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.split_quantizers import split_quantizers
+from octav_fx.passes.lower.update_at_once import update_at_once
+from octav_fx.passes.lower.write_out import write_out
 from octav_fx.passes.prepare.canonicalize import canonicalize
 from octav_fx.passes.prepare.choose import choose_spec
 from octav_fx.passes.prepare.decompose_attention import decompose_attention
@@ -56,6 +58,12 @@ LOWER: Final[tuple[Pass, ...]] = (
     filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
     integer_matmul,  # after save_codes, whose codes it multiplies
     fuse_weight_quantizers,  # last: of the weights whose levels are still needed
+)
+
+# What the backend runs on each half, when it is decided what is kept between them.
+FUSE: Final[tuple[Pass, ...]] = (
+    update_at_once,  # before write_out: it looks for clips, not for what they are written out as
+    write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
 
 # What convert() and the exporters run on the eval graph of a frozen model: its operands are integers and scales then.
@@ -97,6 +105,7 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
 __all__ = [
     "COMPUTE",
     "CONVERT",
+    "FUSE",
     "INTEGERS",
     "LOWER",
     "PREPARE",
@@ -129,4 +138,6 @@ __all__ = [
     "saturate_codes",
     "save_codes",
     "split_quantizers",
+    "update_at_once",
+    "write_out",
 ]

@@ -1,14 +1,18 @@
 """QuantizedModule: the user's module tree, seen through a rewritten graph."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 
-from octav_fx.capture.inputs import Inputs, tensors_of
+from octav_fx.capture.dispatch import GuardedModule, is_traced
+from octav_fx.capture.flat import flatten, unflatten
+from octav_fx.capture.guards import GuardedGraph, Guards
+from octav_fx.capture.inputs import Inputs, call_of, tensors_of
+from octav_fx.capture.module_state import without_history
 from octav_fx.compat.modules import (
     HOOK_ATTRIBUTES,
     buffers_of,
@@ -20,31 +24,39 @@ from octav_fx.compat.modules import (
 )
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.ir.meta import info, update
 from octav_fx.ir.records import Record, graph_info
 from octav_fx.nn.fake_quantizer import QUANTIZERS
+
+# Gives a module what it needs for a call that no graph of it holds for: a graph more, or its own Python.
+CaptureAgain = Callable[["QuantizedModule", Inputs], None]
 
 # What a quantized module has besides what its class has.
 _RESERVED: Final = (QUANTIZERS, "meta", "examples")
 
 
-class QuantizedModule(fx.GraphModule):
+class QuantizedModule(GuardedModule):
     """A GraphModule over the very submodules, parameters and buffers of a float module.
 
     Names, ties and containers of the float module stay, so its checkpoints load and its optimizer groups hold; the
-    quantizers are one more child. Where the float module's Python code branches on self.training there are two
-    graphs, and train() and eval() choose. float_forward() runs the float module's own forward on the same state.
+    quantizers are one more child. Each graph holds under guards: forward runs the first that holds for its inputs, and
+    where none does, captures one more. Where the float module's Python code branches on self.training each mode has its
+    own. float_forward() runs the float module's own forward on the same state.
     """
 
-    def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        float_module: nn.Module,
+        graphs: Mapping[bool, Sequence[GuardedGraph]],
+        meta: Mapping[str, Any],
+        recipe: Any = None,
+        capture_again: CaptureAgain | None = None,
+    ) -> None:
         taken = (*children_of(float_module), *parameters_of(float_module), *buffers_of(float_module))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
             raise NotCaptured(
                 f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
             )
         super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
-        # Not a registered child: the tree below both is the same one.
-        self.__dict__["_float_module"] = float_module
         self._parameters = parameters_of(float_module)
         self._buffers = buffers_of(float_module)
         self._non_persistent_buffers_set = transient_buffers_of(float_module)
@@ -56,11 +68,18 @@ class QuantizedModule(fx.GraphModule):
         self.training = float_module.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
         self.examples: Inputs | None = None
-        self._graphs = dict(graphs)
-        for graph in self._graphs.values():
-            graph.owning_module = self
+        # For each mode the graphs that were captured so far; the first is the one that quantize() made.
+        self._graphs = {mode: list(graphs.get(mode, ())) for mode in (True, False)}
+        for guarded in (*self._graphs[True], *self._graphs[False]):
+            guarded.graph.owning_module = self
+        # What further graphs are made with, and what makes them; what runs where none can be made, for each mode.
+        self.recipe, self.capture_again = recipe, capture_again
+        self._own_python: dict[bool, Callable[..., Any]] = {}
         self.meta = dict(meta)
-        self.graph = self._graphs[self.training]
+        if self._graphs[self.training]:
+            self.graph = self._graphs[self.training][0].graph
+        # Not a registered child: the tree below both is the same one. From now on it gets what users set.
+        self.__dict__["_float_module"] = float_module
 
     @property
     def records(self) -> list[Record]:
@@ -75,30 +94,73 @@ class QuantizedModule(fx.GraphModule):
     @property
     def modes(self) -> tuple[bool, ...]:
         """Return the training modes that have a graph of their own, the present one first."""
-        first, other = self.training, not self.training
-        own = other in self._graphs and self._graphs[other] is not self._graphs[first]
-        return (first, other) if own else (first,)
+        present, other = self.training, not self.training
+        if not self._graphs[other]:
+            return (present,)
+        own = not self._graphs[present] or self._graphs[other][0] is not self._graphs[present][0]
+        return (present, other) if own else (present,)
 
     def graph_of(self, mode: bool) -> fx.Graph:
-        """Return the graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
-        if mode not in self._graphs:
-            raise OctavError(f"{graph_info(self).missing}; call octav_fx.quantize with inputs that fit both modes")
+        """Return the first graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
+        if not self._graphs[mode]:
+            raise OctavError(f"{graph_info(self).missing}: call the model in that mode, with inputs that fit it")
+        return self._graphs[mode][0].graph
+
+    def graphs_of(self, mode: bool) -> list[GuardedGraph]:
+        """Return all graphs that were captured for a training mode, the list itself."""
         return self._graphs[mode]
 
     def train(self, mode: bool = True) -> "QuantizedModule":
-        """Set the mode of every module, and take the graph of that mode where it has its own."""
-        graph = self.graph_of(mode)
+        """Set the mode of every module, and show the graph of that mode where it has its own."""
         super().train(mode)
-        if graph is not self.graph:
-            self.graph = graph
+        if (graphs := self._graphs[mode]) and graphs[0].graph is not self.graph:
+            self.graph = graphs[0].graph
         return self
+
+    def _captured(self) -> Sequence[GuardedGraph]:
+        return [guarded for graphs in self.__dict__.get("_graphs", {}).values() for guarded in graphs]
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        graphs = self._graphs[self.training]
+        if is_traced(args):
+            return graphs[0].function()(self, *args, **kwargs)
+        for guarded in graphs:
+            if guarded.broken(self, args, kwargs) is None:
+                return guarded.function()(self, *args, **kwargs)
+        if (own := self._own_python.get(self.training)) is not None:
+            return own(*args, **kwargs)
+        return self._run_new(args, kwargs)
+
+    def run_own_python(self, function: Callable[..., Any]) -> None:
+        """Let a function of the arguments run from now on, in the present mode, where no graph holds."""
+        self._own_python[self.training] = function
+
+    @torch.compiler.disable(reason="octav_fx captures a new graph for these inputs; the next such call is compiled")
+    def _run_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.capture_again is None:
+            raise OctavError(f"{type(self).__name__} has no graph for this call: {self.why_not(args, kwargs)}")
+        for guarded in self._graphs[self.training]:
+            # A compiled call may still lead here after the graph for it was made.
+            if guarded.broken(self, args, kwargs) is None:
+                return guarded.function()(self, *args, **kwargs)
+        self.capture_again(self, call_of(self._float_module, args, kwargs))
+        return self._dispatch(*args, **kwargs)
+
+    def why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Say which guard of the first graph of the present mode does not hold for a call."""
+        graphs = self._graphs[self.training]
+        return str(graphs[0].broken(self, args, kwargs)) if graphs else str(graph_info(self).missing)
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the float module's own forward, on the parameters and buffers of this one."""
-        float_module = self._float_module
+        return self.float_module().forward(*args, **kwargs)
+
+    def float_module(self) -> nn.Module:
+        """Return the float module, in the mode of this one and with its children."""
+        float_module: nn.Module = self._float_module
         children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
         float_module.training = self.training
-        return float_module.forward(*args, **kwargs)
+        return float_module
 
     @contextmanager
     def as_float(self) -> Iterator[None]:
@@ -122,6 +184,15 @@ class QuantizedModule(fx.GraphModule):
                 raise
             return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        float_module = self.__dict__.get("_float_module")
+        is_plain = not isinstance(value, (nn.Module, nn.Parameter))
+        if float_module is None or not is_plain or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            # Where forward reads it, and guards look.
+            setattr(float_module, name, value)
+
     @property
     def plain_attributes(self) -> dict[str, Any]:
         """Return what the float module holds besides parts, tensors and what can be called, by name."""
@@ -142,14 +213,14 @@ class QuantizedModule(fx.GraphModule):
         float_module.training = self.training
         for name in HOOK_ATTRIBUTES:
             float_module.__dict__[name] = getattr(self, name)
-        flat = {mode: _flatten(self._graphs[mode]) for mode in self.modes}
-        shared = [mode for mode in self._graphs if mode not in flat]
-        return float_module, flat, shared, self.meta, children_of(self)[QUANTIZERS]
+        further = (self.recipe, self.capture_again)
+        return float_module, self._graphs, self.meta, further, children_of(self)[QUANTIZERS]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild, self._parts()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedModule":
+        memo.update(without_history(self))
         copied = _rebuild(*copy.deepcopy(self._parts(), memo))
         copied.examples = self.examples
         memo[id(self)] = copied
@@ -166,56 +237,34 @@ def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
 
 def _rebuild(
     float_module: nn.Module,
-    flat: dict[bool, list[Any]],
-    shared: list[bool],
+    graphs: dict[bool, list[GuardedGraph]],
     meta: dict[str, Any],
+    further: tuple[Any, CaptureAgain | None],
     quantizers: nn.Module,
 ) -> QuantizedModule:
-    graphs = {mode: _unflatten(rows) for mode, rows in flat.items()}
-    graphs.update({mode: graphs[not mode] for mode in shared})
-    module = QuantizedModule(float_module, graphs, meta)
+    module = QuantizedModule(float_module, graphs, meta, *further)
     children_of(module)[QUANTIZERS] = quantizers
     return module
 
 
-class _Ref(str):
-    """The name of a node, in place of the node: fx nodes link to their neighbours, too deep for pickle."""
-
-    __slots__ = ()
-
-
-def _flatten(graph: fx.Graph) -> list[Any]:
-    def refer(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: _Ref(node.name))
-
-    return [
-        (node.op, node.target, refer(node.args), refer(node.kwargs), node.name, info(node).site) for node in graph.nodes
-    ]
-
-
-def _unflatten(rows: list[Any]) -> fx.Graph:
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-
-    def resolve(argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, lambda leaf: nodes[leaf] if isinstance(leaf, _Ref) else leaf)
-
-    for op, target, args, kwargs, name, site in rows:
-        nodes[name] = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
-        if site is not None:
-            update(nodes[name], site=site)
-    return graph
-
-
-class IntegerModule(fx.GraphModule):
+class IntegerModule(GuardedModule):
     """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any], attributes: Mapping[str, Any]
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        name: str,
+        meta: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        guards: Guards | None = None,
     ) -> None:
         super().__init__(root, graph, name)
         self.meta = dict(meta)
         self.training = False
+        self._guards = guards
+        self._guarded = GuardedGraph(self.graph, guards)
+        self.recompile()
         # Plain ones of the float module (num_experts), which code around it may read.
         self.__dict__["octav_attributes"] = dict(attributes)
 
@@ -235,10 +284,22 @@ class IntegerModule(fx.GraphModule):
                 raise
             return known[name]
 
+    def _captured(self) -> Sequence[GuardedGraph]:
+        return [self._guarded] if "_guarded" in self.__dict__ else []
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_traced(args) and (fault := self._guarded.broken(self, args, kwargs)) is not None:
+            raise OctavError(
+                f"{fault}: a converted model holds for calls like the example of octav_fx.quantize alone; quantize "
+                "with an example like this call, load the state into that and convert it"
+            )
+        return self._guarded.function()(self, *args, **kwargs)
+
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
-        return root, _flatten(self.graph), type(self).__name__, self.meta, self.__dict__["octav_attributes"]
+        attributes = self.__dict__["octav_attributes"]
+        return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -268,9 +329,14 @@ def _is_floating(value: Any) -> bool:
 
 
 def _rebuild_integer(
-    root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any], attributes: dict[str, Any]
+    root: nn.Module,
+    rows: list[Any],
+    name: str,
+    meta: dict[str, Any],
+    attributes: dict[str, Any],
+    guards: Guards | None,
 ) -> IntegerModule:
-    module = IntegerModule(root, _unflatten(rows), name, meta, attributes)
+    module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
     return module

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
+from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
@@ -73,7 +74,11 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
         raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = copy.deepcopy(module).eval()
+    drop_stores(working.graph)
     run(working, passes)
-    converted = IntegerModule(working, working.graph, type(module).__name__, {}, working.plain_attributes)
+    guards = working.graphs_of(False)[0].guards
+    guards = None if guards is None else guards.of_inputs()
+    attributes = working.plain_attributes
+    converted = IntegerModule(working, working.graph, type(module).__name__, {}, attributes, guards)
     update_graph_info(converted, records={False: working.all_records[False]})
     return converted.requires_grad_(False)

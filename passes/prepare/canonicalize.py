@@ -162,6 +162,9 @@ def _computed(call: fx.Node, path: str, parametrization: nn.Module) -> fx.Node:
 
 def _count_alone(product: fx.Node) -> None:
     """Count the work of a product without that of computing its weight, which a call of the module had in it."""
+    if not isinstance(fake(product), Tensor):
+        # It comes after what depends on data.
+        return
     args, kwargs = fx.node.map_arg((product.args, product.kwargs), fake)
     with fake(product).fake_mode, torch.no_grad(), MacCounter() as counter:
         product.target(*args, **kwargs)  # type: ignore[operator]
