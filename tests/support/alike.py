@@ -46,6 +46,9 @@ def assert_close(what: str, found: Tensor, expected: Tensor) -> None:
 
 def assert_computes(q: nn.Module, float_model: nn.Module, *inputs: tuple[Any, ...]) -> None:
     """Check that both compute, learn and write the same for each of the inputs, twice, as state may change."""
+    for args in inputs:
+        # What a new graph brings is there before quantizers are set aside.
+        run(q, args)
     state = q.state_dict()
     float_model.load_state_dict({name: state[name] for name in float_model.state_dict()})
     for at, args in enumerate(inputs):
