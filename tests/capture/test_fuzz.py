@@ -18,6 +18,9 @@ FOUND = {
 with torch.no_grad():
     z = torch.tensordot(y, self.a.weight, 1)
 return self.c(z) + self.c(y)""",
+    "a guard on what a baked size lets fail": """
+z = torch.stack([self.b(t) for t in y.exp().log1p()], 0)
+return self.attention(z, x, torch.stack([self.b(t) for t in y.exp().log1p()], 0))[0]""",
     "a name for what was written twice": """
 z = self.a(x)
 w = z

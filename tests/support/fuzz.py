@@ -194,7 +194,7 @@ def check_signs(q: nn.Module, args: tuple[Tensor, ...]) -> None:
 
     def seen(quantizer: nn.Module, given: tuple[Tensor], result: Tensor) -> None:
         assert isinstance(quantizer, FakeQuantizer)
-        assert quantizer.spec.signed or given[0].min() >= 0, "a negative value on an unsigned grid"
+        assert quantizer.spec.format.signed or given[0].min() >= 0, "a negative value on an unsigned grid"
 
     handles = [m.register_forward_hook(seen) for m in q.modules() if isinstance(m, FakeQuantizer)]
     run(q, args)
