@@ -84,8 +84,13 @@ class Guards:
             with torch.no_grad():
                 fakes = [mode.from_tensor(leaf) if _is_real(leaf) else leaf for leaf in leaves]
                 fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-                with mode:
-                    self._known[key] = self.deep.broken(module, fake_args, fake_kwargs)
+                try:
+                    with mode:
+                        fault = self.deep.broken(module, fake_args, fake_kwargs)
+                except Exception as error:
+                    # With sizes of the example in it, what a later value is computed from need not run at all.
+                    fault = f"what it computes sizes from fails: {error}"
+                self._known[key] = fault
         return self._known[key]
 
     def of_inputs(self) -> "Guards":

@@ -52,6 +52,8 @@ class UserRules:
 
     ops: tuple[Op, ...] = ()
     leaves: tuple[type[nn.Module], ...] = ()
+    # Whether recurrent layers are written as linear steps.
+    unrolls: bool = False
 
 
 def op_of(node: fx.Node) -> Op | None:
@@ -104,7 +106,7 @@ def in_place(node: fx.Node) -> bool:
             name = getattr(node.target, "__name__", "")
             named = name.endswith("_") and not name.endswith("__")
             augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
-            return named or augmented or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+            return named or augmented or bool(node.kwargs.get("inplace", False)) or node.kwargs.get("out") is not None
     return False
 
 

@@ -16,6 +16,7 @@ from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import PartialInfo, PartialModule, mark_partial
 from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
+from octav_fx.capture.symbolic.recurrent import is_recurrent
 from octav_fx.capture.symbolic.tracer import is_torch_leaf
 from octav_fx.compat.modules import children_of
 from octav_fx.config import Config
@@ -48,7 +49,8 @@ class PartsQuantizer:
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
-        has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS
+        is_unrolled = self.user.unrolls and is_recurrent(module)
+        has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS and not is_unrolled
         if path and (has_no_rule or isinstance(module, self.user.leaves)):
             raise NotCaptured(f"no rule for {type(module).__name__}")
         if id(module) not in self.done:

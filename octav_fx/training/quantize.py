@@ -36,6 +36,7 @@ def quantize(
     strict: bool = False,
     rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
+    recurrent: str = "float",
     examples: Sequence[Any] = (),
 ) -> nn.Module:
     """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
@@ -44,6 +45,8 @@ def quantize(
     decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
     rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
     leaves: classes of modules to leave as they are, float.
+    recurrent: "float" leaves LSTM, GRU, RNN and their cells as they are; "unrolled" writes them as linear layers, one
+    for each step of the example, which are quantized like any others. Packed sequences stay float.
     examples: further calls of other kinds, each given as example_inputs is: other optional arguments, a sequence of
     one token. A graph for each is captured now, which is done anyhow when such a call comes.
     Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
@@ -57,7 +60,7 @@ def quantize(
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
-    quantized = quantize_by_parts(_copy(model), example, config, _user_rules(rules, leaves))
+    quantized = quantize_by_parts(_copy(model), example, config, _user_rules(rules, leaves, recurrent))
     graphs = quantized_modules(quantized)
     for part in graphs:
         part.capture_again = capture_again
@@ -127,14 +130,16 @@ def _begin_learned(q: nn.Module, example: Inputs) -> None:
         quantizer.initialized = bool(quantizer.hint.any())
 
 
-def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]]) -> UserRules:
+def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]], recurrent: str) -> UserRules:
+    if recurrent not in ("float", "unrolled"):
+        raise OctavError(f'recurrent: {recurrent!r} is neither "float" nor "unrolled"')
     for rule in rules:
         if not isinstance(rule, Op) or not callable(rule.target):
             raise OctavError(f"rules: {rule!r} is no octav_fx.Rule with a function as its target")
     for leaf in leaves:
         if not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
             raise OctavError(f"leaves: {leaf!r} is no class of modules")
-    return UserRules(tuple(rules), tuple(leaves))
+    return UserRules(tuple(rules), tuple(leaves), recurrent == "unrolled")
 
 
 def _copy(model: nn.Module) -> nn.Module:

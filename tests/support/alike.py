@@ -46,6 +46,9 @@ def assert_close(what: str, found: Tensor, expected: Tensor) -> None:
 
 def assert_computes(q: nn.Module, float_model: nn.Module, *inputs: tuple[Any, ...]) -> None:
     """Check that both compute, learn and write the same for each of the inputs, twice, as state may change."""
+    for args in inputs:
+        # What a new graph brings is there before quantizers are set aside.
+        run(q, args)
     state = q.state_dict()
     float_model.load_state_dict({name: state[name] for name in float_model.state_dict()})
     for at, args in enumerate(inputs):
@@ -68,15 +71,15 @@ def assert_computes(q: nn.Module, float_model: nn.Module, *inputs: tuple[Any, ..
 
 
 def quantized_alike(
-    made: nn.Module | Callable[[], nn.Module], *inputs: tuple[Any, ...], parts: bool = False
+    made: nn.Module | Callable[[], nn.Module], *inputs: tuple[Any, ...], parts: bool = False, **options: Any
 ) -> nn.Module:
     """Quantize for the first inputs, as one graph unless parts, in both modes; check all of the inputs; return q.
 
-    made: a model, or what makes one that cannot be copied.
+    made: a model, or what makes one that cannot be copied. options: those of quantize.
     """
     for training in (False, True):
         model = (copy.deepcopy(made) if isinstance(made, nn.Module) else made()).train(training)
-        q = octav_fx.quantize(model, inputs[0])
+        q = octav_fx.quantize(model, inputs[0], **options)
         assert isinstance(q, QuantizedModule) is not parts, octav_fx.table(q)
         assert_computes(q, model, *inputs)
     return q

@@ -25,6 +25,7 @@ from octav_fx.capture.symbolic.objects import (
 )
 from octav_fx.capture.symbolic.patches import PLAIN, plain_training
 from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
+from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
@@ -124,7 +125,8 @@ class ValueTracer(fx.Tracer):
                         positional.append(value)
                     case _:
                         keywords[parameter.name] = value
-            return root_fn(root, *positional, **keywords)
+            function = unrolled if self._is_unrolled(root) else root_fn
+            return function(root, *positional, **keywords)
 
         return call, [self.root, *map(self._placeholder, parameters)]
 
@@ -250,11 +252,7 @@ class ValueTracer(fx.Tracer):
         if not (isinstance(value, Tensor) and value.is_floating_point() and self._has_gradient(node)):
             return proxy
         if self._writes(node):
-            # Written past autograd, but counted: as under no_grad, backward finds out what it has lost.
-            with self.graph.inserting_before(node):
-                past = super().create_proxy("call_method", "detach", (self.proxy(node.all_input_nodes[0]),), {})
-            node.replace_input_with(node.all_input_nodes[0], past.node)
-            return proxy
+            return self._written_past_autograd(proxy)
         return super().create_proxy("call_method", "detach", (proxy,), {})
 
     def _latest(self, node: fx.Node) -> fx.Node:
@@ -309,6 +307,17 @@ class ValueTracer(fx.Tracer):
         if type(value) not in PROXIES or storage_id(own) != storage_id(new):
             target.data.copy_(value)
 
+    def _written_past_autograd(self, proxy: Any) -> Any:
+        """Let a write under no_grad take part in no gradient; that it happened is counted, and backward sees that."""
+        node = proxy.node
+        target = node.args[0] if node.args else None
+        for source in [source for source in node.all_input_nodes if self._has_gradient(source)]:
+            with self.graph.inserting_before(node):
+                past = super().create_proxy("call_method", "detach", (self.proxy(source),), {})
+            node.replace_input_with(source, past.node)
+        self.gradients.pop(node, None)
+        return self.proxy(target) if isinstance(target, fx.Node) and fake(target) is fake(node) else proxy
+
     def _has_gradient(self, node: fx.Node) -> bool:
         if node not in self.gradients:
             is_cut = not holds_tensor(node) or (node.op == "call_method" and node.target == "detach")
@@ -340,11 +349,16 @@ class ValueTracer(fx.Tracer):
             )
         return isinstance(m, self.user.leaves) or is_torch_leaf(m)
 
+    def _is_unrolled(self, m: nn.Module) -> bool:
+        return self.user.unrolls and is_recurrent(m) and not has_forward_hooks(m)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module; stochastic depth stays a call, since traced through it would be on or off for good."""
         if self.evaluating or m not in (self.submodule_paths or ()):
             # A module made inside forward has no name to call it by; its forward is traced through.
             return forward(*args, **kwargs)
+        if self._is_unrolled(m):
+            return unrolled(m, *args, **kwargs)
         mark, path = self._mark(), self.path_of_module(m)
         if has_forward_hooks(m) and not self.is_leaf_module(m, path):
             self.notes.append(f"{path}: hooks were traced once; what they do besides computing tensors is not repeated")

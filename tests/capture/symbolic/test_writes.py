@@ -78,6 +78,15 @@ def activation_under_no_grad(s: Any, x: Tensor) -> Tensor:
 
 
 @write
+def result_of_a_write_under_no_grad(s: Any, x: Tensor) -> Tensor:
+    y = s.fc(x)
+    with torch.no_grad():
+        z = y.add_(s.fc.weight)
+        torch.mul(s.fc.weight, s.fc.weight, out=s.mask)
+    return z * s.mask
+
+
+@write
 def buffer_times(s: Any, x: Tensor) -> Tensor:
     s.mask *= 0.9
     return s.fc(x) * s.mask
@@ -99,6 +108,13 @@ def where_a_mask_says(s: Any, x: Tensor) -> Tensor:
     y[x > 0] = 0
     y[:, [0, 2]] += 1
     return y
+
+
+@write
+def no_write_by_its_out(s: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = torch.tensordot(x, s.fc.weight, 1)
+    return s.fc(x) + y
 
 
 @write

@@ -1,0 +1,47 @@
+"""Programs from the grammar of tests/support/fuzz.py: the quantized ones, quantizers aside, are the float ones."""
+
+import pytest
+
+import octav_fx
+from tests.support.fuzz import built, fault, is_valid, program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_a_program(seed: int) -> None:
+    assert fault(program(seed), training=bool(seed % 2)) is None, program(seed)
+
+
+# What the fuzzer has found.
+FOUND = {
+    "out=None is no write": """
+with torch.no_grad():
+    z = torch.tensordot(y, self.a.weight, 1)
+return self.c(z) + self.c(y)""",
+    "a guard on what a baked size lets fail": """
+z = torch.stack([self.b(t) for t in y.exp().log1p()], 0)
+return self.attention(z, x, torch.stack([self.b(t) for t in y.exp().log1p()], 0))[0]""",
+    "a name for what was written twice": """
+z = self.a(x)
+w = z
+w *= 2
+w += y
+return z""",
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_was_found(name: str, training: bool) -> None:
+    source = FOUND[name].strip()
+    assert is_valid(source, training)
+    assert fault(source, training) is None
+
+
+def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program in place of the quantized one differs; one that raises has raised."""
+    original = octav_fx.quantize
+    monkeypatch.setattr(octav_fx, "quantize", lambda model, args: original(built("return self.b(x)"), args))
+    assert str(fault("return self.a(x)", training=False)).startswith("differs: result for inputs 0")
+    monkeypatch.setattr(octav_fx, "quantize", lambda model, args: 1 / 0)
+    assert fault("return self.a(x)", training=False) == "raised ZeroDivisionError: division by zero"
