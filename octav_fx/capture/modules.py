@@ -1,17 +1,21 @@
 """QuantizedModule: the user's module tree, seen through a rewritten graph."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
+import torch
 from torch import fx, nn
 
+from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
 from octav_fx.capture.inputs import Inputs
 from octav_fx.compat.modules import (
     HOOK_ATTRIBUTES,
     buffers_of,
     children_of,
+    not_compiled,
     parameters_of,
     replace_children,
     share_parts,
@@ -32,7 +36,15 @@ class QuantizedModule(fx.GraphModule):
     Names, ties and containers of the float module stay, so its checkpoints load and its optimizer groups hold; the
     quantizers are one more child. Where the float module's Python code branches on self.training there are two
     graphs, and train() and eval() choose. float_forward() runs the float module's own forward on the same state.
+
+    In eval mode, where every quantizer has a static clip, forward is that of a module that make_rule returns, made from
+    the present state: see capture/frozen.py.
     """
+
+    # From a frozen module to what it computes in eval mode. Passes are a floor above, and deploy/rule.py puts it here.
+    make_rule: ClassVar[Callable[["QuantizedModule"], nn.Module]]
+    # What the graph computes, frozen or not: levels, multiplied in float.
+    simulated_forward: Callable[..., Any]
 
     def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
         taken = (*children_of(float_module), *parameters_of(float_module), *buffers_of(float_module))
@@ -48,7 +60,7 @@ class QuantizedModule(fx.GraphModule):
         self._non_persistent_buffers_set = transient_buffers_of(float_module)
         # A dict of its own: the float module's forward may iterate over its children and must not meet the quantizers.
         self._modules = dict(children_of(float_module))
-        self._modules[QUANTIZERS] = nn.Module()
+        self._modules[QUANTIZERS] = nn.Module().train(float_module.training)
         for name in HOOK_ATTRIBUTES:
             setattr(self, name, getattr(float_module, name))
         self.training = float_module.training
@@ -89,6 +101,8 @@ class QuantizedModule(fx.GraphModule):
         super().train(mode)
         if graph is not self.graph:
             self.graph = graph
+        if self._rule is not None and not self._rule.is_of(self):
+            self.forget()
         return self
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +111,58 @@ class QuantizedModule(fx.GraphModule):
         children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
         float_module.training = self.training
         return float_module.forward(*args, **kwargs)
+
+    def recompile(self) -> Any:
+        """Make simulated_forward anew from the graph, and forward, which chooses what a frozen module computes."""
+        self.forget()
+        called = (str(node.target) for node in self.graph.find_nodes(op="call_module"))
+        self._called_quantizers = [target for target in called if target.startswith(f"{QUANTIZERS}.")]
+        code, own = super().recompile(), type(self)
+        own.simulated_forward = own.forward
+
+        @functools.wraps(own.simulated_forward)
+        def forward(self: "QuantizedModule", *args: Any, **kwargs: Any) -> Any:
+            rule = self._present_rule()
+            if rule is None:
+                return self.simulated_forward(*args, **kwargs)
+            if is_recorded(self, (args, kwargs)):
+                return with_gradients_of(self.simulated_forward, rule, args, kwargs)
+            return rule(*args, **kwargs)
+
+        own.forward = forward
+        return code
+
+    def _present_rule(self) -> nn.Module | None:
+        """Return what computes the present state in eval mode; None where forward is that of the graph."""
+        if not self._is_frozen():
+            return None
+        if torch.compiler.is_compiling():
+            # Compiled code cannot ask whether it is of the present state.
+            if self._rule is None:
+                not_compiled(self.refresh)
+        elif self._rule is None or not self._rule.is_of(self):
+            self.refresh()
+        assert self._rule is not None
+        return self._rule.module
+
+    def _is_frozen(self) -> bool:
+        return not self.training and is_frozen(self, map(self.get_submodule, self._called_quantizers))
+
+    def refresh(self) -> None:
+        """Make what a frozen module computes in eval mode from its present state; of any other do nothing."""
+        self._rule: Derived | None = Derived(self, type(self).make_rule(self)) if self._is_frozen() else None
+
+    def forget(self) -> None:
+        """Let the next call of a frozen module make what it computes anew."""
+        self._rule = None
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
 
     @contextmanager
     def as_float(self) -> Iterator[None]:

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
 from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
+from octav_fx.deploy.rule import integer_module
 from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import graph_info, update_graph_info
@@ -72,8 +72,4 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     if has_forward_hooks(module):
         raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
-    working: Any = copy.deepcopy(module).eval()
-    run(working, passes)
-    converted = IntegerModule(working, working.graph, type(module).__name__, {})
-    update_graph_info(converted, records={False: working.all_records[False]})
-    return converted.requires_grad_(False)
+    return integer_module(copy.deepcopy(module).eval(), passes).requires_grad_(False)
