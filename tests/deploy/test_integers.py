@@ -72,7 +72,7 @@ class Codes(fx.Interpreter):
 
 
 def _moves(user: fx.Node) -> bool:
-    return getattr(user.target, "__name__", "") == "integer_max_pool" or user.op == "call_module"
+    return getattr(user.target, "__name__", "") == "max_pool" or user.op == "call_module"
 
 
 def codes_on_levels(levels: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Tensor]]:
