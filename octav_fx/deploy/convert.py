@@ -30,13 +30,16 @@ def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
     q, or a module that holds quantized ones, is not changed. Raises OctavError for a model that is not frozen or whose
     graph was edited since.
     """
-    converted = rewritten(q, CONVERT if integers else (*CONVERT, *COMPUTE))
-    if integers:
-        for module in converted.modules():
-            if isinstance(module, IntegerModule):
-                edits = run(module, INTEGERS)
-                rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
-                update_graph_info(module, integers=tuple(rows))
+    return multiplied(rewritten(q, CONVERT)) if integers else rewritten(q, (*CONVERT, *COMPUTE))
+
+
+def multiplied(converted: nn.Module) -> nn.Module:
+    """Let a model on levels, as CONVERT leaves it, multiply codes where the CPU can. Returns it."""
+    for module in converted.modules():
+        if isinstance(module, IntegerModule):
+            edits = run(module, INTEGERS)
+            rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
+            update_graph_info(module, integers=tuple(rows))
     return converted
 
 

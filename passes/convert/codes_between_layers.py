@@ -21,7 +21,7 @@ from octav_fx.nn.integer import integer_codes, max_pool
 from octav_fx.passes.convert.clamps_into_layers import is_layer
 
 # What moves elements and computes nothing.
-_MOVING: Final = frozenset(
+MOVING: Final = frozenset(
     {"flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"}
 )
 
@@ -57,7 +57,7 @@ def _chain(node: Any) -> list[fx.Node] | None:
         if is_layer(node):
             return found
         op = op_of(node)
-        moves = op is not None and (op.name in _MOVING or max_window(node) is not None)
+        moves = op is not None and (op.name in MOVING or max_window(node) is not None)
         if not moves or len(node.all_input_nodes) != 1:
             return None
         node = node.all_input_nodes[0]
