@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import capture, compile, cost, demo, graphs, inference, memory, readme, step, zoo
+from benchmarks import capture, compile, cost, demo, graphs, inference, memory, pictures, readme, step, zoo
 
 _BENCHMARKS = {
     "capture": capture.main,
@@ -13,6 +13,7 @@ _BENCHMARKS = {
     "inference": inference.main,
     "memory": memory.main,
     "peers": step.peers,
+    "pictures": pictures.main,
     "readme": readme.main,
     "step": step.main,
 }

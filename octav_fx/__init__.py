@@ -10,7 +10,9 @@ from octav_fx.functional import fake_quantize, optimal_clip
 from octav_fx.ir.op import Op as Rule
 from octav_fx.ir.op import activation, either, weight
 from octav_fx.optim import pact_penalty, param_groups
-from octav_fx.reporting.rows import Coverage, Row, coverage, rows, table
+from octav_fx.reporting.report.page import report
+from octav_fx.reporting.rows import Coverage, Row, Rows, coverage, rows
+from octav_fx.reporting.table import table
 from octav_fx.training.quantize import float_mode, quantize
 from octav_fx.version import __version__
 
@@ -21,6 +23,7 @@ __all__ = [
     "Deployment",
     "OctavError",
     "Row",
+    "Rows",
     "Rule",
     "__version__",
     "activation",
@@ -37,6 +40,7 @@ __all__ = [
     "pact_penalty",
     "param_groups",
     "quantize",
+    "report",
     "rows",
     "table",
     "unfreeze",

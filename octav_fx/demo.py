@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from octav_fx import zoo
 from octav_fx.errors import OctavError
-from octav_fx.reporting.rows import table
+from octav_fx.reporting.table import table
 from octav_fx.training.quantize import quantize
 
 PIXELS = 64

@@ -25,8 +25,8 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_epoch_prints_the_table_and_returns_what_it_prints(few_digits, capsys):
     found = demo.main(epochs=1, seed=0)
     out = capsys.readouterr().out
-    rows = [line.split()[:5] for line in out.splitlines()]
-    assert ["layer4.1.conv2", "conv2d", "weight", "512x512x3x3", "4"] in rows
+    rows = [[*line.split()[:4], *line.split()[5:6]] for line in out.splitlines()]
+    assert ["layer4.1.conv2", "conv2d", "weight", "512x512x3x3", "int4"] in rows
     assert "quantized: 100.00% of" in out
     assert f"{found.float_accuracy:.2%}" in out
     assert f"{found.quantized_accuracy:.2%}" in out

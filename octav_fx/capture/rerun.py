@@ -47,8 +47,8 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, before in buffers.items():
-                # An expanded one cannot be written, and nobody has.
-                if buffer.is_meta or not torch.equal(buffer, before):
+                # An expanded one cannot be written, and nobody has. Sparse ones cannot be compared.
+                if buffer.is_meta or buffer.layout is not torch.strided or not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 

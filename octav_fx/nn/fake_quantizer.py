@@ -36,6 +36,14 @@ class Spec:
     sync: bool = False
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """Convert x [...] as a layer under autocast does, where autocast is on; float32 alone."""
+    device = x.device.type
+    if x.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class FakeQuantizer(nn.Module):
     """x [...] -> x on the grid of its own optimal clip, [...].
 
@@ -113,8 +121,13 @@ class FakeQuantizer(nn.Module):
         self.steps.fill_(_MANY)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round x [...] to the nearest levels of its grid [...]; the clip that was used becomes the hint."""
+        """Round x [...] to the nearest levels of its grid [...]; the clip that was used becomes the hint.
+
+        Under autocast data is rounded in its dtype, which is what the layer would convert it to.
+        """
         spec = self.spec
+        if self.mean is not None:
+            x = as_autocast(x)
         if self.clip is not None:
             return torch.ops.octav.fake_quantize(x, self.clip, spec.bits, spec.signed, spec.dim, spec.gradient)
         if self.learned is not None:

@@ -6,7 +6,7 @@ What is not reached so stays float, runs as it did, and is a record with its rea
 import contextlib
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from octav_fx.compat.modules import children_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.ops import UserRules, op_of_module
-from octav_fx.ir.records import Record
+from octav_fx.ir.records import NOT_CALLED, Record, update_graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.one_graph import Position, check_equal, prepare_module
@@ -183,6 +183,19 @@ class PartsQuantizer:
                 del children[name]
                 children |= parts
 
+    def count_calls(self, quantized: nn.Module) -> None:
+        """Let the records of graphs that the code around them calls several times say what all calls multiply."""
+        for path, part in quantized.named_modules():
+            if not (isinstance(part, QuantizedModule) and path):
+                continue
+            once = sum({record.site: record.macs for record in part.records}.values())
+            if (total := self._macs(path)) > once > 0:
+                found = {
+                    mode: [replace(record, macs=round(record.macs * total / once)) for record in rows]
+                    for mode, rows in part.all_records.items()
+                }
+                update_graph_info(part, records=found)
+
     def _macs(self, path: str) -> int:
         return sum(macs for at, macs in self.macs_by_module if _is_at(at, path))
 
@@ -191,6 +204,7 @@ def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: U
     """Quantize a model, as one graph where one holds it; raise OctavError where nothing of it can be quantized."""
     parts = PartsQuantizer(config, user)
     quantized = parts.quantize(model, [example])
+    parts.count_calls(quantized)
     if isinstance(quantized, QuantizedModule):
         quantized.examples = example
         return quantized
@@ -199,7 +213,7 @@ def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: U
     descent = quantized.octav_partial
     ran = {path for path, _ in parts.macs_by_module}
     idle = [
-        Record(path, type(module).__name__, None, (), 0, None, "not called for the example inputs")
+        Record(path, type(module).__name__, None, (), 0, None, NOT_CALLED)
         for path, module in _outside(quantized)
         if path not in ran and op_of_module(module) in CONTRACTIONS
     ]

@@ -28,7 +28,7 @@ from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
-from octav_fx.ir.records import records, update_graph_info
+from octav_fx.ir.records import idle_records, records, update_graph_info
 from octav_fx.nn import Spec
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
@@ -77,7 +77,7 @@ def prepare_module(
     for mode in quantized.modes:
         quantized.graph = graphs[mode]
         edits = run(quantized, prepare_passes(config, choose))
-        rows = records(graphs[mode], edits)
+        rows = [*records(graphs[mode], edits), *([] if position.is_op else idle_records(module, graphs[mode]))]
         found[mode] = [replace(row, site=position.named(row.site)) for row in rows]
         notes += [f"{position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
     quantized.graph = graphs[module.training]

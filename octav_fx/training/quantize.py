@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,6 +63,12 @@ def quantize(
                 f"rules: no graph calls {rule.target}, whose rule is {rule.name!r}; a function is seen where a forward "
                 "calls it by a global name that does not begin with an underscore"
             )
+    if not any(row.quantizer for row in captured):
+        why = dict.fromkeys(str(row.reason) for row in (*captured, *float_records(quantized)))
+        warnings.warn(
+            f"nothing of this {type(model).__name__} is quantized: {'; '.join(why) or 'it multiplies no matrices'}",
+            stacklevel=2,
+        )
     if strict:
         _check_strict([*float_records(quantized), *(row for part in graphs for row in part.records)])
     if has_data(quantized, example):

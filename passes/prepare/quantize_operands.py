@@ -8,12 +8,14 @@ channel. An activation gets one clip, on an unsigned grid if it cannot be negati
 is. What stays float is an edit with its reason, whether its row, the configuration or a missing row decided it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.symbolic.regions import Kept, apply_function
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.arguments import operand_of, operands_of, set_operand
 from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, state_only, tensor_flow
@@ -61,10 +63,13 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
         op, operands = op_of(node), operands_of(node)
         if op is None or not op.operands:
             if info(node).macs:
-                edits.append(Edit.unsupported(_name(node), f"no rule for {_kind(node)}"))
+                edits.append(Edit.unsupported(node, f"no rule for {_kind(node)}"))
             continue
         if node.target is not op.target or ("out" in node.kwargs and info(node).op is None):
             # canonicalize has said why.
+            continue
+        if reason := _no_grid_for(operand_of(node, operand) for operand in operands):
+            edits.append(Edit.unsupported(node, reason))
             continue
         if node not in valued and all(_is_floating(operand_of(node, operand)) for operand in operands):
             # Rotary embeddings multiply positions by frequencies: rounded, positions would be others.
@@ -98,6 +103,14 @@ def _value(argument: Any) -> Any:
 def _is_floating(argument: Any) -> bool:
     value = _value(argument)
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _no_grid_for(operands: Iterable[Any]) -> str | None:
+    """Return why operands of this kind stay as they are, or None."""
+    values = [value for value in map(_value, operands) if isinstance(value, Tensor)]
+    if any(value.is_complex() for value in values):
+        return "its operands are complex"
+    return "one of its operands is sparse" if any(value.layout is not torch.strided for value in values) else None
 
 
 def _is_quantized(value: Any) -> bool:
@@ -159,13 +172,11 @@ def add_quantizer(gm: fx.GraphModule, place: Place, spec: Spec, read: fx.Node, *
     return f"{QUANTIZERS}.{name}"
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else site_of(node)
-
-
 def _kind(node: fx.Node) -> str:
     if node.op == "call_module":
         return type(module_of(node)).__name__
+    if node.target is apply_function and isinstance(kept := fake(node.args[0]), Kept):  # type: ignore[arg-type]
+        return kept.function.__name__
     return str(getattr(node.target, "__name__", node.target))
 
 

@@ -236,7 +236,8 @@ def test_golden_hints_are_lifted() -> None:
     )
     spec, per_channel = "4, True, None, 'octav', 'pwl'", "4, True, 0, 'octav', 'mad'"
     assert after == (
-        f"dynamic_fake_quantize_default = dynamic_fake_quantize.default(l_x_, hint_a_input, {spec})\n"
+        "as_autocast = as_autocast(l_x_)\n"
+        f"dynamic_fake_quantize_default = dynamic_fake_quantize.default(as_autocast, hint_a_input, {spec})\n"
         "getitem = getitem(dynamic_fake_quantize_default, 0)\n"
         "getitem_1 = getitem(dynamic_fake_quantize_default, 1)\n"
         "copy_ = hint_a_input.copy_(getitem_1)\n"
@@ -246,7 +247,8 @@ def test_golden_hints_are_lifted() -> None:
         "getitem_3 = getitem(dynamic_fake_quantize_default_1, 1)\n"
         "copy__1 = hint_a_weight.copy_(getitem_3)\n"
         f"linear = linear(getitem, getitem_2, {a}_bias_)\n"
-        f"dynamic_fake_quantize_default_2 = dynamic_fake_quantize.default(linear, hint_b_input, {spec})\n"
+        "as_autocast_1 = as_autocast(linear)\n"
+        f"dynamic_fake_quantize_default_2 = dynamic_fake_quantize.default(as_autocast_1, hint_b_input, {spec})\n"
         "getitem_4 = getitem(dynamic_fake_quantize_default_2, 0)\n"
         "getitem_5 = getitem(dynamic_fake_quantize_default_2, 1)\n"
         "copy__2 = hint_b_input.copy_(getitem_5)\n"

@@ -78,7 +78,7 @@ def test_a_prepared_graph_that_a_pass_broke(name: str) -> None:
     change, message = PREPARED[name]
     with pytest.raises(InvariantError, match=message) as raised:
         run(prepared(), [*prepare_passes(Config()), breaking(change)])
-    assert raised.value.__notes__[0].startswith("in pass broken, after canonicalize, ")
+    assert raised.value.__notes__[0].startswith("in pass broken, after expand_products, canonicalize, ")
 
 
 def test_what_a_configuration_leaves_float_has_a_reason() -> None:

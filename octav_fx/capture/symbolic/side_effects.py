@@ -40,6 +40,9 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
             original.__dict__.clear()
             original.__dict__.update(vars(saved))
     for name, old_value, proxies in written:
+        if isinstance(old_value, Tensor) and len(proxies) == 1 and tracer.is_same_memory(proxies[0].node, old_value):
+            # self.count += 1 assigns what it has written into.
+            continue
         if isinstance(old_value, Tensor) and any(_reads(proxy.node, name) for proxy in proxies):
             raise NotCaptured(
                 f"forward computes {name} from its own last value, and a graph has no memory: write into it in place"

@@ -12,7 +12,8 @@ from typing import Any, Final
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.symbolic.patches import quiet, symbolic_isinstance, symbolic_torch, training_flags
+from octav_fx.capture.symbolic.names import symbolic_names
+from octav_fx.capture.symbolic.patches import assigned_parameters, quiet, symbolic_torch, training_flags
 from octav_fx.capture.symbolic.regions import regions
 from octav_fx.capture.symbolic.side_effects import undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
@@ -52,7 +53,8 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             undone_writes(tracer, root),
             training_flags(tracer, root),
             symbolic_torch(tracer),
-            symbolic_isinstance(root),
+            symbolic_names(root),
+            assigned_parameters(tracer),
             regions(tracer),
             quiet(),
         ):

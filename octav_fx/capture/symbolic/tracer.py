@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
+    is_of_numpy,
     is_plain_dataclass,
     rebuild,
     template_of,
@@ -28,7 +29,7 @@ from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_forward_hooks
-from octav_fx.compat.tensors import NEEDS_DATA, TORCH_GROUPED_MM, FakeTensorMode, pytree
+from octav_fx.compat.tensors import NEEDS_DATA, TORCH_GROUPED_MM, FakeTensorMode, pytree, storage_id
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
@@ -195,6 +196,13 @@ class ValueTracer(fx.Tracer):
             return self._attribute(self.attributes[id(a)]).node
         if is_built_around_proxies(a):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
+        if is_of_numpy(a, "generic"):
+            a = a.item()
+        if isinstance(a, torch.device) and "device" in self.arguments:
+            # In generated code the name of the argument hides that of the class.
+            return self.create_node("call_function", torch.device, (str(a),), {})
+        if is_of_numpy(a, "ndarray"):
+            return self.constant(a).node
         return super().create_arg(a)
 
     def _made_again(self, a: Any) -> fx.Node:
@@ -243,8 +251,45 @@ class ValueTracer(fx.Tracer):
         if not (isinstance(value, Tensor) and value.is_floating_point() and self._has_gradient(node)):
             return proxy
         if self._writes(node):
-            raise OctavError(f"{user_caller()}: forward writes into {node.args[0]} under no_grad; use detach() instead")
+            # Written past autograd, but counted: as under no_grad, backward finds out what it has lost.
+            with self.graph.inserting_before(node):
+                past = super().create_proxy("call_method", "detach", (self.proxy(node.all_input_nodes[0]),), {})
+            node.replace_input_with(node.all_input_nodes[0], past.node)
+            return proxy
         return super().create_proxy("call_method", "detach", (proxy,), {})
+
+    def write(self, in_place: Any, apart: Any, target: ValueProxy, other: Any) -> Any:
+        """Compute target (op)= other: apart from its memory where only the target's own readers could tell."""
+        is_state = target.node.op in ("placeholder", "get_attr")
+        if not torch.is_grad_enabled() or is_state or self._is_shared(target.node):
+            result = self.create_proxy("call_function", in_place, (target, other), {})
+            return result if torch.is_grad_enabled() else target
+        # Whoever holds the proxy, by whatever name, reads the result from now on.
+        target.node = apart(target, other).node
+        return target
+
+    def _is_shared(self, node: fx.Node) -> bool:
+        """Tell whether another node has to do with the same memory."""
+        storage = storage_id(fake(node))
+        others = (leaf for n in self.graph.nodes if n is not node for leaf in pytree.tree_leaves(fake(n)))
+        return any(isinstance(leaf, Tensor) and storage_id(leaf) == storage for leaf in others)
+
+    def is_same_memory(self, node: fx.Node, tensor: Tensor | None) -> bool:
+        """Tell whether a node is a parameter or buffer of root, or is all of its memory."""
+        name, value = self.attributes.get(id(tensor)), fake(node)
+        if name is None or name not in self.attribute_nodes or not isinstance(value, Tensor):
+            return False
+        own = fake(self.attribute_nodes[name])
+        return bool(own.shape == value.shape and storage_id(own) == storage_id(value))
+
+    def set_data(self, target: ValueProxy, value: Any) -> None:
+        """Write a value into target.data, which was assigned to it."""
+        own, new = target.value, value.value if type(value) in PROXIES else value
+        are_tensors = isinstance(own, Tensor) and isinstance(new, Tensor)
+        if not are_tensors or (own.shape, own.dtype) != (new.shape, new.dtype):
+            raise OctavError(f"{user_caller()}: forward sets data of a tensor to another kind of value")
+        if type(value) not in PROXIES or storage_id(own) != storage_id(new):
+            target.data.copy_(value)
 
     def _has_gradient(self, node: fx.Node) -> bool:
         if node not in self.gradients:
@@ -352,8 +397,8 @@ class ValueTracer(fx.Tracer):
                 f"{user_caller()}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a "
                 "tensor; a graph cannot follow that. Compute it outside of forward, or quantize the modules around it"
             )
-        if not where.startswith(TORCH):
-            # torch's own code asks to validate arguments or to choose a fast path; both stay right without a check.
+        if kind is not bool or not where.startswith(TORCH):
+            # torch's own code branches to validate arguments or to choose a fast path: both stay right without a check.
             node = proxy.node if isinstance(value, kind) else self.create_node("call_function", kind, (proxy.node,), {})
             self._check(node, kind(value), where)
         return value
@@ -369,7 +414,7 @@ class ValueTracer(fx.Tracer):
     def _check(self, node: fx.Node, expected: Any, where: str) -> None:
         if (key := (node, repr(expected))) not in self.checked:
             self.checked.add(key)
-            self.create_node("call_function", guard_equal, (node, expected, where), {})
+            self.create_node("call_function", guard_equal, (node, self.create_arg(expected), where), {})
 
     def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
         """Return what a node computes on fake tensors, and the multiply-accumulates it takes."""
@@ -422,7 +467,8 @@ class ValueTracer(fx.Tracer):
 
 def is_torch_leaf(m: nn.Module) -> bool:
     """Tell whether a module is torch's own, forward and all, and not made of others."""
-    own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
+    # That of generated code has no module.
+    own = (type(m).forward.__module__ or "").startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
     return own and not is_altered(m)
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.passes import LOWER, filters_channels_last, levels_as_read, save_codes, split_quantizers
+from tests.support.absent_gpu import move
 from tests.support.joint import joint, leaf, lower, quantized, results, targets, weight
 
 octav, aten = torch.ops.octav, torch.ops.aten
@@ -108,10 +109,17 @@ def test_levels_stay_where(name: str) -> None:
     assert [edit for edit in lower(gm, levels_as_read) if edit.verb == "levels as read"] == []
 
 
-def test_levels_on_another_device_stay() -> None:
-    gm = joint(product, *arguments())
+def test_on_a_gpu_only_levels_of_what_is_no_code() -> None:
+    def function(x: Tensor, w: Tensor, hint: Tensor, of_x: Tensor) -> tuple[Tensor]:
+        y = quantized((x * 2).relu(), of_x, signed=False)
+        return (cast(y, torch.bfloat16) @ cast(weight(w, hint), torch.bfloat16),)
+
+    gm = joint(function, *arguments(), torch.tensor(1.0))
     lower(gm, split_quantizers, save_codes)
-    assert levels_as_read(gm, device="cuda") == []
+    move(gm.graph)
+    assert [edit.verb for edit in lower(gm, levels_as_read)] == ["levels as read"]
+    (levels,) = gm.graph.find_nodes(op="call_function", target=octav.dequantize.default)
+    assert levels.meta["val"].dtype is torch.float32
 
 
 def test_frozen_quantizers_and_graphs_for_inference() -> None:

@@ -298,7 +298,7 @@ def test_both_factors_of_lora_are_weights() -> None:
     assert found == [("input", W, 0), ("other", W, 1), ("input", A, None), ("weight", W, 0)]
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
 def test_an_operand_that_is_not_floating_point_is_an_error_that_names_it(dtype: torch.dtype) -> None:
     gm = canonical(
         model(lambda self, x: self.inner(x), inner=model(lambda self, x: x.to(dtype) @ x.to(dtype))), x=torch.ones(3, 3)
@@ -336,8 +336,7 @@ def test_refused_everywhere_the_graph_is_as_it_was() -> None:
 
 WITHOUT_RULE = {
     "GRU": (model(lambda self, x: self.cell(x)[0], cell=nn.GRU(4, 3)), "cell", "GRU"),
-    "tensordot": (model(lambda self, x: torch.tensordot(x, x, dims=([2], [2]))), "tensordot", "tensordot"),
-    "inner": (model(lambda self, x: torch.inner(x, x)), "inner", "inner"),
+    "cdist": (model(lambda self, x: torch.cdist(x.flatten(0, 1), x.flatten(0, 1))), "cdist", "cdist"),
 }
 
 
@@ -357,7 +356,7 @@ def test_what_no_rule_covers_stays_float_with_its_reason_and_its_macs(name: str)
 
 def test_a_contraction_that_canonicalize_left_is_left() -> None:
     float_module = nn.Sequential(nn.Linear(4, 5))
-    float_module[0].register_forward_hook(lambda module, args, y: y)
+    float_module[0].register_full_backward_hook(lambda module, given, taken: None)
     gm = canonical(float_module, input=torch.randn(2, 4))
     text = graph_text(gm.graph)
     assert made(gm, quantize_with(four_bits)) == [] and graph_text(gm.graph) == text
