@@ -134,7 +134,7 @@ def test_the_command(tmp_path, capsys):
         )
         == 1
     )
-    assert "cannot be written" in capsys.readouterr().err
+    assert "is no folder that can be written to" in capsys.readouterr().err
 
 
 def test_the_names_are_public():
