@@ -5,10 +5,12 @@ rounds once where the graph rounds three times. So that a frozen model is the de
 that of a module that the passes of convert() made of a copy. It reads the parameters and buffers that stay float, and
 is no child: no key of the state_dict, no parameter and no path changes.
 
-It holds while every module is in eval mode, and nothing has forward hooks: a hook on a part of the graph sees the
-graph's own forward. A change of the state makes it anew before the next call. In compiled code that is a change by
-load_state_dict, .to(), train() and eval(), freeze and unfreeze; a tensor that is written into in eval mode is noticed
-by a call outside of it only.
+It holds for calls like the example of quantize(), as convert() does; while every module is in eval mode and none has
+forward hooks, as a hook on a part of the graph sees the graph's own forward; and where forward stores nothing.
+
+A change of the state makes it anew before the next call. In compiled code that is a change by load_state_dict, .to(),
+train() and eval(), freeze and unfreeze; a tensor that is written into in eval mode is noticed by a call outside of it
+only.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +29,7 @@ from octav_fx.nn import FakeQuantizer
 class Derived:
     """A module that was made from the state of another one, and that state."""
 
-    def __init__(self, source: nn.Module, module: nn.Module) -> None:
+    def __init__(self, source: nn.Module, module: Any) -> None:
         self.module = module
         self._seen = [_Seen(tensor) for tensor in _tensors(source)]
 

@@ -2,15 +2,20 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from octav_fx.capture.dispatch import GuardedModule, is_traced
+from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
-from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.guards import GuardedGraph, Guards
+from octav_fx.capture.inputs import Inputs, call_of, tensors_of
+from octav_fx.capture.module_state import without_history
+from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.compat.modules import (
     HOOK_ATTRIBUTES,
     buffers_of,
@@ -21,40 +26,47 @@ from octav_fx.compat.modules import (
     share_parts,
     transient_buffers_of,
 )
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.ir.meta import info, update
 from octav_fx.ir.records import Record, graph_info
 from octav_fx.nn.fake_quantizer import QUANTIZERS
+
+# Gives a module what it needs for a call that no graph of it holds for: a graph more, or its own Python.
+CaptureAgain = Callable[["QuantizedModule", Inputs], None]
 
 # What a quantized module has besides what its class has.
 _RESERVED: Final = (QUANTIZERS, "meta", "examples")
 
 
-class QuantizedModule(fx.GraphModule):
+class QuantizedModule(GuardedModule):
     """A GraphModule over the very submodules, parameters and buffers of a float module.
 
     Names, ties and containers of the float module stay, so its checkpoints load and its optimizer groups hold; the
-    quantizers are one more child. Where the float module's Python code branches on self.training there are two
-    graphs, and train() and eval() choose. float_forward() runs the float module's own forward on the same state.
+    quantizers are one more child. Each graph holds under guards: forward runs the first that holds for its inputs, and
+    where none does, captures one more. Where the float module's Python code branches on self.training each mode has its
+    own. float_forward() runs the float module's own forward on the same state.
 
-    In eval mode, where every quantizer has a static clip, forward is that of a module that make_rule returns, made from
-    the present state: see capture/frozen.py.
+    In eval mode, where every quantizer has a static clip, the first graph runs as a module that make_rule returns, made
+    from the present state: see capture/frozen.py.
     """
 
     # From a frozen module to what it computes in eval mode. Passes are a floor above, and deploy/rule.py puts it here.
-    make_rule: ClassVar[Callable[["QuantizedModule"], nn.Module]]
-    # What the graph computes, frozen or not: levels, multiplied in float.
-    simulated_forward: Callable[..., Any]
+    make_rule: ClassVar[Callable[["QuantizedModule"], "IntegerModule"]]
 
-    def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        float_module: nn.Module,
+        graphs: Mapping[bool, Sequence[GuardedGraph]],
+        meta: Mapping[str, Any],
+        recipe: Any = None,
+        capture_again: CaptureAgain | None = None,
+    ) -> None:
         taken = (*children_of(float_module), *parameters_of(float_module), *buffers_of(float_module))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
             raise NotCaptured(
                 f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
             )
         super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
-        # Not a registered child: the tree below both is the same one.
-        self.__dict__["_float_module"] = float_module
         self._parameters = parameters_of(float_module)
         self._buffers = buffers_of(float_module)
         self._non_persistent_buffers_set = transient_buffers_of(float_module)
@@ -66,11 +78,18 @@ class QuantizedModule(fx.GraphModule):
         self.training = float_module.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
         self.examples: Inputs | None = None
-        self._graphs = dict(graphs)
-        for graph in self._graphs.values():
-            graph.owning_module = self
+        # For each mode the graphs that were captured so far; the first is the one that quantize() made.
+        self._graphs = {mode: list(graphs.get(mode, ())) for mode in (True, False)}
+        for guarded in (*self._graphs[True], *self._graphs[False]):
+            guarded.graph.owning_module = self
+        # What further graphs are made with, and what makes them; what runs where none can be made, for each mode.
+        self.recipe, self.capture_again = recipe, capture_again
+        self._own_python: dict[bool, Callable[..., Any]] = {}
         self.meta = dict(meta)
-        self.graph = self._graphs[self.training]
+        if self._graphs[self.training]:
+            self.graph = self._graphs[self.training][0].graph
+        # Not a registered child: the tree below both is the same one. From now on it gets what users set.
+        self.__dict__["_float_module"] = float_module
 
     @property
     def records(self) -> list[Record]:
@@ -85,56 +104,105 @@ class QuantizedModule(fx.GraphModule):
     @property
     def modes(self) -> tuple[bool, ...]:
         """Return the training modes that have a graph of their own, the present one first."""
-        first, other = self.training, not self.training
-        own = other in self._graphs and self._graphs[other] is not self._graphs[first]
-        return (first, other) if own else (first,)
+        present, other = self.training, not self.training
+        if not self._graphs[other]:
+            return (present,)
+        own = not self._graphs[present] or self._graphs[other][0] is not self._graphs[present][0]
+        return (present, other) if own else (present,)
 
     def graph_of(self, mode: bool) -> fx.Graph:
-        """Return the graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
-        if mode not in self._graphs:
-            raise OctavError(f"{graph_info(self).missing}; call octav_fx.quantize with inputs that fit both modes")
+        """Return the first graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
+        if not self._graphs[mode]:
+            raise OctavError(f"{graph_info(self).missing}: call the model in that mode, with inputs that fit it")
+        return self._graphs[mode][0].graph
+
+    def graphs_of(self, mode: bool) -> list[GuardedGraph]:
+        """Return all graphs that were captured for a training mode, the list itself."""
         return self._graphs[mode]
 
     def train(self, mode: bool = True) -> "QuantizedModule":
-        """Set the mode of every module, and take the graph of that mode where it has its own."""
-        graph = self.graph_of(mode)
+        """Set the mode of every module, and show the graph of that mode where it has its own."""
         super().train(mode)
-        if graph is not self.graph:
-            self.graph = graph
+        if (graphs := self._graphs[mode]) and graphs[0].graph is not self.graph:
+            self.graph = graphs[0].graph
         if self._rule is not None and not self._rule.is_of(self):
             self.forget()
         return self
 
+    def _captured(self) -> Sequence[GuardedGraph]:
+        return [guarded for graphs in self.__dict__.get("_graphs", {}).values() for guarded in graphs]
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        graphs = self._graphs[self.training]
+        if is_traced(args):
+            return graphs[0].function()(self, *args, **kwargs)
+        for guarded in graphs:
+            if guarded.broken(self, args, kwargs) is None:
+                return self._run(guarded, args, kwargs)
+        if (own := self._own_python.get(self.training)) is not None:
+            return own(*args, **kwargs)
+        return self._run_new(args, kwargs)
+
+    def _run(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
+        rule = self._present_rule() if guarded is self._graphs[False][0] else None
+        if rule is None:
+            return guarded.function()(self, *args, **kwargs)
+        if is_recorded(self, (args, kwargs)):
+            return with_gradients_of(functools.partial(guarded.function(), self), rule._dispatch, args, kwargs)
+        return rule._dispatch(*args, **kwargs)
+
+    def run_own_python(self, function: Callable[..., Any]) -> None:
+        """Let a function of the arguments run from now on, in the present mode, where no graph holds."""
+        self._own_python[self.training] = function
+
+    @torch.compiler.disable(reason="octav_fx captures a new graph for these inputs; the next such call is compiled")
+    def _run_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.capture_again is None:
+            raise OctavError(f"{type(self).__name__} has no graph for this call: {self.why_not(args, kwargs)}")
+        for guarded in self._graphs[self.training]:
+            # A compiled call may still lead here after the graph for it was made.
+            if guarded.broken(self, args, kwargs) is None:
+                return guarded.function()(self, *args, **kwargs)
+        self.capture_again(self, call_of(self._float_module, args, kwargs))
+        return self._dispatch(*args, **kwargs)
+
+    def why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Say which guard of the first graph of the present mode does not hold for a call."""
+        graphs = self._graphs[self.training]
+        return str(graphs[0].broken(self, args, kwargs)) if graphs else str(graph_info(self).missing)
+
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the float module's own forward, on the parameters and buffers of this one."""
-        float_module = self._float_module
+        return self.float_module().forward(*args, **kwargs)
+
+    def float_module(self) -> nn.Module:
+        """Return the float module, in the mode of this one and with its children."""
+        float_module: nn.Module = self._float_module
         children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
         float_module.training = self.training
-        return float_module.forward(*args, **kwargs)
+        return float_module
+
+    def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the graph computes, frozen or not: levels, multiplied in float."""
+        self._simulates = True
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self._simulates = False
 
     def recompile(self) -> Any:
-        """Make simulated_forward anew from the graph, and forward, which chooses what a frozen module computes."""
+        """Generate the code of the present graph anew, and forget what was made of another."""
         self.forget()
+        self._simulates = False
         called = (str(node.target) for node in self.graph.find_nodes(op="call_module"))
         self._called_quantizers = [target for target in called if target.startswith(f"{QUANTIZERS}.")]
-        code, own = super().recompile(), type(self)
-        own.simulated_forward = own.forward
+        self._stores = stores(self.graph)
+        return super().recompile()
 
-        @functools.wraps(own.simulated_forward)
-        def forward(self: "QuantizedModule", *args: Any, **kwargs: Any) -> Any:
-            rule = self._present_rule()
-            if rule is None:
-                return self.simulated_forward(*args, **kwargs)
-            if is_recorded(self, (args, kwargs)):
-                return with_gradients_of(self.simulated_forward, rule, args, kwargs)
-            return rule(*args, **kwargs)
-
-        own.forward = forward
-        return code
-
-    def _present_rule(self) -> nn.Module | None:
-        """Return what computes the present state in eval mode; None where forward is that of the graph."""
-        if not self._is_frozen():
+    def _present_rule(self) -> "IntegerModule | None":
+        """Return what computes the present state in eval mode; None where the graph itself does."""
+        if self._simulates or not self._is_frozen():
             return None
         if torch.compiler.is_compiling():
             # Compiled code cannot ask whether it is of the present state.
@@ -146,7 +214,9 @@ class QuantizedModule(fx.GraphModule):
         return self._rule.module
 
     def _is_frozen(self) -> bool:
-        return not self.training and is_frozen(self, map(self.get_submodule, self._called_quantizers))
+        # What forward stores on the user's modules would be stored on copies.
+        possible = not self.training and not self._stores
+        return possible and is_frozen(self, map(self.get_submodule, self._called_quantizers))
 
     def refresh(self) -> None:
         """Make what a frozen module computes in eval mode from its present state; of any other do nothing."""
@@ -186,22 +256,43 @@ class QuantizedModule(fx.GraphModule):
                 raise
             return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        float_module = self.__dict__.get("_float_module")
+        is_plain = not isinstance(value, (nn.Module, nn.Parameter))
+        if float_module is None or not is_plain or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            # Where forward reads it, and guards look.
+            setattr(float_module, name, value)
+
+    @property
+    def plain_attributes(self) -> dict[str, Any]:
+        """Return what the float module holds besides parts, tensors and what can be called, by name."""
+        held = vars(self._float_module).items()
+        return {
+            name: value
+            for name, value in held
+            if name[:1] != "_" and name != "training" and not callable(value) and not tensors_of(value)
+        }
+
     def _parts(self) -> tuple[Any, ...]:
         """Return all that this module is made of, as values that copy and pickle."""
-        float_module = copy.copy(self._float_module)
+        # Past copy.copy, which modules with parametrizations refuse.
+        kind: Any = type(self._float_module)
+        float_module = kind.__new__(kind)
         float_module.__dict__ = {**vars(self._float_module)}
         replace_children(float_module, {name: m for name, m in children_of(self).items() if name != QUANTIZERS})
         float_module.training = self.training
         for name in HOOK_ATTRIBUTES:
             float_module.__dict__[name] = getattr(self, name)
-        flat = {mode: _flatten(self._graphs[mode]) for mode in self.modes}
-        shared = [mode for mode in self._graphs if mode not in flat]
-        return float_module, flat, shared, self.meta, children_of(self)[QUANTIZERS]
+        further = (self.recipe, self.capture_again)
+        return float_module, self._graphs, self.meta, further, children_of(self)[QUANTIZERS]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild, self._parts()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedModule":
+        memo.update(without_history(self))
         copied = _rebuild(*copy.deepcopy(self._parts(), memo))
         copied.examples = self.examples
         memo[id(self)] = copied
@@ -218,59 +309,69 @@ def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
 
 def _rebuild(
     float_module: nn.Module,
-    flat: dict[bool, list[Any]],
-    shared: list[bool],
+    graphs: dict[bool, list[GuardedGraph]],
     meta: dict[str, Any],
+    further: tuple[Any, CaptureAgain | None],
     quantizers: nn.Module,
 ) -> QuantizedModule:
-    graphs = {mode: _unflatten(rows) for mode, rows in flat.items()}
-    graphs.update({mode: graphs[not mode] for mode in shared})
-    module = QuantizedModule(float_module, graphs, meta)
+    module = QuantizedModule(float_module, graphs, meta, *further)
     children_of(module)[QUANTIZERS] = quantizers
     return module
 
 
-class _Ref(str):
-    """The name of a node, in place of the node: fx nodes link to their neighbours, too deep for pickle."""
-
-    __slots__ = ()
-
-
-def _flatten(graph: fx.Graph) -> list[Any]:
-    def refer(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: _Ref(node.name))
-
-    return [
-        (node.op, node.target, refer(node.args), refer(node.kwargs), node.name, info(node).site) for node in graph.nodes
-    ]
-
-
-def _unflatten(rows: list[Any]) -> fx.Graph:
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-
-    def resolve(argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, lambda leaf: nodes[leaf] if isinstance(leaf, _Ref) else leaf)
-
-    for op, target, args, kwargs, name, site in rows:
-        nodes[name] = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
-        if site is not None:
-            update(nodes[name], site=site)
-    return graph
-
-
-class IntegerModule(fx.GraphModule):
+class IntegerModule(GuardedModule):
     """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        name: str,
+        meta: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        guards: Guards | None = None,
+    ) -> None:
         super().__init__(root, graph, name)
         self.meta = dict(meta)
         self.training = False
+        self._guards = guards
+        self._guarded = GuardedGraph(self.graph, guards)
+        self.recompile()
+        # Plain ones of the float module (num_experts), which code around it may read.
+        self.__dict__["octav_attributes"] = dict(attributes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. A gradient through it would be zero: asking for one raises OctavError."""
+        result = super().__call__(*args, **kwargs)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not given or not torch.is_grad_enabled():
+            return result
+        return pytree.tree_map(lambda y: WithoutGradient.apply(y, *given) if _is_floating(y) else y, result)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in (known := self.__dict__.get("octav_attributes", {})):
+                raise
+            return known[name]
+
+    def _captured(self) -> Sequence[GuardedGraph]:
+        return [self._guarded] if "_guarded" in self.__dict__ else []
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_traced(args) and (fault := self._guarded.broken(self, args, kwargs)) is not None:
+            raise OctavError(
+                f"{fault}: a converted model holds for calls like the example of octav_fx.quantize alone; quantize "
+                "with an example like this call, load the state into that and convert it"
+            )
+        return self._guarded.function()(self, *args, **kwargs)
 
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
-        return root, _flatten(self.graph), type(self).__name__, self.meta
+        attributes = self.__dict__["octav_attributes"]
+        return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -281,8 +382,33 @@ class IntegerModule(fx.GraphModule):
         return copied
 
 
-def _rebuild_integer(root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any]) -> IntegerModule:
-    module = IntegerModule(root, _unflatten(rows), name, meta)
+class WithoutGradient(torch.autograd.Function):
+    """y [...], and whatever it was computed from by integers -> y, whose gradient nobody knows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *given: Tensor) -> Tensor:
+        """Return y."""
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Raise OctavError."""
+        raise OctavError("a converted model multiplies integers and has no gradient: take it in the frozen one")
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _rebuild_integer(
+    root: nn.Module,
+    rows: list[Any],
+    name: str,
+    meta: dict[str, Any],
+    attributes: dict[str, Any],
+    guards: Guards | None,
+) -> IntegerModule:
+    module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
     return module

@@ -28,13 +28,21 @@ def has_data(module: nn.Module, inputs: Any) -> bool:
     return not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *tensors_of(inputs)))
 
 
-def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_once(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = False,
+) -> Any:
     """Return the outputs of one forward in the module's own mode; state, random states and inputs are as before.
 
-    Only the hints of quantizers change.
+    Only the hints of quantizers change. forward: what to call in place of the module. gradients: the gradient mode.
     """
     with preserved_buffers(module), preserved_attributes(module):
-        return run_keeping_state(module, *own_copy((args, dict(kwargs))))
+        own_args, own_kwargs = own_copy((args, dict(kwargs)))
+        return run_keeping_state(module, own_args, own_kwargs, forward, gradients=gradients)
 
 
 @contextmanager
@@ -52,12 +60,24 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def run_keeping_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_keeping_state(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = False,
+) -> Any:
     """Run a forward like run_once, but keep what it sets on its modules and writes into its inputs."""
     tensors = (*module.parameters(), *module.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers(), no_sync():
-        return module(*args, **kwargs)
+    with (
+        torch.set_grad_enabled(gradients),
+        torch.random.fork_rng(devices=sorted(devices)),
+        _same_random_numbers(),
+        no_sync(),
+    ):
+        return (forward or module)(*args, **kwargs)
 
 
 @contextmanager
@@ -98,7 +118,8 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_quantizers(module: nn.Module) -> Iterator[None]:
     """Let every quantizer return its input inside: the rewritten graph computes in float."""
-    quantizers = [m for m in module.modules() if isinstance(m, FakeQuantizer)]
+    # Those of an outer such region are silent already.
+    quantizers = [m for m in module.modules() if isinstance(m, FakeQuantizer) and "forward" not in vars(m)]
     for quantizer in quantizers:
         quantizer.__dict__["forward"] = lambda x: x
     try:
@@ -140,13 +161,16 @@ def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
 def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Module]) -> dict[str, list[Inputs]]:
     """Record how a module calls its children: the first Inputs of each kind that its example leads to.
 
-    A call that fails, and one inside a transform of torch.func, is none that a child could be captured with.
+    A call that fails is none that a child could be captured with, nor is any of one that a transform of torch.func
+    calls.
     """
     found: dict[str, list[Inputs]] = {name: [] for name in children}
+    transformed: set[str] = set()
     begun: dict[str, list[Inputs | None]] = {name: [] for name in children}
 
     def enter(name: str, made: Inputs) -> None:
-        wrapped = any(map(is_functorch_wrapped, tensors_of(made)))
+        if wrapped := any(map(is_functorch_wrapped, tensors_of(made))):
+            transformed.add(name)
         begun[name].append(None if wrapped or any(same_kind(made, known) for known in found[name]) else own_copy(made))
 
     def leave(name: str, failed: bool) -> None:
@@ -156,7 +180,7 @@ def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Modu
 
     with _hooked(children, enter, leave):
         run_once(module, *call)
-    return found
+    return {name: [] if name in transformed else calls for name, calls in found.items()}
 
 
 @contextmanager

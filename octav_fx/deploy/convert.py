@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
+from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.deploy.rule import integer_module
@@ -75,4 +76,7 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     if has_forward_hooks(module):
         raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
-    return integer_module(copy.deepcopy(module).eval(), passes).requires_grad_(False)
+    working = copy.deepcopy(module).eval()
+    drop_stores(working.graph)
+    guards = working.graphs_of(False)[0].guards
+    return integer_module(working, passes, None if guards is None else guards.of_inputs()).requires_grad_(False)

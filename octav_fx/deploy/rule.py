@@ -4,16 +4,17 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+from octav_fx.capture.guards import Guards
 from octav_fx.capture.modules import IntegerModule, QuantizedModule
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import update_graph_info
 from octav_fx.passes import COMPUTE, CONVERT
 
 
-def integer_module(working: Any, passes: Iterable[Pass]) -> IntegerModule:
+def integer_module(working: Any, passes: Iterable[Pass], guards: Guards | None = None) -> IntegerModule:
     """Return what the passes make of the eval graph of a copy of a frozen module, which is used up."""
     run(working, passes)
-    made = IntegerModule(working, working.graph, type(working).__name__, {})
+    made = IntegerModule(working, working.graph, type(working).__name__, {}, working.plain_attributes, guards)
     update_graph_info(made, records={False: working.all_records[False]})
     return made
 

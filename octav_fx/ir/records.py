@@ -91,7 +91,8 @@ def records(graph: fx.Graph, edits: Iterable[Edit]) -> list[Record]:
 def idle_records(root: nn.Module, graph: fx.Graph) -> list[Record]:
     """Return a record for each layer below root that a graph neither calls nor reads a parameter of."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    read = {id(_attribute(root, str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+    # A graph that stores what forward stored reads the module itself, under a name of its own.
+    read = {id(_attribute(root, str(n.target))) for n in graph.nodes if n.op == "get_attr" and fake(n) is not None}
     rows = []
     for path, module in root.named_modules():
         op = op_of_module(module)

@@ -39,7 +39,7 @@ class Spec:
 def as_autocast(x: Tensor) -> Tensor:
     """Convert x [...] as a layer under autocast does, where autocast is on; float32 alone."""
     device = x.device.type
-    if x.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+    if x.is_meta or x.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
 

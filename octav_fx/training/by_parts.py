@@ -60,7 +60,7 @@ class PartsQuantizer:
             return self._one_graph(module, calls, path)
         except NotCaptured as reason:
             try:
-                return self._descend(module, calls, path, str(reason))
+                return self.descend(module, calls, path, str(reason))
             except NotCaptured:
                 # One mode is better than none; entering the other raises.
                 with contextlib.suppress(NotCaptured):
@@ -77,7 +77,11 @@ class PartsQuantizer:
             check_equal(quantized, call)
         return quantized
 
-    def _descend(self, module: nn.Module, calls: list[Inputs], path: str, reason: str) -> nn.Module:
+    def descend(self, module: nn.Module, calls: list[Inputs], path: str, reason: str) -> nn.Module:
+        """Quantize the children of a module that no graph holds, for a reason, and mark it; return the same module.
+
+        Raises NotCaptured where nothing below it can be quantized.
+        """
         if isinstance(module, torch.jit.ScriptModule):
             raise NotCaptured(reason)
         if not self.macs_by_module:
@@ -150,7 +154,7 @@ class PartsQuantizer:
             try:
                 if quantized is child:
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
-                changed = self._descend(child, its_calls, below, f"the code around it: {fault}")
+                changed = self.descend(child, its_calls, below, f"the code around it: {fault}")
                 if fault := _fault(module, calls, expected):
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
                 self.done[id(child)] = changed

@@ -1,15 +1,18 @@
 """One module as one graph: capture, the passes, the records of what they did."""
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import (
     difference,
@@ -21,6 +24,7 @@ from octav_fx.capture.rerun import (
     without_quantizers,
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
+from octav_fx.compat.graphs import replaced_graph
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.edits import Kind
@@ -28,8 +32,8 @@ from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
-from octav_fx.ir.records import idle_records, records, update_graph_info
-from octav_fx.nn import Spec
+from octav_fx.ir.records import NOT_CALLED, Record, graph_info, idle_records, records, update_graph_info
+from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 
@@ -68,19 +72,14 @@ def prepare_module(
     if "forward" in vars(module):
         raise NotCaptured(f"forward of {position.path or type(module).__name__} was replaced on the instance")
     graphs, missing, notes = _graphs(module, example, user, both_modes)
-    quantized = QuantizedModule(module, graphs, {})
-
-    def choose(place: Place) -> Spec | str:
-        return choose_spec(config, position.placed(place))
-
+    recipe = Recipe(config, position, user)
+    quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
     found = {}
     for mode in quantized.modes:
-        quantized.graph = graphs[mode]
-        edits = run(quantized, prepare_passes(config, choose))
-        rows = [*records(graphs[mode], edits), *([] if position.is_op else idle_records(module, graphs[mode]))]
-        found[mode] = [replace(row, site=position.named(row.site)) for row in rows]
-        notes += [f"{position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
-    quantized.graph = graphs[module.training]
+        quantized.graph = graphs[mode].graph
+        found[mode], told = recipe.rewrite(quantized)
+        notes += told
+    quantized.graph = graphs[module.training].graph
     update_graph_info(
         quantized,
         config=config.to_dict(),
@@ -88,23 +87,102 @@ def prepare_module(
         notes=tuple(dict.fromkeys(notes)),
         missing=missing,
     )
-    remove_unused(quantized, list(graphs.values()))
-    _drop_values(graphs)
+    remove_unused(quantized, [guarded.graph for guarded in graphs.values()])
+    _drop_values([guarded.graph for guarded in graphs.values()])
     return quantized
 
 
-def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
-    """Check that the rewritten graph without its quantizers computes what the float module computes.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the graphs of a quantized module are made with."""
 
-    Raises NotCaptured where it does not; does nothing without data (meta device).
+    config: Config
+    position: Position
+    user: UserRules
+
+    def add_graph(self, quantized: QuantizedModule, call: Inputs) -> None:
+        """Capture a graph for a call that no graph of the module holds for, with the quantizers that are there.
+
+        Raises NotCaptured where no graph can hold it.
+        """
+        mode = quantized.training
+        captured, notes = _captured(quantized.float_module(), call, mode, self.user)
+        with replaced_graph(quantized, captured.graph):
+            rows, told = self.rewrite(quantized)
+        _drop_values([captured.graph])
+        guarded = GuardedGraph(captured.graph, captured.guards)
+        if has_data(quantized, call):
+            _check_graph(quantized, guarded, call)
+        for held in (True, False):
+            if held is mode or not captured.depends_on_training:
+                quantized.graphs_of(held).append(guarded)
+        add_records(quantized, mode, rows, [*notes, *told])
+
+    def rewrite(self, quantized: QuantizedModule) -> tuple[list[Record], list[str]]:
+        """Run the passes on the present graph; return a record for each operand, and notes."""
+        known = quantizers_by_operand(quantized)
+
+        def choose(place: Place) -> Spec | str:
+            choice = choose_spec(self.config, self.position.placed(place))
+            there = known.get((self.position.named(place.site), place.operand))
+            if isinstance(choice, str) or there is None or (choice.signed and not there.spec.signed):
+                return choice
+            # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
+            return replace(choice, bits=there.spec.bits, signed=there.spec.signed)
+
+        edits = run(quantized, prepare_passes(self.config, choose))
+        found = records(quantized.graph, edits)
+        found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
+        rows = [replace(row, site=self.position.named(row.site)) for row in found]
+        return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
+
+
+def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], FakeQuantizer]:
+    """Return the quantizers of a module by site and operand."""
+    rows = [row for mode in quantized.all_records.values() for row in mode if row.quantizer is not None]
+    found: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        found.setdefault((row.site, str(row.operand)), quantized.get_submodule(str(row.quantizer)))
+    return found
+
+
+def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
+    """Add rows for operands that no row of a mode speaks of yet, and notes."""
+    known = graph_info(quantized)
+    new = [row for row in rows if row.reason != NOT_CALLED]
+    sites = {row.site for row in new}
+    # What the first graph did not call is called now.
+    present = [row for row in known.records.get(mode, []) if row.reason != NOT_CALLED or row.site not in sites]
+    seen = {(row.site, row.operand) for row in present}
+    added = [row for row in new if (row.site, row.operand) not in seen]
+    update_graph_info(
+        quantized,
+        records={**known.records, mode: [*present, *added]},
+        notes=tuple(dict.fromkeys((*known.notes, *notes))),
+    )
+
+
+def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
+    """Check that the graph for a call computes, without its quantizers, what the float module computes.
+
+    Where no graph of the module holds for the call, one more is captured. Raises NotCaptured where that cannot be done
+    or something else is computed; does nothing without data (meta device).
     """
     if not has_data(quantized, call):
         return
-    with quantized.as_float():
-        expected = run_once(quantized, *call)
+    holding = [g for g in quantized.graphs_of(quantized.training) if g.broken(quantized, *call) is None]
+    if not holding:
+        quantized.recipe.add_graph(quantized, call)
+        return
+    _check_graph(quantized, holding[0], call)
+
+
+def _check_graph(quantized: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> None:
+    gradients = guarded.asks_for_gradients and torch.is_grad_enabled()
+    expected = run_once(quantized, *call, quantized.float_forward, gradients=gradients)
     try:
         with without_quantizers(quantized):
-            found = run_once(quantized, *call)
+            found = run_once(quantized, *call, functools.partial(guarded.function(), quantized), gradients=gradients)
     except Exception as error:
         raise NotCaptured(f"the captured graph does not run on a call that the model makes: {error}") from error
     if detail := difference(expected, found):
@@ -126,27 +204,43 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
 
 def _graphs(
     module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
-) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
+) -> tuple[dict[bool, GuardedGraph], str | None, list[str]]:
     """Return a graph for each mode, why the other mode has none if it needs one and cannot be captured, and notes."""
     mode = module.training
-    captured = _capture(module, example, mode, user)
-    if captured.stored and has_data(module, example):
-        # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        _warm_up(module, example)
-        captured = _capture(module, example, mode, user)
-    notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
-    graphs = {mode: captured.graph, (not mode): captured.graph}
+    captured, notes = _captured(module, example, mode, user)
+    guarded = GuardedGraph(captured.graph, captured.guards)
+    graphs = {mode: guarded, (not mode): guarded}
     if captured.depends_on_training:
         try:
-            graphs[not mode] = _capture(module, example, not mode, user).graph
+            other = _capture(module, example, not mode, user)
+            graphs[not mode] = GuardedGraph(other.graph, other.guards)
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
             if both_modes and _runs(module, example, not mode):
                 raise NotCaptured(missing) from error
-            # Inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
+            # Inputs too small for an auxiliary head. The captured mode works; a call in the other one will say this.
             del graphs[not mode]
             return graphs, missing, [*notes, missing]
     return graphs, None, notes
+
+
+def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
+    """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
+    captured = _capture(module, call, mode, user)
+    if captured.remembered and has_data(module, call):
+        # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
+        with attributes_kept_on_success(module):
+            _warm_up(module, call)
+            captured = _capture(module, call, mode, user)
+            _check_memory(captured.remembered)
+    else:
+        _check_memory(name for name in captured.remembered if name not in captured.stored)
+    return captured, list(captured.notes)
+
+
+def _check_memory(remembered: Iterable[str]) -> None:
+    for name in remembered:
+        raise NotCaptured(f"forward reads {name} and changes it for the next call, and a graph has no memory")
 
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:
@@ -182,8 +276,8 @@ def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
         yield
 
 
-def _drop_values(graphs: Mapping[bool, fx.Graph]) -> None:
+def _drop_values(graphs: Iterable[fx.Graph]) -> None:
     """Drop what only the passes needed, fake tensors above all."""
-    for graph in graphs.values():
+    for graph in graphs:
         for node in graph.nodes:
             keep_site(node)

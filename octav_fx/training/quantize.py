@@ -10,17 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs
+from octav_fx.capture.module_state import without_history
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
-from octav_fx.compat.tensors import pytree
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.ir.op import Op
 from octav_fx.ir.ops import UserRules
 from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
+from octav_fx.training.again import capture_again
 from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
 
@@ -35,6 +36,7 @@ def quantize(
     strict: bool = False,
     rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
+    examples: Sequence[Any] = (),
 ) -> nn.Module:
     """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
 
@@ -42,6 +44,8 @@ def quantize(
     decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
     rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
     leaves: classes of modules to leave as they are, float.
+    examples: further calls of other kinds, each given as example_inputs is: other optional arguments, a sequence of
+    one token. A graph for each is captured now, which is done anyhow when such a call comes.
     Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
     where no single graph holds the model's Python code, a module of the model's own class whose children are such
     GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
@@ -55,6 +59,8 @@ def quantize(
     arguments_of(model, example)
     quantized = quantize_by_parts(_copy(model), example, config, _user_rules(rules, leaves))
     graphs = quantized_modules(quantized)
+    for part in graphs:
+        part.capture_again = capture_again
     captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
     _check_overrides(config, [*captured, *float_records(quantized)])
     for rule in rules:
@@ -73,6 +79,9 @@ def quantize(
         _check_strict([*float_records(quantized), *(row for part in graphs for row in part.records)])
     if has_data(quantized, example):
         run_once(quantized, *example)
+        for further in map(as_inputs, examples):
+            arguments_of(model, further)
+            run_once(quantized, *further)
         _begin_learned(quantized, example)
     return quantized
 
@@ -129,11 +138,8 @@ def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]]) -> UserR
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    # What forward has left on a trained model, a table with its history, cannot be copied as it is.
-    kept = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, without_history(model))
     except Exception as error:
         raise OctavError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy), and quantize changes only a copy: {error}"

@@ -92,7 +92,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, names: dict[int, str]) -> N
         new = copy_meta(node, graph.call_function(op.target, args, kwargs))
         result = new
         if node.op == "call_module":
-            _count_alone(new)
+            if isinstance(fake(new), Tensor):
+                _count_alone(new)
             if forward_hooks_of(module_of(node)):
                 result = insert_captured(graph, after_call, _itself(node), new, *args[: len(_given(node))])
     node.replace_all_uses_with(result)
@@ -133,7 +134,7 @@ class _StateReads:
         module, graph = module_of(self._call), self._call.graph
         if name in weight_hooks_of(module):
             return insert_captured(graph, effective_weight, _itself(self._call), name)
-        if (computed := parametrization_of(module, name)) is not None:
+        if (computed := parametrization_of(module, name)) is not None and isinstance(fake(self._call), Tensor):
             return _computed(self._call, f"{self._call.target}.parametrizations.{name}", computed)
         value = getattr(module, name)
         if not isinstance(value, Tensor):
@@ -161,6 +162,9 @@ def _computed(call: fx.Node, path: str, parametrization: nn.Module) -> fx.Node:
 
 def _count_alone(product: fx.Node) -> None:
     """Count the work of a product without that of computing its weight, which a call of the module had in it."""
+    if not isinstance(fake(product), Tensor):
+        # It comes after what depends on data.
+        return
     args, kwargs = fx.node.map_arg((product.args, product.kwargs), fake)
     with fake(product).fake_mode, torch.no_grad(), MacCounter() as counter:
         product.target(*args, **kwargs)  # type: ignore[operator]
