@@ -145,7 +145,8 @@ class QuantizedModule(GuardedModule):
 
     def _run(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
-        rule = self._present_rule() if guarded is self._graphs[False][0] else None
+        is_first = not self.training and guarded is self._graphs[False][0]
+        rule = self._present_rule() if is_first else None
         if rule is None:
             return guarded.function()(self, *args, **kwargs)
         if is_recorded(self, (args, kwargs)):
