@@ -2,13 +2,14 @@
 
 import argparse
 
-from benchmarks import capture, compile, cost, demo, graphs, inference, memory, pictures, readme, step, zoo
+from benchmarks import capture, compile, cost, demo, formats, graphs, inference, memory, pictures, readme, step, zoo
 
 _BENCHMARKS = {
     "capture": capture.main,
     "compile": compile.main,
     "cost": cost.main,
     "demo": demo.main,
+    "formats": formats.main,
     "graphs": graphs.main,
     "inference": inference.main,
     "memory": memory.main,

@@ -110,7 +110,7 @@ def test_imports_go_down_only(name):
 @pytest.mark.parametrize(
     ("name", "source", "fault"),
     [
-        ("octav_fx.formats.grid", "from octav_fx.nn import Spec", "floor 3 from floor 0"),
+        ("octav_fx.formats.grid", "from octav_fx.nn import Settings", "floor 3 from floor 0"),
         ("octav_fx.formats.grid", "import networkx", "not in this file"),
         ("octav_fx.errors", "import octav_fx.training.quantize", "floor 8 from floor 0"),
         ("octav_fx.ops.cpu", "def f():\n    from octav_fx.ir import ops", "floor 5 from floor 2"),

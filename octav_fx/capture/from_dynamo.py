@@ -190,7 +190,7 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
     for node in list(graph.nodes):
         if node.op != "call_module" or not isinstance(quantizer := module_of(node), FakeQuantizer):
             continue
-        name, spec = str(node.target).removeprefix(QUANTIZERS + "."), quantizer.spec
+        name, settings = str(node.target).removeprefix(QUANTIZERS + "."), quantizer.settings
         with graph.inserting_after(last):
             # An argument of the generated forward: names of modules may begin with digits or have dashes.
             hint = graph.placeholder(re.sub(r"\W", "_", f"hint_{name}"))
@@ -204,11 +204,12 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
                 x = graph.call_function(as_autocast, (x,))
             outputs = graph.call_function(
                 torch.ops.octav.dynamic_fake_quantize.default,
-                (x, hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient),
+                (x, hint, str(settings.spec), settings.method, settings.gradient),
             )
             y = graph.call_function(operator.getitem, (outputs, 0))
-            clip = graph.call_function(operator.getitem, (outputs, 1))
-            graph.call_method("copy_", (hint, clip))
+            if not quantizer.by_row:
+                clip = graph.call_function(operator.getitem, (outputs, 1))
+                graph.call_method("copy_", (hint, clip))
         node.replace_all_uses_with(y)
         graph.erase_node(node)
         lifted[name], last = quantizer, hint

@@ -6,7 +6,8 @@ that of a module that the passes of convert() made of a copy. It reads the param
 is no child: no key of the state_dict, no parameter and no path changes.
 
 It holds for calls like the example of quantize(), as convert() does; while every module is in eval mode and none has
-forward hooks, as a hook on a part of the graph sees the graph's own forward; and where forward stores nothing.
+forward hooks, as a hook on a part of the graph sees the graph's own forward; where forward stores nothing, and every
+quantizer has a static clip, as those of tokens have not.
 
 A change of the state makes it anew before the next call. In compiled code that is a change by load_state_dict, .to(),
 train() and eval(), freeze and unfreeze; a tensor that is written into in eval mode is noticed by a call outside of it

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from octav_fx.capture.inputs import as_inputs
 from octav_fx.capture.partial import example_of
 from octav_fx.capture.rerun import has_data, run_once
-from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid
 from octav_fx.nn import FakeQuantizer
 
 T = TypeVar("T")
@@ -57,13 +55,12 @@ class Statistics:
 
 def statistics_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Statistics:
     """Measure what a quantizer made of x [...], y [...]; values that are not finite are left out."""
-    spec, clip = quantizer.spec, quantizer.used
+    spec, clip = quantizer.spec, quantizer.clip_of(x)
     finite = x.isfinite()
-    grid = Grid(spec.bits, spec.signed)
-    bound = along(clip, x, spec.dim)
-    beyond = (x.abs() > bound) | (x < 0 if not spec.signed else False)
-    largest = torch.ops.octav.optimal_clip(x, clip, spec.bits, spec.signed, spec.dim, "max")
-    by_largest = torch.ops.octav.fake_quantize(x, largest, grid.bits, spec.signed, spec.dim, "ste")
+    bound = spec.granularity.along(clip, x)
+    beyond = (x.abs() > bound) | (x < 0 if not spec.format.signed else False)
+    largest = torch.ops.octav.optimal_clip(x, clip, str(spec), "max")
+    by_largest = torch.ops.octav.fake_quantize(x, largest, str(spec), "ste")
     sqnr, of_largest = sqnr_of(x, y), sqnr_of(x, by_largest)
     return Statistics(
         clip=clip.detach().clone(),

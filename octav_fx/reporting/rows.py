@@ -16,6 +16,7 @@ from torch import nn
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import float_records, outermost
 from octav_fx.errors import OctavError
+from octav_fx.formats.grid import Grid
 from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
 from octav_fx.reporting.html import html_table
@@ -32,8 +33,12 @@ class Row:
     shape: tuple[int, ...]
     # None where the operand stays float; then reason says why.
     bits: int | None
+    # "int", or another number format.
+    format: str | None
+    # Bits of a code, and of its share of the scales.
+    bits_per_element: float | None
     signed: bool | None
-    # "tensor", or "channel" with the axis.
+    # "tensor", "channel", "token" or "group-N", with the axis.
     granularity: str | None
     # Mean, least and greatest clip over the channels, in the units of the operand.
     clip: float | None
@@ -176,9 +181,11 @@ def _row(
         op=record.op,
         operand=record.operand or "",
         shape=record.shape,
-        bits=spec.bits if spec else None,
-        signed=spec.signed if spec else None,
-        granularity=None if spec is None else "tensor" if spec.dim is None else f"channel {spec.dim}",
+        bits=spec.format.bits if spec else None,
+        format=None if spec is None else "int" if isinstance(spec.format, Grid) else spec.format.name,
+        bits_per_element=None if spec is None else spec.bits_per_element(record.shape),
+        signed=spec.format.signed if spec else None,
+        granularity=None if spec is None else spec.granularity.label,
         clip=None if clip is None else float(clip.mean()),
         clip_min=None if clip is None else float(clip.min()),
         clip_max=None if clip is None else float(clip.max()),

@@ -90,7 +90,9 @@ def _notes(quantized: nn.Module) -> list[str]:
 
 def format_name(row: Row) -> str:
     """Return "int4", "uint8", or "float"."""
-    return "float" if row.bits is None else f"{'' if row.signed else 'u'}int{row.bits}"
+    if row.bits is None:
+        return "float"
+    return f"{'' if row.signed else 'u'}int{row.bits}" if row.format == "int" else str(row.format)
 
 
 def si(count: int) -> str:

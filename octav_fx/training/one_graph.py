@@ -33,7 +33,7 @@ from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.records import NOT_CALLED, Record, graph_info, idle_records, records, update_graph_info
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 
@@ -122,13 +122,13 @@ class Recipe:
         """Run the passes on the present graph; return a record for each operand, and notes."""
         known = quantizers_by_operand(quantized)
 
-        def choose(place: Place) -> Spec | str:
+        def choose(place: Place) -> Settings | str:
             choice = choose_spec(self.config, self.position.placed(place))
             there = known.get((self.position.named(place.site), place.operand))
-            if isinstance(choice, str) or there is None or (choice.signed and not there.spec.signed):
+            if isinstance(choice, str) or there is None or (choice.spec.format.signed and not there.spec.format.signed):
                 return choice
             # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
-            return replace(choice, bits=there.spec.bits, signed=there.spec.signed)
+            return replace(choice, spec=replace(choice.spec, format=there.spec.format))
 
         edits = run(quantized, prepare_passes(self.config, choose))
         found = records(quantized.graph, edits)

@@ -120,7 +120,11 @@ def _share_quantizers(quantized: QuantizedModule, graphs: list[QuantizedModule])
                 continue
             placed.add(quantizer)
             shared = known.get(operand)
-            if shared is not None and shared.spec == quantizer.spec and shared.hint.shape == quantizer.hint.shape:
+            if (
+                shared is not None
+                and shared.settings == quantizer.settings
+                and shared.hint.shape == quantizer.hint.shape
+            ):
                 name = next(name for name, module in held.named_children() if module is quantizer)
                 held.add_module(name, shared)
                 placed.add(shared)

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from octav_fx.compat.graphs import inductor_decompositions
 from octav_fx.compat.tensors import detect_fake_mode
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import arguments_of
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import replace
@@ -65,6 +66,8 @@ def write_out(gm: fx.GraphModule, device: str = "cuda") -> list[Edit]:
 
 def _write_out(node: fx.Node, reference: Callable[..., Tensor]) -> Edit:
     call = dict(arguments_of(node))
+    if spec_of(call["spec"]).plain is None:
+        return Edit.info(str(node), f"{call['spec']} is rounded by its reference")
     inputs = [name for name, value in call.items() if isinstance(value, fx.Node)]
     values = [fake(call[name]) for name in inputs]
     if any(not isinstance(size, int) for value in values for size in value.shape) and _asks_for_sizes(node):

@@ -25,7 +25,7 @@ from octav_fx.ir.meta import fake, info, set_fake
 from octav_fx.ir.op import Op, Operand, Role
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.signedness import nonnegative
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 
@@ -45,10 +45,13 @@ class Place:
     dim: int | None
     # An input of a sum that joins two paths, or of a global pool.
     residual: bool = False
+    # The axis that products are summed over, counted from the front; None: there is no one axis.
+    reduction: int | None = None
+    shape: tuple[int, ...] = ()
 
 
-# A Spec, or the reason why the operand stays float.
-Choose = Callable[[Place], Spec | str]
+# A Settings, or the reason why the operand stays float.
+Choose = Callable[[Place], Settings | str]
 
 
 def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
@@ -92,7 +95,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
                 )
             set_fake(quantizer, fake(value))
             set_operand(node, operand, quantizer)
-            edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
+            edits.append(Edit(place.site, "quantize", choice.spec.format.label, operand.name))
     return edits
 
 
@@ -133,7 +136,16 @@ def _place(node: fx.Node, op: Op, operand: Operand, read: Any, is_static: bool, 
         edge=edge,
         signed=signed or is_weight,
         dim=None if channel is None else channel % value.dim(),
+        reduction=_reduction_axis(op, operand, value.dim()),
+        shape=tuple(value.shape),
     )
+
+
+def _reduction_axis(op: Op, operand: Operand, dims: int) -> int | None:
+    # The input of a convolution without a batch axis.
+    if op.spatial and operand.role is Role.ACTIVATION and dims == op.spatial + 1:
+        return 0
+    return operand.reduction_axis(dims)
 
 
 def _unknown_since(node: fx.Node) -> str:
@@ -151,23 +163,25 @@ def _check_floating(place: Place, read: fx.Node) -> None:
         )
 
 
-def add_quantizer(gm: fx.GraphModule, place: Place, spec: Spec, read: fx.Node, *, running: bool) -> str:
+def add_quantizer(gm: fx.GraphModule, place: Place, settings: Settings, read: fx.Node, *, running: bool) -> str:
     """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
     quantizers = gm.get_submodule(QUANTIZERS)
     value = fake(read)
-    channels = None if spec.dim is None else value.shape[spec.dim]
+    shared = settings.spec.granularity
+    # A clip for each row of data is none for the next batch.
+    shape = () if running and shared.is_short else shared.clip_shape(value.shape)
     base = f"{place.site}_{place.operand}".replace(".", "_").replace(":", "_")
     name, count = base, 0
     used = {node.target for node in gm.graph.nodes if node.op == "call_module"}
     while hasattr(quantizers, name):
         existing = getattr(quantizers, name)
-        same = existing.spec == spec and existing.hint.numel() == (channels or 1)
-        same = same and (existing.mean is not None) is running
+        same = existing.settings == settings and existing.hint.shape == shape
+        same = same and existing.running is running
         if same and f"{QUANTIZERS}.{name}" not in used:
             return f"{QUANTIZERS}.{name}"
         count += 1
         name = f"{base}_{count}"
-    quantizer = FakeQuantizer(spec, channels, value.device, running=running)
+    quantizer = FakeQuantizer(settings, shape, value.device, running=running)
     quantizers.add_module(name, quantizer.train(gm.training))
     return f"{QUANTIZERS}.{name}"
 

@@ -21,8 +21,6 @@ import octav_fx
 from octav_fx import Config, OctavError, quantize, zoo
 from octav_fx.backend import entry
 from octav_fx.clips.gradients import GRADIENTS
-from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid
 from octav_fx.nn import FakeQuantizer
 
 # Inductor adds up in another order: a few roundings of float32 (2**-24 = 6e-8) in each of a few layers of these small
@@ -546,8 +544,8 @@ class Forced(nn.Module):
         with torch.no_grad():
             self.chosen = self.quantizer(x)
         spec = self.quantizer.spec
-        clip = along(self.clip, x, spec.dim).to(x.dtype)
-        x = x * GRADIENTS[spec.gradient](x.detach(), clip, spec.signed)
+        clip = spec.granularity.along(self.clip, x).to(x.dtype)
+        x = x * GRADIENTS[self.quantizer.settings.gradient](x.detach(), clip, spec.format.signed)
         return x + (self.y.to(x.dtype) - x).detach()
 
 
@@ -597,7 +595,7 @@ def one_step(request):
 
 
 def codes(y: Tensor, clip: Tensor, spec) -> Tensor:
-    return (y / along(Grid(spec.bits, spec.signed).step(clip), y, spec.dim)).round()
+    return (y / spec.granularity.along(spec.format.step(clip), y)).round()
 
 
 @pytest.mark.compile

@@ -5,13 +5,14 @@ from torch import nn
 
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.records import Record, records
-from octav_fx.nn import Spec
+from octav_fx.nn import Settings
 from octav_fx.passes import Place, canonicalize, deduplicate_quantizers, quantize_operands
 from tests.support.graphs import captured, model, parameter
+from tests.support.settings import settings_of
 
 
-def choose(place: Place) -> Spec | str:
-    return "as asked" if place.site.startswith("float") else Spec(4, place.signed, place.dim, "octav", "pwl")
+def choose(place: Place) -> Settings | str:
+    return "as asked" if place.site.startswith("float") else settings_of(4, place.signed, place.dim, "octav", "pwl")
 
 
 def rows(float_module: nn.Module, **arguments: torch.Tensor) -> list[Record]:

@@ -355,10 +355,10 @@ def test_an_override_reaches_the_operands_of_its_node_only():
     assert (bits["conv2", "weight"], bits["conv2", "input"]) == (3, 2)
     assert (bits["middle", "weight"], bits["middle", "input"]) == (None, None)
     assert (bits["head", "weight"], bits["head", "input"]) == (8, 8)
-    assert q.quantizers.conv2_weight.spec.method == "max"
-    assert q.quantizers.conv2_weight.spec.gradient == "ste"
-    assert q.quantizers.conv2_input.spec.gradient == "pwl"
-    assert q.quantizers.conv1_weight.spec.method == "octav"
+    assert q.quantizers.conv2_weight.settings.method == "max"
+    assert q.quantizers.conv2_weight.settings.gradient == "ste"
+    assert q.quantizers.conv2_input.settings.gradient == "pwl"
+    assert q.quantizers.conv1_weight.settings.method == "octav"
 
 
 def test_an_override_that_fits_no_node_is_an_error_that_lists_them():

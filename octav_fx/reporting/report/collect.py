@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from octav_fx.capture.modules import quantized_modules
 from octav_fx.capture.partial import outermost, partial_lines
 from octav_fx.clips.learned import LEARNED
-from octav_fx.formats.granularity import along, to_rows
+from octav_fx.formats.granularity import TENSOR, Granularity
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import Spec
 from octav_fx.ir.records import graph_info
 from octav_fx.nn import FakeQuantizer
 from octav_fx.reporting.blocks import block_of
@@ -71,9 +72,9 @@ def collected(q: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 def detail_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Detail:
     """Count the values of x [...] by size, and predict the error of other bits."""
-    spec, clip = quantizer.spec, quantizer.used
-    bound = along(clip, x, spec.dim).to(torch.float32)
-    is_shared = spec.dim is None
+    spec, clip = quantizer.spec, quantizer.clip_of(x)
+    bound = spec.granularity.along(clip, x).to(torch.float32)
+    is_shared = spec.granularity.axis is None
     values = x.detach().to(torch.float32)
     if not is_shared:
         values = torch.where(bound > 0, values / bound, 0)
@@ -82,9 +83,10 @@ def detail_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Detail:
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(values, _BINS, low, high).long().tolist()
-    grid = Grid(spec.bits, spec.signed)
+    form = spec.format
     limit = float(clip) if is_shared and clip.numel() else 1.0
-    levels = [code * limit / grid.steps for code in range(grid.low, grid.high + 1)]
+    codes = torch.arange(form.low, form.high + 1, dtype=torch.float64)
+    levels = (form.levels(codes) * limit / form.steps).tolist()
     return Detail(
         unit="x" if is_shared else "x / clip",
         low=low,
@@ -98,17 +100,21 @@ def detail_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Detail:
 
 def _predicted(quantizer: FakeQuantizer, x: Tensor) -> dict[int, float | None]:
     """Return the SQNR in dB at BITS with the best clip for each, on a sample of x [...]; None where it is exact."""
-    spec = quantizer.spec
-    sample = to_rows(x.detach(), spec.dim)
-    sample = sample[:, :: max(1, math.ceil(sample.numel() / _SAMPLE))]
+    settings, shared = quantizer.settings, quantizer.spec.granularity
+    sample = shared.rows(x.detach())
+    every = max(1, math.ceil(sample.numel() / _SAMPLE))
+    sample = sample[::every] if shared.is_short else sample[:, ::every]
     # A learned clip is of its own bits: what others would learn, nobody knows.
-    method = "octav" if spec.method in LEARNED else spec.method
-    dim = None if spec.dim is None else 0
-    sample, hint = (sample.reshape(-1), quantizer.used) if dim is None else (sample, quantizer.used)
+    method = "octav" if settings.method in LEARNED else settings.method
+    sample = sample if shared.axis is not None else sample.reshape(-1)
+    of_sample = (
+        Granularity("token", 1) if shared.is_short else Granularity("channel", 0) if shared.axis is not None else TENSOR
+    )
     found: dict[int, float | None] = {}
     for bits in BITS:
-        clip = torch.ops.octav.optimal_clip(sample, hint, bits, spec.signed, dim, method)
-        rounded = torch.ops.octav.fake_quantize(sample, clip, bits, spec.signed, dim, "ste")
+        spec = str(Spec(Grid(bits, quantizer.spec.format.signed), of_sample))
+        clip = torch.ops.octav.optimal_clip(sample, quantizer.used, spec, method)
+        rounded = torch.ops.octav.fake_quantize(sample, clip, spec, "ste")
         found[bits] = _finite(sqnr_of(sample, rounded))
     return found
 

@@ -39,14 +39,14 @@ def test_golden() -> None:
     text = graph_text(gm.graph)
     assert text.startswith(
         "fake_quantize_weights_default = fake_quantize_weights.default("
-        "[primals_2, primals_3], [primals_4, primals_5], [4, 8], [0, 0], 'octav', None)\n"
+        "[primals_2, primals_3], [primals_4, primals_5], ['int4/channel.0', 'int8/channel.0'], 'octav', None)\n"
         "getitem_4 = getitem(fake_quantize_weights_default, 0)\n"
         "getitem_5 = getitem(fake_quantize_weights_default, 1)\n"
         "getitem_6 = getitem(getitem_4, 0)\n"
         "getitem_7 = getitem(getitem_4, 1)\n"
         "slice_tensor = slice.Tensor(getitem_5, 0, 0, 20)\n"
         "slice_tensor_1 = slice.Tensor(getitem_5, 0, 20, 24)\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, slice_tensor, 4, True, 0, 'mad', None)\n"
+        "fake_quantize_default = fake_quantize.default(primals_2, slice_tensor, 'int4/channel.0', 'mad', None)\n"
         "permute_10 = permute.default(getitem_6, [1, 0])\n"
         "permute = permute.default(fake_quantize_default, [1, 0])\n"
         "mm = mm.default(primals_1, permute_10)\n"

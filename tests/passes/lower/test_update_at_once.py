@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from octav_fx.formats.spec import integers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import update_at_once
@@ -19,8 +20,8 @@ on_cpu = functools.partial(update_at_once, device="cpu")
 def updated(x: Tensor, w: Tensor, *states: Tensor) -> Tensor:
     """What AOTAutograd leaves of two quantizers of data and of one by channel."""
     h1, m1, t1, h2, m2, t2, h3 = states
-    c1, c2 = (octav.optimal_clip(of, h, 4, True, None, "octav") for of, h in ((x, h1), (2 * x, h2)))
-    c3 = octav.optimal_clip(w, h3, 4, True, 0, "octav")
+    c1, c2 = (octav.optimal_clip(of, h, integers(4, True, None), "octav") for of, h in ((x, h1), (2 * x, h2)))
+    c3 = octav.optimal_clip(w, h3, integers(4, True, 0), "octav")
     for h, c in ((h1, c1), (h2, c2), (h3, c3)):
         aten.copy_(h, c)
     for m, c in ((m1, c1), (m2, c2)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import octav_fx
+from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import LOWER, mask_from_codes, save_codes, split_quantizers, write_out
 from octav_fx.passes.lower.write_out import REFERENCES
@@ -21,7 +22,11 @@ on_cpu = functools.partial(write_out, device="cpu")
 
 
 def test_golden() -> None:
-    gm = joint(lambda x, clip: (octav.dequantize(x, clip, 4, True, None, torch.float32),), *codes(), trace_joint=False)
+    gm = joint(
+        lambda x, clip: (octav.dequantize(x, clip, integers(4, True, None), torch.float32),),
+        *codes(),
+        trace_joint=False,
+    )
     assert [(edit.verb, edit.detail) for edit in lower(gm, on_cpu)] == [("write out", "octav.dequantize.default")]
     assert graph_text(gm.graph) == (
         "clamp_min = clamp_min.default(arg0_1, -8)\n"
@@ -50,13 +55,13 @@ def numbers(dtype: torch.dtype) -> Tensor:
 
 def arguments(x: Tensor, clip: Tensor, signed: bool, dim: int | None) -> dict[Any, tuple[tuple[Tensor, ...], Any]]:
     """The tensors and the rest of a call of each op."""
-    grad, codes, step = torch.randn_like(x), octav.quantize(x, clip, 4, signed, dim), clip / 8
-    lsq = (4, signed, dim, "lsq")
+    grad, codes, step = torch.randn_like(x), octav.quantize(x, clip, integers(4, signed, dim)), clip / 8
+    lsq = (integers(4, signed, dim), "lsq")
     return {
-        octav.quantize.default: ((x, clip), (4, signed, dim, 2.0)),
-        octav.dequantize.default: ((codes, clip), (4, signed, dim, x.dtype)),
-        octav.fake_quantize.default: ((x, clip), (4, signed, dim, "pwl", torch.bfloat16)),
-        octav.fake_quantize_backward.default: ((grad, x, clip), (signed, dim, "mad")),
+        octav.quantize.default: ((x, clip), (integers(4, signed, dim), 2.0)),
+        octav.dequantize.default: ((codes, clip), (integers(4, signed, dim), x.dtype)),
+        octav.fake_quantize.default: ((x, clip), (integers(4, signed, dim), "pwl", torch.bfloat16)),
+        octav.fake_quantize_backward.default: ((grad, x, clip), (integers(4, signed, dim), "mad")),
         octav.learned_fake_quantize.default: ((x, step), (*lsq, True)),
         octav.learned_fake_quantize_backward.default: ((grad, x, step), lsq),
         octav.learned_parameter_backward.default: ((grad, x, step), (*lsq, True)),

@@ -18,18 +18,19 @@ from octav_fx.ir.op import Role
 from octav_fx.ir.printer import graph_text
 from octav_fx.ir.records import records
 from octav_fx.ir.table.contractions import CONTRACTIONS
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.passes import Place, quantize_operands
 from tests.support.graphs import model, parameter
 from tests.support.layers import LAYERS, Layer
 from tests.support.passes import canonical, four_bits, made, on_grid, quantize_with
+from tests.support.settings import settings_of
 
 
 def places(gm: QuantizedModule) -> list[Place]:
     """What the pass asks about each operand."""
     seen: list[Place] = []
 
-    def choose(place: Place) -> Spec:
+    def choose(place: Place) -> Settings:
         seen.append(place)
         return four_bits(place)
 
@@ -231,8 +232,8 @@ def test_golden() -> None:
         }.items()
         for operand in operands
     ]
-    assert gm.quantizers.block_conv_weight.spec == Spec(4, True, 0, "octav", "pwl")
-    assert gm.quantizers.matmul_other.spec == Spec(4, False, None, "octav", "pwl")
+    assert gm.quantizers.block_conv_weight.settings == settings_of(4, True, 0, "octav", "pwl")
+    assert gm.quantizers.matmul_other.settings == settings_of(4, False, None, "octav", "pwl")
     assert gm.quantizers.block_conv_weight.hint.shape == (3,)
 
 
@@ -310,7 +311,7 @@ def test_an_operand_that_is_not_floating_point_is_an_error_that_names_it(dtype: 
 
 
 def test_a_reason_instead_of_a_spec_leaves_the_operand_float() -> None:
-    def choose(place: Place) -> Spec | str:
+    def choose(place: Place) -> Settings | str:
         return "not this one" if place.operand == "input" else four_bits(place)
 
     float_module, x = model(lambda self, x: self.fc(x), fc=nn.Linear(4, 5)), torch.randn(2, 4)
