@@ -17,6 +17,7 @@ from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
+from octav_fx.passes.convert.pools_of_layers import pools_of_layers
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
@@ -87,6 +88,7 @@ INTEGERS: Final[tuple[Any, ...]] = (
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
     codes_between_layers,  # the codes that one layer's result alone decides
     codes_of_sums,  # and those of two
+    pools_of_layers,  # those that codes_between_layers left
 )
 
 
@@ -131,6 +133,7 @@ __all__ = [
     "mask_from_codes",
     "multiply_codes",
     "pack_weights",
+    "pools_of_layers",
     "prepare_passes",
     "quantize_operands",
     "quantize_residuals",

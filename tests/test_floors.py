@@ -26,6 +26,7 @@ ALLOWED = {
     "onnx": "octav_fx.deploy.*",
     "onnxruntime": "octav_fx.deploy.runtimes",
     "onnxscript": "octav_fx.deploy.export",
+    "openvino": "octav_fx.deploy.latency",
     "torchvision": "octav_fx.zoo",
     "sklearn": "octav_fx.demo",
     "tqdm": "octav_fx.demo",

@@ -1,22 +1,26 @@
 """QuantizedModule: the user's module tree, seen through a rewritten graph."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
+from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
 from octav_fx.capture.guards import GuardedGraph, Guards
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
+from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.compat.modules import (
     HOOK_ATTRIBUTES,
     buffers_of,
     children_of,
+    not_compiled,
     parameters_of,
     replace_children,
     share_parts,
@@ -41,7 +45,13 @@ class QuantizedModule(GuardedModule):
     quantizers are one more child. Each graph holds under guards: forward runs the first that holds for its inputs, and
     where none does, captures one more. Where the float module's Python code branches on self.training each mode has its
     own. float_forward() runs the float module's own forward on the same state.
+
+    In eval mode, where every quantizer has a static clip, the first graph runs as a module that make_rule returns, made
+    from the present state: see capture/frozen.py.
     """
+
+    # From a frozen module to what it computes in eval mode. Passes are a floor above, and deploy/rule.py puts it here.
+    make_rule: ClassVar[Callable[["QuantizedModule"], "IntegerModule"]]
 
     def __init__(
         self,
@@ -62,7 +72,7 @@ class QuantizedModule(GuardedModule):
         self._non_persistent_buffers_set = transient_buffers_of(float_module)
         # A dict of its own: the float module's forward may iterate over its children and must not meet the quantizers.
         self._modules = dict(children_of(float_module))
-        self._modules[QUANTIZERS] = nn.Module()
+        self._modules[QUANTIZERS] = nn.Module().train(float_module.training)
         for name in HOOK_ATTRIBUTES:
             setattr(self, name, getattr(float_module, name))
         self.training = float_module.training
@@ -115,6 +125,8 @@ class QuantizedModule(GuardedModule):
         super().train(mode)
         if (graphs := self._graphs[mode]) and graphs[0].graph is not self.graph:
             self.graph = graphs[0].graph
+        if self._rule is not None and not self._rule.is_of(self):
+            self.forget()
         return self
 
     def _captured(self) -> Sequence[GuardedGraph]:
@@ -126,10 +138,20 @@ class QuantizedModule(GuardedModule):
             return graphs[0].function()(self, *args, **kwargs)
         for guarded in graphs:
             if guarded.broken(self, args, kwargs) is None:
-                return guarded.function()(self, *args, **kwargs)
+                return self._run(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
         return self._run_new(args, kwargs)
+
+    def _run(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
+        is_first = not self.training and guarded is self._graphs[False][0]
+        rule = self._present_rule() if is_first else None
+        if rule is None:
+            return guarded.function()(self, *args, **kwargs)
+        if is_recorded(self, (args, kwargs)):
+            return with_gradients_of(functools.partial(guarded.function(), self), rule._dispatch, args, kwargs)
+        return rule._dispatch(*args, **kwargs)
 
     def run_own_python(self, function: Callable[..., Any]) -> None:
         """Let a function of the arguments run from now on, in the present mode, where no graph holds."""
@@ -161,6 +183,57 @@ class QuantizedModule(GuardedModule):
         children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
         float_module.training = self.training
         return float_module
+
+    def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the graph computes, frozen or not: levels, multiplied in float."""
+        self._simulates = True
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self._simulates = False
+
+    def recompile(self) -> Any:
+        """Generate the code of the present graph anew, and forget what was made of another."""
+        self.forget()
+        self._simulates = False
+        called = (str(node.target) for node in self.graph.find_nodes(op="call_module"))
+        self._called_quantizers = [target for target in called if target.startswith(f"{QUANTIZERS}.")]
+        self._stores = stores(self.graph)
+        return super().recompile()
+
+    def _present_rule(self) -> "IntegerModule | None":
+        """Return what computes the present state in eval mode; None where the graph itself does."""
+        if self._simulates or not self._is_frozen():
+            return None
+        if torch.compiler.is_compiling():
+            # Compiled code cannot ask whether it is of the present state.
+            if self._rule is None:
+                not_compiled(self.refresh)
+        elif self._rule is None or not self._rule.is_of(self):
+            self.refresh()
+        assert self._rule is not None
+        return self._rule.module
+
+    def _is_frozen(self) -> bool:
+        # What forward stores on the user's modules would be stored on copies.
+        possible = not self.training and not self._stores
+        return possible and is_frozen(self, map(self.get_submodule, self._called_quantizers))
+
+    def refresh(self) -> None:
+        """Make what a frozen module computes in eval mode from its present state; of any other do nothing."""
+        self._rule: Derived | None = Derived(self, type(self).make_rule(self)) if self._is_frozen() else None
+
+    def forget(self) -> None:
+        """Let the next call of a frozen module make what it computes anew."""
+        self._rule = None
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
 
     @contextmanager
     def as_float(self) -> Iterator[None]:

@@ -1,10 +1,12 @@
 """What nn.Module keeps, and what its subclasses in torch.nn keep."""
 
 import types
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -120,3 +122,12 @@ def replace_children(module: nn.Module, children: dict[str, nn.Module | None]) -
 def apply_to_tensors(module: nn.Module, fn: Any, recurse: bool) -> None:
     """Run what nn.Module does for .to() and its like, which a subclass may have replaced."""
     nn.Module._apply(module, fn, recurse)
+
+
+@_disable_dynamo
+def not_compiled(function: Callable[[], None]) -> None:
+    """Call a function between two compiled graphs, not in one.
+
+    As torch.compiler.disable, which loads the compiler at once.
+    """
+    function()

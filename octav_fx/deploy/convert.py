@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,6 +9,7 @@ from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_m
 from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
+from octav_fx.deploy.rule import integer_module
 from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import graph_info, update_graph_info
@@ -31,13 +31,16 @@ def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
     q, or a module that holds quantized ones, is not changed. Raises OctavError for a model that is not frozen or whose
     graph was edited since.
     """
-    converted = rewritten(q, CONVERT if integers else (*CONVERT, *COMPUTE))
-    if integers:
-        for module in converted.modules():
-            if isinstance(module, IntegerModule):
-                edits = run(module, INTEGERS)
-                rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
-                update_graph_info(module, integers=tuple(rows))
+    return multiplied(rewritten(q, CONVERT)) if integers else rewritten(q, (*CONVERT, *COMPUTE))
+
+
+def multiplied(converted: nn.Module) -> nn.Module:
+    """Let a model on levels, as CONVERT leaves it, multiply codes where the CPU can. Returns it."""
+    for module in converted.modules():
+        if isinstance(module, IntegerModule):
+            edits = run(module, INTEGERS)
+            rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
+            update_graph_info(module, integers=tuple(rows))
     return converted
 
 
@@ -73,12 +76,7 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     if has_forward_hooks(module):
         raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
-    working: Any = copy.deepcopy(module).eval()
+    working = copy.deepcopy(module).eval()
     drop_stores(working.graph)
-    run(working, passes)
     guards = working.graphs_of(False)[0].guards
-    guards = None if guards is None else guards.of_inputs()
-    attributes = working.plain_attributes
-    converted = IntegerModule(working, working.graph, type(module).__name__, {}, attributes, guards)
-    update_graph_info(converted, records={False: working.all_records[False]})
-    return converted.requires_grad_(False)
+    return integer_module(working, passes, None if guards is None else guards.of_inputs()).requires_grad_(False)

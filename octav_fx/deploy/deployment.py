@@ -1,9 +1,9 @@
-"""deployment(): what a deployed model stores for each operand, and how far its outputs are from the frozen model's."""
+"""deployment(): what a deployed model stores for each operand, how it runs, and how far it is from the frozen one."""
 
+import copy
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,19 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import as_inputs, tensors_of
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
-from octav_fx.capture.rerun import in_eval_mode, run_once
-from octav_fx.deploy.convert import bytes_of, convert, integer_layers, rewritten, size_of
+from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
+from octav_fx.capture.rerun import run_once
+from octav_fx.deploy.codes import codes_of_quantizers, moved
+from octav_fx.deploy.convert import bytes_of, integer_layers, multiplied, rewritten, size_of
 from octav_fx.deploy.export import export_onnx
+from octav_fx.deploy.latency import latencies
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.errors import OctavError
-from octav_fx.nn import FakeQuantizer, IntegerWeight, StaticQuantizer, StoredWeight
+from octav_fx.ir.pipeline import run
+from octav_fx.nn import IntegerWeight, StaticQuantizer, StoredWeight
 from octav_fx.nn.fake_quantizer import QUANTIZERS
-from octav_fx.passes import CONVERT
+from octav_fx.passes import COMPUTE, CONVERT
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,8 @@ class DeployedRow:
     scale: float | None
     # Of codes and scales; 0 for an operand that shares the quantizer of an earlier row.
     bytes: int | None
-    # Largest difference of the operand's values between the frozen and the converted model on the given inputs.
-    difference: float | None
+    # Share of the codes of an activation that convert(q) gives otherwise than the frozen model, on the given inputs.
+    moved: float | None
     reason: str | None
     # How PyTorch runs the node: "integers", or why it multiplies floats.
     runs: str
@@ -42,7 +46,10 @@ class DeployedRow:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The rows, sizes in bytes, and the largest differences to the frozen model's outputs, over the largest output."""
+    """The rows, sizes in bytes, and the largest differences to the frozen model's outputs, over the largest output.
+
+    latency: milliseconds of one call by runtime, or why it does not run; empty unless asked for.
+    """
 
     rows: list[DeployedRow]
     float_bytes: int
@@ -50,92 +57,79 @@ class Deployment:
     onnx_bytes: int
     converted_difference: float
     onnx_difference: float
+    latency: dict[str, float | str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         cells = [
-            (r.node, r.operand, r.bits or "float", _text(r.scale), r.bytes, _text(r.difference), r.reason or "", r.runs)
+            (r.node, r.operand, r.bits or "float", _text(r.scale), r.bytes, _text(r.moved), r.reason or "", r.runs)
             for r in self.rows
         ]
-        headers = ("node", "operand", "bits", "scale", "bytes", "difference", "reason", "runs")
+        headers = ("node", "operand", "bits", "scale", "bytes", "moved", "reason", "runs")
         table = tabulate(
             cells, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4, "left", "left")
         )
         share = self.bytes / self.float_bytes if self.float_bytes else 0.0
-        return (
+        text = (
             f"{table}\n\n{self.bytes} bytes, {share:.3f} of the float model; ONNX file {self.onnx_bytes} bytes\n"
             f"largest difference to the frozen model, relative to the largest output: converted "
             f"{self.converted_difference:.1e}, onnxruntime {self.onnx_difference:.1e}"
         )
+        return "\n".join([text, *(f"{name}: {_milliseconds(value)}" for name, value in self.latency.items())])
 
 
-def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] | None = None) -> Deployment:
+def deployment(
+    q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] | None = None, *, latency: bool = False
+) -> Deployment:
     """Compare a frozen model, convert(q) and its ONNX file, run by onnxruntime, on example_inputs.
 
-    path: where export_onnx wrote the file; None writes one for the comparison. A code at a tie may fall to either side
-    when sums are taken in another order, and move everything behind it: a difference is no error by itself. Raises
+    path: where export_onnx wrote the file; None writes one for the comparison. latency: time one call of the float and
+    the deployed model in each runtime that is installed, which compiles both. A code at a tie may fall to either side
+    when sums are scaled in another order, and move everything behind it: a difference is no error by itself. Raises
     OctavError like convert and export_onnx, and for a module with more than one quantized part.
     """
     (quantized, *more) = quantized_modules(q)
     if more or quantized is not q:
         raise OctavError("deployment takes a model that one graph holds, as octav_fx.quantize returned it")
-    converted, levels = convert(q), rewritten(q, CONVERT)
-    args, kwargs = as_inputs(example_inputs)
-    with in_eval_mode(q):
-        frozen, operands = _observed(q, FakeQuantizer, args, kwargs)
-    found = run_once(converted, args, kwargs)
-    # Operands are compared where they are levels; codes are the same.
-    _, others = _observed(levels, (StaticQuantizer, IntegerWeight, StoredWeight), args, kwargs)
+    levels = rewritten(q, CONVERT)
+    converted, defined = multiplied(copy.deepcopy(levels)), copy.deepcopy(levels)
+    assert isinstance(converted, IntegerModule) and isinstance(defined, IntegerModule)
+    run(defined, COMPUTE)
+    call = as_inputs(example_inputs)
+    frozen, found = run_once(defined, *call), run_once(converted, *call)
+    shares = moved(codes_of_quantizers(converted, *own_copy(call)), codes_of_quantizers(defined, *own_copy(call)))
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
             path = Path(folder) / "model.onnx"
             export_onnx(q, example_inputs, path)
         onnx_outputs = list(run_onnx(path, example_inputs).values())
         onnx_bytes = Path(path).stat().st_size
-    differences = {name: _difference(others[name], value) for name, value in operands.items() if name in others}
+        measured = latencies(quantized, converted, path, call) if latency else {}
     return Deployment(
-        rows=_rows(quantized, levels, differences, dict(integer_layers(converted))),
+        rows=_rows(quantized, levels, shares, dict(integer_layers(converted))),
         float_bytes=_float_bytes(quantized),
         bytes=size_of(converted),
         onnx_bytes=onnx_bytes,
         converted_difference=_relative(tensors_of(found), tensors_of(frozen)),
         onnx_difference=_relative(onnx_outputs, tensors_of(frozen)),
+        latency=measured,
     )
 
 
-def _observed(
-    module: nn.Module, kinds: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Tensor]]:
-    """Return the outputs, and what each quantizer returned last."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: seen.update({name: output.detach()})
-
-    named = [(name, part) for name, part in module.named_modules() if isinstance(part, kinds)]
-    handles = [part.register_forward_hook(keep(name)) for name, part in named]
-    try:
-        return run_once(module, args, kwargs), seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _rows(
-    q: QuantizedModule, converted: nn.Module, differences: dict[str, float], reasons: dict[str, str | None]
+    q: QuantizedModule, levels: nn.Module, shares: dict[str, float], reasons: dict[str, str | None]
 ) -> list[DeployedRow]:
     rows, counted = [], set[str]()
     for record in q.all_records[False]:
         runs = reasons.get(record.site, "no rule") or "integers"
-        part = None if record.quantizer is None else converted.get_submodule(record.quantizer)
+        part = None if record.quantizer is None else levels.get_submodule(record.quantizer)
         if not isinstance(part, (IntegerWeight, StaticQuantizer, StoredWeight)) or record.quantizer is None:
             rows.append(DeployedRow(record.site, record.operand or "", None, None, None, None, record.reason, runs))
             continue
         stored = 0 if record.quantizer in counted else size_of(part)
         counted.add(record.quantizer)
-        difference = differences.get(record.quantizer)
-        scale = float(part.scale.mean())
+        scale, share = float(part.scale.mean()), shares.get(record.quantizer)
         bits = part.spec.format.bits if isinstance(part, StoredWeight) else part.bits
-        rows.append(DeployedRow(record.site, record.operand or "", bits, scale, stored, difference, None, runs))
+        rows.append(DeployedRow(record.site, record.operand or "", bits, scale, stored, share, None, runs))
     return rows
 
 
@@ -158,3 +152,7 @@ def _largest(x: Tensor) -> float:
 
 def _text(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+def _milliseconds(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2f} ms"

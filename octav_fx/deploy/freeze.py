@@ -65,8 +65,11 @@ def freeze(q: nn.Module) -> nn.Module:
     Activations: the average that calibrate() left, moved on by the running mean of later training steps. Weights:
     their own fixed point now. Learned clips ("pact", "lsq"): what has been learned. Tokens and groups of
     activations keep finding a clip for each row, as runtimes do. Freezing again takes new ones. A
-    state_dict of a frozen model loads into another one, or into one that is not frozen yet and freezes it. Raises
-    OctavError for a quantizer that has seen no data.
+    state_dict of a frozen model loads into another one, or into one that is not frozen yet and freezes it.
+
+    In eval mode q computes what convert(q, integers=False) computes, to the last bit, and gradients are those of the
+    fake-quantizers; capture/frozen.py says what holds. In training mode nothing changes. Raises OctavError for a
+    quantizer that has seen no data, and for a weight with inf or NaN in it.
     """
     modules = quantized_modules(q)
     clips = {quantizer: clip for module in modules for quantizer, clip in _clips(module).items()}
@@ -74,6 +77,7 @@ def freeze(q: nn.Module) -> nn.Module:
         quantizer.clip = clip.detach().to(torch.float32).clone()
     for module in modules:
         update_graph_info(module, frozen={mode: fingerprint(module.graph_of(mode)) for mode in module.modes})
+        module.refresh()
     return q
 
 
@@ -81,6 +85,7 @@ def unfreeze(q: nn.Module) -> nn.Module:
     """Take freeze() back: every quantizer finds the clip of each tensor anew. Returns q."""
     for module in quantized_modules(q):
         update_graph_info(module, frozen={})
+        module.forget()
     for _, quantizer in _named_quantizers(q):
         quantizer.clip = None
     return q

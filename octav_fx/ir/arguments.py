@@ -4,7 +4,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from octav_fx.errors import OctavError
 from octav_fx.ir.op import REQUIRED, Op, Operand
@@ -49,6 +49,12 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
         node.args = (*node.args, value)
     else:
         node.update_kwarg(keyword, value)
+
+
+def called_module(value: Any) -> nn.Module | None:
+    """Return the module whose call an argument is; None for any other argument."""
+    is_call = isinstance(value, fx.Node) and value.op == "call_module"
+    return module_of(value) if is_call else None
 
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Which nodes average whole images."""
+"""Which nodes average whole images, and how the windows of a max pool move."""
 
-from torch import fx
+from typing import Any
+
+from torch import fx, nn
 from torch.nn import functional as F
 
-from octav_fx.ir.arguments import argument
+from octav_fx.ir.arguments import argument, arguments
 from octav_fx.ir.ops import module_of, op_of
 
 _ONE = (1, (1, 1), [1, 1])
@@ -31,3 +33,15 @@ def _is_planar(node: fx.Node) -> bool:
     if node.op == "call_module":
         return type(module_of(node)).__name__.endswith("2d")
     return node.target is F.adaptive_avg_pool2d
+
+
+def max_window(node: fx.Node) -> tuple[Any, ...] | None:
+    """Return the window of a max pool over planes, two sizes, strides, paddings, dilations, and ceil_mode; or None."""
+    is_planar = type(module_of(node)) is nn.MaxPool2d if node.op == "call_module" else node.target is F.max_pool2d
+    if not is_planar:
+        return None
+    given = arguments(node)
+    sizes = [given["kernel_size"], given["stride"] or given["kernel_size"], given["padding"], given["dilation"]]
+    if given["return_indices"] or any(isinstance(size, fx.Node) for size in sizes):
+        return None
+    return (*([size, size] if isinstance(size, int) else list(size) for size in sizes), given["ceil_mode"])

@@ -37,9 +37,9 @@ def integer_linear(*args: Any, **kwargs: Any) -> Tensor:
     return torch.ops.octav.integer_linear.default(*args, **kwargs)
 
 
-def integer_max_pool(*args: Any) -> Tensor:
-    """Return codes uint8 [N, C, H, W] -> the largest of each window: ops/integer_max_pool."""
-    return torch.ops.octav.integer_max_pool.default(*args)
+def max_pool(*args: Any) -> Tensor:
+    """Return codes uint8 or floats [N, C, H, W] -> the largest of each window, channels last: ops/max_pool."""
+    return torch.ops.octav.max_pool.default(*args)
 
 
 def integer_sum(x: Tensor, y: Tensor, relu: bool, scale: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ import octav_fx.ops.int_matmul.op
 import octav_fx.ops.integer_codes.op
 import octav_fx.ops.integer_conv.op
 import octav_fx.ops.integer_linear.op
-import octav_fx.ops.integer_max_pool.op
 import octav_fx.ops.integer_sum.op
 import octav_fx.ops.learned_fake_quantize.op
+import octav_fx.ops.max_pool.op
 import octav_fx.ops.optimal_clip.op
 import octav_fx.ops.quantize.op
 import octav_fx.ops.synced_clip.op  # noqa: F401

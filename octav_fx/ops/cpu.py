@@ -49,7 +49,7 @@ _SIGNATURES: Final = {
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),
     ),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
-    "octav_integer_max_pool": (_POINTER, _POINTER, *(_LONG,) * 6, *(_INT,) * 9),
+    "octav_max_pool": (_POINTER, _POINTER, _INT, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
     "octav_fake_quantize_filters": (
         *(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),

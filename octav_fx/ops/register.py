@@ -16,6 +16,8 @@ from octav_fx.compat.tensors import pytree
 
 # The kernels take any dense layout and keep it; without the tag Inductor would copy around every op.
 LAYOUT_AGNOSTIC = (torch.Tag.flexible_layout,)
+# Those on codes are slower where channels are not last, and Inductor would give them the layout of its own max pool.
+AS_TRACED = (torch.Tag.needs_fixed_stride_order,)
 
 # Every op that define() has registered, by name.
 REGISTERED: dict[str, Any] = {}
@@ -95,7 +97,7 @@ def register_allocating(
         found = cpu(*args)
         return run_reference(*args) if found is None else found
 
-    torch.library.define(f"octav::{name}", f"({arguments}) -> {returns}", tags=LAYOUT_AGNOSTIC)
+    torch.library.define(f"octav::{name}", f"({arguments}) -> {returns}", tags=AS_TRACED)
     for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu}.items():
         torch.library.impl(f"octav::{name}", key, run)
     torch.library.register_fake(f"octav::{name}", empty)

@@ -1,7 +1,7 @@
 """Let an integer layer return the codes that the next one reads.
 
     integer_codes(max_pool2d(integer_conv(...)), s, bits, signed)
-        ->  integer_max_pool(integer_conv(..., step=s, bits=bits, signed=signed))
+        ->  max_pool(integer_conv(..., step=s, bits=bits, signed=signed))
     integer_codes(flatten(integer_conv(...)), s, bits, signed)
         ->  flatten(integer_conv(..., step=s, bits=bits, signed=signed))
 
@@ -11,17 +11,17 @@ takes the largest of them does to codes what it does to floats.
 
 from typing import Any, Final
 
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import fx
 
-from octav_fx.ir.arguments import argument, arguments, bound_arguments
+from octav_fx.ir.arguments import argument, bound_arguments
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import module_of, op_of
-from octav_fx.nn.integer import integer_codes, integer_max_pool
+from octav_fx.ir.ops import op_of
+from octav_fx.ir.pools import max_window
+from octav_fx.nn.integer import integer_codes, max_pool
 from octav_fx.passes.convert.clamps_into_layers import is_layer
 
 # What moves elements and computes nothing.
-_MOVING: Final = frozenset(
+MOVING: Final = frozenset(
     {"flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"}
 )
 
@@ -41,11 +41,9 @@ def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
         node.replace_all_uses_with(chain[-1])
         gm.graph.erase_node(node)
         for moved in between:
-            if (window := _window(moved)) is not None:
+            if (window := max_window(moved)) is not None:
                 with gm.graph.inserting_before(moved):
-                    moved.replace_all_uses_with(
-                        gm.graph.call_function(integer_max_pool, (argument(moved, "input"), *window))
-                    )
+                    moved.replace_all_uses_with(gm.graph.call_function(max_pool, (argument(moved, "input"), *window)))
                 gm.graph.erase_node(moved)
         edits.append(Edit(layer.name, "return", f"{read['bits']}-bit codes"))
     return edits
@@ -59,20 +57,8 @@ def _chain(node: Any) -> list[fx.Node] | None:
         if is_layer(node):
             return found
         op = op_of(node)
-        moves = op is not None and (op.name in _MOVING or _window(node) is not None)
+        moves = op is not None and (op.name in MOVING or max_window(node) is not None)
         if not moves or len(node.all_input_nodes) != 1:
             return None
         node = node.all_input_nodes[0]
     return None
-
-
-def _window(node: fx.Node) -> tuple[Any, ...] | None:
-    """Return the window of a max pool over planes, two sizes, strides, paddings, dilations, and ceil_mode; or None."""
-    is_planar = type(module_of(node)) is nn.MaxPool2d if node.op == "call_module" else node.target is F.max_pool2d
-    if not is_planar:
-        return None
-    given = arguments(node)
-    sizes = [given["kernel_size"], given["stride"] or given["kernel_size"], given["padding"], given["dilation"]]
-    if given["return_indices"] or any(isinstance(size, fx.Node) for size in sizes):
-        return None
-    return (*([size, size] if isinstance(size, int) else list(size) for size in sizes), given["ceil_mode"])

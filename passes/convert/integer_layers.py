@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from octav_fx.formats.grid import Grid
-from octav_fx.ir.arguments import argument, module_input
+from octav_fx.ir.arguments import argument, called_module, module_input
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import copy_meta
 from octav_fx.ir.op import Op
@@ -51,7 +51,7 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
     """Return why a layer cannot multiply codes, or None."""
     if op.name not in _FUNCTIONS:
         return f"oneDNN has no {op.name} of two quantized operands"
-    quantizer, weight = (_called(argument(node, name)) for name in ("input", "weight"))
+    quantizer, weight = (called_module(argument(node, name)) for name in ("input", "weight"))
     if not isinstance(quantizer, StaticQuantizer) or not isinstance(weight, IntegerWeight):
         return "an operand is float"
     if quantizer.dim is not None or weight.dim not in (None, 0):
@@ -63,11 +63,6 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
     if op.spatial and isinstance(padding := argument(node, "padding"), str):
         return f"padding {padding!r}"
     return onednn.refusal(quantizer.bits, onednn.largest_code(weight.integers()))
-
-
-def _called(node: Any) -> Any:
-    is_call = isinstance(node, fx.Node) and node.op == "call_module"
-    return module_of(node) if is_call else None
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, codes: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> None:
@@ -101,7 +96,7 @@ def _codes(graph: fx.Graph, source: fx.Node, quantizer: StaticQuantizer) -> tupl
 
 def _levels(graph: fx.Graph, bias: Any) -> Any:
     """Return the node of a bias: of an integer one the levels, which float32 holds as they are."""
-    module = _called(bias)
+    module = called_module(bias)
     if not isinstance(module, IntegerBias):
         return bias
     with graph.inserting_before(bias):

@@ -16,9 +16,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from octav_fx.ir.arguments import argument, set_argument
+from octav_fx.ir.arguments import argument, called_module, set_argument
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.ops import op_of
 from octav_fx.ir.pools import is_global_mean, keeps_axes
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer_rule import EXACT, CodeMean, CodeSum, Rescale, codes_of
@@ -32,7 +32,7 @@ def multiply_codes(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring."""
     edits: list[Edit] = []
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and isinstance(module_of(node), IntegerBias):
+        if isinstance(called_module(node), IntegerBias):
             (layer,) = node.users
             edits.append(_layer(gm, layer, node))
         elif len(sources := _sources(node)) == 2 and _is_op(node, "add") and _is_plain_sum(node):
@@ -49,7 +49,7 @@ def _is_op(node: fx.Node, *names: str) -> bool:
 
 def quantizer_of(node: Any) -> StaticQuantizer | None:
     """Return the quantizer with one scale that a node calls, or None."""
-    module = module_of(node) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    module = called_module(node)
     return module if isinstance(module, StaticQuantizer) and module.dim is None else None
 
 
@@ -77,7 +77,7 @@ def result_of(node: fx.Node) -> tuple[fx.Node, StaticQuantizer] | None:
 def _layer(gm: fx.GraphModule, layer: fx.Node, bias: fx.Node) -> Edit:
     op, source, weight = op_of(layer), argument(layer, "input"), argument(layer, "weight")
     assert op is not None and isinstance(source, fx.Node) and isinstance(weight, fx.Node)
-    quantizer, stored, known = quantizer_of(source), module_of(weight), module_of(bias)
+    quantizer, stored, known = quantizer_of(source), called_module(weight), called_module(bias)
     assert quantizer is not None and isinstance(stored, IntegerWeight) and isinstance(known, IntegerBias)
     dim = -1 - op.spatial
     reader = result_of(layer)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, fx
 
 from octav_fx.formats.grid import Grid
-from octav_fx.ir.arguments import argument, set_argument
+from octav_fx.ir.arguments import argument, called_module, set_argument
 from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.ops import op_of
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.static import BEYOND
 
@@ -42,7 +42,7 @@ def round_biases(gm: fx.GraphModule) -> list[Edit]:
         if op is None or op.name not in _LAYERS or node.op != "call_function":
             continue
         bias = argument(node, "bias")
-        if isinstance(bias, fx.Node) and bias.op == "call_module" and isinstance(module_of(bias), IntegerBias):
+        if isinstance(called_module(bias), IntegerBias):
             continue
         if reason := _refusal(node, bias, known):
             edits.append(Edit.unsupported(node, reason))
@@ -55,7 +55,7 @@ def round_biases(gm: fx.GraphModule) -> list[Edit]:
 
 
 def _refusal(node: fx.Node, bias: Any, known: set[fx.Node]) -> str | None:
-    source, weight = (_called(argument(node, name)) for name in ("input", "weight"))
+    source, weight = (called_module(argument(node, name)) for name in ("input", "weight"))
     if not isinstance(source, StaticQuantizer) or source.dim is not None:
         return "not in integers: its input has no static scale of the tensor"
     if not isinstance(weight, IntegerWeight) or weight.dim != 0 or weight.dtype is not torch.float32:
@@ -70,13 +70,8 @@ def _refusal(node: fx.Node, bias: Any, known: set[fx.Node]) -> str | None:
     return None
 
 
-def _called(value: Any) -> Any:
-    is_call = isinstance(value, fx.Node) and value.op == "call_module"
-    return module_of(value) if is_call else None
-
-
 def _round(gm: fx.GraphModule, node: fx.Node, bias: Tensor | None) -> str:
-    source, weight = (_called(argument(node, name)) for name in ("input", "weight"))
+    source, weight = (called_module(argument(node, name)) for name in ("input", "weight"))
     assert isinstance(source, StaticQuantizer) and isinstance(weight, IntegerWeight)
     bias = weight.scale.new_zeros(weight.shape[0]) if bias is None else bias.detach()
     fraction = fraction_of(weight.integers(), weight.bits, source)

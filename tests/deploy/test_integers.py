@@ -72,7 +72,7 @@ class Codes(fx.Interpreter):
 
 
 def _moves(user: fx.Node) -> bool:
-    return getattr(user.target, "__name__", "") == "integer_max_pool" or user.op == "call_module"
+    return getattr(user.target, "__name__", "") == "max_pool" or user.op == "call_module"
 
 
 def codes_on_levels(levels: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Tensor]]:
@@ -91,17 +91,17 @@ def codes_on_levels(levels: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "encoder"])
-def test_codes_are_those_of_the_model_on_levels(name, bits):
-    q, inputs = frozen(WHOLE[name], Config(weight_bits=bits, activation_bits=bits))
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "encoder", "gpt"])
+def test_codes_are_those_of_the_definition(name, bits):
+    q, _ = frozen(WHOLE[name], Config(*bits))
     c, levels = convert(q), convert(q, integers=False)
+    inputs = WHOLE[name].inputs(32)
     run = Codes(c, codes_on_levels(levels, inputs))
     run.run(*inputs)
     assert run.count > 10_000
     # The definition rounds in another order: what lies at a tie may fall to its other side.
     assert run.moved <= 1e-5 * run.count
-    assert torch.equal(c(*inputs).argmax(-1), levels(*inputs).argmax(-1))
 
 
 @pytest.mark.slow

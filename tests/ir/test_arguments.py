@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from octav_fx.errors import OctavError
-from octav_fx.ir.arguments import argument, arguments, module_input, set_argument
+from octav_fx.ir.arguments import argument, arguments, called_module, module_input, set_argument
 from octav_fx.ir.op import REQUIRED
 from octav_fx.ir.printer import graph_text
 from tests.support.graphs import captured, model
@@ -103,3 +103,11 @@ def test_what_a_module_of_one_input_reads(by_name: bool) -> None:
     forward = (lambda self, x: self.act(input=x)) if by_name else (lambda self, x: self.act(x))
     x, node, _ = captured(model(forward, act=nn.ReLU()), x=torch.randn(2)).graph.nodes
     assert module_input(node) is x
+
+
+def test_the_module_that_an_argument_calls():
+    gm = captured(nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval(), input=torch.randn(1, 2))
+    calls = gm.graph.find_nodes(op="call_module")
+    assert [called_module(node) for node in calls] == [gm.get_submodule(str(node.target)) for node in calls] != []
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    assert [called_module(value) for value in (x, None, 2, [calls[0]])] == [None] * 4

@@ -89,6 +89,11 @@ def update_(owner: nn.Module, name: str, items: dict[Any, Any]) -> None:
         getattr(owner, name).update(items)
 
 
+def stores(graph: fx.Graph) -> bool:
+    """Tell whether forward stores anything on the user's modules."""
+    return any(graph.find_nodes(op="call_function", target=target) for target in (store_, update_))
+
+
 def drop_stores(graph: fx.Graph) -> None:
     """Take what forward stores out of a graph that is no longer part of the user's modules."""
     for target in (store_, update_):

@@ -4,7 +4,8 @@ from typing import Final
 
 from octav_fx.deploy.targets.onnx import EXACT, Target
 from octav_fx.deploy.targets.onnxruntime import ONNXRUNTIME
+from octav_fx.deploy.targets.tensorrt import TENSORRT
 
-TARGETS: Final[tuple[Target, ...]] = (ONNXRUNTIME, EXACT)
+TARGETS: Final[tuple[Target, ...]] = (ONNXRUNTIME, TENSORRT, EXACT)
 
 __all__ = ["TARGETS", "Target"]

@@ -30,13 +30,13 @@ def only(outputs: dict[str, Tensor]) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "dynamic_batch"), [*((bits, True) for bits in BITS), ((4, 4), False)])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
-def test_the_whole_model_bit_for_bit(name, bits, tmp_path):
+def test_the_whole_model_bit_for_bit(name, bits, dynamic_batch, tmp_path):
     q, inputs = frozen(CASES[name], Config(*bits, residual_bits=8))
     path = tmp_path / "model.onnx"
-    export_onnx(q, inputs, path)
-    ops, c = optimized_ops(path), convert(q)
+    export_onnx(q, inputs, path, dynamic_batch=dynamic_batch)
+    ops = optimized_ops(path)
     # Every convolution, sum, pool and linear layer, and nothing of them in float.
     convolutions = sum(isinstance(part, nn.Conv2d) for part in q.modules())
     assert ops["QLinearConv"] == convolutions
@@ -45,9 +45,11 @@ def test_the_whole_model_bit_for_bit(name, bits, tmp_path):
     assert ops["QLinearAdd"] > 0
     # One at the input; where a sum has a narrower reader, another.
     assert ops["QuantizeLinear"] == 1 or bits[1] < 8
-    for x in (*inputs, 3 * images(5)[0], torch.zeros(1, 3, 32, 32)):
+    # 256 inputs; some beyond the clips.
+    batches = [images(85)[0], 3 * images(170)[0], torch.zeros(1, 3, 32, 32)] if dynamic_batch else [*inputs]
+    for x in batches:
         with torch.no_grad():
-            assert torch.equal(only(run_onnx(path, x)), c(x))
+            assert torch.equal(only(run_onnx(path, x)), q(x))
 
 
 @pytest.mark.parametrize("dynamic_batch", [True, False])
@@ -67,6 +69,11 @@ def test_layer_by_layer_bit_for_bit(name, bits, dynamic_batch, tmp_path):
     # Between integers stand functions that no two runtimes round alike (GELU, SiLU, layer norm, softmax).
     assert moved <= 1e-4 * total
     assert relative(ours, out) < 1e-5
+    if dynamic_batch:
+        inputs = CASES[name].inputs(256)
+        with torch.no_grad():
+            same = only(run_onnx(path, inputs)).argmax(-1) == q(*inputs).argmax(-1)
+        assert same.double().mean() >= 0.995
     ops = optimized_ops(path)
     # The last is slow.
     assert not set(ops) & {"Gemm", "ConvTranspose", "SkipLayerNormalization"}

@@ -34,7 +34,7 @@ quantizers_b_input_scale_1 = self.quantizers.b_input.scale
 integer_conv = integer_conv(integer_codes, quantizers_a_input_scale, 4, True, quantizers_a_weight_codes, \
 quantizers_a_weight_scale, (4, 3, 3, 3), bias_levels, [1, 1], [0, 0], [1, 1], 1, step=quantizers_b_input_scale_1, \
 bits=4, signed=True)
-integer_max_pool = integer_max_pool(integer_conv, [3, 3], [2, 2], [1, 1], [1, 1], False)
+max_pool = max_pool(integer_conv, [3, 3], [2, 2], [1, 1], [1, 1], False)
 """
         in text
     )

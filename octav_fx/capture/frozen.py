@@ -1,0 +1,100 @@
+"""What a frozen module computes in eval mode: integers by their definition, made from its state.
+
+The graph rounds levels and multiplies them in float; a deployed model puts its biases on the grid of the sums, too, and
+rounds once where the graph rounds three times. So that a frozen model is the deployed one to the last bit, forward is
+that of a module that the passes of convert() made of a copy. It reads the parameters and buffers that stay float, and
+is no child: no key of the state_dict, no parameter and no path changes.
+
+It holds for calls like the example of quantize(), as convert() does; while every module is in eval mode and none has
+forward hooks, as a hook on a part of the graph sees the graph's own forward; where forward stores nothing, and every
+quantizer has a static clip, as those of tokens have not.
+
+A change of the state makes it anew before the next call. In compiled code that is a change by load_state_dict, .to(),
+train() and eval(), freeze and unfreeze; a tensor that is written into in eval mode is noticed by a call outside of it
+only.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octav_fx.capture.inputs import tensors_of
+from octav_fx.capture.module_state import own_copy
+from octav_fx.compat.modules import has_forward_hooks, has_own_forward
+from octav_fx.compat.tensors import pytree, storage_id, version_of
+from octav_fx.nn import FakeQuantizer
+
+
+class Derived:
+    """A module that was made from the state of another one, and that state."""
+
+    def __init__(self, source: nn.Module, module: Any) -> None:
+        self.module = module
+        self._seen = [_Seen(tensor) for tensor in _tensors(source)]
+
+    def is_of(self, source: nn.Module) -> bool:
+        """Tell whether the state is the one that the module was made from."""
+        tensors = _tensors(source)
+        return len(tensors) == len(self._seen) and all(map(_Seen.is_same, self._seen, tensors))
+
+
+class _Seen:
+    """A tensor, its memory and how often it had been written into; an address is taken by no other while both live."""
+
+    __slots__ = ("alias", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.alias, self.version = tensor, tensor.detach(), version_of(tensor)
+
+    def is_same(self, tensor: Tensor) -> bool:
+        is_there = tensor is self.tensor and version_of(tensor) == self.version
+        return is_there and storage_id(tensor) == storage_id(self.alias)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module]) -> bool:
+    """Tell whether the quantizers of a module have static clips, and all of it is in eval mode and not observed."""
+    clips = [isinstance(quantizer, FakeQuantizer) and quantizer.clip is not None for quantizer in quantizers]
+    if not clips or not all(clips):
+        return False
+    parts = [part for part in module.modules() if part is not module]
+    return not any(part.training or has_forward_hooks(part) or has_own_forward(part) for part in parts)
+
+
+def is_recorded(module: nn.Module, inputs: Any) -> bool:
+    """Tell whether autograd will ask for gradients of a call."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in (*module.parameters(), *tensors_of(inputs)))
+
+
+def with_gradients_of(
+    simulated: Callable[..., Any], rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return what rule returns, with the gradients of what the simulated forward returns: rounding has none itself."""
+    with torch.no_grad():
+        own_args, own_kwargs = own_copy((args, dict(kwargs)))
+        values = rule(*own_args, **own_kwargs)
+    return pytree.tree_map(_value_of, values, simulated(*args, **kwargs))
+
+
+def _value_of(value: Any, simulated: Any) -> Any:
+    is_recorded = isinstance(simulated, Tensor) and simulated.requires_grad
+    return _StraightThrough.apply(value, simulated) if is_recorded else value
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The first of two tensors, the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, simulated: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient

@@ -1,0 +1,86 @@
+"""The codes that the quantizers of a deployed model give, on levels or on codes."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from octav_fx.capture.modules import IntegerModule
+from octav_fx.formats.granularity import along
+from octav_fx.formats.grid import Grid
+from octav_fx.ir.ops import module_of, op_of
+from octav_fx.nn import StaticQuantizer
+from octav_fx.nn.integer import integer_codes, integer_conv, integer_linear, integer_sum, max_pool
+from octav_fx.passes.convert.codes_between_layers import MOVING
+
+# Where the scale of the codes stands among the arguments.
+_SCALES: Final = {integer_codes: 1, integer_sum: 3}
+
+
+def codes_of_quantizers(
+    module: IntegerModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, list[Tensor]]:
+    """Return the codes of each quantizer of activations, in the order of its calls, uint8, counted from the lowest."""
+    given = inspect.signature(module.forward).bind(*args, **kwargs)
+    run = _Run(module)
+    with torch.no_grad():
+        run.run(*given.args, *given.kwargs.values())
+    return run.found
+
+
+def moved(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Return the share of codes that differ, by quantizer."""
+    shares = {}
+    for name, calls in expected.items():
+        differ = sum(int((ours != theirs).sum()) for ours, theirs in zip(found[name], calls, strict=True))
+        shares[name] = differ / max(sum(codes.numel() for codes in calls), 1)
+    return shares
+
+
+class _Run(fx.Interpreter):
+    """Runs a model and keeps the codes of each quantizer, where the quantizer stood before codes flowed."""
+
+    def __init__(self, module: IntegerModule) -> None:
+        super().__init__(module)
+        self.found: dict[str, list[Tensor]] = {}
+        # A quantizer that floats are read from, too, is called besides its codes.
+        called = {str(node.target) for node in module.graph.find_nodes(op="call_module")}
+        scales = {node: _scale(node) for node in module.graph.nodes}
+        self.places = {
+            _last(node): scale for node, scale in scales.items() if scale is not None and scale not in called
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        quantizer = module_of(n) if n.op == "call_module" else None
+        if isinstance(quantizer, StaticQuantizer):
+            grid = Grid(quantizer.bits, quantizer.signed)
+            codes = (value / along(quantizer.scale, value, quantizer.dim)).round() - grid.low
+            self.found.setdefault(str(n.target), []).append(codes.to(torch.uint8))
+        elif n in self.places:
+            codes = value[1] if isinstance(value, tuple) else value
+            self.found.setdefault(self.places[n], []).append(codes)
+        return value
+
+
+def _scale(node: fx.Node) -> str | None:
+    """Return the path of the quantizer whose codes a node returns; None if it returns none."""
+    scale: Any = None
+    if node.target in (integer_conv, integer_linear):
+        scale = node.kwargs.get("step")
+    elif node.op == "call_function" and node.target in _SCALES:
+        scale = node.args[_SCALES[node.target]]
+    return None if scale is None else str(scale.target).removesuffix(".scale")
+
+
+def _last(node: fx.Node) -> fx.Node:
+    """Return the last of the nodes that move codes from a node to a layer."""
+    while len(node.users) == 1:
+        (reader,) = node.users
+        op = op_of(reader)
+        if reader.target is not max_pool and (op is None or op.name not in MOVING):
+            return node
+        node = reader
+    return node

@@ -1,1 +1,0 @@
-"""torch.ops.octav.integer_max_pool."""
