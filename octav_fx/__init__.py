@@ -13,6 +13,7 @@ from octav_fx.optim import pact_penalty, param_groups
 from octav_fx.reporting.report.page import report
 from octav_fx.reporting.rows import Coverage, Row, Rows, coverage, rows
 from octav_fx.reporting.table import table
+from octav_fx.training.check import check
 from octav_fx.training.quantize import float_mode, quantize
 from octav_fx.version import __version__
 
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "activation",
     "calibrate",
+    "check",
     "convert",
     "coverage",
     "deployment",

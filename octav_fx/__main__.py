@@ -1,9 +1,11 @@
 """octav-fx, or python -m octav_fx: the command line."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -20,7 +22,7 @@ _POST_TRAINING = {"weight_bits": 8, "activation_bits": 8, "residual_bits": 8}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; an OctavError is printed without a traceback."""
+    """Run one command; errors are printed without a traceback, OCTAV_FX_TRACEBACK=1 shows those of other libraries."""
     options = _parser().parse_args(arguments)
     try:
         for path in (getattr(options, "onnx", None), getattr(options, "output", None)):
@@ -32,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except OctavError as error:
         print(f"octav_fx: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if os.environ.get("OCTAV_FX_TRACEBACK"):
+            raise
+        print(f"octav_fx: {type(error).__name__}: {error}", file=sys.stderr)
+        print("OCTAV_FX_TRACEBACK=1 shows where it comes from", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -45,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     shown = found.add_parser("demo", help="train ResNet-18 in float and at 4 bits on handwritten digits")
     shown.add_argument("--epochs", type=int, default=4, help="epochs in float, and again quantized (default 4)")
     shown.add_argument("--seed", type=int, default=0)
+    shown.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write an ONNX file and a report there, and time them"
+    )
     shown.set_defaults(run=commands.run_demo)
     tabled = found.add_parser("table", help="print what becomes of each operand of a model")
     tabled.add_argument("--filter", metavar="GLOB", help="rows of these nodes only")

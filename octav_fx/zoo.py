@@ -5,6 +5,7 @@ and any "package.module:callable". torchvision() imports torchvision beside a CP
 import this module by itself, and nothing is downloaded.
 """
 
+import contextlib
 import importlib
 import inspect
 from pathlib import Path
@@ -86,6 +87,9 @@ def _timm(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
+    # transformers imports torchvision where it is installed.
+    with contextlib.suppress(OctavError):
+        torchvision()
     try:
         library = importlib.import_module("transformers")
     except ModuleNotFoundError as error:

@@ -37,6 +37,20 @@ def test_one_epoch_prints_the_table_and_returns_what_it_prints(few_digits, capsy
 
 
 @pytest.mark.models
+def test_it_writes_a_file_and_a_report(few_digits, capsys, tmp_path):
+    pytest.importorskip("plotly")
+    demo.main(epochs=1, seed=0, folder=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "resnet18.onnx"]
+    said = capsys.readouterr().out
+    runs = [words[:2] for line in said.splitlines() if (words := line.split())[1:2] in (["PyTorch"], ["onnxruntime"])]
+    assert runs == [
+        *(["float", "PyTorch"], ["quantized", "PyTorch"]),
+        *(["float", "onnxruntime"], ["quantized", "onnxruntime"]),
+    ]
+    assert "report.html in a browser" in said
+
+
+@pytest.mark.models
 def test_the_seed_decides_everything_but_the_times(few_digits):
     first, again = (demo.main(epochs=1, seed=1) for _ in range(2))
     assert (first.float_accuracy, first.quantized_accuracy) == (again.float_accuracy, again.quantized_accuracy)

@@ -222,6 +222,22 @@ def test_errors_of_options(arguments, message, capsys):
     assert f"octav_fx: {message}" in capsys.readouterr().err
 
 
+def broken() -> nn.Module:
+    """Fail as a user's own code may."""
+    raise ValueError("no such checkpoint")
+
+
+def test_errors_of_other_code_have_no_traceback_unless_asked_for(capsys, monkeypatch):
+    assert main(["table", "tests.test_main:broken"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "octav_fx: ValueError: no such checkpoint",
+        "OCTAV_FX_TRACEBACK=1 shows where it comes from",
+    ]
+    monkeypatch.setenv("OCTAV_FX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        main(["table", "tests.test_main:broken"])
+
+
 def test_a_folder_that_is_not_there_is_told_before_any_work(capsys):
     assert main(["export", "no_such:model", "--onnx", "no/such/folder/model.onnx"]) == 1
     assert "is no folder that can be written to" in capsys.readouterr().err
@@ -230,6 +246,6 @@ def test_a_folder_that_is_not_there_is_told_before_any_work(capsys):
 def test_demo_passes_its_options_on(monkeypatch):
     seen = []
     monkeypatch.setattr(demo, "main", lambda *arguments: seen.append(arguments))
-    assert main(["demo", "--epochs", "3", "--seed", "5"]) == 0
+    assert main(["demo", "--epochs", "3", "--seed", "5", "--out", "folder"]) == 0
     assert main(["demo"]) == 0
-    assert seen == [(3, 5), (4, 0)]
+    assert seen == [(3, 5, Path("folder")), (4, 0, None)]

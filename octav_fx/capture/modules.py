@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.guards import GuardedGraph, Guards
-from octav_fx.capture.inputs import Inputs, call_of
+from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
 from octav_fx.compat.modules import (
     HOOK_ATTRIBUTES,
@@ -22,6 +22,7 @@ from octav_fx.compat.modules import (
     share_parts,
     transient_buffers_of,
 )
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.records import Record, graph_info
 from octav_fx.nn.fake_quantizer import QUANTIZERS
@@ -192,9 +193,21 @@ class QuantizedModule(GuardedModule):
             # Where forward reads it, and guards look.
             setattr(float_module, name, value)
 
+    @property
+    def plain_attributes(self) -> dict[str, Any]:
+        """Return what the float module holds besides parts, tensors and what can be called, by name."""
+        held = vars(self._float_module).items()
+        return {
+            name: value
+            for name, value in held
+            if name[:1] != "_" and name != "training" and not callable(value) and not tensors_of(value)
+        }
+
     def _parts(self) -> tuple[Any, ...]:
         """Return all that this module is made of, as values that copy and pickle."""
-        float_module = copy.copy(self._float_module)
+        # Past copy.copy, which modules with parametrizations refuse.
+        kind: Any = type(self._float_module)
+        float_module = kind.__new__(kind)
         float_module.__dict__ = {**vars(self._float_module)}
         replace_children(float_module, {name: m for name, m in children_of(self).items() if name != QUANTIZERS})
         float_module.training = self.training
@@ -238,7 +251,13 @@ class IntegerModule(GuardedModule):
     """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any], guards: Guards | None = None
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        name: str,
+        meta: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        guards: Guards | None = None,
     ) -> None:
         super().__init__(root, graph, name)
         self.meta = dict(meta)
@@ -246,6 +265,24 @@ class IntegerModule(GuardedModule):
         self._guards = guards
         self._guarded = GuardedGraph(self.graph, guards)
         self.recompile()
+        # Plain ones of the float module (num_experts), which code around it may read.
+        self.__dict__["octav_attributes"] = dict(attributes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. A gradient through it would be zero: asking for one raises OctavError."""
+        result = super().__call__(*args, **kwargs)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not given or not torch.is_grad_enabled():
+            return result
+        return pytree.tree_map(lambda y: WithoutGradient.apply(y, *given) if _is_floating(y) else y, result)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in (known := self.__dict__.get("octav_attributes", {})):
+                raise
+            return known[name]
 
     def _captured(self) -> Sequence[GuardedGraph]:
         return [self._guarded] if "_guarded" in self.__dict__ else []
@@ -261,7 +298,8 @@ class IntegerModule(GuardedModule):
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
-        return root, flatten(self.graph), type(self).__name__, self.meta, self._guards
+        attributes = self.__dict__["octav_attributes"]
+        return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -272,10 +310,33 @@ class IntegerModule(GuardedModule):
         return copied
 
 
+class WithoutGradient(torch.autograd.Function):
+    """y [...], and whatever it was computed from by integers -> y, whose gradient nobody knows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *given: Tensor) -> Tensor:
+        """Return y."""
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Raise OctavError."""
+        raise OctavError("a converted model multiplies integers and has no gradient: take it in the frozen one")
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _rebuild_integer(
-    root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any], guards: Guards | None
+    root: nn.Module,
+    rows: list[Any],
+    name: str,
+    meta: dict[str, Any],
+    attributes: dict[str, Any],
+    guards: Guards | None,
 ) -> IntegerModule:
-    module = IntegerModule(root, unflatten(rows), name, meta, guards)
+    module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
     return module

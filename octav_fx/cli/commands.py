@@ -30,8 +30,8 @@ from octav_fx.training.quantize import quantize
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    """Train ResNet-18 in float and at 4 bits on handwritten digits."""
-    demo.main(options.epochs, options.seed)
+    """Train ResNet-18 in float and at 4 bits on handwritten digits; write it for onnxruntime, with a report."""
+    demo.main(options.epochs, options.seed, options.out)
 
 
 def run_table(options: argparse.Namespace) -> None:

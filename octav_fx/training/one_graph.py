@@ -79,9 +79,6 @@ def prepare_module(
         quantized.graph = graphs[mode].graph
         found[mode], told = recipe.rewrite(quantized)
         notes += told
-        if not position.is_op:
-            idle = idle_records(module, graphs[mode].graph)
-            found[mode] += [replace(row, site=position.named(row.site)) for row in idle]
     quantized.graph = graphs[module.training].graph
     update_graph_info(
         quantized,
@@ -136,7 +133,9 @@ class Recipe:
             return replace(choice, spec=replace(known_as, granularity=shared))
 
         edits = run(quantized, prepare_passes(self.config, choose))
-        rows = [replace(row, site=self.position.named(row.site)) for row in records(quantized.graph, edits)]
+        found = records(quantized.graph, edits)
+        found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
+        rows = [replace(row, site=self.position.named(row.site)) for row in found]
         return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
 
 
@@ -149,14 +148,15 @@ def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], F
     return found
 
 
-def add_records(quantized: QuantizedModule, mode: bool, rows: list[Record], notes: Iterable[str]) -> None:
+def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
     """Add rows for operands that no row of a mode speaks of yet, and notes."""
     known = graph_info(quantized)
-    sites = {row.site for row in rows}
-    # What no graph had called, this one may.
-    present = [r for r in known.records.get(mode, []) if r.reason != NOT_CALLED or r.site not in sites]
+    new = [row for row in rows if row.reason != NOT_CALLED]
+    sites = {row.site for row in new}
+    # What the first graph did not call is called now.
+    present = [row for row in known.records.get(mode, []) if row.reason != NOT_CALLED or row.site not in sites]
     seen = {(row.site, row.operand) for row in present}
-    added = [row for row in rows if (row.site, row.operand) not in seen]
+    added = [row for row in new if (row.site, row.operand) not in seen]
     update_graph_info(
         quantized,
         records={**known.records, mode: [*present, *added]},

@@ -36,6 +36,7 @@ def quantize(
     strict: bool = False,
     rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
+    examples: Sequence[Any] = (),
 ) -> nn.Module:
     """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
 
@@ -43,6 +44,8 @@ def quantize(
     decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
     rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
     leaves: classes of modules to leave as they are, float.
+    examples: further calls of other kinds, each given as example_inputs is: other optional arguments, a sequence of
+    one token. A graph for each is captured now, which is done anyhow when such a call comes.
     Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
     where no single graph holds the model's Python code, a module of the model's own class whose children are such
     GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
@@ -76,6 +79,9 @@ def quantize(
         _check_strict([*float_records(quantized), *(row for part in graphs for row in part.records)])
     if has_data(quantized, example):
         run_once(quantized, *example)
+        for further in map(as_inputs, examples):
+            arguments_of(model, further)
+            run_once(quantized, *further)
         _begin_learned(quantized, example)
     return quantized
 

@@ -92,7 +92,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, names: dict[int, str]) -> N
         new = copy_meta(node, graph.call_function(op.target, args, kwargs))
         result = new
         if node.op == "call_module":
-            _count_alone(new)
+            if isinstance(fake(new), Tensor):
+                _count_alone(new)
             if forward_hooks_of(module_of(node)):
                 result = insert_captured(graph, after_call, _itself(node), new, *args[: len(_given(node))])
     node.replace_all_uses_with(result)
@@ -133,7 +134,7 @@ class _StateReads:
         module, graph = module_of(self._call), self._call.graph
         if name in weight_hooks_of(module):
             return insert_captured(graph, effective_weight, _itself(self._call), name)
-        if (computed := parametrization_of(module, name)) is not None:
+        if (computed := parametrization_of(module, name)) is not None and isinstance(fake(self._call), Tensor):
             return _computed(self._call, f"{self._call.target}.parametrizations.{name}", computed)
         value = getattr(module, name)
         if not isinstance(value, Tensor):

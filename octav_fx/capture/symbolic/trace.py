@@ -63,9 +63,9 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             training_flags(tracer, root),
             symbolic_torch(tracer),
             symbolic_names(root),
-            assigned_parameters(tracer),
             # Before regions turn gradients on.
             watched_reads(tracer, root) as reads,
+            assigned_parameters(tracer),
             regions(tracer),
             quiet(),
         ):

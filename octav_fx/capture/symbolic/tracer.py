@@ -72,6 +72,8 @@ class ValueTracer(fx.Tracer):
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
+    # What has the value of a node since forward wrote into it.
+    latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
     user: UserRules = field(default_factory=UserRules)
@@ -157,10 +159,9 @@ class ValueTracer(fx.Tracer):
             )
 
     @staticmethod
-    def _concrete(proxy: ValueProxy) -> Any:
-        """Return the Python value of a placeholder without tensors, since code branches on it, on None above all."""
-        value = proxy.value
-        return value if isinstance(value, PLAIN) else proxy
+    def _concrete(given: Any) -> Any:
+        """Return the Python value of an argument without tensors, since code branches on it, on None above all."""
+        return given.value if type(given) in PROXIES and isinstance(given.value, PLAIN) else given
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -182,7 +183,7 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Find parameters and buffers by identity, by their first name."""
         if type(a) in PROXIES:
-            return a.node
+            return self._latest(a.node)
         if type(a) is OrderedDict:
             # fx would make a plain dict of it.
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
@@ -256,21 +257,40 @@ class ValueTracer(fx.Tracer):
             return proxy
         return super().create_proxy("call_method", "detach", (proxy,), {})
 
-    def write(self, in_place: Any, apart: Any, target: ValueProxy, other: Any) -> Any:
-        """Compute target (op)= other: apart from its memory where only the target's own readers could tell."""
-        is_state = target.node.op in ("placeholder", "get_attr")
-        if not torch.is_grad_enabled() or is_state or self._is_shared(target.node):
-            result = self.create_proxy("call_function", in_place, (target, other), {})
-            return result if torch.is_grad_enabled() else target
-        # Whoever holds the proxy, by whatever name, reads the result from now on.
-        target.node = apart(target, other).node
-        return target
+    def _latest(self, node: fx.Node) -> fx.Node:
+        while node in self.latest:
+            node = self.latest[node]
+        return node
 
-    def _is_shared(self, node: fx.Node) -> bool:
-        """Tell whether another node has to do with the same memory."""
-        storage = storage_id(fake(node))
-        others = (leaf for n in self.graph.nodes if n is not node for leaf in pytree.tree_leaves(fake(n)))
-        return any(isinstance(leaf, Tensor) and storage_id(leaf) == storage for leaf in others)
+    def write(self, in_place: Any, apart: Any, target: ValueProxy, other: Any) -> Any:
+        """Compute target (op)= other: apart from its memory where every name of that memory can read the result."""
+        names = self._names_of_memory(self._latest(target.node))
+        if torch.is_grad_enabled() and names is not None:
+            result = apart(target, other)
+            if (result.value.dtype, result.value.shape) == (target.value.dtype, target.value.shape):
+                self.latest.update(dict.fromkeys(names, result.node))
+                return target
+            self.graph.erase_node(result.node)
+        result = self.create_proxy("call_function", in_place, (target, other), {})
+        return result if torch.is_grad_enabled() else target
+
+    def _names_of_memory(self, node: fx.Node) -> list[fx.Node] | None:
+        """Return the nodes of the same memory; None where one is a part or another view of it, or is not the graph's.
+
+        Whoever holds one of them, by whatever name, can then be given another node in its place.
+        """
+        value = fake(node)
+        storage, found = storage_id(value), []
+        for n in self.graph.nodes:
+            leaves = [leaf for leaf in pytree.tree_leaves(fake(n)) if isinstance(leaf, Tensor)]
+            shared = [leaf for leaf in leaves if storage_id(leaf) == storage]
+            if not shared or n in self.latest:
+                continue
+            alike = fake(n) is shared[0] and (shared[0].shape, shared[0].stride()) == (value.shape, value.stride())
+            if not alike or n.op in ("placeholder", "get_attr"):
+                return None
+            found.append(n)
+        return found
 
     def is_same_memory(self, node: fx.Node, tensor: Tensor | None) -> bool:
         """Tell whether a node is a parameter or buffer of root, or is all of its memory."""
@@ -381,6 +401,7 @@ class ValueTracer(fx.Tracer):
         for node in reversed(nodes):
             self.graph.erase_node(node)
         self.attribute_nodes = {name: node for name, node in self.attribute_nodes.items() if node not in set(nodes)}
+        self.latest = {node: new for node, new in self.latest.items() if new not in nodes}
         self.checked = {(node, expected) for node, expected in self.checked if node not in nodes}
         del self.branched_on[mark.branches :]
 
