@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octav_fx import Config, OctavError, calibrate, float_mode, freeze, optimal_clip, quantize, rows, table, unfreeze
 from octav_fx.capture.modules import QuantizedModule
-from octav_fx.clips.newton import METHODS
+from octav_fx.clips.methods import METHODS
 from octav_fx.nn import FakeQuantizer
 from tests.support.nets import ConvNet as Net
 
