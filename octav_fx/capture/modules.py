@@ -1,57 +1,58 @@
-"""QuantizedModule: the user's module tree, seen through a rewritten graph."""
+"""QuantizedModule: the graphs of a module. WholeModule: the module, of the user's class, whose forward they are."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import fx, nn
 
+from octav_fx.capture.held import hold, permitted
 from octav_fx.capture.inputs import Inputs
-from octav_fx.compat.modules import (
-    HOOK_ATTRIBUTES,
-    buffers_of,
-    children_of,
-    parameters_of,
-    replace_children,
-    share_parts,
-    transient_buffers_of,
-)
+from octav_fx.compat.modules import buffers_of, children_of, parameters_of, replace_children, share_parts
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.meta import info, update
+from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # What a quantized module has besides what its class has.
-_RESERVED: Final = (QUANTIZERS, "meta", "examples")
+_RESERVED: Final = (QUANTIZERS, "meta", "examples", "owner", "user_class")
+# The attribute of a WholeModule that holds its QuantizedModule.
+GRAPHS: Final = "octav_graphs"
 
 
 class QuantizedModule(fx.GraphModule):
-    """A GraphModule over the very submodules, parameters and buffers of a float module.
+    """The graphs of a module, its owner, over the very children, parameters and buffers of it.
 
-    Names, ties and containers of the float module stay, so its checkpoints load and its optimizer groups hold; the
-    quantizers are one more child. Where the float module's Python code branches on self.training there are two
-    graphs, and train() and eval() choose. float_forward() runs the float module's own forward on the same state.
+    Names, ties and containers of the owner stay, so its checkpoints load and its optimizer groups hold; the quantizers
+    are one more child, of both once make_whole() was called. Where the owner's Python code branches on self.training
+    there are two graphs, and its train() and eval() choose. float_forward() runs the owner's own forward on the same
+    state.
     """
 
-    def __init__(self, float_module: nn.Module, graphs: Mapping[bool, fx.Graph], meta: Mapping[str, Any]) -> None:
-        taken = (*children_of(float_module), *parameters_of(float_module), *buffers_of(float_module))
+    owner: nn.Module
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        graphs: Mapping[bool, fx.Graph],
+        meta: Mapping[str, Any],
+        quantizers: nn.Module | None = None,
+    ) -> None:
+        taken = (*children_of(owner), *parameters_of(owner), *buffers_of(owner))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
-            raise NotCaptured(
-                f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
-            )
-        super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
-        # Not a registered child: the tree below both is the same one.
-        self.__dict__["_float_module"] = float_module
-        self._parameters = parameters_of(float_module)
-        self._buffers = buffers_of(float_module)
-        self._non_persistent_buffers_set = transient_buffers_of(float_module)
-        # A dict of its own: the float module's forward may iterate over its children and must not meet the quantizers.
-        self._modules = dict(children_of(float_module))
-        self._modules[QUANTIZERS] = nn.Module()
-        for name in HOOK_ATTRIBUTES:
-            setattr(self, name, getattr(float_module, name))
-        self.training = float_module.training
+            raise NotCaptured(f"{type(owner).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute")
+        super().__init__(nn.Module(), fx.Graph(), type(owner).__name__)
+        share_parts(owner, self)
+        quantizers = nn.Module() if quantizers is None else quantizers
+        replace_children(self, {**children_of(owner), QUANTIZERS: quantizers})
+        # Not registered children: the tree below both is the same one.
+        self.__dict__["owner"] = owner
+        self.user_class = type(owner)
+        self.training = owner.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
         self.examples: Inputs | None = None
         self._graphs = dict(graphs)
@@ -83,85 +84,215 @@ class QuantizedModule(fx.GraphModule):
             raise OctavError(f"{graph_info(self).missing}; call octav_fx.quantize with inputs that fit both modes")
         return self._graphs[mode]
 
-    def train(self, mode: bool = True) -> "QuantizedModule":
-        """Set the mode of every module, and take the graph of that mode where it has its own."""
-        graph = self.graph_of(mode)
-        super().train(mode)
+    def called(self) -> list[str]:
+        """Return the paths of the modules that graphs call."""
+        graphs = list(self._graphs.values())
+        return [str(node.target) for graph in graphs for node in graph.find_nodes(op="call_module")]
+
+    def follow(self, mode: bool) -> None:
+        """Take the graph of a mode, which is that of the owner; its children have theirs."""
+        graph, self.training = self.graph_of(mode), mode
         if graph is not self.graph:
             self.graph = graph
-        return self
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the float module's own forward, on the parameters and buffers of this one."""
-        float_module = self._float_module
-        children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
-        float_module.training = self.training
-        return float_module.forward(*args, **kwargs)
+        """Return the owner's own forward: it may iterate over its children, and must not meet the quantizers."""
+        children = children_of(self.owner)
+        quantizers = children.pop(QUANTIZERS, None)
+        try:
+            with permitted():
+                return self.user_class.forward(self.owner, *args, **kwargs)
+        finally:
+            if quantizers is not None:
+                children[QUANTIZERS] = quantizers
 
     @contextmanager
     def as_float(self) -> Iterator[None]:
-        """Let calls run float_forward inside."""
-        outer = self.__dict__.get("forward")
-        self.__dict__["forward"] = self.float_forward
+        """Let calls of the owner run float_forward inside."""
+        held = vars(self.owner)
+        outer = held.get("forward")
+        held["forward"] = self.float_forward
         try:
-            yield
+            with permitted():
+                yield
         finally:
-            self.__dict__.pop("forward")
+            held.pop("forward")
             if outer is not None:
-                self.__dict__["forward"] = outer
+                held["forward"] = outer
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Plain attributes of the float module (config, num_classes). Not its methods: they would run in float.
-            value = vars(self.__dict__.get("_float_module", self)).get(name, self)
-            if value is self or callable(value):
+            # Objects that the graph reads, which capture has put there.
+            held = vars(self.__dict__.get("owner", self))
+            if name not in held:
                 raise
-            return value
+            return held[name]
 
     def _parts(self) -> tuple[Any, ...]:
-        """Return all that this module is made of, as values that copy and pickle."""
-        float_module = copy.copy(self._float_module)
-        float_module.__dict__ = {**vars(self._float_module)}
-        replace_children(float_module, {name: m for name, m in children_of(self).items() if name != QUANTIZERS})
-        float_module.training = self.training
-        for name in HOOK_ATTRIBUTES:
-            float_module.__dict__[name] = getattr(self, name)
+        """Return what this is made of besides the owner, as values that copy and pickle."""
         flat = {mode: _flatten(self._graphs[mode]) for mode in self.modes}
         shared = [mode for mode in self._graphs if mode not in flat]
-        return float_module, flat, shared, self.meta, children_of(self)[QUANTIZERS]
+        return flat, shared, self.meta
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _rebuild, self._parts()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedModule":
-        copied = _rebuild(*copy.deepcopy(self._parts(), memo))
-        copied.examples = self.examples
-        memo[id(self)] = copied
+class WholeModule:
+    """Marks a module that graphs hold: own_class() makes its class a subclass of the user's and of this one.
+
+    isinstance, attributes, methods, keys, hooks and the signature of forward are those of the user's class. What the
+    graphs are asked for (graph, code, records, meta) is found where the user has no attribute of that name.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the graph of the present mode computes."""
+        return vars(self)[GRAPHS].forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode as the user's class does, and take the graph of that mode where it has its own."""
+        graphs: QuantizedModule = vars(self)[GRAPHS]
+        graphs.graph_of(mode)
+        super().train(mode)  # type: ignore[misc]
+        graphs.follow(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            graphs = vars(self).get(GRAPHS)
+            if graphs is None or not (hasattr(QuantizedModule, name) or name in vars(graphs)):
+                raise
+            return getattr(graphs, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The subclass has no name to be pickled by.
+        return _new, (vars(self)[GRAPHS].user_class,), self._state()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        graphs: QuantizedModule = vars(self)[GRAPHS]
+        copied = memo[id(self)] = _new(graphs.user_class)
+        copied.__setstate__(copy.deepcopy(self._state(), memo))
+        vars(copied)[GRAPHS].examples = graphs.examples
         return copied
+
+    def _state(self) -> tuple[Any, ...]:
+        """Return what the user's class says its state is, and the graphs."""
+        graphs: QuantizedModule = vars(self)[GRAPHS]
+        state: Any = self.__getstate__()
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != GRAPHS}
+            if getattr(state.get("forward"), "__self__", None) is graphs:
+                # That of as_float.
+                del state["forward"]
+        return (state, *graphs._parts())
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        users, flat, shared, meta = state
+        super().__setstate__(users)  # type: ignore[misc]
+        graphs = {mode: _unflatten(rows) for mode, rows in flat.items()}
+        graphs.update({mode: graphs[not mode] for mode in shared})
+        owner: Any = self
+        owner.__class__ = type(self).__mro__[2]
+        quantizers = children_of(owner).pop(QUANTIZERS)
+        make_whole(QuantizedModule(owner, graphs, meta, quantizers))
+
+
+def make_whole(graphs: QuantizedModule) -> nn.Module:
+    """Let the forward of the owner be its graphs; return the owner, which is of a subclass of its class from now on."""
+    owner = graphs.owner
+    called = [graphs.get_submodule(path) for path in graphs.called()]
+    hold(owner, [*called, *_whole_below(owner)], filter(_multiplies, owner.modules()))
+    children_of(owner)[QUANTIZERS] = children_of(graphs)[QUANTIZERS]
+    share_parts(owner, graphs)
+    kind: Any = type(owner)
+    owner.__class__ = _whole_class(kind)
+    vars(owner)[GRAPHS] = graphs
+    return owner
+
+
+def _whole_below(owner: nn.Module) -> list[nn.Module]:
+    return [module for module in owner.modules() if graphs_of(module) is not None]
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Tell whether forward of a module reads a matrix: one of torch's layers, or one of the user's classes."""
+    if op_of_module(module) is not None:
+        return op_of_module(module) in CONTRACTIONS
+    is_torchs = type(module).__module__.startswith("torch.nn")
+    return not is_torchs and any(p is not None and p.dim() > 1 for p in parameters_of(module).values())
+
+
+@contextmanager
+def users_own(root: nn.Module) -> Iterator[None]:
+    """Make every module in root what it was before quantize() inside: of the user's class, without quantizers."""
+    whole = {module: graphs for module in root.modules() if (graphs := graphs_of(module)) is not None}
+    kinds, quantizers = {module: type(module) for module in whole}, {}
+    for module, graphs in whole.items():
+        module.__class__ = graphs.user_class
+        quantizers[module] = children_of(module).pop(QUANTIZERS)
+        del vars(module)[GRAPHS]
+    try:
+        with permitted():
+            yield
+    finally:
+        for module, graphs in whole.items():
+            module.__class__ = kinds[module]
+            children_of(module)[QUANTIZERS] = quantizers[module]
+            vars(module)[GRAPHS] = graphs
+
+
+def graphs_of(module: nn.Module) -> QuantizedModule | None:
+    """Return the graphs of a WholeModule; None for any other module."""
+    return vars(module).get(GRAPHS)
 
 
 def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
-    """Return the modules in q that quantize() returned, q itself included. Raises OctavError if there is none."""
-    found = [module for module in q.modules() if isinstance(module, QuantizedModule)]
+    """Return the graphs in q, whose owners quantize() has made whole. Raises OctavError if there is none."""
+    found = [graphs for module in q.modules() if (graphs := graphs_of(module)) is not None]
     if not found:
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
     return found
 
 
-def _rebuild(
-    float_module: nn.Module,
-    flat: dict[bool, list[Any]],
-    shared: list[bool],
-    meta: dict[str, Any],
-    quantizers: nn.Module,
-) -> QuantizedModule:
-    graphs = {mode: _unflatten(rows) for mode, rows in flat.items()}
-    graphs.update({mode: graphs[not mode] for mode in shared})
-    module = QuantizedModule(float_module, graphs, meta)
-    children_of(module)[QUANTIZERS] = quantizers
-    return module
+# Of a container, which must not count the quantizers among its children.
+_CONTAINER_METHODS: Final = ("__len__", "__getitem__", "__iter__", "__contains__", "__reversed__")
+
+
+@functools.cache
+def _whole_class(kind: Any) -> type[nn.Module]:
+    """Return the subclass of a user's class for modules that graphs hold."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: WholeModule, *args: Any, **kwargs: Any) -> Any:
+        return WholeModule.forward(self, *args, **kwargs)
+
+    names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
+    names |= {name: _unseen(getattr(kind, name)) for name in _CONTAINER_METHODS if hasattr(kind, name)}
+    return type(kind.__name__, (WholeModule, kind), names)
+
+
+def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a container that does not see the quantizers."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any) -> Any:
+        children = children_of(self)
+        quantizers = children.pop(QUANTIZERS, None)
+        try:
+            found = method(self, *args)
+            return iter(list(found)) if method.__name__ in ("__iter__", "__reversed__") else found
+        finally:
+            if quantizers is not None:
+                children[QUANTIZERS] = quantizers
+
+    return call
+
+
+def _new(kind: Any) -> Any:
+    """Return a module of the subclass for a user's class, without anything in it yet."""
+    whole = _whole_class(kind)
+    return whole.__new__(whole)
 
 
 class _Ref(str):

@@ -9,11 +9,8 @@ from torch import nn
 # Where a module keeps its parts.
 PART_ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
 
-HOOK_ATTRIBUTES: Final = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
+# The hooks that run when a module is called, or in its backward.
+RUNNING_HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 # The code object of nn.Module.__call__'s inner function: a frame of it has the module as `self`.
 CALL_CODE: Final[types.CodeType] = nn.Module._call_impl.__code__
@@ -37,6 +34,11 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def transient_buffers_of(module: nn.Module) -> set[str]:
     """Return the names of the buffers that are not part of the state_dict: the set itself."""
     return module._non_persistent_buffers_set
+
+
+def hooks_of(module: nn.Module, kind: str) -> Any:
+    """Return the hooks of one kind by their ids: the dict itself."""
+    return vars(module)[kind]
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -67,6 +69,12 @@ def padding_of(convolution: nn.Module) -> tuple[int, ...]:
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether torch.compile returned a module; the original is in `_orig_mod`."""
     return isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def wraps_a_checkpoint(module: nn.Module) -> bool:
+    """Tell whether torch's checkpoint_wrapper made a module; what it recomputes is its one child."""
+    kind = type(module)
+    return kind.__name__ == "CheckpointWrapper" and kind.__module__.startswith("torch.distributed.algorithms.")
 
 
 def allow_missing_binary_ops(torchvision: types.ModuleType) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
+from octav_fx.capture.modules import IntegerModule, QuantizedModule, graphs_of, quantized_modules
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
@@ -46,7 +46,7 @@ def rewritten(q: nn.Module, passes: Iterable[Pass]) -> nn.Module:
     Raises OctavError like convert.
     """
     passes = tuple(passes)
-    converted = {id(module): _rewritten(module, passes) for module in quantized_modules(q)}
+    converted = {id(module.owner): _rewritten(module, passes) for module in quantized_modules(q)}
     return copy.deepcopy(q, dict(converted)).eval()
 
 
@@ -69,11 +69,12 @@ def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
 
 def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModule:
     check_frozen(module)
-    if has_forward_hooks(module):
-        raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
+    if has_forward_hooks(module.owner):
+        name = module.user_class.__name__
+        raise OctavError(f"{name} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
-    working: Any = copy.deepcopy(module).eval()
+    working: Any = graphs_of(copy.deepcopy(module.owner).eval())
     run(working, passes)
-    converted = IntegerModule(working, working.graph, type(module).__name__, {})
+    converted = IntegerModule(working, working.graph, module.user_class.__name__, {})
     update_graph_info(converted, records={False: working.all_records[False]})
     return converted.requires_grad_(False)

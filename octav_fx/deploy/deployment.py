@@ -76,7 +76,7 @@ def deployment(q: nn.Module, example_inputs: Any, path: str | os.PathLike[str] |
     OctavError like convert and export_onnx, and for a module with more than one quantized part.
     """
     (quantized, *more) = quantized_modules(q)
-    if more or quantized is not q:
+    if more or quantized.owner is not q:
         raise OctavError("deployment takes a model that one graph holds, as octav_fx.quantize returned it")
     converted, levels = convert(q), rewritten(q, CONVERT)
     args, kwargs = as_inputs(example_inputs)

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import as_inputs
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.partial import example_of, float_records, outermost, partial_lines
 from octav_fx.capture.rerun import has_data, run_once
 from octav_fx.formats.granularity import along
@@ -80,7 +80,7 @@ def rows(q: nn.Module, example_inputs: Any = None) -> list[Row]:
     statistics = _measure(quantized, example_inputs)
     found = _records(quantized)
     total = _total([record for _, record in found])
-    names = {module: name for name, module in quantized.named_modules()}
+    names = {graphs_of(module): name for name, module in quantized.named_modules()}
     return [_row(part, record, statistics, total, names) for part, record in found]
 
 
@@ -205,7 +205,7 @@ def _row(
     record: Record,
     statistics: Mapping[nn.Module, _Statistics],
     total: int,
-    names: Mapping[nn.Module, str],
+    names: Mapping[QuantizedModule | None, str],
 ) -> Row:
     spec = measured = None
     if part is not None and record.quantizer is not None:

@@ -2,15 +2,15 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import QuantizedModule, make_whole, quantized_modules, users_own
 from octav_fx.capture.rerun import (
     difference,
     has_data,
@@ -21,6 +21,7 @@ from octav_fx.capture.rerun import (
     without_quantizers,
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
+from octav_fx.compat.modules import buffers_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.edits import Kind
@@ -29,7 +30,7 @@ from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.records import records, update_graph_info
-from octav_fx.nn import Spec
+from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 
@@ -44,6 +45,8 @@ class Position:
     # Whether the first contraction of the model is in it, and the last.
     holds_first: bool = True
     holds_last: bool = True
+    # What operands (site, name) have in one graph of the whole model, if that is known.
+    specs: Mapping[tuple[str, str], Spec] = field(default_factory=dict)
 
     def named(self, site: str) -> str:
         """Return the name in the whole model of a node of the module."""
@@ -59,19 +62,29 @@ class Position:
 
 def prepare_module(
     module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
-) -> QuantizedModule:
-    """Turn a module into one rewritten graph for each mode that needs its own; the module becomes part of it.
+) -> nn.Module:
+    """Let the forward of a module be one rewritten graph for each mode that needs its own; return the module.
 
     Raises NotCaptured where no graph can hold it; with both_modes also where none can hold the mode it is not in,
     although it runs in it.
     """
     if "forward" in vars(module):
         raise NotCaptured(f"forward of {position.path or type(module).__name__} was replaced on the instance")
+    # A part of it may be quantized already, where it is reached by two ways.
+    with users_own(module):
+        quantized = _rewritten(module, example, config, position, user, both_modes)
+    return make_whole(quantized)
+
+
+def _rewritten(
+    module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
+) -> QuantizedModule:
     graphs, missing, notes = _graphs(module, example, user, both_modes)
     quantized = QuantizedModule(module, graphs, {})
 
     def choose(place: Place) -> Spec | str:
-        return choose_spec(config, position.placed(place))
+        placed = position.placed(place)
+        return position.specs.get((placed.site, placed.operand)) or choose_spec(config, placed)
 
     found = {}
     for mode in quantized.modes:
@@ -93,14 +106,39 @@ def prepare_module(
     return quantized
 
 
-def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
+def specs_of_whole(model: nn.Module, example: Inputs, config: Config, user: UserRules) -> dict[tuple[str, str], Spec]:
+    """Return the Spec of each operand (site, name) in one graph of a model, which stays as it is.
+
+    Raises NotCaptured where no graph can hold the model.
+    """
+    held = [vars(model), buffers_of(model)]
+    before = [set(names) for names in held]
+    try:
+        quantized = _rewritten(model, example, config, Position(), user, both_modes=False)
+    finally:
+        # Constants that capture leaves for its graph.
+        for names, known in zip(held, before, strict=True):
+            for name in set(names) - known:
+                del names[name]
+    found: dict[tuple[str, str], Spec] = {}
+    for record in (record for rows in quantized.all_records.values() for record in rows):
+        if record.quantizer is not None and record.operand is not None:
+            quantizer = quantized.get_submodule(record.quantizer)
+            assert isinstance(quantizer, FakeQuantizer)
+            found[record.site, record.operand] = quantizer.spec
+    return found
+
+
+def check_equal(quantized: nn.Module, call: Inputs) -> None:
     """Check that the rewritten graph without its quantizers computes what the float module computes.
 
     Raises NotCaptured where it does not; does nothing without data (meta device).
     """
     if not has_data(quantized, call):
         return
-    with quantized.as_float():
+    with ExitStack() as stack:
+        for graphs in quantized_modules(quantized):
+            stack.enter_context(graphs.as_float())
         expected = run_once(quantized, *call)
     try:
         with without_quantizers(quantized):

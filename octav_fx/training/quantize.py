@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.modules import graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
@@ -20,6 +20,7 @@ from octav_fx.ir.op import Op
 from octav_fx.ir.ops import UserRules
 from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
+from octav_fx.training.blocks import Blocks, find_blocks
 from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
 
@@ -34,6 +35,7 @@ def quantize(
     strict: bool = False,
     rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
+    blocks: Blocks | None = None,
 ) -> nn.Module:
     """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
 
@@ -41,9 +43,14 @@ def quantize(
     decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
     rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
     leaves: classes of modules to leave as they are, float.
-    Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
-    where no single graph holds the model's Python code, a module of the model's own class whose children are such
-    GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
+    blocks: which modules are graphs of their own, called as modules by the Python around them: classes or names of
+    modules, or "auto", the repeated blocks of the model. Hooks on blocks fire, and they can be checkpointed, compiled
+    and sharded one by one. The default is "auto" for models of transformers and for those with activation
+    checkpointing, and () for all others: the whole model in one graph.
+    Returns a module of the model's own class, in the same mode, on the same devices, with every float state_dict key
+    and its value. Its forward is a graph; or, with blocks and where no single graph holds the model's Python code, the
+    model's own over graphs below. What stays float is in table(q), with the file and line that stopped the capture.
+    Calling what a graph holds in another way, and hooks on it, raise OctavError.
     Raises OctavError for a model of which nothing can be captured, for operands that are not floating point, and with
     strict=True if anything that multiplies stays float in the present mode, or was not run.
     """
@@ -52,7 +59,10 @@ def quantize(
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
-    quantized = quantize_by_parts(_copy(model), example, config, _user_rules(rules, leaves))
+    copied = _copy(model)
+    quantized = quantize_by_parts(
+        copied, example, config, _user_rules(rules, leaves), find_blocks(copied, blocks).values()
+    )
     graphs = quantized_modules(quantized)
     captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
     _check_overrides(config, [*captured, *float_records(quantized)])
@@ -90,7 +100,7 @@ def _check_model(model: nn.Module) -> None:
         raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")
     if "forward" in vars(model):
         raise OctavError(f"forward of this {type(model).__name__} was replaced on the instance: define it in the class")
-    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if any(graphs_of(module) is not None for module in model.modules()):
         raise OctavError("the model, or a part of it, is quantized already")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
