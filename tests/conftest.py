@@ -19,6 +19,8 @@ torch.set_num_threads(1)
 # Read when triton is first imported. Without a GPU its kernels run interpreted, the same source on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Sums of products are compared to the last bits of float32.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 # Passes are checked after each other's work (octav_fx/ir/verify.py).
 os.environ.setdefault("OCTAV_FX_VERIFY", "1")
 # A compiler that was killed leaves half a library in the user's cache of Inductor, where every later run would find it.

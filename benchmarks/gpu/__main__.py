@@ -1,10 +1,12 @@
-"""./dev gpu: is every kernel right on this GPU, and if so, how fast; into benchmarks/results/<gpu>.json.
+"""./dev gpu [kernels | resnet50 | transformers]: is every kernel right on this GPU, and if so, how fast.
 
-First the tests of the kernels, which then run compiled and not interpreted. Meanwhile the models of the last part are
-compiled into Inductor's cache. If a test fails, or none ran to the end, nothing is measured and no file is touched. The
-file is written again after every row, so whatever stops the command leaves what was found.
+kernels runs the tests of the kernels, which then run compiled and not interpreted, and times each kernel; the other two
+time training steps and list the kernels of a step. Without a name all three run, one after the other. Each writes a
+file of its own, benchmarks/results/<gpu>-<name>.json, after every row, so whatever stops a command leaves what was
+found, and another run goes on from there. If a test fails, or none ran to the end, nothing is measured and no file is
+touched; steps are timed only where kernels was green for the same sources on the same GPU.
 
-Exit codes: 0, measured; 1, a test failed; 3, no GPU.
+Exit codes: 0, measured; 1, a test failed, or was not run; 3, no GPU.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ from benchmarks.gpu import limited, step, worker
 
 RED, NO_GPU = 1, 3
 ROOT = Path(__file__).parents[2]
-# Seconds: eight minutes in all, the rest of them for the steps.
-ALL, TESTS, KERNEL = 480.0, 170.0, 20.0
+# Seconds of each command.
+ALL, TESTS, KERNEL = 520.0, 330.0, 20.0
 LIMITS = {"optimal_clip": 30.0, "int_matmul": 40.0, "solves": 60.0}
-# Processes that compile at the same time beside the tests.
-COMPILERS = 3
+# Processes of the tests, each of which compiles.
+WORKERS = 8
 
 
 @dataclass
@@ -50,6 +51,19 @@ class Report:
         """Seconds that are left of all."""
         return ALL - (time.monotonic() - self.begun)
 
+    def resume(self) -> None:
+        """Take over the parts of an earlier run of the same sources."""
+        found = _read(self.name, self.folder)
+        if found.get("sources") == result.sources():
+            self.parts = {name: part for name, part in found.items() if isinstance(part, dict) and "rows" in part}
+
+    def has(self, part: str, **fields: Any) -> bool:
+        """Tell whether a part has been measured to its end, or has a row with these fields and a time."""
+        found = self.parts.get(part)
+        if found is None or not fields:
+            return found is not None and "stopped" not in found
+        return any("ms" in row and fields.items() <= row.items() for row in found["rows"])
+
     def ask(self, part: str, arguments: list[str], seconds: float) -> str | None:
         """Let a worker add rows to a part; return why it stopped early, or None."""
         rows = self.parts.setdefault(part, {"rows": []})["rows"]
@@ -65,8 +79,8 @@ class Report:
         parts = {**self.parts}
         if "step" in parts:
             parts["step"] = {**parts["step"], "rows": step.with_ratios(parts["step"]["rows"])}
-        values = {"gpu": _gpu(self.device), "tests": self.tests, "setting": _SETTING, **parts}
-        result.write(self.name, values, self.folder)
+        about = {"gpu": _gpu(self.device), "sources": result.sources(), "tests": self.tests, "setting": _SETTING}
+        result.write(self.name, {**about, **parts}, self.folder)
 
 
 _SETTING = {
@@ -80,50 +94,93 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="./dev gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    # These three are for the tests of this command: tiny sizes on a CPU, never into results/.
-    for hidden in ("--device", "--folder", "--tests"):
+    parser.add_argument("names", nargs="*", choices=[[], *COMMANDS], metavar="kernels | resnet50 | transformers")
+    parser.add_argument("--folder", type=Path, default=result.RESULTS, help="where the files go")
+    # These two are for the tests of this command: tiny sizes on a CPU, never into results/.
+    for hidden in ("--device", "--tests"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     device = given.device or "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False. Nothing was measured, benchmarks/results is as it was.")
         return NO_GPU
-    if device != "cuda" and not given.folder:
+    if device != "cuda" and given.folder == result.RESULTS:
         parser.error("--device is for trying this command: it takes a --folder, too")
+    for name in given.names or COMMANDS:
+        if code := COMMANDS[name](name, device, given.folder, given.tests):
+            return code
+    return 0
+
+
+def _kernels(name: str, device: str, folder: Path, tests: str | None) -> int:
+    """Test the kernels, and if they are green, time each."""
     begun = time.monotonic()
-    models = step.MODELS if device == "cuda" else step.TINY
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        for name in models:
-            for variant in filter(worker.is_compiled, step.VARIANTS):
-                pool.submit(_compile, begun, device, name, variant)
-        passed, summary = _tests([given.tests] if given.tests else kernel_tests())
-        if not passed:
-            pool.shutdown(wait=True, cancel_futures=True)
+    passed, summary = _tests([tests] if tests else kernel_tests())
     print(summary, flush=True)
     if not passed:
         print("a kernel is wrong on this GPU, or its tests did not end: no speed is measured, no file is written")
         return RED
-    name = _slug(torch.cuda.get_device_name()) if device == "cuda" else device
-    report = Report(name, Path(given.folder or result.RESULTS), device, summary, begun)
+    report = Report(_file(name, device), folder, device, summary, begun)
+    report.resume()
+    report.write()
     for op in worker.KERNELS:
+        if report.has(op):
+            continue
+        report.parts.pop(op, None)
         if stopped := report.ask(op, [op, device], LIMITS.get(op, KERNEL)):
             report.parts[op]["stopped"] = stopped
+    return _end(report)
+
+
+def _steps(name: str, device: str, folder: Path, _: str | None) -> int:
+    """Time the training steps of some models; refuse where the kernels have not been green for these sources."""
+    begun = time.monotonic()
+    green = _green(device, folder)
+    if green is None:
+        print(f"the kernels of these sources have not been tested on this GPU: ./dev gpu kernels --folder {folder}")
+        return RED
+    report = Report(_file(name, device), folder, device, green, begun)
+    report.resume()
+    models = step.MODELS[name] if device == "cuda" else step.TINY
     # Of every model first what the ratio needs.
     for variant in step.VARIANTS:
         for model in models:
+            if report.has("step", model=model, variant=variant):
+                continue
             if stopped := report.ask("step", ["step", device, model, variant], report.left()):
                 report.parts["step"]["rows"].append({"model": model, "variant": variant, "error": stopped})
+    return _end(report)
+
+
+# In this order; none may take ten minutes.
+COMMANDS = {"kernels": _kernels, "resnet50": _steps, "transformers": _steps}
+
+
+def _end(report: Report) -> int:
     report.write()
-    for part in result.read(name, report.folder).values():
+    for part in result.read(report.name, report.folder).values():
         if isinstance(part, dict) and "rows" in part:
-            print(tabulate(part["rows"], headers="keys"), end="\n\n")
+            rows = [{key: value for key, value in row.items() if key != "kernels"} for row in part["rows"]]
+            print(tabulate(rows, headers="keys"), end="\n\n")
     return 0
 
 
-def _compile(begun: float, *arguments: str) -> None:
-    """Run a step in what is left of the time for the tests; an error will show again when it is measured."""
-    left = TESTS - (time.monotonic() - begun)
-    limited.rows(["benchmarks.gpu.worker", "compile", *arguments], max(0.0, left), lambda row: None)
+def _green(device: str, folder: Path) -> str | None:
+    """Return the summary of tests that passed for these sources, from the folder or the committed results."""
+    for place in (folder, result.RESULTS):
+        found = _read(_file("kernels", device), place)
+        if found.get("sources") == result.sources():
+            return str(found["tests"])
+    return None
+
+
+def _read(name: str, folder: Path) -> dict[str, Any]:
+    return result.read(name, folder) if (folder / f"{name}.json").exists() else {}
+
+
+def _file(name: str, device: str) -> str:
+    """NVIDIA H200, kernels -> nvidia-h200-kernels."""
+    return f"{_slug(torch.cuda.get_device_name()) if device == 'cuda' else device}-{name}"
 
 
 def kernel_tests() -> list[str]:
@@ -134,7 +191,7 @@ def kernel_tests() -> list[str]:
 
 def _tests(files: list[str]) -> tuple[bool, str]:
     """Whether all tests passed, and the last line of pytest, or what it printed if they did not."""
-    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *parallel, *files]
     try:
         done = subprocess.run(

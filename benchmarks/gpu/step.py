@@ -75,10 +75,13 @@ def _images(count: int, size: int = 224) -> Callable[[str], Tensor]:
     return lambda device: torch.randn(count, 3, size, size, device=device).to(memory_format=torch.channels_last)
 
 
+# Of each command.
 MODELS = {
-    "resnet50, 256 images": Model(lambda: (zoo.load("resnet50"), ""), _images(256)),
-    "vit_b_16, 128 images": Model(lambda: (zoo.load("vit_b_16"), ""), _images(128)),
-    "BERT-base, 32 x 384 tokens": Model(_bert, lambda device: torch.randint(0, 30522, (32, 384), device=device)),
+    "resnet50": {"resnet50, 256 images": Model(lambda: (zoo.load("resnet50"), ""), _images(256))},
+    "transformers": {
+        "vit_b_16, 128 images": Model(lambda: (zoo.load("vit_b_16"), ""), _images(128)),
+        "BERT-base, 32 x 384 tokens": Model(_bert, lambda device: torch.randint(0, 30522, (32, 384), device=device)),
+    },
 }
 # To try this file without a GPU.
 TINY = {"tiny": Model(lambda: (_tiny(), ""), _images(4, 8))}
@@ -87,7 +90,7 @@ TINY = {"tiny": Model(lambda: (_tiny(), ""), _images(4, 8))}
 def measure(name: str, variant: str, device: str, repeats: int = REPEATS) -> Iterator[dict[str, Any]]:
     """The row of one model and variant: bfloat16 autocast, SGD with momentum; MB include parameters and gradients."""
     torch.manual_seed(0)
-    chosen = {**MODELS, **TINY}[name]
+    chosen = {**TINY, **{name: model for models in MODELS.values() for name, model in models.items()}}[name]
     model, note = chosen.load()
     # mypy does not know that Module.to takes a memory format, too.
     model, x = model.to(device=device, memory_format=torch.channels_last), chosen.batch(device)  # type: ignore[call-overload]
@@ -107,7 +110,21 @@ def measure(name: str, variant: str, device: str, repeats: int = REPEATS) -> Ite
     step()
     with peak_memory(device) as peak:
         ms = median_ms(step, device, repeats)
-    yield {"model": name, "variant": variant, "ms": round(ms, 3), "mb": peak[0], "note": note}
+    row = {"model": name, "variant": variant, "ms": round(ms, 3), "mb": peak[0], "note": note}
+    yield {**row, "kernels": kernels(step)} if device == "cuda" else row
+
+
+def kernels(run: Callable[[], None], most: int = 40) -> list[dict[str, Any]]:
+    """Return the kernels in which one run spends most of the GPU's time: name, launches, milliseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    found = sorted(profiled.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
+    return [
+        {"kernel": event.key[:120], "launches": event.count, "ms": round(event.self_device_time_total / 1e3, 4)}
+        for event in found[:most]
+        if event.self_device_time_total
+    ]
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from benchmarks.gpu import (
     solves,
     step,
 )
-from benchmarks.variants import OWN
 
 KERNELS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
     "optimal_clip": optimal_clip.measure,
@@ -30,11 +29,6 @@ KERNELS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
 }
 
 
-def is_compiled(variant: str) -> bool:
-    """Whether a variant of the training step takes time to compile."""
-    return OWN[variant].backend is not None
-
-
 def _answer(question: str, device: str, rest: list[str]) -> Iterator[dict[str, Any]]:
     if question in KERNELS:
         # Weights and codes have no gradient here, and an op's out= has none either.
@@ -42,8 +36,7 @@ def _answer(question: str, device: str, rest: list[str]) -> Iterator[dict[str, A
             yield from KERNELS[question](device)
     else:
         model, variant = rest
-        # To compile a model, which leaves its code in Inductor's cache, one step is enough.
-        yield from step.measure(model, variant, device, step.REPEATS if question == "step" else 1)
+        yield from step.measure(model, variant, device)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,16 @@ class Grid:
         return torch.int8 if self.underflow_code > -128 and greatest <= 127 else torch.int16
 
 
+def nearest(quotient: Tensor, grid: Grid) -> Tensor:
+    """Return the code nearest to x / step [...], ties to even, as a float; what rounds to -0 stays -0.
+
+    No clamp: which of two zeros it returns differs between devices and versions of torch.
+    """
+    code = quotient.round()
+    code = torch.where(code < grid.low, grid.low, code)
+    return torch.where(code > grid.high, grid.high, code)
+
+
 def magnitudes(x: Tensor, grid: Grid) -> Tensor:
     """Return what can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
     return torch.where(x.isfinite(), x.abs() if grid.signed else x.clamp(min=0), 0)

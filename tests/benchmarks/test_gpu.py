@@ -1,6 +1,8 @@
 """./dev gpu, as far as it can be tried without a GPU: how it ends, what it writes, what a limit of time leaves."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +46,7 @@ def tried(folder: Path, test: str) -> int:
     """The command on a CPU, with a file of one test for those of the kernels."""
     file = folder / "test_one.py"
     file.write_text(f"def test_one():\n    {test}\n")
-    return command.main(["--device", "cpu", "--folder", str(folder / "results"), "--tests", str(file)])
+    return command.main(["kernels", "--device", "cpu", "--folder", str(folder / "results"), "--tests", str(file)])
 
 
 @pytest.mark.usefixtures("small")
@@ -63,13 +65,88 @@ def test_no_speed_is_reported_when_no_test_is_green(
 def test_what_is_written(tmp_path: Path) -> None:
     before = contents(result.RESULTS)
     assert tried(tmp_path, "pass") == 0
-    found = json.loads((tmp_path / "results" / "cpu.json").read_text())
-    assert list(found) == ["environment", "gpu", "tests", "setting", "quantize"]
+    found = json.loads((tmp_path / "results" / "cpu-kernels.json").read_text())
+    assert list(found) == ["environment", "gpu", "sources", "tests", "setting", "quantize"]
     assert found["environment"]["torch"] == torch.__version__
     assert found["tests"].startswith("1 passed")
     assert [row["op"] for row in found["quantize"]["rows"]] == ["quantize"] * 3
     assert "stopped" not in found["quantize"]
     assert contents(result.RESULTS) == before
+
+
+@pytest.mark.usefixtures("small")
+def test_another_run_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(tmp_path, "pass") == 0
+    first = result.read("cpu-kernels", tmp_path / "results")
+    asked = []
+
+    def rows(arguments: list[str], seconds: float, take: Any) -> None:
+        asked.append(arguments[1])
+        take({"op": arguments[1]})
+
+    monkeypatch.setattr(limited, "rows", rows)
+    monkeypatch.setattr(worker, "KERNELS", {"quantize": quantize.measure, "dequantize": dequantize.measure})
+    assert tried(tmp_path, "pass") == 0
+    assert asked == ["dequantize"]
+    second = result.read("cpu-kernels", tmp_path / "results")
+    assert second["quantize"] == first["quantize"]
+    monkeypatch.setattr(result, "sources", lambda: "others")
+    assert tried(tmp_path, "pass") == 0
+    assert asked == ["dequantize", "quantize", "dequantize"]
+
+
+def test_steps_are_timed_only_where_the_kernels_were_green(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(arguments: list[str], seconds: float, take: Any) -> None:
+        _, model, variant = arguments[1:][-3:]
+        take({"model": model, "variant": variant, "ms": 2.0, "mb": 1.0, "note": ""})
+
+    monkeypatch.setattr(limited, "rows", rows)
+    monkeypatch.setattr(worker, "KERNELS", {})
+    steps = ["resnet50", "--device", "cpu", "--folder", str(tmp_path / "results")]
+    assert command.main(steps) == command.RED
+    assert "./dev gpu kernels" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+    assert tried(tmp_path, "pass") == 0
+    assert command.main(steps) == 0
+    found = result.read("cpu-resnet50", tmp_path / "results")
+    assert found["tests"].startswith("1 passed")
+    assert [row["variant"] for row in found["step"]["rows"]] == list(step.VARIANTS)
+    monkeypatch.setattr(result, "sources", lambda: "others")
+    assert command.main(steps) == command.RED
+
+
+def test_it_runs_where_octav_fx_is_not_installed(tmp_path: Path) -> None:
+    """In a copy, with a Python that has all packages but this one: torch finds the backend by its entry point."""
+    copy, site = tmp_path / "copy", tmp_path / "site"
+    site.mkdir()
+    for path in Path(str(torch.__file__)).parents[1].iterdir():
+        if "octav_fx" not in path.name:
+            (site / path.name).symlink_to(path)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    test = copy / "test_one.py"
+    test.write_text(
+        "import octav_fx, torch\n\ndef test_one():\n    assert 'octav' in torch._dynamo.list_backends()\n"
+        f"    assert octav_fx.__file__.startswith({str(copy)!r})\n"
+    )
+    options = ["--device", "cpu", "--folder", tmp_path / "results", "--tests", test]
+    done = subprocess.run(
+        [sys._base_executable, copy / "dev", "gpu", *options],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in command.COMMANDS:
+        found = result.read(f"cpu-{name}", tmp_path / "results")
+        rows = [row for part in found.values() if isinstance(part, dict) for row in part.get("rows", [])]
+        assert rows
+        assert not [row for row in rows if "error" in row]
 
 
 def test_trying_it_never_writes_among_the_results() -> None:
@@ -140,8 +217,11 @@ def test_a_row_of_a_step(variant: str) -> None:
 def test_bert_without_transformers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with torch.device("meta"):
-        model, note = step.MODELS["BERT-base, 32 x 384 tokens"].load()
-        assert model(step.MODELS["BERT-base, 32 x 384 tokens"].batch("meta")).shape == (32, step.CLASSES)
+        model, note = step.MODELS["transformers"]["BERT-base, 32 x 384 tokens"].load()
+        assert model(step.MODELS["transformers"]["BERT-base, 32 x 384 tokens"].batch("meta")).shape == (
+            32,
+            step.CLASSES,
+        )
     assert "transformers cannot be imported" in note
     # BERT-base without its pooler: 12 layers of 7.1 million, and 23.4 million of words.
     assert 105e6 < sum(p.numel() for p in model.parameters()) < 115e6

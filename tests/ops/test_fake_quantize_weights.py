@@ -25,22 +25,24 @@ def some_weights(dtype=torch.float32):
     return weights, hints
 
 
-def launched(weights, hints, bits, dims, method):
+def launched(weights, hints, bits, dims, method, at_once=kernel.AT_ONCE):
     out = [poisoned(w) for w in weights]
     clips = torch.full((sum(w.shape[dim] for w, dim in zip(weights, dims, strict=True)),), math.nan, device=DEVICE)
     # Rows of up to 8 and up to 32 elements are held, the others read again.
     classes = ((8, 1), (32, 1))
-    written = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=out, clips=clips, classes=classes)
-    return written, out, clips
+    left = kernel.fake_quantize_weights(
+        weights, hints, bits, dims, method, out=out, clips=clips, classes=classes, at_once=at_once
+    )
+    return left, out, clips
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["octav", "octav-grid", "max"])
+@pytest.mark.parametrize("method", ["octav", "octav-tight", "octav-grid", "max"])
 def test_every_row_of_every_weight(method, dtype):
     weights, hints = some_weights(dtype)
     bits, dims = [8, 4, 4, 4, 3], [0] * 5
-    written, out, clips = launched(weights, hints, bits, dims, method)
-    assert written
+    left, out, clips = launched(weights, hints, bits, dims, method)
+    assert left == []
     torch.testing.assert_close(clips, reference.fake_quantize_weights(weights, hints, bits, dims, method)[1], **CLOSE)
     for w, b, y, clip in zip(weights, bits, out, clips.split([len(w) for w in weights]), strict=True):
         assert_same_bits(y, fake_quantize(w, clip, b, True, 0, "ste"))
@@ -57,23 +59,36 @@ def test_rows_of_one_class_bit_width_and_dtype_share_a_launch(monkeypatch):
     original = kernel.fake_quantize_weights_kernel
     monkeypatch.setattr(kernel, "fake_quantize_weights_kernel", Recorded())
     weights, hints = some_weights()
-    assert launched(weights, hints, [4] * 5, [0] * 5, "max")[0]
-    assert launched(weights, hints, [8, 4, 4, 4, 4], [0] * 5, "max")[0]
+    assert launched(weights, hints, [4] * 5, [0] * 5, "max")[0] == []
+    assert launched(weights, hints, [8, 4, 4, 4, 4], [0] * 5, "max")[0] == []
     # Rows of 18 and 16, of 40, of 7 and 1.
     assert grids == [(5,), (2,), (5,), (3,), (2,), (5,), (2,)]
 
 
-def test_what_is_done_one_by_one():
+def test_more_weights_than_a_launch_takes():
+    weights = [torch.randn(1 + i % 3, 5, device=DEVICE) for i in range(7)]
+    hints, bits, dims = [torch.zeros(len(w), device=DEVICE) for w in weights], [4] * 7, [0] * 7
+    left, out, clips = launched(weights, hints, bits, dims, "octav", at_once=3)
+    assert left == []
+    expected, expected_clips = reference.fake_quantize_weights(weights, hints, bits, dims, "octav")
+    torch.testing.assert_close(clips, expected_clips, **CLOSE)
+    for y, of in zip(out, expected, strict=True):
+        torch.testing.assert_close(y, of, rtol=1e-6, atol=0)
+
+
+def test_what_is_left_for_the_ops_leaves_the_others_alone():
     weights, hints = some_weights()
     gaps = torch.randn(3, 8, device=DEVICE)[:, ::2]
     middle = torch.randn(2, 3, 4, device=DEVICE)
     three = torch.zeros(3, device=DEVICE)
     for w, dim in ((gaps, 0), (middle, 1), (torch.randn(3, 2, device=DEVICE).double(), 0)):
-        written, out, clips = launched([*weights, w], [*hints, three], [4] * 6, [0] * 5 + [dim], "octav")
-        assert not written
-        assert all(y.isnan().all() for y in out)
-        assert clips.isnan().all()
-    assert not launched(weights, hints, [4] * 5, [0] * 5, "other")[0]
+        several, bits, dims = [weights[0], w, *weights[1:]], [4] * 6, [0, dim, *[0] * 4]
+        left, out, clips = launched(several, [hints[0], three, *hints[1:]], bits, dims, "octav")
+        assert left == [1]
+        assert out[1].isnan().all()
+        assert clips[3:6].isnan().all()
+        assert launched(weights, hints, [4] * 5, [0] * 5, "octav")[2].equal(torch.cat([clips[:3], clips[6:]]))
+    assert launched(weights, hints, [4] * 5, [0] * 5, "other")[0] == list(range(5))
 
 
 @pytest.mark.parametrize("method", ["octav", "octav-grid", "max"])

@@ -30,6 +30,7 @@ def solves(monkeypatch):
     return ran
 
 
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(
     ("method", "shape", "dim", "dtype", "expected"),
     [
@@ -43,14 +44,14 @@ def solves(monkeypatch):
         ("max", (3, 40), -1, torch.float32, ["solve_rows"]),
     ],
 )
-def test_each_tensor_gets_its_solve(monkeypatch, solves, method, shape, dim, dtype, expected):
-    monkeypatch.setattr(kernel, "TAIL_FROM", {3: 1000, 4: 1000})
+def test_each_tensor_gets_its_solve(monkeypatch, solves, method, shape, dim, dtype, expected, bits):
+    monkeypatch.setattr(kernel, "TAIL_FROM", dict.fromkeys(range(1, 5), 1000))
     x = torch.randn(shape, device=DEVICE).to(dtype)
     hint = torch.full(clip_shape(x, dim), 2.0, device=DEVICE)
     out = torch.full_like(hint, math.nan)
-    assert kernel.optimal_clip(x, hint, 4, True, dim, method, out=out, one_program=1000)
+    assert kernel.optimal_clip(x, hint, bits, True, dim, method, out=out, one_program=1000)
     assert solves == expected
-    torch.testing.assert_close(out, reference.optimal_clip(x, hint, 4, True, dim, method), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out, reference.optimal_clip(x, hint, bits, True, dim, method), rtol=1e-6, atol=0)
 
 
 def test_what_the_tail_declines_goes_to_the_passes(monkeypatch, solves):

@@ -27,13 +27,14 @@ class Row:
     """One kernel as it is launched.
 
     kernel: its name in the kernel.py of the op. signature: parameter -> Triton's type of it, such as "*bf16" or
-    "i32"; ":16" behind it says what Triton finds out at a launch, that an address or a number divides by 16.
+    "i32", or a tuple of types; ":16" behind one says what Triton finds out at a launch, that an address or a number
+    divides by 16.
     constexprs: parameter -> value. A parameter that is None at a launch, or an integer 1, is a constexpr for Triton.
     targets: where this row is ever launched.
     """
 
     kernel: str
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, int | float | bool | str | None]
     num_warps: int = 4
     num_stages: int = 3
@@ -100,10 +101,12 @@ def _solve_tail(stage: int, kind: str, bins: str, infinite: int, shift: int, is_
     return Row("solve_tail_kernel", {**signature, **sizes}, {**constexprs, **ones}, num_warps=8)
 
 
-def _weights(kind: str, method: int, block: int, warps: int, fits: bool = True) -> Row:
-    signature = {"table_ptr": "*i64:16", "clips_ptr": "*fp32:16", "first_ptr": f"*{kind}:16", "weights": "i32"}
-    constexprs = {**_SIGNED, "METHOD": method, "WEIGHTS": 64, "BLOCK": block, "FITS": fits}
-    return Row("fake_quantize_weights_kernel", signature, constexprs, num_warps=warps)
+def _weights(kind: str, method: int, block: int, warps: int, fits: bool = True, count: int = 32) -> Row:
+    addresses = {"weights": f"*{kind}:16", "outs": f"*{kind}:16", "hints": "*fp32:16"}
+    numbers = dict.fromkeys(("firsts", "offsets", "lengths"), "i32")
+    signature = {name: (of,) * count for name, of in {**addresses, **numbers}.items()}
+    constexprs = {"SOLVED_STEPS": 8, "STEPS": 8, "METHOD": method, "WEIGHTS": count, "BLOCK": block, "FITS": fits}
+    return Row("fake_quantize_weights_kernel", {**signature, "clips_ptr": "*fp32:16"}, constexprs, num_warps=warps)
 
 
 # Package of octav_fx.ops -> how its kernels are launched. Each @triton.jit function that is launched has a row.
@@ -207,13 +210,14 @@ def _compile(function, index: int, row: Row, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {name: kind.partition(":")[0] for name, kind in row.signature.items()}
     # Triton wants the parameters in their order.
-    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    kinds = [row.signature.get(name, "constexpr") for name in function.arg_names]
+    signature = {name: _bare(kind) for name, kind in zip(function.arg_names, kinds, strict=True)}
     attributes = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(function.arg_names)
-        if row.signature.get(name, "").endswith(":16")
+        path: [["tt.divisibility", 16]]
+        for position, kind in enumerate(kinds)
+        for path, one in _paths(position, kind)
+        if one.endswith(":16")
     }
     source = ASTSource(function, signature, row.constexprs, attributes)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages, **dict(row.options)}
@@ -223,6 +227,15 @@ def _compile(function, index: int, row: Row, target: str) -> Compiled:
         return Compiled(index, row.kernel, target, kernel.asm["ptx"], registers, local, kernel.metadata.shared)
     kernel = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
     return Compiled(index, row.kernel, target, kernel.asm["amdgcn"])
+
+
+def _bare(kind: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return kind.partition(":")[0] if isinstance(kind, str) else tuple(one.partition(":")[0] for one in kind)
+
+
+def _paths(position: int, kind: str | tuple[str, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Return where in the arguments each type stands."""
+    return [((position,), kind)] if isinstance(kind, str) else [((position, i), one) for i, one in enumerate(kind)]
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from octav_fx.clips.gradients import GRADIENTS
 from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.grid import Grid, nearest
 
 
 def fake_quantize(
@@ -21,7 +21,7 @@ def fake_quantize(
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     step = grid.step(along(clip, x, dim).to(value.dtype))
     # Not a multiplication by steps / clip: that rounds twice and moves ties.
-    code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
+    code = torch.where(step > 0, nearest(value / step, grid), 0)
     return torch.where(x.isfinite(), code * step, value).to(dtype or x.dtype)
 
 

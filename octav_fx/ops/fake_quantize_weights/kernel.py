@@ -1,13 +1,18 @@
-"""fake_quantize_weights in Triton: a program for each row of each weight, which stays on chip from solve to store."""
+"""fake_quantize_weights in Triton: a program for each row of each weight, which stays on chip from solve to store.
 
-import functools
-from typing import Final
+Where the weights lie is told in arguments of the launch and in no memory: a CUDA graph keeps them, nothing is copied to
+the GPU and waited for.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octav_fx.clips.newton import as_octav
 from octav_fx.formats.grid import Grid
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize.kernel import FLOATS, nearest
@@ -17,53 +22,70 @@ from octav_fx.ops.kernels.solve_rows.kernel import METHODS, solve_row, tile_of
 # rows are read again in each step, in tiles of the last length, from the cache. A class of its own keeps short rows
 # from taking the registers of long ones: many of them run at a time.
 CLASSES: Final = ((128, 1), (1024, 2), (8192, 16))
-# What stands in the table of each weight: three addresses, its first program, its first clip, the elements of a row.
-FIELDS: Final = 6
-_FIELDS = tl.constexpr(FIELDS)
+# Weights of one launch, each with three addresses and three numbers: arguments take four kilobytes at most.
+AT_ONCE: Final = 32
 
 
 @triton.jit
+def at_weight(values, program, firsts, WEIGHTS: tl.constexpr):
+    """Return what a tuple holds for the weight of this program."""
+    found = values[0]
+    for i in tl.static_range(1, WEIGHTS):
+        found = tl.where(program >= firsts[i], values[i], found)
+    return found
+
+
+# Numbers that divide by 16, or are 1, would make a kernel of each network.
+@triton.jit(do_not_specialize=["firsts", "offsets", "lengths"])
 def fake_quantize_weights_kernel(
-    table_ptr,
-    clips_ptr,
-    first_ptr,
     weights,
+    outs,
+    hints,
+    clips_ptr,
+    firsts,
+    offsets,
+    lengths,
+    SOLVED_STEPS: tl.constexpr,
     STEPS: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
     METHOD: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """table: [weights, FIELDS] int64. clips: [rows] float32. WEIGHTS: a power of two. FITS: all rows fit BLOCK.
+    """weights, outs, hints: addresses, of one dtype each. clips: [rows] float32, of all launches.
 
-    first: the first weight, of whose dtype all are.
+    firsts: the first program of each weight; offsets: where its clips begin; lengths: the elements of its rows. Behind
+    the last weight no program begins. SOLVED_STEPS: of the grid whose noise is solved for; STEPS: of the grid that is
+    rounded to. FITS: all rows fit BLOCK.
     """
     program = tl.program_id(0)
-    lanes = tl.arange(0, WEIGHTS)
-    # Behind the last weight no row begins.
-    firsts = tl.load(table_ptr + lanes * _FIELDS + 3, mask=lanes < weights, other=1 << 40)
-    entry = table_ptr + (tl.sum((firsts <= program).to(tl.int32)) - 1) * _FIELDS
-    w_ptr = tl.load(entry).to(first_ptr.dtype)
-    out_ptr = tl.load(entry + 1).to(first_ptr.dtype)
-    row = program - tl.load(entry + 3)
-    hint = tl.load(tl.load(entry + 2).to(clips_ptr.dtype) + row)
-    n = tl.load(entry + 5).to(tl.int32)
-    clip, held = solve_row(w_ptr, row, hint, n, 1, 1, STEPS, LOW, HIGH, True, METHOD, BLOCK, True, FITS)
-    tl.store(clips_ptr + tl.load(entry + 4) + row, clip)
+    w_ptr = at_weight(weights, program, firsts, WEIGHTS)
+    out_ptr = at_weight(outs, program, firsts, WEIGHTS)
+    row = program - at_weight(firsts, program, firsts, WEIGHTS)
+    n = at_weight(lengths, program, firsts, WEIGHTS)
+    hint = tl.load(at_weight(hints, program, firsts, WEIGHTS) + row)
+    LOW: tl.constexpr = -SOLVED_STEPS
+    HIGH: tl.constexpr = SOLVED_STEPS - 1
+    clip, held = solve_row(w_ptr, row, hint, n, 1, 1, SOLVED_STEPS, LOW, HIGH, True, METHOD, BLOCK, True, FITS)
+    tl.store(clips_ptr + at_weight(offsets, program, firsts, WEIGHTS) + row, clip)
     step = clip * (1.0 / STEPS)
     for start in range(0, n, BLOCK):
         x = held if FITS else tile_of(w_ptr, row, start, n, 1, 1, BLOCK, True)
-        level = tl.where(tl.abs(x) < float("inf"), nearest(x, step, LOW, HIGH) * step, x)
+        level = tl.where(tl.abs(x) < float("inf"), nearest(x, step, -STEPS, STEPS - 1) * step, x)
         i = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + row * n + i, level.to(out_ptr.dtype.element_ty), mask=i < n)
 
 
-@functools.lru_cache(maxsize=64)
-def _table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Return the entries on the device. Parameters stay where they are, and mostly what is made for them, too."""
-    return torch.tensor(entries, dtype=torch.int64, device=device)
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One weight of a launch: rows of n elements, whose clips begin at offset."""
+
+    w: Tensor
+    out: Tensor
+    hint: Tensor
+    offset: int
+    rows: int
+    n: int
 
 
 def fake_quantize_weights(
@@ -76,47 +98,59 @@ def fake_quantize_weights(
     out: list[Tensor],
     clips: Tensor,
     classes: tuple[tuple[int, int], ...] = CLASSES,
-) -> bool:
-    """Write levels into out and clips into clips, in one launch for each class of rows, bit width and dtype.
+    at_once: int = AT_ONCE,
+) -> list[int]:
+    """Write levels into out and clips into clips, a launch for each class of rows, bit width and dtype.
 
-    False, and nothing written, where the ops have to do it one by one: for rows that do not lie in one piece, for
-    other dtypes and methods, and while a CUDA graph is captured, which would keep addresses that nobody holds.
+    Return the indices of those weights, of which nothing was written, that the ops have to do one by one: their rows do
+    not lie in one piece, or there is no kernel for the dtype or the method.
     """
-    capturing = clips.is_cuda and torch.cuda.is_current_stream_capturing()
-    if method not in METHODS or capturing:
-        return False
-    # Of each launch: the entries of its table, the first weight, and how many programs there are.
-    launches: dict[tuple[int, torch.dtype, int], tuple[list[tuple[int, ...]], Tensor, int]] = {}
-    # A hint that had to be converted has to live until the launch.
-    kept, initial_clip = [], 0
-    for w, hint, b, dim, to in zip(weights, hints, bits, dims, out, strict=True):
-        layout = cpu.channel_layout(w, dim)
+    launches: dict[tuple[int, torch.dtype, torch.dtype, int], list[_Entry]] = {}
+    left, offset = [], 0
+    for index, (w, hint, b, dim, to) in enumerate(zip(weights, hints, bits, dims, out, strict=True)):
+        layout, rows = cpu.channel_layout(w, dim), w.shape[dim]
         in_pieces = layout is None or (layout[0] > 1 and layout[1] > 1)
-        if w.dtype not in FLOATS or in_pieces or not cpu.same_layout(to, w):
-            return False
-        rows = w.shape[dim]
-        n = w.numel() // rows
-        kept.append(cpu.checked(hint, (rows,)))
-        key = (b, w.dtype, sum(n > longest for longest, _ in classes))
-        entries, of, programs = launches.get(key, ([], w, 0))
-        entry = (w.data_ptr(), to.data_ptr(), kept[-1].data_ptr(), programs, initial_clip, n)
-        launches[key] = ([*entries, entry], of, programs + rows)
-        initial_clip += rows
-    for (b, _, which), (entries, of, programs) in launches.items():
-        grid = Grid(b, signed=True)
-        block, warps = classes[min(which, len(classes) - 1)]
-        fake_quantize_weights_kernel[(programs,)](
-            _table(tuple(entries), clips.device),
-            clips,
-            of,
-            len(entries),
-            STEPS=grid.steps,
-            LOW=grid.low,
-            HIGH=grid.high,
-            METHOD=METHODS.index(method),
-            WEIGHTS=triton.next_power_of_2(len(entries)),
-            BLOCK=block,
-            FITS=which < len(classes),
-            num_warps=warps,
-        )
-    return True
+        known = w.dtype in FLOATS and to.dtype in FLOATS and as_octav(b, method)[1] in METHODS
+        if known and not in_pieces and cpu.same_layout(to, w):
+            n = w.numel() // rows
+            entry = _Entry(w, to, cpu.checked(hint, (rows,)), offset, rows, n)
+            key = (b, w.dtype, to.dtype, sum(n > longest for longest, _ in classes))
+            launches.setdefault(key, []).append(entry)
+        else:
+            left.append(index)
+        offset += rows
+    for (b, _, _, which), entries in launches.items():
+        for start in range(0, len(entries), at_once):
+            _launch(entries[start : start + at_once], clips, b, method, which, classes)
+    return left
+
+
+def _launch(
+    entries: list[_Entry], clips: Tensor, bits: int, method: str, which: int, classes: tuple[tuple[int, int], ...]
+) -> None:
+    solved_bits, solved_method = as_octav(bits, method)
+    block, warps = classes[min(which, len(classes) - 1)]
+    programs = sum(entry.rows for entry in entries)
+    firsts = [sum(entry.rows for entry in entries[:i]) for i in range(len(entries))]
+    # Few lengths of tuples make few kernels.
+    behind = triton.next_power_of_2(len(entries)) - len(entries)
+    filled = [*entries, *[entries[-1]] * behind]
+    arguments: tuple[Any, ...] = (
+        tuple(entry.w for entry in filled),
+        tuple(entry.out for entry in filled),
+        tuple(entry.hint for entry in filled),
+        clips,
+        (*firsts, *[programs] * behind),
+        tuple(entry.offset for entry in filled),
+        tuple(entry.n for entry in filled),
+    )
+    fake_quantize_weights_kernel[(programs,)](
+        *arguments,
+        SOLVED_STEPS=Grid(solved_bits, signed=True).steps,
+        STEPS=Grid(bits, signed=True).steps,
+        METHOD=METHODS.index(solved_method),
+        WEIGHTS=len(filled),
+        BLOCK=block,
+        FITS=which < len(classes),
+        num_warps=warps,
+    )

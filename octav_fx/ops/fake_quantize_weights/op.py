@@ -3,6 +3,8 @@
 It comes after differentiation: the gradient of each weight is a fake_quantize_backward of its own.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -30,27 +32,39 @@ def one_by_one(
 ) -> tuple[list[Tensor], Tensor]:
     """See reference.py. Composed of the two ops, so that each device runs the kernels it has."""
     quantized, clips = _empty(weights, hints, bits, dims, method)
-    first = 0
-    for w, hint, b, dim, out in zip(weights, hints, bits, dims, quantized, strict=True):
-        clip = clips[first : first + w.shape[dim]]
-        torch.ops.octav.optimal_clip.out(w, hint, b, True, dim, method, out=clip)
-        torch.ops.octav.fake_quantize.out(w, clip, b, True, dim, "ste", out=out)
-        first += len(clip)
+    _write(range(len(weights)), weights, hints, bits, dims, method, quantized, clips)
     return quantized, clips
+
+
+def _write(
+    indices: Iterable[int],
+    weights: list[Tensor],
+    hints: list[Tensor],
+    bits: list[int],
+    dims: list[int],
+    method: str,
+    quantized: list[Tensor],
+    clips: Tensor,
+) -> None:
+    parts = clips.split([w.shape[dim] for w, dim in zip(weights, dims, strict=True)])
+    for i in indices:
+        w, b, dim = weights[i], bits[i], dims[i]
+        torch.ops.octav.optimal_clip.out(w, hints[i], b, True, dim, method, out=parts[i])
+        torch.ops.octav.fake_quantize.out(w, parts[i], b, True, dim, "ste", out=quantized[i])
 
 
 def _cuda(
     weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
 ) -> tuple[list[Tensor], Tensor]:
-    if has_triton():
-        from octav_fx.ops.fake_quantize_weights import kernel
+    if not has_triton():
+        return one_by_one(weights, hints, bits, dims, method)
+    from octav_fx.ops.fake_quantize_weights import kernel
 
-        quantized, clips = _empty(weights, hints, bits, dims, method)
-        with torch.cuda.device(clips.device):
-            written = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=quantized, clips=clips)
-        if written:
-            return quantized, clips
-    return one_by_one(weights, hints, bits, dims, method)
+    quantized, clips = _empty(weights, hints, bits, dims, method)
+    with torch.cuda.device(clips.device):
+        left = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=quantized, clips=clips)
+    _write(left, weights, hints, bits, dims, method, quantized, clips)
+    return quantized, clips
 
 
 torch.library.register_fake(_NAME, _empty)

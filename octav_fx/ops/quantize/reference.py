@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.grid import Grid, nearest
 
 
 def quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None) -> Tensor:
-    """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
+    """Map x [...], clip [] or [C] in the units of x -> codes [...]: the nearest, ties to even, and more for backward.
 
-    The nearest code, ties to even, and for backward's sake some more.
     A value beyond the clip gets a code beyond those of the grid, high + 1 or grid.below: there the gradient is cut.
     On an unsigned grid zero itself gets low - 1, so that codes >= 0 are the values above zero, which is what the
     gradient of a relu asks for; and with a ceiling, that of a clamp that x comes from, the code of a value that has
@@ -21,7 +20,7 @@ def quantize(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, 
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     bound = along(clip, x, dim).to(value.dtype)
     step = grid.step(bound)
-    code = torch.where(step > 0, (value / step).round().clamp(grid.low, grid.high), 0)
+    code = torch.where(step > 0, nearest(value / step, grid), 0)
     code = torch.where(value > bound, grid.high + 1, code)
     code = torch.where(value < (-bound if signed else 0), grid.underflow_code, code)
     if not signed:

@@ -29,8 +29,8 @@ PATTERNS: Final = {
     torch.float32: (torch.int32, 0x7F800000, 16),
 }
 # How far below the hint the bound lies. What lies above it costs an atomic each: at few bits that is much of the
-# tensor, but then the clip moves less from step to step, too.
-KEEP: Final = {2: 0.75, 3: 0.75, 4: 0.75, 5: 0.75, 6: 0.6, 7: 0.6, 8: 0.6}
+# tensor, but then the clip moves less from step to step, too. 1 bit: "octav-tight" at 2.
+KEEP: Final = {1: 0.75, 2: 0.75, 3: 0.75, 4: 0.75, 5: 0.75, 6: 0.6, 7: 0.6, 8: 0.6}
 BINS: Final = 2**15
 FINE_BINS: Final = 2**16
 # Bins that the last program looks at together.
