@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -45,13 +46,13 @@ class QuantizedModule(fx.GraphModule):
         taken = (*children_of(owner), *parameters_of(owner), *buffers_of(owner))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
             raise NotCaptured(f"{type(owner).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute")
+        self.__dict__["user_class"] = type(owner)
         super().__init__(nn.Module(), fx.Graph(), type(owner).__name__)
         share_parts(owner, self)
         quantizers = nn.Module() if quantizers is None else quantizers
         replace_children(self, {**children_of(owner), QUANTIZERS: quantizers})
         # Not registered children: the tree below both is the same one.
         self.__dict__["owner"] = owner
-        self.user_class = type(owner)
         self.training = owner.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
         self.examples: Inputs | None = None
@@ -95,6 +96,19 @@ class QuantizedModule(fx.GraphModule):
         if graph is not self.graph:
             self.graph = graph
 
+    def recompile(self) -> Any:
+        """Generate the code of the graph, and share the class that holds it with all modules of the same code.
+
+        torch.compile asks for classes: a model of many equal blocks is compiled once.
+        """
+        name = type(self).__name__
+        # What is written into a class that others have would be theirs, too.
+        self.__class__ = type(name, (QuantizedModule,), {})
+        code = super().recompile()
+        objects = tuple(sorted((global_name, id(value)) for global_name, value in code.globals.items()))
+        self.__class__ = _SHARED.setdefault((name, code.src, objects), type(self))
+        return code
+
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the owner's own forward: it may iterate over its children, and must not meet the quantizers."""
         children = children_of(self.owner)
@@ -135,6 +149,10 @@ class QuantizedModule(fx.GraphModule):
         flat = {mode: _flatten(self._graphs[mode]) for mode in self.modes}
         shared = [mode for mode in self._graphs if mode not in flat]
         return flat, shared, self.meta
+
+
+# By code: names in it may stand for other objects elsewhere.
+_SHARED: Final = weakref.WeakValueDictionary[Any, type[QuantizedModule]]()
 
 
 class WholeModule:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import octav_fx
@@ -147,3 +148,15 @@ class TestRefusals:
 
 def test_the_model_stays_one_graph_without_blocks() -> None:
     assert graphs_of(quantize(Net(), batch())) is not None
+
+
+@pytest.mark.compile
+def test_equal_blocks_are_compiled_once() -> None:
+    x = batch()
+    # More blocks than Dynamo compiles one function anew for.
+    q = quantize(Net(depth=10), x, blocks="auto")
+    expected = q(x)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in q.blocks:
+        block.compile(backend=counter)
+    assert torch.equal(q(x), expected) and counter.frame_count == 1
