@@ -1,9 +1,10 @@
 """The arguments of a call, as quantize() is given them and as modules are called."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from octav_fx.capture.symbolic.patches import PLAIN
 from octav_fx.compat.tensors import pytree
@@ -22,6 +23,16 @@ def as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Mapping):
         return Inputs((), dict(inputs))
     return Inputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """Return the call of a module whose parameters get these values in their order, keyword-only ones among them."""
+    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return Inputs(args, dict(kwargs))
+    by_position = sum(p.kind is p.POSITIONAL_ONLY for p in parameters)
+    by_name = {p.name: value for p, value in zip(parameters[by_position:], args[by_position:], strict=False)}
+    return Inputs(args[:by_position], {**by_name, **kwargs})
 
 
 def tensors_of(values: Any) -> list[Tensor]:

@@ -21,17 +21,36 @@ def preserved_attributes(root: nn.Module) -> Iterator[None]:
 
     What is written into tensors in place stays.
     """
-    before = [(held, dict(held), _contents(held)) for _, held in attributes(root)]
+    before = _state(root)
     try:
         yield
     finally:
-        for held, old, contents in before:
-            for key in [key for key in held if key not in PART_ATTRIBUTES]:
-                if key not in old:
-                    del held[key]
-            held.update(old)
-            for key, content in contents.items():
-                _refill(held[key], content)
+        _restore(before)
+
+
+@contextmanager
+def attributes_kept_on_success(root: nn.Module) -> Iterator[None]:
+    """Like preserved_attributes, but only after an error."""
+    before = _state(root)
+    try:
+        yield
+    except BaseException:
+        _restore(before)
+        raise
+
+
+def _state(root: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    return [(held, dict(held), _contents(held)) for _, held in attributes(root)]
+
+
+def _restore(before: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
+    for held, old, contents in before:
+        for key in [key for key in held if key not in PART_ATTRIBUTES]:
+            if key not in old:
+                del held[key]
+        held.update(old)
+        for key, content in contents.items():
+            _refill(held[key], content)
 
 
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
@@ -49,6 +68,15 @@ def _refill(container: Any, content: Any) -> None:
     if type(container) is type(content):
         container.clear()
         getattr(container, "extend" if isinstance(container, list) else "update")(content)
+
+
+def without_history(root: nn.Module) -> dict[int, Any]:
+    """Return a memo for copy.deepcopy with copies of what forward has left on modules, an auxiliary loss.
+
+    Tensors with a history of gradients cannot be copied as they are.
+    """
+    kept = [leaf for _, held in attributes(root) for leaf in pytree.tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+    return {id(t): t.detach().clone() for t in kept if not t.is_leaf}
 
 
 def own_copy(inputs: Any) -> Any:

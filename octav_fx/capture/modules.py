@@ -3,64 +3,85 @@
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
+import torch
 from torch import fx, nn
 
+from octav_fx.capture.dispatch import GuardedModule, is_traced
+from octav_fx.capture.flat import flatten, unflatten
+from octav_fx.capture.guards import GuardedGraph, Guards
 from octav_fx.capture.held import hold, permitted
-from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.inputs import Inputs, call_of
+from octav_fx.capture.module_state import without_history
 from octav_fx.compat.modules import buffers_of, children_of, parameters_of, replace_children, share_parts
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.ir.meta import info, update
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
+# Gives a module what it needs for a call that no graph of it holds for: a graph more, or its own Python.
+CaptureAgain = Callable[["QuantizedModule", Inputs], None]
+
 # What a quantized module has besides what its class has.
-_RESERVED: Final = (QUANTIZERS, "meta", "examples", "owner", "user_class")
+_RESERVED: Final = (QUANTIZERS, "meta", "examples", "owner", "user_class", "recipe", "capture_again")
 # The attribute of a WholeModule that holds its QuantizedModule.
 GRAPHS: Final = "octav_graphs"
 
 
-class QuantizedModule(fx.GraphModule):
+class QuantizedModule(GuardedModule):
     """The graphs of a module, its owner, over the very children, parameters and buffers of it.
 
     Names, ties and containers of the owner stay, so its checkpoints load and its optimizer groups hold; the quantizers
-    are one more child, of both once make_whole() was called. Where the owner's Python code branches on self.training
-    there are two graphs, and its train() and eval() choose. float_forward() runs the owner's own forward on the same
-    state.
+    are one more child, of both once make_whole() was called. Each graph holds under guards: forward runs the first that
+    holds for its inputs, and where none does, captures one more. Where the owner's Python code branches on
+    self.training each mode has its own. float_forward() runs the owner's own forward on the same state.
     """
 
     owner: nn.Module
+    user_class: type[nn.Module]
+    # The present graph as a function.
+    captured: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
         owner: nn.Module,
-        graphs: Mapping[bool, fx.Graph],
+        graphs: Mapping[bool, Sequence[GuardedGraph]],
         meta: Mapping[str, Any],
+        recipe: Any = None,
+        capture_again: CaptureAgain | None = None,
         quantizers: nn.Module | None = None,
     ) -> None:
         taken = (*children_of(owner), *parameters_of(owner), *buffers_of(owner))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
             raise NotCaptured(f"{type(owner).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute")
-        self.__dict__["user_class"] = type(owner)
+        # Not registered children: the tree below both is the same one.
+        self.__dict__["owner"], self.__dict__["user_class"] = owner, type(owner)
         super().__init__(nn.Module(), fx.Graph(), type(owner).__name__)
         share_parts(owner, self)
         quantizers = nn.Module() if quantizers is None else quantizers
         replace_children(self, {**children_of(owner), QUANTIZERS: quantizers})
-        # Not registered children: the tree below both is the same one.
-        self.__dict__["owner"] = owner
         self.training = owner.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
         self.examples: Inputs | None = None
-        self._graphs = dict(graphs)
-        for graph in self._graphs.values():
-            graph.owning_module = self
+        # For each mode the graphs that were captured so far; the first is the one that quantize() made.
+        self._graphs = {mode: list(graphs.get(mode, ())) for mode in (True, False)}
+        for guarded in (*self._graphs[True], *self._graphs[False]):
+            guarded.graph.owning_module = self
+        # What further graphs are made with, and what makes them; what runs where none can be made, for each mode.
+        self.recipe, self.capture_again = recipe, capture_again
+        self._own_python: dict[bool, Callable[..., Any]] = {}
         self.meta = dict(meta)
-        self.graph = self._graphs[self.training]
+        if self._graphs[self.training]:
+            self.graph = self._graphs[self.training][0].graph
+
+    @property
+    def _float_module(self) -> nn.Module:
+        """Return what a graph finds when it stores or reads an attribute of the outermost module."""
+        return self.owner
 
     @property
     def records(self) -> list[Record]:
@@ -75,26 +96,31 @@ class QuantizedModule(fx.GraphModule):
     @property
     def modes(self) -> tuple[bool, ...]:
         """Return the training modes that have a graph of their own, the present one first."""
-        first, other = self.training, not self.training
-        own = other in self._graphs and self._graphs[other] is not self._graphs[first]
-        return (first, other) if own else (first,)
+        present, other = self.training, not self.training
+        if not self._graphs[other]:
+            return (present,)
+        own = not self._graphs[present] or self._graphs[other][0] is not self._graphs[present][0]
+        return (present, other) if own else (present,)
 
     def graph_of(self, mode: bool) -> fx.Graph:
-        """Return the graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
-        if mode not in self._graphs:
-            raise OctavError(f"{graph_info(self).missing}; call octav_fx.quantize with inputs that fit both modes")
+        """Return the first graph of a training mode. Raises OctavError if quantize() could not capture that mode."""
+        if not self._graphs[mode]:
+            raise OctavError(f"{graph_info(self).missing}: call the model in that mode, with inputs that fit it")
+        return self._graphs[mode][0].graph
+
+    def graphs_of(self, mode: bool) -> list[GuardedGraph]:
+        """Return all graphs that were captured for a training mode, the list itself."""
         return self._graphs[mode]
 
     def called(self) -> list[str]:
         """Return the paths of the modules that graphs call."""
-        graphs = list(self._graphs.values())
-        return [str(node.target) for graph in graphs for node in graph.find_nodes(op="call_module")]
+        return [str(node.target) for guarded in self._captured() for node in guarded.graph.find_nodes(op="call_module")]
 
     def follow(self, mode: bool) -> None:
-        """Take the graph of a mode, which is that of the owner; its children have theirs."""
-        graph, self.training = self.graph_of(mode), mode
-        if graph is not self.graph:
-            self.graph = graph
+        """Show the first graph of a mode, which is that of the owner; its children have theirs."""
+        self.training = mode
+        if (graphs := self._graphs[mode]) and graphs[0].graph is not self.graph:
+            self.graph = graphs[0].graph
 
     def recompile(self) -> Any:
         """Generate the code of the graph, and share the class that holds it with all modules of the same code.
@@ -105,9 +131,54 @@ class QuantizedModule(fx.GraphModule):
         # What is written into a class that others have would be theirs, too.
         self.__class__ = type(name, (QuantizedModule,), {})
         code = super().recompile()
+        present = [guarded for guarded in self._captured() if guarded.graph is self.graph]
         objects = tuple(sorted((global_name, id(value)) for global_name, value in code.globals.items()))
-        self.__class__ = _SHARED.setdefault((name, code.src, objects), type(self))
+        shared = _SHARED.setdefault((name, code.src, objects, bool(present)), type(self))
+        if present:
+            if shared is type(self):
+                shared.captured = present[0].function()
+            present[0].set_function(shared.captured)
+        self.__class__ = shared
         return code
+
+    def _state_holder(self) -> nn.Module:
+        """Return what graphs and guards read: the owner, whose names are the user's, once it has the quantizers."""
+        return self.owner if graphs_of(self.owner) is self else self
+
+    def _captured(self) -> Sequence[GuardedGraph]:
+        return [guarded for graphs in self.__dict__.get("_graphs", {}).values() for guarded in graphs]
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        graphs, state = self._graphs[self.training], self._state_holder()
+        if is_traced(args):
+            return graphs[0].function()(state, *args, **kwargs)
+        for guarded in graphs:
+            if guarded.broken(state, args, kwargs) is None:
+                return guarded.function()(state, *args, **kwargs)
+        if (own := self._own_python.get(self.training)) is not None:
+            return own(*args, **kwargs)
+        return self._run_new(args, kwargs)
+
+    def run_own_python(self, function: Callable[..., Any]) -> None:
+        """Let a function of the arguments run from now on, in the present mode, where no graph holds."""
+        self._own_python[self.training] = function
+
+    @torch.compiler.disable(reason="octav_fx captures a new graph for these inputs; the next such call is compiled")
+    def _run_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.capture_again is None:
+            raise OctavError(f"{type(self).__name__} has no graph for this call: {self.why_not(args, kwargs)}")
+        state = self._state_holder()
+        for guarded in self._graphs[self.training]:
+            # A compiled call may still lead here after the graph for it was made.
+            if guarded.broken(state, args, kwargs) is None:
+                return guarded.function()(state, *args, **kwargs)
+        self.capture_again(self, call_of(self.owner, args, kwargs))
+        return self._dispatch(*args, **kwargs)
+
+    def why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Say which guard of the first graph of the present mode does not hold for a call."""
+        graphs = self._graphs[self.training]
+        return str(graphs[0].broken(self._state_holder(), args, kwargs)) if graphs else str(graph_info(self).missing)
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the owner's own forward: it may iterate over its children, and must not meet the quantizers."""
@@ -146,9 +217,7 @@ class QuantizedModule(fx.GraphModule):
 
     def _parts(self) -> tuple[Any, ...]:
         """Return what this is made of besides the owner, as values that copy and pickle."""
-        flat = {mode: _flatten(self._graphs[mode]) for mode in self.modes}
-        shared = [mode for mode in self._graphs if mode not in flat]
-        return flat, shared, self.meta
+        return self._graphs, self.meta, self.recipe, self.capture_again
 
 
 # By code: names in it may stand for other objects elsewhere.
@@ -162,16 +231,19 @@ class WholeModule:
     graphs are asked for (graph, code, records, meta) is found where the user has no attribute of that name.
     """
 
+    @property
+    def _float_module(self) -> Any:
+        """Return what a graph finds when it stores or reads an attribute of the outermost module."""
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the graph of the present mode computes."""
+        """Return what a graph that holds for the call computes."""
         return vars(self)[GRAPHS].forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode as the user's class does, and take the graph of that mode where it has its own."""
-        graphs: QuantizedModule = vars(self)[GRAPHS]
-        graphs.graph_of(mode)
         super().train(mode)  # type: ignore[misc]
-        graphs.follow(mode)
+        vars(self)[GRAPHS].follow(mode)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -189,6 +261,8 @@ class WholeModule:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         graphs: QuantizedModule = vars(self)[GRAPHS]
+        owner: Any = self
+        memo.update(without_history(owner))
         copied = memo[id(self)] = _new(graphs.user_class)
         copied.__setstate__(copy.deepcopy(self._state(), memo))
         vars(copied)[GRAPHS].examples = graphs.examples
@@ -206,14 +280,13 @@ class WholeModule:
         return (state, *graphs._parts())
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        users, flat, shared, meta = state
+        users, *parts = state
         super().__setstate__(users)  # type: ignore[misc]
-        graphs = {mode: _unflatten(rows) for mode, rows in flat.items()}
-        graphs.update({mode: graphs[not mode] for mode in shared})
         owner: Any = self
         owner.__class__ = type(self).__mro__[2]
         quantizers = children_of(owner).pop(QUANTIZERS)
-        make_whole(QuantizedModule(owner, graphs, meta, quantizers))
+        graphs, meta, recipe, capture_again = parts
+        make_whole(QuantizedModule(owner, graphs, meta, recipe, capture_again, quantizers))
 
 
 def make_whole(graphs: QuantizedModule) -> nn.Module:
@@ -242,9 +315,13 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 @contextmanager
-def users_own(root: nn.Module) -> Iterator[None]:
-    """Make every module in root what it was before quantize() inside: of the user's class, without quantizers."""
-    whole = {module: graphs for module in root.modules() if (graphs := graphs_of(module)) is not None}
+def users_own(root: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
+    """Make every module in root what it was before quantize() inside: of the user's class, without quantizers.
+
+    but: one that stays as it is.
+    """
+    held = {module: graphs_of(module) for module in root.modules() if module is not but}
+    whole = {module: graphs for module, graphs in held.items() if graphs is not None}
     kinds, quantizers = {module: type(module) for module in whole}, {}
     for module, graphs in whole.items():
         module.__class__ = graphs.user_class
@@ -313,47 +390,34 @@ def _new(kind: Any) -> Any:
     return whole.__new__(whole)
 
 
-class _Ref(str):
-    """The name of a node, in place of the node: fx nodes link to their neighbours, too deep for pickle."""
-
-    __slots__ = ()
-
-
-def _flatten(graph: fx.Graph) -> list[Any]:
-    def refer(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: _Ref(node.name))
-
-    return [
-        (node.op, node.target, refer(node.args), refer(node.kwargs), node.name, info(node).site) for node in graph.nodes
-    ]
-
-
-def _unflatten(rows: list[Any]) -> fx.Graph:
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-
-    def resolve(argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, lambda leaf: nodes[leaf] if isinstance(leaf, _Ref) else leaf)
-
-    for op, target, args, kwargs, name, site in rows:
-        nodes[name] = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
-        if site is not None:
-            update(nodes[name], site=site)
-    return graph
-
-
-class IntegerModule(fx.GraphModule):
+class IntegerModule(GuardedModule):
     """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any], guards: Guards | None = None
+    ) -> None:
         super().__init__(root, graph, name)
         self.meta = dict(meta)
         self.training = False
+        self._guards = guards
+        self._guarded = GuardedGraph(self.graph, guards)
+        self.recompile()
+
+    def _captured(self) -> Sequence[GuardedGraph]:
+        return [self._guarded] if "_guarded" in self.__dict__ else []
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_traced(args) and (fault := self._guarded.broken(self, args, kwargs)) is not None:
+            raise OctavError(
+                f"{fault}: a converted model holds for calls like the example of octav_fx.quantize alone; quantize "
+                "with an example like this call, load the state into that and convert it"
+            )
+        return self._guarded.function()(self, *args, **kwargs)
 
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
-        return root, _flatten(self.graph), type(self).__name__, self.meta
+        return root, flatten(self.graph), type(self).__name__, self.meta, self._guards
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -364,8 +428,10 @@ class IntegerModule(fx.GraphModule):
         return copied
 
 
-def _rebuild_integer(root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any]) -> IntegerModule:
-    module = IntegerModule(root, _unflatten(rows), name, meta)
+def _rebuild_integer(
+    root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any], guards: Guards | None
+) -> IntegerModule:
+    module = IntegerModule(root, unflatten(rows), name, meta, guards)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
     return module

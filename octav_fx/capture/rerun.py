@@ -29,13 +29,21 @@ def has_data(module: nn.Module, inputs: Any) -> bool:
     return not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *tensors_of(inputs)))
 
 
-def run_once(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_once(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = False,
+) -> Any:
     """Return the outputs of one forward in the module's own mode; state, random states and inputs are as before.
 
-    Only the hints of quantizers change.
+    Only the hints of quantizers change. forward: what to call in place of the module. gradients: the gradient mode.
     """
     with preserved_buffers(module), preserved_attributes(module):
-        return run_keeping_state(module, *own_copy((args, dict(kwargs))))
+        own_args, own_kwargs = own_copy((args, dict(kwargs)))
+        return run_keeping_state(module, own_args, own_kwargs, forward, gradients=gradients)
 
 
 @contextmanager
@@ -53,12 +61,24 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def run_keeping_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_keeping_state(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = False,
+) -> Any:
     """Run a forward like run_once, but keep what it sets on its modules and writes into its inputs."""
     tensors = (*module.parameters(), *module.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _same_random_numbers(), no_sync():
-        return module(*args, **kwargs)
+    with (
+        torch.set_grad_enabled(gradients),
+        torch.random.fork_rng(devices=sorted(devices)),
+        _same_random_numbers(),
+        no_sync(),
+    ):
+        return (forward or module)(*args, **kwargs)
 
 
 @contextmanager
@@ -99,7 +119,8 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_quantizers(module: nn.Module) -> Iterator[None]:
     """Let every quantizer return its input inside: the rewritten graph computes in float."""
-    quantizers = [m for m in module.modules() if isinstance(m, FakeQuantizer)]
+    # Those of an outer such region are silent already.
+    quantizers = [m for m in module.modules() if isinstance(m, FakeQuantizer) and "forward" not in vars(m)]
     for quantizer in quantizers:
         quantizer.__dict__["forward"] = lambda x: x
     try:

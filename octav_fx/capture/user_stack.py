@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 import torch
@@ -20,6 +21,11 @@ def caller() -> str:
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+def is_users(frame: FrameType) -> bool:
+    """Tell whether a frame runs neither torch's code nor ours."""
+    return not frame.f_code.co_filename.startswith((_HERE, TORCH))
 
 
 def user_caller() -> str:

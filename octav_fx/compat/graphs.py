@@ -1,10 +1,14 @@
 """fx graphs, the graphs of Dynamo, and the calls that regions of autocast make."""
 
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import fx
 from torch.amp import autocast_mode
+from torch.fx.graph_module import _forward_from_src
 
 # What entering and leaving torch.autocast is in a graph.
 ENTER_AUTOCAST: Final = autocast_mode._enter_autocast
@@ -17,6 +21,39 @@ FUSED_ENCODER_LAYER: Final = torch._transformer_encoder_layer_fwd
 def autocast_settings(region: torch.autocast) -> tuple[Any, ...]:
     """Return the arguments of ENTER_AUTOCAST for a region: device, dtype, whether it is on, whether it caches."""
     return region.device, region.fast_dtype, region._enabled, region._cache_enabled
+
+
+# By code, whose names may stand for other objects elsewhere.
+_FUNCTIONS: Final = weakref.WeakValueDictionary[Any, Callable[..., Any]]()
+
+
+def function_of(graph: fx.Graph) -> Callable[..., Any]:
+    """Return a graph as a function of a module, whose state it reads, and its inputs: the same one for the same code.
+
+    Compilers ask for functions: equal modules are compiled once.
+    """
+    code = graph.python_code("self")
+    objects = tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+    function: Callable[..., Any] = _forward_from_src(code.src, dict(code.globals))
+    return _FUNCTIONS.setdefault((code.src, objects), function)
+
+
+def forward_from(source: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """Return the function `forward` of generated code, with source lines for tracebacks."""
+    return _forward_from_src(source, dict(names))
+
+
+@contextmanager
+def replaced_graph(module: fx.GraphModule, graph: fx.Graph) -> Iterator[None]:
+    """Let a GraphModule have another graph inside, without code of its own."""
+    before, module._graph = module._graph, graph
+    graph.owning_module = module
+    module.__dict__["recompile"] = lambda: None
+    try:
+        yield
+    finally:
+        module._graph = before
+        del module.__dict__["recompile"]
 
 
 def root_of(graph: fx.Graph) -> fx.Node:

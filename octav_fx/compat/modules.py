@@ -12,6 +12,12 @@ PART_ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
 # The hooks that run when a module is called, or in its backward.
 RUNNING_HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
+HOOK_ATTRIBUTES: Final = (
+    *RUNNING_HOOKS,
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
 # The code object of nn.Module.__call__'s inner function: a frame of it has the module as `self`.
 CALL_CODE: Final[types.CodeType] = nn.Module._call_impl.__code__
 

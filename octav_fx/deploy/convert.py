@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octav_fx.capture.modules import IntegerModule, QuantizedModule, graphs_of, quantized_modules
+from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.errors import OctavError
@@ -74,7 +75,10 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
         raise OctavError(f"{name} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = graphs_of(copy.deepcopy(module.owner).eval())
+    drop_stores(working.graph)
     run(working, passes)
-    converted = IntegerModule(working, working.graph, module.user_class.__name__, {})
+    guards = working.graphs_of(False)[0].guards
+    guards = None if guards is None else guards.of_inputs()
+    converted = IntegerModule(working, working.graph, module.user_class.__name__, {}, guards)
     update_graph_info(converted, records={False: working.all_records[False]})
     return converted.requires_grad_(False)

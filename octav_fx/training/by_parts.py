@@ -65,12 +65,12 @@ class PartsQuantizer:
 
     def _quantized(self, module: nn.Module, calls: list[Inputs], path: str) -> nn.Module:
         if any(id(part) in self.blocks for part in module.modules() if part is not module):
-            return self._descend(module, calls, path, "blocks of it are graphs of their own")
+            return self.descend(module, calls, path, "blocks of it are graphs of their own")
         try:
             return self._one_graph(module, calls, path)
         except NotCaptured as reason:
             try:
-                return self._descend(module, calls, path, str(reason))
+                return self.descend(module, calls, path, str(reason))
             except NotCaptured:
                 # One mode is better than none; entering the other raises.
                 with contextlib.suppress(NotCaptured):
@@ -94,7 +94,11 @@ class PartsQuantizer:
             raise
         return module
 
-    def _descend(self, module: nn.Module, calls: list[Inputs], path: str, reason: str) -> nn.Module:
+    def descend(self, module: nn.Module, calls: list[Inputs], path: str, reason: str) -> nn.Module:
+        """Quantize the children of a module that no graph holds, for a reason, and mark it; return the same module.
+
+        Raises NotCaptured where nothing below it can be quantized.
+        """
         if isinstance(module, torch.jit.ScriptModule):
             raise NotCaptured(reason)
         if not self.macs_by_module:
@@ -165,7 +169,7 @@ class PartsQuantizer:
             try:
                 if not is_whole:
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
-                self._descend(child, its_calls, below, f"the code around it: {fault}")
+                self.descend(child, its_calls, below, f"the code around it: {fault}")
                 if fault := _fault(module, calls, expected):
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
                 self.done.add(id(child))

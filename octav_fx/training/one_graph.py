@@ -1,16 +1,19 @@
 """One module as one graph: capture, the passes, the records of what they did."""
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.modules import QuantizedModule, make_whole, quantized_modules, users_own
+from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
+from octav_fx.capture.modules import QuantizedModule, graphs_of, make_whole, users_own
 from octav_fx.capture.rerun import (
     difference,
     has_data,
@@ -21,6 +24,7 @@ from octav_fx.capture.rerun import (
     without_quantizers,
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
+from octav_fx.compat.graphs import replaced_graph
 from octav_fx.compat.modules import buffers_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
@@ -29,7 +33,7 @@ from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
-from octav_fx.ir.records import records, update_graph_info
+from octav_fx.ir.records import Record, graph_info, records, update_graph_info
 from octav_fx.nn import FakeQuantizer, Spec
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
@@ -80,20 +84,14 @@ def _rewritten(
     module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
 ) -> QuantizedModule:
     graphs, missing, notes = _graphs(module, example, user, both_modes)
-    quantized = QuantizedModule(module, graphs, {})
-
-    def choose(place: Place) -> Spec | str:
-        placed = position.placed(place)
-        return position.specs.get((placed.site, placed.operand)) or choose_spec(config, placed)
-
+    recipe = Recipe(config, position, user)
+    quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
     found = {}
     for mode in quantized.modes:
-        quantized.graph = graphs[mode]
-        edits = run(quantized, prepare_passes(config, choose))
-        rows = records(graphs[mode], edits)
-        found[mode] = [replace(row, site=position.named(row.site)) for row in rows]
-        notes += [f"{position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
-    quantized.graph = graphs[module.training]
+        quantized.graph = graphs[mode].graph
+        found[mode], told = recipe.rewrite(quantized)
+        notes += told
+    quantized.graph = graphs[module.training].graph
     update_graph_info(
         quantized,
         config=config.to_dict(),
@@ -101,8 +99,8 @@ def _rewritten(
         notes=tuple(dict.fromkeys(notes)),
         missing=missing,
     )
-    remove_unused(quantized, list(graphs.values()))
-    _drop_values(graphs)
+    remove_unused(quantized, [guarded.graph for guarded in graphs.values()])
+    _drop_values([guarded.graph for guarded in graphs.values()])
     return quantized
 
 
@@ -129,22 +127,101 @@ def specs_of_whole(model: nn.Module, example: Inputs, config: Config, user: User
     return found
 
 
-def check_equal(quantized: nn.Module, call: Inputs) -> None:
-    """Check that the rewritten graph without its quantizers computes what the float module computes.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the graphs of a quantized module are made with."""
 
-    Raises NotCaptured where it does not; does nothing without data (meta device).
+    config: Config
+    position: Position
+    user: UserRules
+
+    def add_graph(self, quantized: QuantizedModule, call: Inputs) -> None:
+        """Capture a graph for a call that no graph of the module holds for, with the quantizers that are there.
+
+        Raises NotCaptured where no graph can hold it.
+        """
+        mode = quantized.training
+        owner = quantized.owner
+        with users_own(owner):
+            captured, notes = _captured(owner, call, mode, self.user)
+        with users_own(owner, but=owner), replaced_graph(quantized, captured.graph):
+            rows, told = self.rewrite(quantized)
+        _drop_values([captured.graph])
+        guarded = GuardedGraph(captured.graph, captured.guards)
+        if has_data(owner, call):
+            _check_graph(quantized, guarded, call)
+        for held in (True, False):
+            if held is mode or not captured.depends_on_training:
+                quantized.graphs_of(held).append(guarded)
+        add_records(quantized, mode, rows, [*notes, *told])
+
+    def rewrite(self, quantized: QuantizedModule) -> tuple[list[Record], list[str]]:
+        """Run the passes on the present graph; return a record for each operand, and notes."""
+        known = quantizers_by_operand(quantized)
+
+        def choose(place: Place) -> Spec | str:
+            placed = self.position.placed(place)
+            if (whole := self.position.specs.get((placed.site, placed.operand))) is not None:
+                return whole
+            choice, there = choose_spec(self.config, placed), known.get((placed.site, placed.operand))
+            if isinstance(choice, str) or there is None or (choice.signed and not there.spec.signed):
+                return choice
+            # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
+            return replace(choice, bits=there.spec.bits, signed=there.spec.signed)
+
+        edits = run(quantized, prepare_passes(self.config, choose))
+        rows = [replace(row, site=self.position.named(row.site)) for row in records(quantized.graph, edits)]
+        return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
+
+
+def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], FakeQuantizer]:
+    """Return the quantizers of a module by site and operand."""
+    rows = [row for mode in quantized.all_records.values() for row in mode if row.quantizer is not None]
+    found: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        found.setdefault((row.site, str(row.operand)), quantized.get_submodule(str(row.quantizer)))
+    return found
+
+
+def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
+    """Add rows for operands that no row of a mode speaks of yet, and notes."""
+    known = graph_info(quantized)
+    present = known.records.get(mode, [])
+    seen = {(row.site, row.operand) for row in present}
+    added = [row for row in rows if (row.site, row.operand) not in seen]
+    update_graph_info(
+        quantized,
+        records={**known.records, mode: [*present, *added]},
+        notes=tuple(dict.fromkeys((*known.notes, *notes))),
+    )
+
+
+def check_equal(module: nn.Module, call: Inputs) -> None:
+    """Check that the graph for a call computes, without its quantizers, what the user's own forward does.
+
+    Where no graph of the module holds for the call, one more is captured. Raises NotCaptured where that cannot be done
+    or something else is computed; does nothing without data (meta device).
     """
-    if not has_data(quantized, call):
+    quantized = graphs_of(module)
+    assert quantized is not None
+    if not has_data(module, call):
         return
-    with ExitStack() as stack:
-        for graphs in quantized_modules(quantized):
-            stack.enter_context(graphs.as_float())
-        expected = run_once(quantized, *call)
-    try:
-        with without_quantizers(quantized):
-            found = run_once(quantized, *call)
-    except Exception as error:
-        raise NotCaptured(f"the captured graph does not run on a call that the model makes: {error}") from error
+    holding = [g for g in quantized.graphs_of(quantized.training) if g.broken(module, *call) is None]
+    if not holding:
+        quantized.recipe.add_graph(quantized, call)
+        return
+    _check_graph(quantized, holding[0], call)
+
+
+def _check_graph(quantized: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> None:
+    gradients, owner = guarded.asks_for_gradients and torch.is_grad_enabled(), quantized.owner
+    with users_own(owner, but=owner):
+        expected = run_once(owner, *call, quantized.float_forward, gradients=gradients)
+        try:
+            with without_quantizers(owner):
+                found = run_once(owner, *call, functools.partial(guarded.function(), owner), gradients=gradients)
+        except Exception as error:
+            raise NotCaptured(f"the captured graph does not run on a call that the model makes: {error}") from error
     if detail := difference(expected, found):
         raise NotCaptured(
             f"the captured graph does not compute what the model's forward does: {detail}. Python code in forward may "
@@ -164,27 +241,43 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
 
 def _graphs(
     module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
-) -> tuple[dict[bool, fx.Graph], str | None, list[str]]:
+) -> tuple[dict[bool, GuardedGraph], str | None, list[str]]:
     """Return a graph for each mode, why the other mode has none if it needs one and cannot be captured, and notes."""
     mode = module.training
-    captured = _capture(module, example, mode, user)
-    if captured.stored and has_data(module, example):
-        # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        _warm_up(module, example)
-        captured = _capture(module, example, mode, user)
-    notes = [*captured.notes, *(f"{name}: forward stores it, the graph computes it anew" for name in captured.stored)]
-    graphs = {mode: captured.graph, (not mode): captured.graph}
+    captured, notes = _captured(module, example, mode, user)
+    guarded = GuardedGraph(captured.graph, captured.guards)
+    graphs = {mode: guarded, (not mode): guarded}
     if captured.depends_on_training:
         try:
-            graphs[not mode] = _capture(module, example, not mode, user).graph
+            other = _capture(module, example, not mode, user)
+            graphs[not mode] = GuardedGraph(other.graph, other.guards)
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
             if both_modes and _runs(module, example, not mode):
                 raise NotCaptured(missing) from error
-            # Inputs too small for an auxiliary head. The captured mode works; train() or eval() will say this.
+            # Inputs too small for an auxiliary head. The captured mode works; a call in the other one will say this.
             del graphs[not mode]
             return graphs, missing, [*notes, missing]
     return graphs, None, notes
+
+
+def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
+    """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
+    captured = _capture(module, call, mode, user)
+    if captured.remembered and has_data(module, call):
+        # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
+        with attributes_kept_on_success(module):
+            _warm_up(module, call)
+            captured = _capture(module, call, mode, user)
+            _check_memory(captured.remembered)
+    else:
+        _check_memory(name for name in captured.remembered if name not in captured.stored)
+    return captured, list(captured.notes)
+
+
+def _check_memory(remembered: Iterable[str]) -> None:
+    for name in remembered:
+        raise NotCaptured(f"forward reads {name} and changes it for the next call, and a graph has no memory")
 
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:
@@ -220,8 +313,8 @@ def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
         yield
 
 
-def _drop_values(graphs: Mapping[bool, fx.Graph]) -> None:
+def _drop_values(graphs: Iterable[fx.Graph]) -> None:
     """Drop what only the passes needed, fake tensors above all."""
-    for graph in graphs.values():
+    for graph in graphs:
         for node in graph.nodes:
             keep_site(node)

@@ -9,17 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs
+from octav_fx.capture.module_state import without_history
 from octav_fx.capture.modules import graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
-from octav_fx.compat.tensors import pytree
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.ir.op import Op
 from octav_fx.ir.ops import UserRules
 from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
+from octav_fx.training.again import capture_again
 from octav_fx.training.blocks import Blocks, find_blocks
 from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
@@ -64,6 +65,8 @@ def quantize(
         copied, example, config, _user_rules(rules, leaves), find_blocks(copied, blocks).values()
     )
     graphs = quantized_modules(quantized)
+    for part in graphs:
+        part.capture_again = capture_again
     captured = [row for part in graphs for mode in part.all_records.values() for row in mode]
     _check_overrides(config, [*captured, *float_records(quantized)])
     for rule in rules:
@@ -132,11 +135,8 @@ def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]]) -> UserR
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    # What forward has left on a trained model, a table with its history, cannot be copied as it is.
-    kept = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, without_history(model))
     except Exception as error:
         raise OctavError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy), and quantize changes only a copy: {error}"

@@ -220,14 +220,16 @@ def test_one_graph_serves_both_modes_where_no_code_asks_for_the_mode() -> None:
     assert torch.equal(q(X), q(X)) and not torch.equal(q.train()(X), q(X))
 
 
-def test_a_mode_that_was_not_captured_cannot_be_entered() -> None:
+def test_a_mode_that_was_not_captured_is_captured_when_it_is_called() -> None:
     def forward(self, x):
         return x if self.training or x.sum() > 0 else -x
 
     q = octav_fx.quantize(model(forward).train(), X)
-    with pytest.raises(OctavError, match=r"eval mode is not captured: .*depends on the data"):
-        q.eval()
-    assert q.training and torch.equal(q(X), X)
+    assert torch.equal(q(X), X)
+    with pytest.warns(UserWarning, match=r"run its own Python, over quantized children: .*depends on the data"):
+        assert torch.equal(q.eval()(X.abs()), X.abs())
+    assert torch.equal(q(-X.abs()), X.abs())
+    assert torch.equal(q.train()(X), X)
 
 
 def test_the_float_module_given_to_quantize_stays_apart() -> None:

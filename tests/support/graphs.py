@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.symbolic.trace import capture
 
@@ -28,8 +29,9 @@ def parameter(*shape: int) -> nn.Parameter:
 
 def captured(float_module: nn.Module, **arguments: Any) -> QuantizedModule:
     """The graph of a module over its tree, before any pass."""
-    graph = capture(float_module, arguments).graph
-    return QuantizedModule(float_module, {True: graph, False: graph}, {})
+    found = capture(float_module, arguments)
+    guarded = GuardedGraph(found.graph, found.guards)
+    return QuantizedModule(float_module, {True: [guarded], False: [guarded]}, {})
 
 
 def run_alike(first: Callable[..., Any], second: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

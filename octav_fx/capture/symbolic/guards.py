@@ -1,17 +1,131 @@
-"""Facts that a captured graph takes for granted, checked each time it runs."""
+"""What a trace took for granted: checks in its graph, and the guards that are made of them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 
+from octav_fx.capture.guards import Facts, Guards
+from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute
+from octav_fx.capture.symbolic.sizes import forward_sizes
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
+from octav_fx.ir.dataflow import ancestors
+from octav_fx.ir.meta import fake
 
 
 @fx.node.has_side_effect
 def guard_equal(value: Any, expected: Any, where: str) -> None:
     """Raise OctavError when a value that decided a branch at capture is another one now."""
-    if value is not expected and value != expected:
-        raise OctavError(
-            f"{where}: the captured graph holds for the value {expected!r} there, these inputs give {value!r}; "
-            "call octav_fx.quantize again with inputs like these"
-        )
+    if value is not expected and (bool(value) is not expected if isinstance(expected, bool) else value != expected):
+        raise OctavError(f"{where}: this graph holds for the value {expected!r} there, these inputs give {value!r}")
+
+
+def take_guards(
+    graph: fx.Graph,
+    root: nn.Module,
+    kinds: Mapping[str, Any],
+    attributes: Sequence[tuple[str, Any]] = (),
+    gradient_mode: bool | None = None,
+) -> Guards:
+    """Make guards of the checks in a trace, which keeps only those of sizes that it computes on its way.
+
+    kinds: what kind_of found in each argument of forward. attributes: paths of plain attributes that forward read, and
+    what kind_of found there. gradient_mode: that of the call, if forward asked for it.
+    """
+    checks = list(graph.find_nodes(op="call_function", target=guard_equal))
+    sizes: Facts | None = None
+    deep: Facts | None = None
+    if checks:
+        near = _copied(graph, root)
+        forward_sizes(near)
+        is_deep = [_computes_tensors(check) for check in near.find_nodes(op="call_function", target=guard_equal)]
+        deep = _checked(_copied(near, root), is_deep, True) if any(is_deep) else None
+        sizes = None if all(is_deep) else _checked(near, is_deep, False)
+        for check, kept in zip(checks, is_deep, strict=True):
+            if not kept:
+                graph.erase_node(check)
+    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep)
+
+
+def _copied(graph: fx.Graph, root: nn.Module) -> fx.Graph:
+    copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied.graph_copy(graph, nodes)
+    copied.owning_module = root  # type: ignore[assignment]
+    return copied
+
+
+def _computes_tensors(check: fx.Node) -> bool:
+    return any(
+        isinstance(leaf, Tensor)
+        for node in ancestors(check)
+        if node.op not in ("placeholder", "get_attr")
+        for leaf in pytree.tree_leaves(fake(node))
+    )
+
+
+def _arguments(graph: fx.Graph, kinds: Mapping[str, Any]) -> Facts:
+    asked = _with_inputs(graph)
+    rows = []
+    for node in asked.find_nodes(op="placeholder"):
+        name = str(node.target).lstrip("*")
+        rows.append((asked.call_function(kind_of, (node,)), kinds[name], f"argument {name}"))
+    return _facts(asked, rows)
+
+
+def _attributes(graph: fx.Graph, attributes: Sequence[tuple[str, Any]], gradient_mode: bool | None) -> Facts | None:
+    asked = _with_inputs(graph)
+    rows = []
+    for path, kind in attributes:
+        owner, _, name = path.rpartition(".")
+        # What forward looked for in vain is nothing that code could name.
+        is_missing = kind == kind_of(MISSING)
+        args = (asked.get_attr(owner), name) if is_missing else (asked.get_attr(path),)
+        rows.append((asked.call_function(kind_of_attribute if is_missing else kind_of, args), kind, path))
+    if gradient_mode is not None:
+        rows.append((asked.call_function(torch.is_grad_enabled), gradient_mode, "torch.is_grad_enabled()"))
+    return _facts(asked, rows) if rows else None
+
+
+def _with_inputs(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    for node in graph.find_nodes(op="placeholder"):
+        copied.node_copy(node)
+    return copied
+
+
+def _checked(graph: fx.Graph, is_deep: list[bool], wanted: bool) -> Facts:
+    checks = graph.find_nodes(op="call_function", target=guard_equal)
+    own = [check for check, flag in zip(checks, is_deep, strict=True) if flag is wanted]
+    return _facts(graph, [(check.args[0], check.args[1], str(check.args[2])) for check in own])
+
+
+def _facts(graph: fx.Graph, rows: list[tuple[Any, Any, str]]) -> Facts:
+    """Make a graph return what the rows are about, each once, and drop all else."""
+    merged = _merge_equal(graph)
+    rows = [(merged.get(value, value), expected, where) for value, expected, where in rows]
+    rows = list({(value, repr(expected)): (value, expected, where) for value, expected, where in rows}.values())
+    graph.output(tuple(value for value, *_ in rows))
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta = {}
+    graph.owning_module = None
+    return Facts(graph, tuple(expected for _, expected, _ in rows), tuple(where for *_, where in rows))
+
+
+def _merge_equal(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Let equal reads of sizes, and what is computed from them, be one node; return what took whose place."""
+    first: dict[Any, fx.Node] = {}
+    merged: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        is_plain = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(fake(node)))
+        if node.op not in ("call_function", "call_method") or node.target is guard_equal or not is_plain:
+            continue
+        kept = first.setdefault((node.op, node.target, repr(node.args), repr(node.kwargs)), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            merged[node] = kept
+    return merged

@@ -18,6 +18,14 @@ _STATIC_ATTRIBUTES: Final = frozenset(
     {"ndim", "layout", "requires_grad", "is_nested", "is_sparse", "is_cuda", "is_meta"}
 )
 
+# What cuts a tensor into as many pieces as its size asks for.
+_PIECES: Final = frozenset(
+    {
+        *("unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split", "unsafe_chunk"),
+        *("split_with_sizes", "unsafe_split_with_sizes"),
+    }
+)
+
 
 class _Unknown:
     """The value of what cannot be known without data, such as the result of item()."""
@@ -42,12 +50,13 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         value = self.value
         if isinstance(value, Mapping):
-            self._settle()
             match name:
                 case "values":
                     return lambda: [self[key] for key in value]
                 case "items":
                     return lambda: [(key, self[key]) for key in value]
+                case "get":
+                    return lambda key, default=None: self[key] if key in value else default
         if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
             return getattr(value, name)
         if isinstance(value, torch.device) and name == "type":
@@ -61,15 +70,25 @@ class ValueProxy(fx.Proxy):
         """Return the keys of a dict, which fx asks the tracer for."""
         return list(self.value) if isinstance(self.value, Mapping) else super().keys()
 
-    def _settle(self) -> None:
-        """Guard the items of an argument of forward: a later call may bring more or other ones."""
+    def _is_given(self) -> bool:
+        """Tell whether this is an argument of forward or a part of one, whose kind is guarded."""
         node = self.node
         while node.target is operator.getitem:
             node = node.args[0]  # type: ignore[assignment]
-        if node.op == "placeholder":
-            self.tracer.settle(self)
+        return node.op == "placeholder"
+
+    def count_pieces(self) -> None:
+        """Guard the number of pieces of a tensor, where that is what Python goes through."""
+        target = self.node.target
+        if (target if isinstance(target, str) else getattr(target, "__name__", "")) in _PIECES:
+            self.tracer.count(self)
 
     def __getitem__(self, index: Any) -> Any:
+        value = self.value
+        if isinstance(value, (Mapping, tuple, list)) and self._is_given() and not isinstance(index, fx.Proxy):
+            item = value[index]
+            if item is None or isinstance(item, (bool, int, float, str)):
+                return item
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def __bool__(self) -> bool:
@@ -88,11 +107,10 @@ class ValueProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         value = self.value
-        if isinstance(value, (Mapping, tuple, list)):
-            self._settle()
         if isinstance(value, Mapping):
             return iter(list(value))
         if isinstance(value, (tuple, list)):
+            self.count_pieces()
             return (self[i] for i in range(len(value)))
         if isinstance(value, Tensor):
             return (self[i] for i in range(len(self)))

@@ -3,48 +3,96 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.module_state import attributes, preserved_attributes
 from octav_fx.capture.symbolic.objects import is_object, proxies_in
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.dataflow import ancestors
+from octav_fx.ir.meta import set_fake
 
 if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
 
+# Where a quantized module has the module that it was made of.
+FLOAT_MODULE: Final = "_float_module"
+
 
 @contextmanager
 def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
-    """Put back, after the trace, every attribute and buffer.
+    """Put back, after the trace, every attribute and buffer; the graph stores at each call what forward stored.
 
-    tracer.stored names what forward keeps for later calls (a table of positions): the graph computes it anew. Raises
-    NotCaptured for what it computes from its own last value: a graph has no memory.
+    tracer.stored names that: a table of positions for later calls, an auxiliary loss. Raises NotCaptured for what
+    forward computes from its own last value: a graph has no memory.
     """
     before = {id(held): dict(held) for _, held in attributes(root)}
+    contents = {id(value): dict(value) for old in before.values() for value in old.values() if isinstance(value, dict)}
     objects = _objects(root)
-    written: list[tuple[str, Any, list[fx.Proxy]]] = []
+    written: list[tuple[str, str, Any, Any, bool]] = []
     with preserved_attributes(root):
         try:
             yield
-        finally:
             for path, held in attributes(root):
-                old = before.get(id(held), {})
                 for key, value in held.items():
-                    if key[:1] != "_" and (proxies := proxies_in(value)):
-                        written.append((f"{path}.{key}".lstrip("."), old.get(key), proxies))
-    for original, saved in objects:
-        if proxies_in(original):
-            original.__dict__.clear()
-            original.__dict__.update(vars(saved))
-    for name, old_value, proxies in written:
-        if isinstance(old_value, Tensor) and any(_reads(proxy.node, name) for proxy in proxies):
-            raise NotCaptured(
-                f"forward computes {name} from its own last value, and a graph has no memory: write into it in place"
-            )
-        tracer.stored.append(name)
+                    if key[:1] != "_" and proxies_in(value):
+                        old = before.get(id(held), {}).get(key)
+                        known = contents.get(id(value)) if value is old else None
+                        # What is new in a dict that was there, or all of what was set.
+                        new = value if known is None else {k: v for k, v in value.items() if v is not known.get(k)}
+                        written.append((path, key, old, new, known is not None))
+            for row in written:
+                _store(tracer, *row)
+        finally:
+            for original, saved in objects:
+                if proxies_in(original):
+                    original.__dict__.clear()
+                    original.__dict__.update(vars(saved))
+
+
+def _store(tracer: "ValueTracer", path: str, key: str, old: Any, new: Any, was_updated: bool) -> None:
+    """Store a value before the graph returns."""
+    name = f"{path}.{key}".lstrip(".")
+    if isinstance(old, Tensor) and any(_reads(proxy.node, name) for proxy in proxies_in(new)):
+        raise NotCaptured(
+            f"forward computes {name} from its own last value, and a graph has no memory: write into it in place"
+        )
+    tracer.stored.append(name)
+    output = next(iter(tracer.graph.find_nodes(op="output")))
+    with tracer.graph.inserting_before(output):
+        value = tracer.create_arg(new)
+        # Of the outermost module the one that holds what users set: a quantized module reads through to it.
+        owner = tracer.graph.create_node("get_attr", path or FLOAT_MODULE)
+        # A new dict in place of an old one is set, what was put into the old one is put into it.
+        function = update_ if was_updated else store_
+        for node in (owner, tracer.graph.call_function(function, (owner, key, value))):
+            set_fake(node, None)
+
+
+@fx.node.has_side_effect
+def store_(owner: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute, as forward did; not in a program that is exported, which has no modules."""
+    if not torch.compiler.is_exporting():
+        setattr(owner, name, value)
+
+
+@fx.node.has_side_effect
+def update_(owner: nn.Module, name: str, items: dict[Any, Any]) -> None:
+    """Put items into a dict that is an attribute, as forward did; not in a program that is exported."""
+    if not torch.compiler.is_exporting():
+        getattr(owner, name).update(items)
+
+
+def drop_stores(graph: fx.Graph) -> None:
+    """Take what forward stores out of a graph that is no longer part of the user's modules."""
+    for target in (store_, update_):
+        for node in graph.find_nodes(op="call_function", target=target):
+            owner = node.args[0]
+            graph.erase_node(node)
+            if isinstance(owner, fx.Node) and not owner.users:
+                graph.erase_node(owner)
 
 
 def _objects(root: nn.Module) -> list[tuple[Any, Any]]:

@@ -11,10 +11,14 @@ from typing import Any, Final
 
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.guards import Guards
+from octav_fx.capture.kinds import kind_of
 from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.patches import quiet, symbolic_isinstance, symbolic_torch, training_flags
+from octav_fx.capture.symbolic.reads import watched_reads
 from octav_fx.capture.symbolic.regions import regions
-from octav_fx.capture.symbolic.side_effects import undone_writes
+from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
 from octav_fx.compat.tensors import pytree
@@ -30,12 +34,16 @@ class Capture:
     """A traced graph. Its nodes carry what they compute for the arguments (meta.fake) and how much work that is."""
 
     graph: fx.Graph
+    # Under what it holds.
+    guards: Guards
     # Modules whose Python code branches on self.training: the graph holds for one mode only.
     depends_on_training: tuple[str, ...]
     # What the user has to know about this capture.
     notes: tuple[str, ...]
-    # Attributes that forward sets on its modules, and the graph does not.
+    # Attributes that forward, and the graph, set to tensors of the call.
     stored: tuple[str, ...]
+    # Attributes that forward both reads and changes: a graph that should follow them must not change them again.
+    remembered: tuple[str, ...]
 
 
 def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NOTHING) -> Capture:
@@ -46,6 +54,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     """
     # Evaluation may write into objects among them.
     tracer = ValueTracer(own_copy(dict(arguments)), user=user)
+    kinds = {name: kind_of(value) for name, value in arguments.items()}
     before = set(root.__dict__)
     try:
         with (
@@ -53,10 +62,13 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             training_flags(tracer, root),
             symbolic_torch(tracer),
             symbolic_isinstance(root),
+            # Before regions turn gradients on.
+            watched_reads(tracer, root) as reads,
             regions(tracer),
             quiet(),
         ):
             graph = tracer.trace(root)
+            remembered = reads.remembered()
             # Also set on root, by the tracer: they are the graph's.
             constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
@@ -68,11 +80,25 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             root.register_buffer(name, constant, persistent=False)
         else:
             setattr(root, name, constant)
+    modes = tuple(dict.fromkeys(tracer.branched_on))
+    paths = {module: name for name, module in reversed(list(root.named_modules()))}
+    kept = tuple(
+        f"{paths[module]}.{name}".lstrip(".")
+        for module, name in remembered
+        if module in paths and not _is_constant(name)
+    )
+    attributes = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
+    attributes += [
+        (f"{paths[module] or FLOAT_MODULE}.{name}", kind)
+        for (module, name), kind in reads.attributes.items()
+        if module in paths and (module, name) not in remembered
+    ]
+    guards = take_guards(graph, root, kinds, attributes, reads.gradient_mode)
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
         node.meta.pop("is_wrapped", None)
-    return Capture(graph, tuple(dict.fromkeys(tracer.branched_on)), tuple(tracer.notes), tuple(tracer.stored))
+    return Capture(graph, guards, modes, tuple(tracer.notes), tuple(tracer.stored), kept)
 
 
 def _is_constant(name: str) -> bool:

@@ -99,7 +99,7 @@ class ValueTracer(fx.Tracer):
         return ValueProxy(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Make a placeholder for each parameter of forward, and a Python value with a guard where it has no tensors."""
+        """Make a placeholder for each parameter of forward, and a Python value where it has no tensors."""
         # Decorators hide the parameters, and fx itself patches the code of the outermost, which has none of them.
         parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
         self._check_signature(parameters)
@@ -141,11 +141,8 @@ class ValueTracer(fx.Tracer):
         return proxy if stars else self._concrete(proxy)
 
     def _further_keywords(self, collected: Any) -> dict[str, Any]:
-        """Return what **kwargs held in the example call, and guard that it holds the same keywords later."""
-        keys = list(collected.value)
-        found = self.create_proxy("call_function", list, (collected,), {})
-        self._check(found.node, keys, f"further keywords of {type(self.root).__name__}.forward")
-        return {key: self._concrete(collected[key]) for key in keys}
+        """Return what **kwargs held in the example call: a guard of all arguments speaks of the same keywords later."""
+        return {key: self._concrete(collected[key]) for key in collected.value}
 
     @staticmethod
     def _check_signature(parameters: list[inspect.Parameter]) -> None:
@@ -158,13 +155,11 @@ class ValueTracer(fx.Tracer):
                 f"*{collected[0]}: take {keyword_only[0]} out, or give it a default before *{collected[0]}"
             )
 
-    def _concrete(self, proxy: ValueProxy) -> Any:
+    @staticmethod
+    def _concrete(proxy: ValueProxy) -> Any:
         """Return the Python value of a placeholder without tensors, since code branches on it, on None above all."""
         value = proxy.value
-        if not isinstance(value, PLAIN):
-            return proxy
-        self._check(proxy.node, value, f"argument {proxy.node.target}")
-        return value
+        return value if isinstance(value, PLAIN) else proxy
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -237,6 +232,7 @@ class ValueTracer(fx.Tracer):
         """Detach what is computed under no_grad: a graph has no modes."""
         node, value = proxy.node, proxy.value
         if isinstance(value, tuple) and holds_tensor(node) and self._has_gradient(node):
+            proxy.count_pieces()
             items = [proxy[i] for i in range(len(value))]
             is_named = hasattr(value, "_fields")
             return type(value)(*items) if is_named else type(value)(items)
@@ -358,13 +354,9 @@ class ValueTracer(fx.Tracer):
             self._check(node, kind(value), where)
         return value
 
-    def settle(self, collection: ValueProxy) -> None:
-        """Guard the length of a list, or the keys of a dict, among the arguments."""
-        value, where = collection.value, caller()
-        kind, expected = (list, list(value)) if isinstance(value, Mapping) else (len, len(value))
-        asked = [user for user in collection.node.users if user.target is kind]
-        node = asked[0] if asked else self.create_node("call_function", kind, (collection.node,), {})
-        self._check(node, expected, where)
+    def count(self, pieces: ValueProxy) -> None:
+        """Guard the number of pieces of a tensor that Python goes through."""
+        self._check(self.create_node("call_function", len, (pieces.node,), {}), len(pieces.value), caller())
 
     def _check(self, node: fx.Node, expected: Any, where: str) -> None:
         if (key := (node, repr(expected))) not in self.checked:

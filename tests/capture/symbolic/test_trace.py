@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import octav_fx
 from octav_fx import zoo
 from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.rerun import without_quantizers
 from octav_fx.capture.symbolic.trace import capture
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake, info
@@ -122,7 +123,7 @@ def test_a_branch_on_a_size_goes_the_way_of_the_examples_and_says_so_elsewhere(n
     forward, shape, same, others = BRANCHES[name]
     gm = agrees(model(forward), rows(*shape), *(rows(*other) for other in same))
     for other in others:
-        with pytest.raises(OctavError, match=r"test_trace\.py:\d+: the captured graph holds for the value .* there"):
+        with pytest.raises(OctavError, match=r"(test_trace\.py:\d+|argument x): .* at capture, .* now"):
             gm(torch.randn(other))
 
 
@@ -133,7 +134,7 @@ def test_asserts_on_shapes_are_checks() -> None:
         return x * 2
 
     gm = agrees(model(forward), rows(4, 6), rows(2, 6))
-    with pytest.raises(OctavError, match=r"holds for the value True there, these inputs give False"):
+    with pytest.raises(OctavError, match=r"True at capture, False now"):
         gm(torch.randn(4, 5))
 
 
@@ -199,7 +200,7 @@ class TestStructures:
         gm = agrees(model(forward), {**rows(4, 6), "mask": None, "scale": 2.0, "flag": True, "mode": "down"})
         for name, value in {"mask": torch.ones(6), "scale": 3.0, "flag": False, "mode": "up"}.items():
             arguments = {**rows(4, 6), "mask": None, "scale": 2.0, "flag": True, "mode": "down", name: value}
-            with pytest.raises(OctavError, match=rf"argument {name}: the captured graph holds for the value"):
+            with pytest.raises(OctavError, match=rf"argument {name}: .* at capture, .* now"):
                 gm(**arguments)
         agrees(model(forward), {**rows(4, 6), "mask": torch.ones(6), "scale": 1.0, "flag": False, "mode": "up"})
 
@@ -242,7 +243,7 @@ def paired(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_functions_hidden_by_fx_wrap_are_traced_through() -> None:
     gm = agrees(model(lambda self, x: hidden(x, self.fc.weight) + 1, fc=nn.Linear(6, 4)), rows(4, 6), rows(2, 6))
-    assert called(gm) == ["getattr", "getitem", "eq", "guard_equal", "linear", "relu", "add"]
+    assert called(gm) == ["linear", "relu", "add"]
 
 
 def test_a_hidden_function_that_cannot_be_traced_stays_a_call() -> None:
@@ -645,7 +646,7 @@ def test_writing_into_a_part_of_a_tensor() -> None:
 
 def test_an_ordered_dict_stays_one() -> None:
     gm = agrees(model(lambda self, x: OrderedDict(out=x * 2, aux=[x])), rows(4, 6))
-    assert type(gm(torch.ones(1))) is OrderedDict
+    assert type(gm(torch.ones(1, 2))) is OrderedDict
 
 
 @pytest.mark.parametrize("is_causal", [None, True])
@@ -688,7 +689,7 @@ def test_a_buffer_of_a_name_that_a_graph_module_needs_stays_and_the_model_is_qua
 
 
 @pytest.mark.parametrize("kind", [list, tuple, lambda tensors: dict(zip("abcd", tensors, strict=False))])
-def test_a_collection_of_another_length_is_refused(kind: Any) -> None:
+def test_a_collection_of_another_length_is_another_graph(kind: Any) -> None:
     def forward(self, xs):
         return sum(self.fc(x) for x in (xs.values() if isinstance(xs, dict) else xs))
 
@@ -696,5 +697,7 @@ def test_a_collection_of_another_length_is_refused(kind: Any) -> None:
     q = octav_fx.quantize(float_module, {"xs": kind(tensors[:2])})
     assert q(kind(tensors[1:])).shape == (2, 4)
     for other in (tensors[:1], tensors):
-        with pytest.raises(OctavError, match="the captured graph holds for the value"):
-            q(kind(other))
+        q(kind(other))
+        with without_quantizers(q):
+            torch.testing.assert_close(q(kind(other)), float_module(kind(other)), rtol=0, atol=1e-6)
+    assert len(q.graphs_of(False)) == 3

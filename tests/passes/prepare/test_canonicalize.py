@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.ir.edits import site_of
 from octav_fx.ir.meta import info
@@ -112,7 +113,7 @@ def call_graph(case: Spelling, positional: int) -> tuple[QuantizedModule, list[t
     node = call(case.target, args, kwargs)
     graph.output(node)
     inputs = [torch.randn(shape) for shape in case.tensors.values()]
-    return QuantizedModule(nn.Module(), {True: graph, False: graph}, {}), inputs, node
+    return QuantizedModule(nn.Module(), {mode: [GuardedGraph(graph)] for mode in (True, False)}, {}), inputs, node
 
 
 def ways_to_call() -> list[Any]:
@@ -240,7 +241,7 @@ def test_einsum_takes_its_operands_one_by_one(target: Any, listed: bool) -> None
     graph = fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
     graph.output(graph.call_function(target, ("ij,jk->ik", [x, y]) if listed else ("ij,jk->ik", x, y)))
-    gm = QuantizedModule(nn.Module(), {True: graph, False: graph}, {})
+    gm = QuantizedModule(nn.Module(), {mode: [GuardedGraph(graph)] for mode in (True, False)}, {})
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     before = gm(a, b)
     made(gm, canonicalize)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.errors import OctavError
@@ -447,7 +448,7 @@ def test_quantizers_of_one_name_count_on() -> None:
 def test_the_graph_of_the_other_mode_takes_the_quantizers_that_are_there() -> None:
     float_module, x = model(lambda self, x: self.fc(x), fc=nn.Linear(4, 4)), torch.randn(2, 4)
     one, other = (canonical(float_module, x=x).graph for _ in range(2))
-    gm = QuantizedModule(float_module, {False: one, True: other}, {})
+    gm = QuantizedModule(float_module, {False: [GuardedGraph(one)], True: [GuardedGraph(other)]}, {})
     made(gm, quantize_with(four_bits))
     gm.graph = other
     made(gm, quantize_with(four_bits))

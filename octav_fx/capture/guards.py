@@ -1,0 +1,163 @@
+"""Under what a captured graph holds: what Python decided at capture, as facts that are asked of every later call.
+
+Facts are a graph of their own. It reads arguments, attributes and sizes, and returns what is to be as it was:
+
+    x, flag -> (kind_of(x), kind_of(flag), x.size(1) > 4, self.block.scale)    as expected: (..., True, 2.0)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from octav_fx.capture.flat import flatten, unflatten
+from octav_fx.capture.held import permitted
+from octav_fx.compat.graphs import function_of
+from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
+
+# So many kinds of sizes a graph remembers an answer for.
+_REMEMBERED: Final = 1024
+
+
+@dataclass(eq=False)
+class Facts:
+    """Values that a graph computes from the arguments of forward, and what they were at capture."""
+
+    graph: fx.Graph
+    expected: tuple[Any, ...]
+    # Who asked, as file:line or in words.
+    where: tuple[str, ...]
+    _function: Callable[..., Any] | None = None
+
+    def function(self) -> Callable[..., Any]:
+        """Return the graph as a function of the module and the arguments of forward."""
+        if self._function is None:
+            self._function = function_of(self.graph)
+        return self._function
+
+    def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Say which value is not what it was at capture, or return None."""
+        values = self.function()(module, *args, **kwargs)
+        for value, expected, where in zip(values, self.expected, self.where, strict=True):
+            if not _equal(value, expected):
+                return f"{where}: {_text(expected)} at capture, {_text(value)} now"
+        return None
+
+    def __reduce__(self) -> Any:
+        return _restored, (flatten(self.graph), self.expected, self.where)
+
+
+@dataclass(eq=False)
+class Guards:
+    """What holds of each call that a graph may run for."""
+
+    # Kinds of the arguments: asked first, since only what is of its kind can be asked for a size.
+    arguments: Facts
+    # Kinds of plain attributes that forward read, modes among them.
+    attributes: Facts | None = None
+    # Known from the sizes of the arguments.
+    sizes: Facts | None = None
+    # Of what forward computes on its way: found without data, and remembered for each set of shapes.
+    deep: Facts | None = None
+    _known: dict[Any, str | None] = field(default_factory=dict)
+
+    def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Say which guard does not hold for a call of the module, or return None."""
+        for facts in (self.arguments, self.attributes, self.sizes):
+            if facts is not None and (fault := facts.broken(module, args, kwargs)) is not None:
+                return fault
+        if self.deep is None:
+            return None
+        if torch.compiler.is_compiling():
+            # Part of the compiled graph, where nobody reads the tensors: they are never computed.
+            with torch.no_grad(), permitted():
+                return self.deep.broken(module, args, kwargs)
+        return self._deep_fault(module, args, kwargs)
+
+    def _deep_fault(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        assert self.deep is not None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor))
+        if key not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+            mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+            # What forward computes is asked of the layers themselves.
+            with torch.no_grad(), permitted():
+                fakes = [mode.from_tensor(leaf) if _is_real(leaf) else leaf for leaf in leaves]
+                fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
+                with mode:
+                    self._known[key] = self.deep.broken(module, fake_args, fake_kwargs)
+        return self._known[key]
+
+    def of_inputs(self) -> "Guards":
+        """Return the guards that ask arguments alone; of what a graph computes, its own checks are left."""
+        asks_state = self.sizes is not None and self.sizes.graph.find_nodes(op="get_attr")
+        return Guards(self.arguments, None, None if asks_state else self.sizes)
+
+    def __reduce__(self) -> Any:
+        return Guards, (self.arguments, self.attributes, self.sizes, self.deep)
+
+
+@dataclass(eq=False)
+class GuardedGraph:
+    """A captured graph, and under what it holds; None: under anything."""
+
+    graph: fx.Graph
+    guards: Guards | None = None
+    _function: Callable[..., Any] | None = None
+
+    def function(self) -> Callable[..., Any]:
+        """Return the graph as a function of the module and the arguments of forward."""
+        if self._function is None:
+            self._function = function_of(self.graph)
+        return self._function
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Tell whether the graph holds in one gradient mode only."""
+        facts = None if self.guards is None else self.guards.attributes
+        return facts is not None and bool(facts.graph.find_nodes(op="call_function", target=torch.is_grad_enabled))
+
+    def set_function(self, function: Callable[..., Any]) -> None:
+        """Run a function that was generated for the graph elsewhere."""
+        self._function = function
+
+    def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Say why the graph does not hold for a call of the module, or return None."""
+        return None if self.guards is None else self.guards.broken(module, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _restored_graph, (flatten(self.graph), self.guards)
+
+
+def _restored(rows: list[Any], expected: tuple[Any, ...], where: tuple[str, ...]) -> Facts:
+    return Facts(unflatten(rows), expected, where)
+
+
+def _restored_graph(rows: list[Any], guards: Guards | None) -> GuardedGraph:
+    return GuardedGraph(unflatten(rows), guards)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+
+
+def _equal(value: Any, expected: Any) -> bool:
+    if value is expected:
+        return True
+    # A symbol of a compiler is compared as the bool that it stands for.
+    return bool(value) is expected if isinstance(expected, bool) else bool(value == expected)
+
+
+def _text(kind: Any) -> str:
+    match kind:
+        case ("Tensor", int() as axes):
+            return f"a tensor of {axes} axes"
+        case (str(), value):
+            kind = value
+    text = repr(kind)
+    return text if len(text) <= 80 else f"{text[:77]}..."

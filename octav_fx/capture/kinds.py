@@ -1,0 +1,48 @@
+"""What Python may have looked at in a value besides the contents of its tensors, as a value to compare."""
+
+import types
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from octav_fx.ir.meta import fake
+
+PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
+# In place of an attribute that is not there.
+MISSING: Final = "missing"
+# What counts by being itself.
+_ITSELF: Final = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+# So deep in objects of the user's own, whose parts may lead anywhere.
+_DEEP: Final = 3
+
+
+def kind_of_attribute(module: nn.Module, name: str) -> Any:
+    """Return the kind of an attribute, that of MISSING where there is none."""
+    return kind_of(getattr(module, name, MISSING))
+
+
+def kind_of(value: Any, depth: int = _DEEP) -> Any:
+    """Return the kind of a value: two of equal kind lead Python the same ways, sizes and data of tensors aside.
+
+    Of a tensor the number of its axes, of a plain value the value and its type, of a container its keys and the kinds
+    of what it holds, of any other object its class and the kinds of its attributes.
+    """
+    if isinstance(value, Tensor):
+        return ("Tensor", value.dim())
+    if isinstance(value, PLAIN):
+        return value if value is None else (type(value).__name__, value)
+    if isinstance(value, _ITSELF):
+        return value
+    if isinstance(value, Mapping):
+        return (type(value).__name__, *[(key, kind_of(item, depth)) for key, item in value.items()])
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *[kind_of(item, depth) for item in value])
+    if isinstance(value, (set, frozenset, range)):
+        return (type(value).__name__, *value)
+    if isinstance(value, fx.Proxy):
+        return kind_of(fake(value.node), depth)
+    if depth and hasattr(value, "__dict__"):
+        return (type(value).__name__, *[(key, kind_of(item, depth - 1)) for key, item in value.__dict__.items()])
+    return type(value).__name__

@@ -1,0 +1,150 @@
+"""Sizes that are those of another value: what a check on a size has to compute gets small, most often nothing.
+
+linear(relu(x), w).size(0)  ->  x.size(0)        x.view(b, t, -1).size(1)  ->  t        x.unbind(1) has x.size(1) pieces
+"""
+
+import operator
+from typing import Any, Final
+
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from octav_fx.ir.meta import fake, set_fake
+from octav_fx.ir.ops import in_place, module_of
+
+# Functions and methods whose result has the shape of their first input.
+_SAME: Final = frozenset(
+    {
+        *("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid"),
+        *("hardtanh", "softplus", "tanh", "sigmoid", "softmax", "log_softmax", "dropout", "alpha_dropout", "clamp"),
+        *("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "contiguous", "clone"),
+        *("detach", "float", "half", "bfloat16", "double", "long", "int", "bool", "cumsum", "roll", "flip"),
+        *("abs", "exp", "log", "sqrt", "rsqrt", "square", "sin", "cos", "neg", "pow", "reciprocal", "round", "floor"),
+        *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "triu", "tril"),
+    }
+)
+_SAME_MODULES: Final = (
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d),
+    *(nn.InstanceNorm2d, nn.InstanceNorm3d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.ReLU6),
+    *(nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh),
+    *(nn.Sigmoid, nn.Softmax, nn.Softplus, nn.Identity),
+)
+# In place, and of another shape afterwards.
+_RESIZED: Final = frozenset({"resize_", "resize_as_", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_"})
+_SPLITS: Final = ("unbind",)
+
+
+def forward_sizes(graph: fx.Graph) -> None:
+    """Let each node that reads a size read it of the earliest value that has it."""
+    for node in list(graph.nodes):
+        if len(node.args) == 0 or not isinstance(node.args[0], fx.Node):
+            continue
+        read = node.args[0]
+        name = _name(node)
+        if name in ("size", "dim", "numel", "nelement") or (
+            node.target is getattr and node.args[1] in ("shape", "ndim")
+        ):
+            node.args = (_same_shape(read), *node.args[1:])
+        elif node.target is len and isinstance(fake(read), Tensor):
+            node.args = (_same_shape(read),)
+        elif node.target is len and _name(read) in _SPLITS:
+            _replace_by_size(graph, node, read)
+        if (found := _axis_read(node)) is not None:
+            _forward_axis(graph, node, *found)
+
+
+def _same_shape(node: fx.Node) -> fx.Node:
+    """Return the earliest value with the shape of a node, as far as ops say."""
+    while _keeps_shape(node) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(module_of(node), _SAME_MODULES)
+    name = _name(node)
+    if name == "to" or (node.op == "call_method" and name == "type"):
+        return not any(isinstance(arg, fx.Node) and isinstance(fake(arg), Tensor) for arg in node.args[1:])
+    if name == "pow" and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        return False
+    is_written = in_place(node) and "out" not in node.kwargs and name not in _RESIZED
+    return name in _SAME or (is_written and isinstance(fake(node), Tensor))
+
+
+def _axis_read(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """Return the tensor and the axis, counted from the front, whose size a node is; None for any other node."""
+    tensor, axis = None, None
+    if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+        tensor, axis = node.args
+    elif node.target is operator.getitem and isinstance(shape := node.args[0], fx.Node):
+        is_shape = (shape.target is getattr and shape.args[1] == "shape") or (
+            shape.op == "call_method" and shape.target == "size" and len(shape.args) == 1 and not shape.kwargs
+        )
+        tensor, axis = (shape.args[0], node.args[1]) if is_shape else (None, None)
+    if not isinstance(tensor, fx.Node) or not isinstance(axis, int) or not isinstance(fake(tensor), Tensor):
+        return None
+    return tensor, axis % max(fake(tensor).dim(), 1)
+
+
+def _forward_axis(graph: fx.Graph, node: fx.Node, tensor: fx.Node, axis: int) -> None:
+    """Replace a node that is the size of an axis by an equal one of an earlier value."""
+    first = tensor
+    while (earlier := _earlier(tensor := _same_shape(tensor), axis)) is not None:
+        found, at = earlier
+        if at is None:
+            node.replace_all_uses_with(found)
+            return
+        tensor, axis = found, at
+    if tensor is not first:
+        _replace(graph, node, tensor, axis)
+
+
+def _earlier(node: fx.Node, axis: int) -> tuple[Any, int | None] | None:
+    """Return a value and its axis that has the size of this one's; or a size itself, and None."""
+    name, args = _name(node), node.args
+    first = args[0] if args and isinstance(args[0], fx.Node) else None
+    if first is None or not isinstance(fake(first), Tensor):
+        return None
+    last = fake(node).dim() - 1 if isinstance(fake(node), Tensor) else -1
+    module = module_of(node) if node.op == "call_module" else None
+    if node.target is F.linear or isinstance(module, nn.Linear):
+        return (first, axis) if axis < last else None
+    if node.target is F.embedding or isinstance(module, nn.Embedding):
+        return (first, axis) if axis < last else None
+    if name in ("transpose", "swapaxes") and all(isinstance(a, int) for a in args[1:3]) and len(args) == 3:
+        one, two = (int(a) % (last + 1) for a in args[1:3])  # type: ignore[arg-type]
+        return first, {one: two, two: one}.get(axis, axis)
+    if name == "permute":
+        order = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+        return (first, int(order[axis]) % (last + 1)) if all(isinstance(a, int) for a in order) else None  # type: ignore[arg-type]
+    if name in ("view", "reshape"):
+        sizes = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+        size = sizes[axis] if len(sizes) == last + 1 else -1
+        return (size, None) if isinstance(size, fx.Node) else None
+    if name == "unsqueeze" and isinstance(args[1], int) and (at := args[1] % (last + 1)) != axis:
+        return first, axis - (axis > at)
+    return None
+
+
+def _replace_by_size(graph: fx.Graph, node: fx.Node, pieces: fx.Node) -> None:
+    tensor = pieces.args[0]
+    axis = pieces.args[1] if len(pieces.args) > 1 else pieces.kwargs.get("dim", 0)
+    if isinstance(tensor, fx.Node) and isinstance(axis, int):
+        new = _replace(graph, node, tensor, axis % fake(tensor).dim())
+        if (found := _axis_read(new)) is not None:
+            _forward_axis(graph, new, *found)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, tensor: fx.Node, axis: int) -> fx.Node:
+    with graph.inserting_before(node):
+        new = graph.call_method("size", (tensor, axis))
+    set_fake(new, fake(node))
+    node.replace_all_uses_with(new)
+    return new
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""

@@ -1,0 +1,133 @@
+"""Calls that no graph can hold: the module runs its own Python, over quantized children and the same state.
+
+The children are quantized in a second tree of modules. It has the parameters, buffers and hooks of the first, the very
+dicts, and its quantizers are those of the module where it has one for the same operand, else new ones of the module.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octav_fx.capture.held import let_go
+from octav_fx.capture.inputs import Inputs, call_of
+from octav_fx.capture.modules import QuantizedModule, quantized_modules, users_own
+from octav_fx.capture.partial import ATTRIBUTES, float_records
+from octav_fx.capture.rerun import macs_by_module
+from octav_fx.compat.modules import HOOK_ATTRIBUTES, PART_ATTRIBUTES, children_of
+from octav_fx.compat.tensors import pytree
+from octav_fx.errors import OctavError
+from octav_fx.ir.records import Record
+from octav_fx.nn.fake_quantizer import QUANTIZERS
+from octav_fx.training.by_parts import PartsQuantizer
+from octav_fx.training.one_graph import Recipe, quantizers_by_operand
+
+_PARTS = frozenset({*PART_ATTRIBUTES, *HOOK_ATTRIBUTES, *ATTRIBUTES, "_non_persistent_buffers_set"})
+
+
+@dataclass(eq=False)
+class OwnPython:
+    """What a module runs in place of a graph."""
+
+    quantized: QuantizedModule
+    # Each module of the first tree, and what stands for it in the second; the outermost is the first.
+    pairs: list[tuple[nn.Module, nn.Module]]
+    # What the second tree has in place of children.
+    parts: list[QuantizedModule]
+    # What it multiplies.
+    rows: list[Record]
+
+    @torch.compiler.disable(reason="octav_fx: no graph holds this call, the module runs its own Python")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward; attributes that were set on either tree since are those of both."""
+        for first, second in self.pairs:
+            _copy_attributes(first, second)
+        for part in self.parts:
+            part.follow(part.owner.training)
+        try:
+            call = call_of(self.quantized.owner, args, kwargs)
+            forward = self.pairs[0][1].forward if self.pairs else self.quantized.float_forward
+            return forward(*call.args, **call.kwargs)
+        finally:
+            for first, second in self.pairs:
+                _copy_attributes(second, first)
+
+
+def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason: str) -> OwnPython:
+    """Make what runs a module's own Python over quantized children.
+
+    reason: why no graph holds the call. Raises OctavError where none of what multiplies can be quantized.
+    """
+    first = quantized.owner
+    with users_own(first):
+        work = macs_by_module(first, call)
+        if not work:
+            return OwnPython(quantized, [], [], [])
+        second = _sharing_copy(first)
+        pairs = list(zip(first.modules(), second.modules(), strict=True))
+    for module in second.modules():
+        let_go(module)
+    position = recipe.position
+    # What lies outside of this module holds the first and the last layer, unless this one does.
+    before, after = [] if position.holds_first else [("", 0)], [] if position.holds_last else [("", 0)]
+    parts = PartsQuantizer(
+        recipe.config,
+        recipe.user,
+        specs=position.specs,
+        macs_by_module=[*before, *((_join(position.path, at), macs) for at, macs in work), *after],
+        workers={id(second.get_submodule(at)) for at, _ in work},
+    )
+    parts.descend(second, [call], position.path, reason)
+    graphs = quantized_modules(second)
+    _share_quantizers(quantized, graphs)
+    rows = [*float_records(second), *(row for part in graphs for row in part.records)]
+    return OwnPython(quantized, pairs, graphs, rows)
+
+
+def _sharing_copy(module: nn.Module) -> nn.Module:
+    """Copy a tree of modules that goes on sharing parameters, buffers, hooks and tensors with the first."""
+    memo: dict[int, Any] = {}
+    for held in module.modules():
+        for name, value in vars(held).items():
+            if name in _PARTS and name != "_modules":
+                memo[id(value)] = value
+            else:
+                memo |= {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise OctavError(f"{type(module).__name__} cannot be copied (copy.deepcopy): {error}") from error
+
+
+def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Let a module have the plain attributes of another one: what forward stores and what users set."""
+    for name, value in vars(source).items():
+        if (
+            source is not target
+            and name not in _PARTS
+            and not any(isinstance(leaf, nn.Module) for leaf in pytree.tree_leaves(value))
+        ):
+            target.__dict__[name] = value
+
+
+def _share_quantizers(quantized: QuantizedModule, graphs: list[QuantizedModule]) -> None:
+    """Give the graphs the quantizers of a module by the operands they are for, and the module those that it lacks."""
+    own: Any = children_of(quantized)[QUANTIZERS]
+    known = quantizers_by_operand(quantized)
+    for graph in graphs:
+        held: Any = children_of(graph)[QUANTIZERS]
+        for operand, quantizer in quantizers_by_operand(graph).items():
+            name = next(name for name, module in held.named_children() if module is quantizer)
+            shared = known.get(operand)
+            if shared is not None and shared.spec == quantizer.spec and shared.hint.shape == quantizer.hint.shape:
+                held.add_module(name, shared)
+                continue
+            base = "_".join(operand).replace(".", "_").replace(":", "_")
+            free = next(n for n in (base, *(f"{base}_{i}" for i in range(1, 1000))) if not hasattr(own, n))
+            own.add_module(free, quantizer)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
