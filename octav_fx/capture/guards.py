@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.held import permitted
+from octav_fx.capture.module_state import own_copy
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
 
@@ -87,7 +88,8 @@ class Guards:
             mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
             # What forward computes is asked of the layers themselves.
             with torch.no_grad(), permitted():
-                fakes = [mode.from_tensor(leaf) if _is_real(leaf) else leaf for leaf in leaves]
+                # Objects, a cache, are copied: what is computed here writes into them.
+                fakes = [mode.from_tensor(leaf) if _is_real(leaf) else own_copy(leaf) for leaf in leaves]
                 fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
                 with mode:
                     self._known[key] = self.deep.broken(module, fake_args, fake_kwargs)

@@ -119,7 +119,10 @@ def _share_quantizers(quantized: QuantizedModule, graphs: list[QuantizedModule])
     for graph in graphs:
         held: Any = children_of(graph)[QUANTIZERS]
         for operand, quantizer in quantizers_by_operand(graph).items():
-            name = next(name for name, module in held.named_children() if module is quantizer)
+            name = next((name for name, module in held.named_children() if module is quantizer), None)
+            if name is None:
+                # Two operands had it, and it was replaced for the first.
+                continue
             shared = known.get(operand)
             if shared is not None and shared.spec == quantizer.spec and shared.hint.shape == quantizer.hint.shape:
                 held.add_module(name, shared)

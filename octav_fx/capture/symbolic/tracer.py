@@ -156,10 +156,9 @@ class ValueTracer(fx.Tracer):
             )
 
     @staticmethod
-    def _concrete(proxy: ValueProxy) -> Any:
-        """Return the Python value of a placeholder without tensors, since code branches on it, on None above all."""
-        value = proxy.value
-        return value if isinstance(value, PLAIN) else proxy
+    def _concrete(given: Any) -> Any:
+        """Return the Python value of an argument without tensors, since code branches on it, on None above all."""
+        return given.value if type(given) in PROXIES and isinstance(given.value, PLAIN) else given
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
