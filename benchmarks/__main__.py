@@ -2,17 +2,19 @@
 
 import argparse
 
-from benchmarks import capture, compile, cost, demo, graphs, inference, memory, readme, step, zoo
+from benchmarks import capture, compile, cost, demo, formats, graphs, inference, memory, pictures, readme, step, zoo
 
 _BENCHMARKS = {
     "capture": capture.main,
     "compile": compile.main,
     "cost": cost.main,
     "demo": demo.main,
+    "formats": formats.main,
     "graphs": graphs.main,
     "inference": inference.main,
     "memory": memory.main,
     "peers": step.peers,
+    "pictures": pictures.main,
     "readme": readme.main,
     "step": step.main,
 }

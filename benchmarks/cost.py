@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks import result, worker
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import integers
 from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.fake_quantize.op import fake_quantize_backward
 from octav_fx.ops.optimal_clip.op import optimal_clip
@@ -31,13 +32,13 @@ def _size(elements: int) -> dict[str, Any]:
     """Nanoseconds per element of each pass over an activation at 4 bits, from a hint 2 % off."""
     torch.set_num_threads(1)
     x = torch.randn(elements).relu()
-    clip = optimal_clip(x, torch.tensor(0.0), 4, False, None, "octav")
+    clip = optimal_clip(x, torch.tensor(0.0), integers(4, False, None), "octav")
     codes, y = torch.empty_like(x, dtype=Grid(4, False).codes_dtype), torch.empty_like(x)
     passes: dict[str, Callable[[], Tensor]] = {
-        "solve": lambda: optimal_clip(x, clip * 1.02, 4, False, None, "octav"),
-        "quantize": lambda: quantize.out(x, clip, 4, False, None, out=codes),
-        "dequantize": lambda: dequantize.out(codes, clip, 4, False, None, torch.float32, out=y),
-        "gradient": lambda: fake_quantize_backward.out(x, x, clip, False, None, "pwl", out=y),
+        "solve": lambda: optimal_clip(x, clip * 1.02, integers(4, False, None), "octav"),
+        "quantize": lambda: quantize.out(x, clip, integers(4, False, None), out=codes),
+        "dequantize": lambda: dequantize.out(codes, clip, integers(4, False, None), torch.float32, out=y),
+        "gradient": lambda: fake_quantize_backward.out(x, x, clip, integers(4, False, None), "pwl", out=y),
         "copy": lambda: y.copy_(x),
     }
     return {"elements": elements} | {name: round(_best(run) / elements * 1e9, 3) for name, run in passes.items()}

@@ -1,32 +1,51 @@
-"""The README's tables, made from the committed results."""
+"""The tables of the README and the documentation, made from the committed results."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tabulate import tabulate
 
 from benchmarks import result
 from benchmarks.study import summary
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT: Final = Path(__file__).parent.parent
+PAGES: Final = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/study.md"))
+
+# What the README shows of the study's first table.
+_SHOWN: Final = ("float", "octav", "octav-tight", "max", "lsq")
 
 
 def main(rounds: int) -> None:
-    """Write the tables into the README."""
-    README.write_text(with_tables(README.read_text()))
+    """Write the tables into their pages."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
 
 
 def with_tables(text: str) -> str:
     """The text with each block between "generated: NAME" and "end" made anew."""
-    made = {name: make(result.read(name)) for name, make in _TABLES.items()}
-    made["study"] = summary.markdown(result.RESULTS / "study")
-    for name, content in made.items():
-        block = f"<!-- generated: {name} -->\n{content}\n<!-- end -->"
-        old = re.search(rf"<!-- generated: {name} -->\n.*?<!-- end -->", text, flags=re.DOTALL)
-        assert old is not None, f"the README has no place for {name}"
-        text = text.replace(old[0], block)
-    return text
+
+    def made(block: re.Match[str]) -> str:
+        name = block[1]
+        assert name in _TABLES, f"no table is named {name}"
+        return f"<!-- generated: {name} -->\n{_TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def _study() -> str:
+    return summary.markdown(result.RESULTS / "study")
+
+
+def _accuracy() -> str:
+    """The first lines of the study: 4 bits, three seeds."""
+    _, title, table, *_ = _study().split("\n\n")
+    header, rule, *lines = table.splitlines()
+    kept = [line for line in lines if line.split("|")[1].strip() in _SHOWN]
+    return f"{title[:-1]}, small nets trained from scratch; mean, least and greatest.\n\n" + "\n".join(
+        [header, rule, *kept]
+    )
 
 
 def _demo(found: dict[str, Any]) -> str:
@@ -91,11 +110,17 @@ def _where(found: dict[str, Any]) -> str:
     return f"{environment['cpu']}, torch {environment['torch']}, commit {environment['commit']}, {environment['date']}"
 
 
-_TABLES = {
-    "demo": _demo,
-    "step": _step,
-    "peers": _peers,
-    "memory": _memory,
-    "compile": _compile,
-    "inference": _inference,
+def _of(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    return lambda: make(result.read(name))
+
+
+_TABLES: Final[dict[str, Callable[[], str]]] = {
+    "demo": _of("demo", _demo),
+    "step": _of("step", _step),
+    "peers": _of("peers", _peers),
+    "memory": _of("memory", _memory),
+    "compile": _of("compile", _compile),
+    "inference": _of("inference", _inference),
+    "study": _study,
+    "accuracy": _accuracy,
 }

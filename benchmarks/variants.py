@@ -10,9 +10,8 @@ from torch import Tensor, nn
 import octav_fx
 from benchmarks.peers import PEERS
 from octav_fx.clips.gradients import GRADIENTS
-from octav_fx.formats.granularity import along, to_rows
 from octav_fx.formats.grid import Grid
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +30,42 @@ class _Plain(torch.autograd.Function):
     """Eq. 6 ten times from the mean, then rounding, as one would write it first."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
-        grid = Grid(spec.bits, spec.signed)
-        rows = to_rows(x, spec.dim)
+    def forward(ctx: Any, x: Tensor, settings: Settings) -> Tensor:
+        grid, shared = settings.spec.format, settings.spec.granularity
+        assert isinstance(grid, Grid)
+        rows = shared.rows(x)
         magnitude = rows.abs()
         clip = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp(min=1)
         for _ in range(10):
             above = magnitude > clip.unsqueeze(-1)
             inside = ((magnitude > 0) & ~above).sum(-1)
             clip = (magnitude * above).sum(-1) / (grid.noise * inside + above.sum(-1))
-        bound = along(clip if spec.dim is not None else clip.reshape(()), x, spec.dim)
+        bound = shared.along(shared.of_rows(clip, x.shape), x)
         ctx.save_for_backward(x, bound)
-        ctx.spec = spec
+        ctx.settings = settings
         step = grid.step(bound)
         return (x / step).round().clamp(grid.low, grid.high) * step
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, bound = ctx.saved_tensors
-        return grads[0] * GRADIENTS[ctx.spec.gradient](x, bound, ctx.spec.signed), None
+        return grads[0] * GRADIENTS[ctx.settings.gradient](x, bound, ctx.settings.spec.format.signed), None
 
 
 class _PlainQuantizer(nn.Module):
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.spec = spec
+        self.settings = settings
 
     def forward(self, x: Tensor) -> Any:
-        return _Plain.apply(x, self.spec)
+        return _Plain.apply(x, self.settings)
 
 
 def _plain(model: nn.Module, x: Tensor) -> nn.Module:
     quantized = octav_fx.quantize(model, x)
     for name, module in list(quantized.named_modules()):
         if isinstance(module, FakeQuantizer):
-            quantized.set_submodule(name, _PlainQuantizer(module.spec))
+            quantized.set_submodule(name, _PlainQuantizer(module.settings))
     return quantized
 
 

@@ -33,6 +33,7 @@ class _Contractions(OnGrid):
     """Operands as tests see them, and the contractions that octav_fx does not know."""
 
     def __init__(self) -> None:
+        assert _CONFIG.weight_bits is not None
         super().__init__(_CONFIG.weight_bits)
         self.uncounted: Counter[str] = Counter()
 

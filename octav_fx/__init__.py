@@ -10,7 +10,10 @@ from octav_fx.functional import fake_quantize, optimal_clip
 from octav_fx.ir.op import Op as Rule
 from octav_fx.ir.op import activation, either, weight
 from octav_fx.optim import pact_penalty, param_groups
-from octav_fx.reporting.rows import Coverage, Row, coverage, rows, table
+from octav_fx.reporting.report.page import report
+from octav_fx.reporting.rows import Coverage, Row, Rows, coverage, rows
+from octav_fx.reporting.table import table
+from octav_fx.training.check import check
 from octav_fx.training.quantize import float_mode, quantize
 from octav_fx.version import __version__
 
@@ -21,10 +24,12 @@ __all__ = [
     "Deployment",
     "OctavError",
     "Row",
+    "Rows",
     "Rule",
     "__version__",
     "activation",
     "calibrate",
+    "check",
     "convert",
     "coverage",
     "deployment",
@@ -37,6 +42,7 @@ __all__ = [
     "pact_penalty",
     "param_groups",
     "quantize",
+    "report",
     "rows",
     "table",
     "unfreeze",

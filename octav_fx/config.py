@@ -6,29 +6,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from octav_fx.clips.distributed import SYNCED
 from octav_fx.clips.gradients import GRADIENTS
 from octav_fx.clips.learned import LEARNED
-from octav_fx.clips.newton import METHODS
+from octav_fx.clips.methods import METHODS, SYNCED
 from octav_fx.errors import OctavError
+from octav_fx.formats.granularity import granularity
+from octav_fx.formats.registry import NAMES
+from octav_fx.formats.scales import SCALES
 
 _BITS: Final = range(2, 9)
 # What an override may set for a node.
-_OVERRIDABLE: Final = ("weight_bits", "activation_bits", "clip", "weight_gradient", "activation_gradient")
+_OVERRIDABLE: Final = (
+    *("weight_bits", "activation_bits", "clip", "weight_gradient", "activation_gradient"),
+    *("weight_format", "activation_format", "weight_granularity", "activation_granularity", "scale_format"),
+    *("signed_activations", "narrow_weights"),
+)
+_GRANULARITIES: Final = {"weight": ("tensor", "channel", "group"), "activation": ("tensor", "token", "group")}
 
 
 @dataclass(frozen=True)
 class Config:
     """The defaults are the paper's recipe: 4 bits, 8 at the edge, MAD for weights and PWL for activations (MPH)."""
 
-    weight_bits: int = 4
-    activation_bits: int = 4
-    # Bits of the first convolutions and last linear layers; None: no exception for them.
+    # None: weights, or activations, stay float.
+    weight_bits: int | None = 4
+    activation_bits: int | None = 4
+    # Bits of the first convolutions and last linear layers: integers, by channel and tensor (or token) where the others
+    # have groups. None: no exception for them.
     edge_bits: int | None = 8
     # Bits of both inputs of a sum that joins two paths and of the input of a global pool; None: they stay float.
     # Integer runtimes are fast only with it: passes/prepare/quantize_residuals.py.
     residual_bits: int | None = None
-    # "octav" (eq. 6), "octav-grid" (the same step on the grid itself), "octav-tight" (eq. 6 with rounding counted four
+    # "int", of so many bits, or a format with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2",
+    # "apot", "nf4" (octav_fx/formats/registry.py).
+    weight_format: str = "int"
+    activation_format: str = "int"
+    # What a clip belongs to. "tensor"; weights: "channel"; activations: "token", each row along the axis that is summed
+    # over; both: "group-32", so many neighbours along that axis. Of the values of an attention that axis is the
+    # sequence: a token is then a channel of it, and what comes later counts in the clip.
+    weight_granularity: str = "channel"
+    activation_granularity: str = "tensor"
+    # What scales are rounded to before codes are chosen: "float32", "bfloat16", "float16", "e8m0" (powers of two), or
+    # "e4m3" under one float32 for the tensor (octav_fx/formats/scales.py).
+    scale_format: str = "float32"
+    # No unsigned grids: some runtimes have none.
+    signed_activations: bool = False
+    # Integer weights without the lowest code: -127 .. 127 of 8 bits.
+    narrow_weights: bool = False
+    # "octav" (eq. 6; for tokens, groups and levels that are not even the least error by search: clips/search.py),
+    # "octav-grid" (the same step on the grid itself), "octav-tight" (eq. 6 with rounding counted four
     # times, made for transformers), "max" (no clipping): clips/newton.py.
     # "percentile-99.9" ("percentile" for short), "percentile-99.99", "percentile-99.999": clips/percentile.py.
     # "mse", the best of 100 clips by the true error: clips/mse.py.
@@ -54,15 +80,20 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "edge_bits", "residual_bits"):
-            value = getattr(self, name)
-            if value is not None or name in ("weight_bits", "activation_bits"):
-                _check_bits(name, value)
+            if getattr(self, name) is not None:
+                _check_bits(name, getattr(self, name))
+        for role in _GRANULARITIES:
+            _check_choice(f"{role}_format", getattr(self, f"{role}_format"), NAMES)
+            _check_granularity(role, getattr(self, f"{role}_granularity"))
+        _check_choice("scale_format", self.scale_format, SCALES)
+        for name in ("signed_activations", "narrow_weights", "sync_clip"):
+            if not isinstance(getattr(self, name), bool):
+                raise OctavError(f"{name}={getattr(self, name)!r}: True or False")
         _check_choice("clip", self.clip, (*METHODS, *LEARNED))
         _check_choice("weight_gradient", self.weight_gradient, GRADIENTS)
         _check_choice("activation_gradient", self.activation_gradient, GRADIENTS)
         self._check_learned()
-        if not isinstance(self.sync_clip, bool):
-            raise OctavError(f"sync_clip={self.sync_clip!r}: True or False")
+        self._check_combination()
         if self.sync_clip and self.clip not in (*SYNCED, *LEARNED):
             raise OctavError(
                 f"sync_clip=True with clip={self.clip!r}, which needs all values in one place: sums over ranks give "
@@ -92,6 +123,33 @@ class Config:
         if self.clip == "lsq" and self.weight_gradient == "ste":
             raise OctavError("weight_gradient='ste': clip='lsq' has the gradient of its paper, 'pwl'")
 
+    def _check_combination(self) -> None:
+        """Raise OctavError for a clip that levels, rows or scales as these cannot have."""
+        even = self.clip in METHODS and METHODS[self.clip].even
+        if even and (other := {self.weight_format, self.activation_format} - {"int"}):
+            raise OctavError(f"clip={self.clip!r} is for evenly spaced levels, not for {', '.join(sorted(other))}")
+        if even and self.narrow_weights:
+            raise OctavError(f"clip={self.clip!r} counts on the lowest code, which narrow_weights=True leaves out")
+        if self.clip in LEARNED and self.activation_granularity != "tensor":
+            raise OctavError(
+                f"clip={self.clip!r}: the rows of activation_granularity={self.activation_granularity!r} are others in "
+                "each batch, and nothing can be learned about them"
+            )
+        if self.clip in LEARNED and self.scale_format != "float32":
+            raise OctavError(f"clip={self.clip!r}: a learned clip is float32, not {self.scale_format!r}")
+        if self.sync_clip and self.clip == "octav" and self.activation_format != "int":
+            raise OctavError(f"sync_clip=True: the clip of {self.activation_format!r} needs all values in one place")
+
+    @classmethod
+    def preset(cls, name: str) -> "Config":
+        """Return a configuration by its name, as it is often deployed; raise OctavError for an unknown one.
+
+        "w4a8-g32-token" is 4 bits in groups of 32 for weights and 8 for each token of activations; "w4a16" leaves
+        activations float. Clips of groups are the largest magnitudes, with which transformers train best.
+        """
+        _check_choice("preset", name, PRESETS)
+        return cls(**PRESETS[name])
+
     @property
     def learned(self) -> str | None:
         """Return the first clip, here or in an override, that is a parameter of the model; None if none is."""
@@ -118,6 +176,48 @@ class Config:
         if site in self.overrides:
             return site
         return next((p for p in reversed(list(self.overrides)) if fnmatch.fnmatchcase(site, p)), None)
+
+
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "w8a8": {"weight_bits": 8, "activation_bits": 8},
+    "w4a4": {},
+    "w4a16-g128": {"activation_bits": None, "weight_granularity": "group-128", "clip": "max"},
+    "w4a8-g32-token": {
+        **{"activation_bits": 8, "weight_granularity": "group-32", "activation_granularity": "token"},
+        "clip": "max",
+    },
+    "w8a8-token": {"weight_bits": 8, "activation_bits": 8, "activation_granularity": "token"},
+    # OCP MX: groups of 32 under powers of two.
+    "mxfp4": {
+        **{"weight_format": "e2m1", "weight_granularity": "group-32", "scale_format": "e8m0"},
+        **{"activation_format": "e2m1", "activation_granularity": "group-32"},
+    },
+    "mxfp8": {
+        **{"weight_format": "e4m3", "weight_granularity": "group-32", "scale_format": "e8m0"},
+        **{"activation_format": "e4m3", "activation_granularity": "group-32"},
+    },
+    "nvfp4": {
+        **{"weight_format": "e2m1", "weight_granularity": "group-16", "scale_format": "e4m3"},
+        **{"activation_format": "e2m1", "activation_granularity": "group-16"},
+    },
+    "ternary-a8": {"weight_format": "ternary", "activation_bits": 8},
+    # It has no unsigned grids, and is fast only where both inputs of a sum are quantized.
+    "tensorrt": {
+        **{"weight_bits": 8, "activation_bits": 8, "residual_bits": 8},
+        **{"signed_activations": True, "narrow_weights": True},
+    },
+}
+
+
+def _check_granularity(role: str, value: Any) -> None:
+    kinds = _GRANULARITIES[role]
+    try:
+        found = granularity(value) if isinstance(value, str) else None
+    except ValueError:
+        found = None
+    if found is None or found.kind not in kinds or found.axis is not None:
+        names = ", ".join(f"'{kind}-32' (any size)" if kind == "group" else repr(kind) for kind in kinds)
+        raise OctavError(f"{role}_granularity={value!r}: one of {names}")
 
 
 def _check_bits(name: str, value: Any) -> None:

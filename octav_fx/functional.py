@@ -5,9 +5,10 @@ from torch import Tensor
 
 import octav_fx.ops  # noqa: F401  registers torch.ops.octav
 from octav_fx.clips.gradients import GRADIENTS
-from octav_fx.clips.newton import METHODS
+from octav_fx.clips.methods import METHODS
 from octav_fx.errors import OctavError
 from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.spec import integers
 
 _BITS = range(2, 9)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -25,7 +26,7 @@ def optimal_clip(x: Tensor, bits: int, *, signed: bool = True, dim: int | None =
     if method not in METHODS:
         raise OctavError(f"method={method!r}: one of {', '.join(map(repr, METHODS))}")
     hint = x.new_zeros(clip_shape(x, axis), dtype=torch.float32)
-    return torch.ops.octav.optimal_clip(x.detach(), hint, bits, signed, axis, method)
+    return torch.ops.octav.optimal_clip(x.detach(), hint, integers(bits, signed, axis), method)
 
 
 def fake_quantize(
@@ -44,7 +45,7 @@ def fake_quantize(
     if clip.shape != clip_shape(x, axis):
         shapes = f"clip of shape {tuple(clip.shape)} for x of shape {tuple(x.shape)} and dim={dim}"
         raise OctavError(f"{shapes}: give a clip of shape {clip_shape(x, axis)}")
-    return torch.ops.octav.fake_quantize(x, clip.detach().to(torch.float32), bits, signed, axis, gradient)
+    return torch.ops.octav.fake_quantize(x, clip.detach().to(torch.float32), integers(bits, signed, axis), gradient)
 
 
 def _check(x: Tensor, bits: int, dim: int | None) -> int | None:

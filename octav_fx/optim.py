@@ -58,7 +58,7 @@ def pact_penalty(q: nn.Module) -> Tensor:
     the same in SGD and in Adam, and does not in AdamW, whose decay leaves out the gradient. param_groups() gives them
     no decay. Raises OctavError for a model without such a clip.
     """
-    learned = [m.learned for m in q.modules() if isinstance(m, FakeQuantizer) and m.spec.method == "pact"]
+    learned = [m.learned for m in q.modules() if isinstance(m, FakeQuantizer) and m.settings.method == "pact"]
     clips = [clip for clip in learned if clip is not None]
     if not clips:
         raise OctavError(f"{type(q).__name__} learns no clip: quantize it with octav_fx.Config(clip='pact')")

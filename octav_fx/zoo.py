@@ -1,11 +1,14 @@
 """Models by name, for the README, the command line and the recipes: octav_fx.zoo.load("resnet18").
 
-load() takes the names of torchvision's builders, and any "package.module:callable". torchvision() imports torchvision
-beside a CPU-only torch, too. They are called by these names, and octav_fx does not import this module by itself.
+load() takes the names of torchvision's builders, "timm/NAME", "transformers/TYPE", a folder as transformers saves it,
+and any "package.module:callable". torchvision() imports torchvision beside a CPU-only torch, too. octav_fx does not
+import this module by itself, and nothing is downloaded.
 """
 
+import contextlib
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,17 +37,21 @@ def torchvision() -> Any:
 
 
 def load(name: str, **options: Any) -> nn.Module:
-    """Make a model with random weights: "resnet18", "fcn_resnet50" (torchvision) or "package.module:callable"."""
+    """Make a model with random weights: "resnet18" (torchvision), "timm/vit_tiny_patch16_224", "transformers/bert".
+
+    "transformers/FOLDER" has the weights that are saved there; "package.module:callable" is called with the options.
+    Raises OctavError for a name that there is not, and for what returns no module.
+    """
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            builder = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise OctavError(f"no model {name!r}: {error}") from error
-        model = builder(**options)
+        model = called(name, **options)
         if not isinstance(model, nn.Module):
             raise OctavError(f"{name} returned {type(model).__name__}, not an nn.Module")
         return model
+    library, _, rest = name.partition("/")
+    if rest and library == "timm":
+        return _timm(rest, options)
+    if rest and library == "transformers":
+        return _transformers(rest, options)
     models = torchvision().models
     if name not in models.list_models():
         raise OctavError(f"torchvision has no model {name!r}; it has {', '.join(models.list_models())}")
@@ -54,6 +61,47 @@ def load(name: str, **options: Any) -> nn.Module:
         options.setdefault("weights_backbone", None)
     built: nn.Module = models.get_model(name, weights=None, **options)
     return built
+
+
+def called(name: str, **options: Any) -> Any:
+    """Return what "package.module:callable" returns for these options."""
+    module, _, attribute = name.partition(":")
+    try:
+        builder = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise OctavError(f"no model {name!r}: {error}") from error
+    return builder(**options)
+
+
+def _timm(name: str, options: dict[str, Any]) -> nn.Module:
+    # timm imports torchvision.
+    torchvision()
+    try:
+        timm = importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise OctavError(f"{error.name} is not installed: pip install 'octav_fx[zoo]'") from error
+    if not timm.is_model(name):
+        raise OctavError(f"timm has no model {name!r}; some are {', '.join(timm.list_models(f'*{name}*')[:8])}")
+    model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    return model
+
+
+def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
+    # transformers imports torchvision where it is installed.
+    with contextlib.suppress(OctavError):
+        torchvision()
+    try:
+        library = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise OctavError(f"{error.name} is not installed: pip install 'octav_fx[zoo]'") from error
+    auto = library.AutoModel
+    if Path(name).is_dir():
+        saved: nn.Module = auto.from_pretrained(name, local_files_only=True, **options)
+        return saved
+    if name not in library.CONFIG_MAPPING:
+        raise OctavError(f"transformers has no type {name!r}, and no folder of that name is here")
+    made: nn.Module = auto.from_config(library.AutoConfig.for_model(name, **options))
+    return made
 
 
 def _declare_missing_ops() -> None:

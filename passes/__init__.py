@@ -26,16 +26,20 @@ from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.split_quantizers import split_quantizers
+from octav_fx.passes.lower.update_at_once import update_at_once
+from octav_fx.passes.lower.write_out import write_out
 from octav_fx.passes.prepare.canonicalize import canonicalize
 from octav_fx.passes.prepare.choose import choose_spec
 from octav_fx.passes.prepare.decompose_attention import decompose_attention
 from octav_fx.passes.prepare.deduplicate_quantizers import deduplicate_quantizers
+from octav_fx.passes.prepare.expand_products import expand_products
 from octav_fx.passes.prepare.fold_batchnorm import fold_batchnorm
 from octav_fx.passes.prepare.quantize_operands import Choose, Place, quantize_operands
 from octav_fx.passes.prepare.quantize_residuals import quantize_residuals
 
 # The order in which quantize() runs them.
 PREPARE: Final[tuple[Any, ...]] = (
+    expand_products,  # first: what it makes is canonicalized like what forward calls
     canonicalize,  # one spelling for each op; everything below matches on it
     decompose_attention,  # before quantizing, if asked for: its matmuls are then operands like any
     fold_batchnorm,  # before quantizing, if asked for: the folded weight is the one to clip
@@ -54,6 +58,12 @@ LOWER: Final[tuple[Pass, ...]] = (
     filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
     integer_matmul,  # after save_codes, whose codes it multiplies
     fuse_weight_quantizers,  # last: of the weights whose levels are still needed
+)
+
+# What the backend runs on each half, when it is decided what is kept between them.
+FUSE: Final[tuple[Pass, ...]] = (
+    update_at_once,  # before write_out: it looks for clips, not for what they are written out as
+    write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
 
 # What convert() and the exporters run on the eval graph of a frozen model: its operands are integers and scales then.
@@ -95,6 +105,7 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
 __all__ = [
     "COMPUTE",
     "CONVERT",
+    "FUSE",
     "INTEGERS",
     "LOWER",
     "PREPARE",
@@ -108,6 +119,7 @@ __all__ = [
     "codes_of_sums",
     "decompose_attention",
     "deduplicate_quantizers",
+    "expand_products",
     "filters_channels_last",
     "fold_affine_into_scale",
     "fold_batchnorm",
@@ -126,4 +138,6 @@ __all__ = [
     "saturate_codes",
     "save_codes",
     "split_quantizers",
+    "update_at_once",
+    "write_out",
 ]

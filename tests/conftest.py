@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from octav_fx import zoo
+from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu
 from tests.support.examples import PROFILES
 
@@ -79,7 +80,9 @@ def _warm(request: pytest.FixtureRequest) -> None:
         cpu.library()
         zoo.torchvision()
         x = torch.ones(1, requires_grad=True)
-        torch.library.opcheck(torch.ops.octav.fake_quantize.default, (x, torch.ones(()), 4, True, None, "pwl"))
+        torch.library.opcheck(
+            torch.ops.octav.fake_quantize.default, (x, torch.ones(()), integers(4, True, None), "pwl")
+        )
 
 
 @pytest.fixture(autouse=True)

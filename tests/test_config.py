@@ -19,13 +19,13 @@ def test_the_defaults_are_the_papers_recipe():
         choose_spec(Config(), place("fc")),
         choose_spec(Config(), place("fc", Role.ACTIVATION, signed=False)),
     )
-    assert (weight.bits, weight.method, weight.gradient, weight.dim, weight.signed) == (4, "octav", "mad", 0, True)
-    assert (activation.bits, activation.gradient, activation.dim, activation.signed) == (4, "pwl", None, False)
-    assert choose_spec(Config(), place("fc", edge=True)).bits == 8
+    assert (str(weight.spec), weight.method, weight.gradient) == ("int4/channel.0", "octav", "mad")
+    assert (str(activation.spec), activation.gradient) == ("uint4/tensor", "pwl")
+    assert choose_spec(Config(), place("fc", edge=True)).spec.format.bits == 8
 
 
 def test_edge_bits_none_is_no_exception():
-    assert choose_spec(Config(edge_bits=None, weight_bits=3), place("fc", edge=True)).bits == 3
+    assert choose_spec(Config(edge_bits=None, weight_bits=3), place("fc", edge=True)).spec.format.bits == 3
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_edge_bits_none_is_no_exception():
     ],
 )
 def test_exact_name_then_last_matching_glob_then_default(overrides, bits):
-    assert choose_spec(Config(overrides=overrides), place("layer1.0.conv")).bits == bits
+    assert choose_spec(Config(overrides=overrides), place("layer1.0.conv")).spec.format.bits == bits
 
 
 def test_an_override_wins_over_the_edge():
     config = Config(overrides={"fc": {"weight_bits": 3}})
-    assert choose_spec(config, place("fc", edge=True)).bits == 3
-    assert choose_spec(config, place("fc", Role.ACTIVATION, edge=True)).bits == 8
+    assert choose_spec(config, place("fc", edge=True)).spec.format.bits == 3
+    assert choose_spec(config, place("fc", Role.ACTIVATION, edge=True)).spec.format.bits == 8
 
 
 def test_none_leaves_a_node_float_and_says_which_pattern_did():
@@ -60,7 +60,10 @@ def test_none_leaves_a_node_float_and_says_which_pattern_did():
         choose_spec(Config(overrides={"*": {}, "layer1.*": None}), place("layer1.0.conv"))
         == "override 'layer1.*': None"
     )
-    assert choose_spec(Config(overrides={"layer1.*": None, "layer1.0.conv": {}}), place("layer1.0.conv")).bits == 4
+    assert (
+        choose_spec(Config(overrides={"layer1.*": None, "layer1.0.conv": {}}), place("layer1.0.conv")).spec.format.bits
+        == 4
+    )
 
 
 @pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "edge_bits"])
@@ -74,10 +77,94 @@ def test_bits_outside_of_two_to_eight(name, value):
             Config(overrides={"fc": {name: value}})
 
 
-@pytest.mark.parametrize("name", ["weight_bits", "activation_bits"])
-def test_bits_have_to_be_given(name):
-    with pytest.raises(OctavError, match=f"{name}=None"):
-        Config(**{name: None})
+@pytest.mark.parametrize(("name", "role"), [("weight_bits", Role.WEIGHT), ("activation_bits", Role.ACTIVATION)])
+def test_bits_of_none_leave_a_role_float(name, role):
+    for config in (Config(**{name: None}), Config(overrides={"fc": {name: None}})):
+        assert choose_spec(config, place("fc", role, edge=True)) == f"{name}=None"
+    other = Role.ACTIVATION if role is Role.WEIGHT else Role.WEIGHT
+    assert choose_spec(Config(**{name: None}), place("fc", other)).spec.format.bits == 4
+    assert choose_spec(Config(**{name: None}, overrides={"fc": {name: 3}}), place("fc", role)).spec.format.bits == 3
+
+
+def spec_of_fc(config: Config, role: Role, edge: bool = False) -> str:
+    shape = (16, 64)
+    where = dataclasses.replace(place("fc", role, edge, signed=role is Role.WEIGHT), reduction=1, shape=shape)
+    return str(choose_spec(config, where).spec)
+
+
+@pytest.mark.parametrize(
+    ("config", "weight", "activation"),
+    [
+        (Config(weight_granularity="tensor"), "int4/tensor", "uint4/tensor"),
+        (Config(signed_activations=True, narrow_weights=True), "int4-narrow/channel.0", "int4/tensor"),
+        (Config(weight_granularity="group-32"), "int4/group-32.1", "uint4/tensor"),
+        (Config(activation_granularity="token", activation_bits=8), "int4/channel.0", "uint8/token.1"),
+        (Config(activation_format="e4m3"), "int4/channel.0", "e4m3/tensor"),
+        (Config.preset("w8a8"), "int8/channel.0", "uint8/tensor"),
+        (Config.preset("w4a4"), "int4/channel.0", "uint4/tensor"),
+        (Config.preset("w4a8-g32-token"), "int4/group-32.1", "uint8/token.1"),
+        (Config.preset("w8a8-token"), "int8/channel.0", "uint8/token.1"),
+        (Config.preset("mxfp4"), "e2m1/group-32.1/e8m0", "e2m1/group-32.1/e8m0"),
+        (Config.preset("mxfp8"), "e4m3/group-32.1/e8m0", "e4m3/group-32.1/e8m0"),
+        (Config.preset("nvfp4"), "e2m1/group-16.1/e4m3", "e2m1/group-16.1/e4m3"),
+        (Config.preset("ternary-a8"), "ternary/channel.0", "uint8/tensor"),
+        (Config.preset("tensorrt"), "int8-narrow/channel.0", "int8/tensor"),
+        (Config(overrides={"f*": {"weight_granularity": "group-16"}}), "int4/group-16.1", "uint4/tensor"),
+    ],
+)
+def test_formats_granularities_and_presets(config, weight, activation):
+    assert spec_of_fc(config, Role.WEIGHT) == weight
+    assert spec_of_fc(config, Role.ACTIVATION) == activation
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_edges_are_integers_without_groups():
+    assert spec_of_fc(Config.preset("nvfp4"), Role.WEIGHT, edge=True) == "int8/channel.0"
+    assert spec_of_fc(Config.preset("nvfp4"), Role.ACTIVATION, edge=True) == "uint8/tensor"
+    assert spec_of_fc(Config.preset("w4a8-g32-token"), Role.ACTIVATION, edge=True) == "uint8/token.1"
+    asked = Config(weight_granularity="group-32", overrides={"fc": {"weight_granularity": "group-32"}})
+    assert spec_of_fc(asked, Role.WEIGHT, edge=True) == "int8/group-32.1"
+
+
+def test_groups_that_do_not_come_out_even():
+    message = (
+        r"fc: weight of shape \(16, 64\) has 64 elements along axis 1, which groups of 48 do not divide; .*'fc': None"
+    )
+    with pytest.raises(OctavError, match=message):
+        spec_of_fc(Config(weight_granularity="group-48"), Role.WEIGHT)
+    with pytest.raises(OctavError, match=r"fc: weight of shape .* has no one axis that linear sums over"):
+        choose_spec(Config(weight_granularity="group-48"), place("fc"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weight_format": "fp4"}, "weight_format='fp4': one of 'int', 'e2m1'"),
+        ({"weight_granularity": "token"}, "weight_granularity='token': one of 'tensor', 'channel', 'group-32'"),
+        ({"activation_granularity": "channel"}, "activation_granularity='channel': one of 'tensor', 'token', 'group"),
+        ({"weight_granularity": "group-0"}, "weight_granularity='group-0'"),
+        ({"weight_granularity": "group-32.1"}, "weight_granularity='group-32.1'"),
+        ({"weight_granularity": 32}, "weight_granularity=32"),
+        ({"scale_format": "int8"}, "scale_format='int8': one of 'float32'"),
+        ({"signed_activations": 1}, "signed_activations=1: True or False"),
+        (
+            {"clip": "octav-grid", "weight_format": "e2m1"},
+            "clip='octav-grid' is for evenly spaced levels",
+        ),
+        ({"clip": "octav-tight", "narrow_weights": True}, "clip='octav-tight' counts on the lowest code"),
+        ({"clip": "lsq", "activation_granularity": "token"}, "clip='lsq': the rows of activation_granularity='token'"),
+        ({"clip": "pact", "scale_format": "e8m0"}, "clip='pact': a learned clip is float32, not 'e8m0'"),
+        ({"sync_clip": True, "activation_format": "e4m3"}, "sync_clip=True: the clip of 'e4m3' needs all values"),
+    ],
+)
+def test_what_does_not_combine(values, message):
+    with pytest.raises(OctavError, match=message):
+        Config(**values)
+
+
+def test_a_preset_by_an_unknown_name():
+    with pytest.raises(OctavError, match="preset='w3': one of 'w8a8', 'w4a4'"):
+        Config.preset("w3")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +277,7 @@ def test_frozen_and_apart_from_its_dict():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.weight_bits = 5
     config.to_dict()["overrides"]["fc"]["weight_bits"] = 7
-    assert choose_spec(config, place("fc")).bits == 3
+    assert choose_spec(config, place("fc")).spec.format.bits == 3
 
 
 def test_fields_are_the_promised_ones():
@@ -199,6 +286,13 @@ def test_fields_are_the_promised_ones():
         "activation_bits": 4,
         "edge_bits": 8,
         "residual_bits": None,
+        "weight_format": "int",
+        "activation_format": "int",
+        "weight_granularity": "channel",
+        "activation_granularity": "tensor",
+        "scale_format": "float32",
+        "signed_activations": False,
+        "narrow_weights": False,
         "clip": "octav",
         "weight_gradient": "mad",
         "activation_gradient": "pwl",

@@ -25,8 +25,8 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_epoch_prints_the_table_and_returns_what_it_prints(few_digits, capsys):
     found = demo.main(epochs=1, seed=0)
     out = capsys.readouterr().out
-    rows = [line.split()[:5] for line in out.splitlines()]
-    assert ["layer4.1.conv2", "conv2d", "weight", "512x512x3x3", "4"] in rows
+    rows = [[*line.split()[:4], *line.split()[5:6]] for line in out.splitlines()]
+    assert ["layer4.1.conv2", "conv2d", "weight", "512x512x3x3", "int4"] in rows
     assert "quantized: 100.00% of" in out
     assert f"{found.float_accuracy:.2%}" in out
     assert f"{found.quantized_accuracy:.2%}" in out
@@ -34,6 +34,20 @@ def test_one_epoch_prints_the_table_and_returns_what_it_prints(few_digits, capsy
     assert 0 <= found.quantized_accuracy <= 1
     assert found.float_ms > 0
     assert found.quantized_ms > 0
+
+
+@pytest.mark.models
+def test_it_writes_a_file_and_a_report(few_digits, capsys, tmp_path):
+    pytest.importorskip("plotly")
+    demo.main(epochs=1, seed=0, folder=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "resnet18.onnx"]
+    said = capsys.readouterr().out
+    runs = [words[:2] for line in said.splitlines() if (words := line.split())[1:2] in (["PyTorch"], ["onnxruntime"])]
+    assert runs == [
+        *(["float", "PyTorch"], ["quantized", "PyTorch"]),
+        *(["float", "onnxruntime"], ["quantized", "onnxruntime"]),
+    ]
+    assert "report.html in a browser" in said
 
 
 @pytest.mark.models

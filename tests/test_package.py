@@ -1,14 +1,19 @@
 """What is installed: the wheel's contents, the public names, and passes/ under one name only."""
 
 import importlib
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import octav_fx
 from tests.support.sources import SOURCES
@@ -25,19 +30,100 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     sources = folder / "sources"
     sources.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
     for name in ("octav_fx", "passes"):
         shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return made_wheel(sources, folder)
+
+
+def made_wheel(sources: Path, folder: Path, **environment: str) -> Path:
+    """The wheel that pip makes of a folder."""
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
     made = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *options, str(sources), "-w", str(folder)],
         capture_output=True,
         text=True,
+        env={**os.environ, **environment},
     )
     assert made.returncode == 0, made.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"version: {octav_fx.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {octav_fx.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_wheel_made_of_the_sdist_is_the_wheel(wheel, tmp_path):
+    sources = wheel.parent / "sources"
+    program = "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
+    made = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=sources, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    with tarfile.open(tmp_path / made.stdout.splitlines()[-1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    again = made_wheel(unpacked, tmp_path / "again")
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_has_its_command_and_its_backend(wheel, tmp_path):
+    """In an environment of its own, beside the packages of this one."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    # Dependencies come from here; an editable octav_fx among them would be found later than the installed one.
+    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet", "--no-warn-script-location"]
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)]
+    done = subprocess.run(install, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    shown = subprocess.run(
+        [str(python.parent / "octav-fx"), "--version"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert shown.stdout.startswith(f"octav_fx {octav_fx.__version__}, torch "), shown.stderr
+    program = (
+        "import torch; f = torch.compile(torch.nn.Linear(4, 2), backend='octav'); import octav_fx; "
+        "print(octav_fx.__file__, 'octav' in torch.compiler.list_backends())"
+    )
+    shown = subprocess.run([str(python), "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert shown.stdout.split() == [str(site / "octav_fx" / "__init__.py"), "True"], shown.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_for_release_needs_no_compiler(kernels, wheel, tmp_path):
+    sources = wheel.parent / "sources"
+    path = made_wheel(sources, tmp_path, OCTAV_FX_BUNDLE="1")
+    assert re.fullmatch(rf"octav_fx-{octav_fx.__version__}-py3-none-\w+\.whl", path.name) and "any" not in path.name
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "installed")
+    folder = tmp_path / "installed" / "octav_fx" / "ops" / "bundled"
+    bundled = sorted(each.name.split("-")[1] for each in folder.iterdir())
+    assert bundled == ["AVX2", "AVX512"]
+    program = (
+        "import torch; from octav_fx import optimal_clip; from octav_fx.ops import cpu; "
+        "print(cpu.library()._name, float(optimal_clip(torch.arange(100.0), 4)))"
+    )
+    # A compiler that fails, and an empty cache.
+    environment = {**os.environ, "CXX": "false", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""}
+    for chosen, expected in (({"ATEN_CPU_CAPABILITY": "avx2"}, "AVX2"), ({}, torch.backends.cpu.get_cpu_capability())):
+        shown = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path / "installed",
+            env={**environment, **chosen},
+        )
+        assert shown.returncode == 0, shown.stderr
+        library, clip = shown.stdout.split()
+        assert f"bundled/passes-{expected}-" in library
+        # Sums in another order.
+        assert float(clip) == pytest.approx(float(octav_fx.optimal_clip(torch.arange(100.0), 4)), rel=1e-6)
+    assert not (tmp_path / "cache").exists()
 
 
 def tracked(folder: str) -> set[str]:
@@ -101,6 +187,7 @@ def test_the_public_names():
         "Deployment",
         "OctavError",
         "Row",
+        "Rows",
         "Rule",
         "__version__",
         "activation",
@@ -117,6 +204,7 @@ def test_the_public_names():
         "pact_penalty",
         "param_groups",
         "quantize",
+        "report",
         "rows",
         "table",
         "unfreeze",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.timing import median_ms
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import integers
 from octav_fx.ops.optimal_clip.op import optimal_clip
 
 SIZES = tuple(2**power for power in (20, 22, 24, 26, 28))
@@ -42,7 +43,7 @@ def activations(device: str) -> Iterator[tuple[Activation, float]]:
         copy = 2 * source.nbytes / median_ms(lambda: out.copy_(source), device)  # noqa: B023  run at once
         for bits, signed in GRIDS:
             x = source if signed else source.relu()
-            clip = optimal_clip(x, torch.zeros((), device=device), bits, signed, None, "octav")
+            clip = optimal_clip(x, torch.zeros((), device=device), integers(bits, signed, None), "octav")
             codes = torch.empty_like(x, dtype=Grid(bits, signed).codes_dtype)
             yield Activation(x, clip, bits, signed, codes, out), copy
 

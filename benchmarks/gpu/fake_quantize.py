@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.bandwidth import activations, row
+from octav_fx.formats.spec import integers
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 
 
@@ -15,10 +16,10 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
         gradient = torch.randn_like(of.x)
 
         def forward(of: Any = of) -> None:
-            fake_quantize.out(of.x, of.clip, of.bits, of.signed, None, "pwl", out=of.out)
+            fake_quantize.out(of.x, of.clip, integers(of.bits, of.signed, None), "pwl", out=of.out)
 
         def backward(of: Any = of, gradient: Any = gradient) -> None:
-            fake_quantize_backward.out(gradient, of.x, of.clip, of.signed, None, "pwl", out=of.out)
+            fake_quantize_backward.out(gradient, of.x, of.clip, integers(4, of.signed, None), "pwl", out=of.out)
 
         yield row("fake_quantize", forward, of, 4, copy, device)
         yield row("fake_quantize_backward", backward, of, 6, copy, device)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import median_ms
+from octav_fx.formats.spec import integers
 from octav_fx.ops.fake_quantize_weights.op import fake_quantize_weights, one_by_one
 
 # Of ResNet-50: output channels, elements of one, and how many such weights; and of twelve layers of ViT-B/16.
@@ -23,13 +24,13 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
     """Two rows for each network and method, from hints 2 % off."""
     for network, shapes in (NETWORKS if device == "cuda" else TINY).items():
         weights = [torch.randn(rows, n, device=device) for rows, n, count in shapes for _ in range(count)]
-        bits, dims = [4] * len(weights), [0] * len(weights)
+        specs = [integers(4, True, 0)] * len(weights)
         for method in ("octav", "octav-grid"):
             cold = [torch.zeros(len(w), device=device) for w in weights]
-            clips = one_by_one(weights, cold, bits, dims, method)[1]
+            clips = one_by_one(weights, cold, specs, method)[1]
             hints = list((1.02 * clips).split([len(w) for w in weights]))
             for name, run in (("at once", fake_quantize_weights), ("one by one", one_by_one)):
-                ms = median_ms(lambda: run(weights, hints, bits, dims, method), device)  # noqa: B023  run at once
+                ms = median_ms(lambda: run(weights, hints, specs, method), device)  # noqa: B023  run at once
                 yield {
                     "op": "fake_quantize_weights",
                     "how": name,

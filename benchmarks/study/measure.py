@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 import octav_fx
 from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.clips import newton
-from octav_fx.formats.granularity import to_rows
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.edits import site_of
 from octav_fx.ir.op import Role
@@ -52,11 +51,12 @@ def operands(q: nn.Module, x: Tensor) -> list[dict[str, Any]]:
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, FakeQuantizer)
-        step = _STEPS.get(module.spec.method)
+        step = _STEPS.get(module.settings.method)
         if step is None or module.clip is not None:
             return
-        grid = Grid(module.spec.bits, module.spec.signed)
-        rows = to_rows(args[0].detach(), module.spec.dim)
+        grid = module.spec.format
+        assert isinstance(grid, Grid)
+        rows = module.spec.granularity.rows(args[0].detach())
         cold = torch.zeros(len(rows), device=rows.device)
         counted[module] = (newton_steps(rows, cold, grid, step), newton_steps(rows, module.hint.view(-1), grid, step))
 

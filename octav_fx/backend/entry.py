@@ -25,8 +25,8 @@ from octav_fx.compat.inductor import (
 from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.ir.edits import Edit, Kind
-from octav_fx.ir.pipeline import run
-from octav_fx.passes import LOWER, prepare_passes
+from octav_fx.ir.pipeline import Pass, run
+from octav_fx.passes import FUSE, LOWER, prepare_passes
 
 _log = logging.getLogger("octav_fx")
 
@@ -60,10 +60,8 @@ def octav(
     except OctavError as error:
         raise _Refusal(str(error)) from error
     inductor.register()
-    lower = _Lower()
     patches = _layouts(example_inputs) | patches
-    # Inductor's cache asks only the second for what the generated code depends on.
-    patches |= {"joint_custom_pre_pass": lower, "post_grad_custom_post_pass": _Identity(lower)}
+    patches |= {"joint_custom_pre_pass": _Stage(LOWER), "post_grad_custom_post_pass": _Stage(FUSE)}
     compiled: Any = compile_fx(gm, [*example_inputs, *hints], config_patches=patches)
     return functools.partial(_with_hints, compiled, hints) if hints else compiled
 
@@ -142,13 +140,16 @@ def _tell(edits: list[Edit]) -> None:
         _log.log(level, "%s stays as it is: %s", f"{edit.node} {edit.operand or ''}".strip(), edit.detail)
 
 
-class _Lower(CustomGraphPass):
-    """LOWER as Inductor calls it."""
+class _Stage(CustomGraphPass):
+    """A tuple of passes as Inductor calls them."""
+
+    def __init__(self, passes: tuple[Pass, ...]) -> None:
+        self._passes = passes
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite a joint graph in place."""
+        """Rewrite a graph in place."""
         assert graph.owning_module is not None
-        run(graph.owning_module, LOWER)
+        run(graph.owning_module, self._passes)
 
     def uuid(self) -> Any:
         """Return the key of Inductor's cache of compiled graphs: the sources of everything that decides the code."""
@@ -156,17 +157,3 @@ class _Lower(CustomGraphPass):
         folders = [Path(str(package.__file__)).parent for package in (octav_fx, octav_fx.passes)]
         files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
         return get_hash_for_files(tuple(map(str, sorted(files))))
-
-
-class _Identity(CustomGraphPass):
-    """Changes nothing, and says what the code depends on."""
-
-    def __init__(self, of: CustomGraphPass) -> None:
-        self._of = of
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Make the node of the method call."""
-
-    def uuid(self) -> Any:
-        """Return that of the other pass."""
-        return self._of.uuid()

@@ -1,20 +1,43 @@
 """How Inductor calls the ops of octav_fx: into memory that it has planned.
 
 By itself Inductor would let each op allocate its result. Written into planned buffers instead, results reuse memory
-that is warm and mapped already; on a CPU fresh pages cost more than the passes that fill them.
+that is warm and mapped already; on a CPU fresh pages cost more than the passes that fill them. One op, divide, is code
+that Inductor generates.
 """
 
-from typing import Any
+from typing import Any, Final
 
-from octav_fx.compat.inductor import ir, lowerings, planned_fake_mode, register_lowering
+import torch
+
+from octav_fx.compat.inductor import ir, lowerings, make_pointwise, ops, planned_fake_mode, register_lowering
 from octav_fx.ops.register import REGISTERED
 
 
 def register() -> None:
     """Register a lowering for each op that has an out= variant; once is enough, twice does no harm."""
     for name, packet in REGISTERED.items():
-        if packet.default not in lowerings:
+        if packet.default in lowerings:
+            continue
+        if name == "divide":
+            register_lowering(packet.default, broadcast=True)(_divide)
+        else:
             _register(name, packet)
+
+
+# In inline assembly: tl's own division is exact in some versions of Triton, and in the settings of some users.
+_DIVIDE_FLOAT32: Final = "div.rn.f32 $0, $1, $2;"
+
+
+def _divide(x: ir.TensorBox, y: ir.TensorBox) -> ir.TensorBox:
+    on_gpu = x.get_device_or_error().type == "cuda"
+
+    def quotient(x: Any, y: Any) -> Any:
+        if on_gpu and dtype is torch.float32:
+            return ops.inline_asm_elementwise(x, y, asm=_DIVIDE_FLOAT32, constraints="=f,f,f", dtype=dtype)
+        return ops.truediv(x, y)
+
+    dtype = x.get_dtype()
+    return make_pointwise(quotient)(x, y)
 
 
 def _register(name: str, packet: Any) -> None:

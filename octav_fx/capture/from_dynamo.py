@@ -30,12 +30,13 @@ from octav_fx.compat.graphs import (
 from octav_fx.compat.modules import CALL_CODE
 from octav_fx.compat.tensors import FakeTensor, is_higher_order, pytree
 from octav_fx.ir.arguments import module_input
+from octav_fx.ir.dataflow import state_only, tensor_flow
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.macs import MacCounter
 from octav_fx.ir.meta import State, fake, update
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.table.contractions import CONTRACTIONS
-from octav_fx.nn import FakeQuantizer
+from octav_fx.nn import FakeQuantizer, as_autocast
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # Python functions of torch that Dynamo leaves in the graph as one call, with matrix multiplications inside.
@@ -182,13 +183,14 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
     # A graph of constants has no inputs.
     last = inputs[-1] if inputs else root_of(graph)
     lifted: dict[str, FakeQuantizer] = {}
+    weights = state_only(tensor_flow(graph))
     values = list(map(fake, graph.nodes))
     # That of the values: the one of the tracing context, which detect_fake_mode prefers, is another.
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     for node in list(graph.nodes):
         if node.op != "call_module" or not isinstance(quantizer := module_of(node), FakeQuantizer):
             continue
-        name, spec = str(node.target).removeprefix(QUANTIZERS + "."), quantizer.spec
+        name, settings = str(node.target).removeprefix(QUANTIZERS + "."), quantizer.settings
         with graph.inserting_after(last):
             # An argument of the generated forward: names of modules may begin with digits or have dashes.
             hint = graph.placeholder(re.sub(r"\W", "_", f"hint_{name}"))
@@ -197,13 +199,17 @@ def lift_hints(gm: fx.GraphModule) -> dict[str, FakeQuantizer]:
         hint.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         without_dynamo_source(hint)
         with graph.inserting_before(node):
+            x = module_input(node)
+            if x not in weights:
+                x = graph.call_function(as_autocast, (x,))
             outputs = graph.call_function(
                 torch.ops.octav.dynamic_fake_quantize.default,
-                (module_input(node), hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient),
+                (x, hint, str(settings.spec), settings.method, settings.gradient),
             )
             y = graph.call_function(operator.getitem, (outputs, 0))
-            clip = graph.call_function(operator.getitem, (outputs, 1))
-            graph.call_method("copy_", (hint, clip))
+            if not quantizer.by_row:
+                clip = graph.call_function(operator.getitem, (outputs, 1))
+                graph.call_method("copy_", (hint, clip))
         node.replace_all_uses_with(y)
         graph.erase_node(node)
         lifted[name], last = quantizer, hint

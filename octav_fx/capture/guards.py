@@ -30,17 +30,14 @@ class Facts:
     expected: tuple[Any, ...]
     # Who asked, as file:line or in words.
     where: tuple[str, ...]
-    _function: Callable[..., Any] | None = None
 
-    def function(self) -> Callable[..., Any]:
-        """Return the graph as a function of the module and the arguments of forward."""
-        if self._function is None:
-            self._function = function_of(self.graph)
-        return self._function
+    def __post_init__(self) -> None:
+        # Not when it is first asked: a compiler may ask, and cannot follow.
+        self._function = function_of(self.graph)
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say which value is not what it was at capture, or return None."""
-        values = self.function()(module, *args, **kwargs)
+        values = self._function(module, *args, **kwargs)
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
             if not _equal(value, expected):
                 return f"{where}: {_text(expected)} at capture, {_text(value)} now"
@@ -141,7 +138,9 @@ def _restored(rows: list[Any], expected: tuple[Any, ...], where: tuple[str, ...]
 
 
 def _restored_graph(rows: list[Any], guards: Guards | None) -> GuardedGraph:
-    return GuardedGraph(unflatten(rows), guards)
+    restored = GuardedGraph(unflatten(rows), guards)
+    restored.function()
+    return restored
 
 
 def _is_real(value: Any) -> bool:

@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.guards import GuardedGraph, Guards
 from octav_fx.capture.held import hold, permitted
-from octav_fx.capture.inputs import Inputs, call_of
+from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
 from octav_fx.compat.modules import buffers_of, children_of, parameters_of, replace_children, share_parts
+from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
@@ -215,6 +217,16 @@ class QuantizedModule(GuardedModule):
                 raise
             return held[name]
 
+    @property
+    def plain_attributes(self) -> dict[str, Any]:
+        """Return what the owner holds besides parts, tensors and what can be called, by name."""
+        held = vars(self.owner).items()
+        return {
+            name: value
+            for name, value in held
+            if name[:1] != "_" and name not in ("training", GRAPHS) and not callable(value) and not tensors_of(value)
+        }
+
     def _parts(self) -> tuple[Any, ...]:
         """Return what this is made of besides the owner, as values that copy and pickle."""
         return self._graphs, self.meta, self.recipe, self.capture_again
@@ -271,7 +283,8 @@ class WholeModule:
     def _state(self) -> tuple[Any, ...]:
         """Return what the user's class says its state is, and the graphs."""
         graphs: QuantizedModule = vars(self)[GRAPHS]
-        state: Any = self.__getstate__()
+        # torch refuses the state of a module with parametrizations, for its pickles; a copy may have it.
+        state: Any = dict(vars(self)) if is_parametrized(self) else self.__getstate__()  # type: ignore[arg-type]
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != GRAPHS}
             if getattr(state.get("forward"), "__self__", None) is graphs:
@@ -386,15 +399,21 @@ def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _new(kind: Any) -> Any:
     """Return a module of the subclass for a user's class, without anything in it yet."""
-    whole = _whole_class(kind)
-    return whole.__new__(whole)
+    # Past __new__ of the user's class: that of a GraphModule makes one more class.
+    return object.__new__(_whole_class(kind))
 
 
 class IntegerModule(GuardedModule):
     """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, name: str, meta: Mapping[str, Any], guards: Guards | None = None
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        name: str,
+        meta: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        guards: Guards | None = None,
     ) -> None:
         super().__init__(root, graph, name)
         self.meta = dict(meta)
@@ -402,6 +421,24 @@ class IntegerModule(GuardedModule):
         self._guards = guards
         self._guarded = GuardedGraph(self.graph, guards)
         self.recompile()
+        # Plain ones of the float module (num_experts), which code around it may read.
+        self.__dict__["octav_attributes"] = dict(attributes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. A gradient through it would be zero: asking for one raises OctavError."""
+        result = super().__call__(*args, **kwargs)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not given or not torch.is_grad_enabled():
+            return result
+        return pytree.tree_map(lambda y: WithoutGradient.apply(y, *given) if _is_floating(y) else y, result)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in (known := self.__dict__.get("octav_attributes", {})):
+                raise
+            return known[name]
 
     def _captured(self) -> Sequence[GuardedGraph]:
         return [self._guarded] if "_guarded" in self.__dict__ else []
@@ -417,7 +454,8 @@ class IntegerModule(GuardedModule):
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
-        return root, flatten(self.graph), type(self).__name__, self.meta, self._guards
+        attributes = self.__dict__["octav_attributes"]
+        return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -428,10 +466,33 @@ class IntegerModule(GuardedModule):
         return copied
 
 
+class WithoutGradient(torch.autograd.Function):
+    """y [...], and whatever it was computed from by integers -> y, whose gradient nobody knows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *given: Tensor) -> Tensor:
+        """Return y."""
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Raise OctavError."""
+        raise OctavError("a converted model multiplies integers and has no gradient: take it in the frozen one")
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _rebuild_integer(
-    root: nn.Module, rows: list[Any], name: str, meta: dict[str, Any], guards: Guards | None
+    root: nn.Module,
+    rows: list[Any],
+    name: str,
+    meta: dict[str, Any],
+    attributes: dict[str, Any],
+    guards: Guards | None,
 ) -> IntegerModule:
-    module = IntegerModule(root, unflatten(rows), name, meta, guards)
+    module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
     return module

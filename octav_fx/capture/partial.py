@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.modules import GRAPHS, graphs_of
@@ -50,7 +51,8 @@ class PartialModule:
 
     def _state(self) -> Any:
         """Return what the user's class says its state is."""
-        state = self.__getstate__()
+        # torch refuses the state of a module with parametrizations, for its pickles; a copy may have it.
+        state = dict(vars(self)) if is_parametrized(self) else self.__getstate__()  # type: ignore[arg-type]
         return {k: v for k, v in state.items() if k != _PARTIAL} if isinstance(state, dict) else state
 
 

@@ -56,8 +56,8 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, before in buffers.items():
-                # An expanded one cannot be written, and nobody has.
-                if buffer.is_meta or not torch.equal(buffer, before):
+                # An expanded one cannot be written, and nobody has. Sparse ones cannot be compared.
+                if buffer.is_meta or buffer.layout is not torch.strided or not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 
@@ -162,13 +162,16 @@ def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
 def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Module]) -> dict[str, list[Inputs]]:
     """Record how a module calls its children: the first Inputs of each kind that its example leads to.
 
-    A call that fails, and one inside a transform of torch.func, is none that a child could be captured with.
+    A call that fails is none that a child could be captured with, nor is any of one that a transform of torch.func
+    calls.
     """
     found: dict[str, list[Inputs]] = {name: [] for name in children}
+    transformed: set[str] = set()
     begun: dict[str, list[Inputs | None]] = {name: [] for name in children}
 
     def enter(name: str, made: Inputs) -> None:
-        wrapped = any(map(is_functorch_wrapped, tensors_of(made)))
+        if wrapped := any(map(is_functorch_wrapped, tensors_of(made))):
+            transformed.add(name)
         begun[name].append(None if wrapped or any(same_kind(made, known) for known in found[name]) else own_copy(made))
 
     def leave(name: str, failed: bool) -> None:
@@ -178,7 +181,7 @@ def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Modu
 
     with _hooked(children, enter, leave):
         run_once(module, *call)
-    return found
+    return {name: [] if name in transformed else calls for name, calls in found.items()}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ mean, one for each Newton step until nothing moves (some three to six from the h
 at most) and, for "octav-grid", one for the neighbours' errors. Each takes a few numbers for each row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
@@ -15,16 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from octav_fx.clips.newton import Total, octav, octav_grid, octav_tight, power_of_two
-from octav_fx.formats.grid import Grid, magnitudes
-
-_NEWTON: Final[dict[str, Callable[[Tensor, Tensor, Grid, Total], Tensor]]] = {
-    "octav": octav,
-    "octav-grid": octav_grid,
-    "octav-tight": octav_tight,
-}
-# The methods that sums over all ranks decide; another one needs all values in one place.
-SYNCED: Final = (*_NEWTON, "max")
+from octav_fx.clips.methods import METHODS
+from octav_fx.clips.newton import power_of_two
+from octav_fx.formats.format import Format, magnitudes
 
 _APART: Final = ContextVar("apart", default=False)
 
@@ -44,12 +37,12 @@ def has_others() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _APART.get()
 
 
-def all_reduced_clip(rows: Tensor, hint: Tensor, grid: Grid, method: str) -> Tensor:
+def all_reduced_clip(rows: Tensor, hint: Tensor, form: Format, method: str) -> Tensor:
     """Return the clip [R] of what all ranks hold; rows [R, N] (float32 or float64, N of this rank), hint [R].
 
     The same on every rank, whatever its hint is. Every rank of the default process group has to call.
     """
-    magnitude = magnitudes(rows, grid)
+    magnitude = magnitudes(rows, form)
     extent = torch.where(rows.isfinite(), rows.abs(), 0)
     known = torch.where((hint > 0) & hint.isfinite(), hint, 0).to(rows.dtype)
     # One hint for all: from different ones the ranks would ask for sums at different clips.
@@ -59,7 +52,7 @@ def all_reduced_clip(rows: Tensor, hint: Tensor, grid: Grid, method: str) -> Ten
     if method == "max":
         return largest
     scale = power_of_two(extent)
-    return _NEWTON[method](rows / scale.unsqueeze(-1), hint / scale, grid, _over_ranks) * scale
+    return METHODS[method].solve(rows / scale.unsqueeze(-1), hint / scale, form, _over_ranks) * scale
 
 
 def _greatest(rows: Tensor) -> Tensor:

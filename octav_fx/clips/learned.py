@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from octav_fx.formats.grid import Grid, magnitudes
+from octav_fx.formats.format import Format, magnitudes
 
 # An optimizer may take a parameter past zero: then its magnitude counts, and what would have gone on to zero grows
 # again. MQBench sets the parameters of LSQ to their magnitudes in each forward, and to no less than this; the papers
@@ -26,59 +26,61 @@ class Learned:
     # Whether the parameter is the step, not the clip.
     is_step: bool
     # Rows of data, grid -> where the clip begins, [R]; 0 for a row of zeros.
-    init_from_data: Callable[[Tensor, Grid], Tensor]
+    init_from_data: Callable[[Tensor, Format], Tensor]
     # Where x lets its gradient through, [R, N]: bool.
-    inside: Callable[[Tensor, Tensor, Grid], Tensor]
+    inside: Callable[[Tensor, Tensor, Format], Tensor]
     # The derivative of the rounded x by the parameter, [R, N].
-    slope: Callable[[Tensor, Tensor, Grid], Tensor]
+    slope: Callable[[Tensor, Tensor, Format], Tensor]
     # Elements that share the parameter, grid -> what the parameter's gradient is multiplied with.
-    scale: Callable[[int, Grid], float]
+    scale: Callable[[int, Format], float]
 
 
-def _pact_begin(x: Tensor, grid: Grid) -> Tensor:
+def _pact_begin(x: Tensor, form: Format) -> Tensor:
     """Return the largest magnitude, as PACT begins far out: the L2 penalty brings it in."""
-    return magnitudes(x, grid).amax(-1)
+    return magnitudes(x, form).amax(-1)
 
 
-def _pact_inside(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
-    return (x.abs() <= clip) & (x >= 0 if not grid.signed else True)
+def _pact_inside(x: Tensor, clip: Tensor, form: Format) -> Tensor:
+    return (x.abs() <= clip) & (x >= 0 if not form.signed else True)
 
 
-def _pact_slope(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+def _pact_slope(x: Tensor, clip: Tensor, form: Format) -> Tensor:
     """Return 1 above the clip (eq. 3), 0 inside, and -1 below -clip on a signed grid, which PACT's paper lacks."""
-    return torch.where(x.abs() > clip, x.sign() if grid.signed else (x > 0).to(x.dtype), 0)
+    return torch.where(x.abs() > clip, x.sign() if form.signed else (x > 0).to(x.dtype), 0)
 
 
-def _lsq_begin(x: Tensor, grid: Grid) -> Tensor:
+def _lsq_begin(x: Tensor, form: Format) -> Tensor:
     """Return the clip of step 2 * mean|x| / sqrt(Q_P) (section 2.1)."""
     finite = x.isfinite()
     mean = torch.where(finite, x.abs(), 0).sum(-1) / finite.sum(-1).clamp(min=1)
-    return grid.steps * 2 * mean / grid.high**0.5
+    return form.steps * 2 * mean / form.greatest**0.5
 
 
-def _lsq_inside(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
-    code = x / grid.step(clip)
-    return (code >= grid.low) & (code <= grid.high)
+def _lsq_inside(x: Tensor, clip: Tensor, form: Format) -> Tensor:
+    code = x / form.step(clip)
+    return (code >= form.least) & (code <= form.greatest)
 
 
-def _lsq_slope(x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+def _lsq_slope(x: Tensor, clip: Tensor, form: Format) -> Tensor:
     """Return round(x / step) - x / step inside, -Q_N below and Q_P above (eq. 3)."""
-    code = x / grid.step(clip)
-    bounded = code.clamp(grid.low, grid.high)
-    return bounded.round() - torch.where(code == bounded, code, 0)
+    code = x / form.step(clip)
+    bounded = code.clamp(form.least, form.greatest)
+    return form.round(bounded) - torch.where(code == bounded, code, 0)
 
 
 LEARNED: Final[dict[str, Learned]] = {
-    "pact": Learned(False, _pact_begin, _pact_inside, _pact_slope, lambda count, grid: 1.0),
+    "pact": Learned(False, _pact_begin, _pact_inside, _pact_slope, lambda count, form: 1.0),
     # Section 2.2: 1 / sqrt(N * Q_P).
-    "lsq": Learned(True, _lsq_begin, _lsq_inside, _lsq_slope, lambda count, grid: (max(count, 1) * grid.high) ** -0.5),
+    "lsq": Learned(
+        True, _lsq_begin, _lsq_inside, _lsq_slope, lambda count, form: (max(count, 1) * form.greatest) ** -0.5
+    ),
 }
 
 
-def clip_from_parameter(parameter: Tensor, grid: Grid, method: str) -> Tensor:
+def clip_from_parameter(parameter: Tensor, form: Format, method: str) -> Tensor:
     """Return the clip that a parameter [...] stands for, [...]: positive whatever the optimizer has made of it."""
     held = parameter.abs().clamp(min=MIN_CLIP)
-    return held * grid.steps if LEARNED[method].is_step else held
+    return held * form.steps if LEARNED[method].is_step else held
 
 
 def sign_of(parameter: Tensor) -> Tensor:
@@ -86,14 +88,14 @@ def sign_of(parameter: Tensor) -> Tensor:
     return torch.where(parameter < 0, -1.0, 1.0)
 
 
-def parameter_for(clip: Tensor, grid: Grid, method: str) -> Tensor:
+def parameter_for(clip: Tensor, form: Format, method: str) -> Tensor:
     """Return the parameter [...] that stands for a clip [...]."""
-    return grid.step(clip) if LEARNED[method].is_step else clip
+    return form.step(clip) if LEARNED[method].is_step else clip
 
 
-def initial_clip(x: Tensor, grid: Grid, method: str) -> Tensor:
+def initial_clip(x: Tensor, form: Format, method: str) -> Tensor:
     """Return where the clip begins for rows x [R, N] -> [R]; 1 where a row has nothing but zeros, inf and NaN."""
     if x.shape[-1] == 0:
         return x.new_ones(x.shape[:-1])
-    clip = LEARNED[method].init_from_data(x, grid)
+    clip = LEARNED[method].init_from_data(x, form)
     return torch.where(clip > 0, clip, 1)

@@ -6,7 +6,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from octav_fx.formats.grid import Grid, magnitudes
+from octav_fx.formats.format import magnitudes
+from octav_fx.formats.grid import Grid
 
 POINTS: Final = 100
 # Intermediate tensors hold about so many elements.

@@ -2,7 +2,7 @@
 
 Every function here works on rows [R, N] of floating-point values and returns one clip per row, [R], in the units of
 x. Zeros do not take part (they cost nothing on any grid), nor do inf and NaN (no clip could represent them).
-METHODS holds it beside the clips that others use: percentile.py, sweep.py.
+methods.py holds it beside the clips that others use: percentile.py, mse.py.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from octav_fx.clips.mse import mse_search
-from octav_fx.clips.percentile import ONE_IN, percentile
-from octav_fx.formats.grid import Grid, magnitudes
+from octav_fx.formats.format import magnitudes
+from octav_fx.formats.grid import Grid
 
 # Cold Newton needs 13 steps at 8 bits; the rest is for rows of a few elements, where the safeguard has to bisect.
 STEPS: Final = 24
@@ -166,13 +165,3 @@ def max_abs(x: Tensor, hint: Tensor, grid: Grid) -> Tensor:
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
     return magnitudes(x, grid).amax(-1)
-
-
-METHODS: Final[dict[str, Callable[[Tensor, Tensor, Grid], Tensor]]] = {
-    "octav": octav,
-    "octav-grid": octav_grid,
-    "octav-tight": octav_tight,
-    "max": max_abs,
-    **{name: percentile(one_in) for name, one_in in ONE_IN.items()},
-    "mse": mse_search,
-}

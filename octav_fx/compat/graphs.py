@@ -89,3 +89,11 @@ def locals_of_traced_frame() -> list[Any]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return list(InstructionTranslator.current_tx().output.root_tx.f_locals.values())
+
+
+def inductor_decompositions() -> dict[Any, Any]:
+    """Return what Inductor wants to see composed of smaller ops, by op."""
+    # Inductor takes seconds to import, and is there when this is asked.
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())

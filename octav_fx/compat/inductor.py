@@ -6,8 +6,8 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._inductor import ir, list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.virtualized import V
+from torch._inductor.lowering import lowerings, make_pointwise, register_lowering
+from torch._inductor.virtualized import V, ops
 
 __all__ = [
     "CustomGraphPass",
@@ -18,6 +18,8 @@ __all__ = [
     "list_mode_options",
     "list_options",
     "lowerings",
+    "make_pointwise",
+    "ops",
     "planned_fake_mode",
     "register_lowering",
 ]

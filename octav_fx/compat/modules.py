@@ -5,6 +5,9 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 # Where a module keeps its parts.
 PART_ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
@@ -52,9 +55,42 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def weight_hooks_of(module: nn.Module) -> dict[str, list[Any]]:
+    """Return the hooks that compute a weight before each call (old weight_norm, spectral_norm, prune), by its name."""
+    found: dict[str, list[Any]] = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            found.setdefault(hook.name, []).append(hook)
+        elif isinstance(hook, BasePruningMethod):
+            found.setdefault(hook._tensor_name, []).append(hook)
+    return found
+
+
+def forward_pre_hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
+    """Return the other hooks before a forward, and whether each takes keyword arguments; torch counts them from 0."""
+    of_weights = (WeightNorm, SpectralNorm, BasePruningMethod)
+    hooks = module._forward_pre_hooks.items()
+    return [
+        (h, key in module._forward_pre_hooks_with_kwargs)
+        for key, h in hooks
+        if key >= 0 and not isinstance(h, of_weights)
+    ]
+
+
+def forward_hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
+    """Return the hooks behind a forward, and whether each takes keyword arguments."""
+    return [(hook, key in module._forward_hooks_with_kwargs) for key, hook in module._forward_hooks.items()]
+
+
+def parametrization_of(module: nn.Module, name: str) -> nn.Module | None:
+    """Return what computes a parameter (torch.nn.utils.parametrize), or None for one that is there."""
+    computed = getattr(module, "parametrizations", None)
+    return computed[name] if isinstance(computed, nn.ModuleDict) and name in computed else None
+
+
 def has_backward_hooks(module: nn.Module) -> bool:
     """Tell whether the backward of a module runs hooks."""
-    return bool(module._backward_hooks)
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def conv_forward_of(convolution: type[nn.Module]) -> Any:

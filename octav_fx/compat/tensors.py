@@ -5,6 +5,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -16,25 +17,53 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "CHECKS",
     "NEEDS_DATA",
     "TORCH_GROUPED_MM",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
+    "assert_true",
+    "body_of",
     "detect_fake_mode",
+    "functional",
     "has_vnni",
     "is_functorch_wrapped",
     "is_higher_order",
     "packet_of",
     "pytree",
+    "replace_extended_shape",
     "schema_of",
     "storage_id",
+    "validates_distributions",
     "version_of",
 ]
 
 # F.grouped_mm under its older name.
 TORCH_GROUPED_MM: Final = torch._grouped_mm
+
+# Functions that raise where a condition, the argument "cond" or "i" >= 0, does not hold.
+CHECKS: Final = (
+    *("_check", "_check_with", "_check_is_size", "_check_index", "_check_value", "_check_type"),
+    *("_check_not_implemented", "_check_tensor_all", "_check_tensor_all_with"),
+)
+
+
+def replace_extended_shape(function: Any) -> Any:
+    """Let distributions find the shape of their samples by function(distribution, sample_shape); return what did."""
+    original = torch.distributions.Distribution._extended_shape
+    torch.distributions.Distribution._extended_shape = function  # type: ignore[method-assign]
+    return original
+
+
+def validates_distributions() -> bool:
+    """Tell whether distributions check their arguments."""
+    return bool(torch.distributions.Distribution._validate_args)
+
+
+# assert as a graph can hold it.
+assert_true = torch._assert
 
 # What a fake tensor raises where only data could tell the answer.
 NEEDS_DATA: Final = (DataDependentOutputException, DynamicOutputShapeException)
@@ -58,6 +87,19 @@ def is_higher_order(op: Any) -> bool:
 def packet_of(op: Any) -> Any:
     """Return the op that an overload belongs to."""
     return op._overloadpacket
+
+
+def functional(packet: Any) -> Any:
+    """Return the op that addmm_ and its like are the in-place form of, or the op itself."""
+    name = str(packet.__name__)
+    return getattr(torch.ops.aten, name.removesuffix("_"), packet) if name.endswith("_") else packet
+
+
+def body_of(op: OpOverload) -> Any:
+    """Return the Python function of an op that torch.library.custom_op made of it and that writes nothing, or None."""
+    is_ours = op.namespace in ("aten", "prim", "prims", "octav")
+    definition = None if is_ours or op._schema.is_mutable else OPDEFS.get(op._schema.name)
+    return None if definition is None else definition._init_fn
 
 
 def schema_of(op: OpOverload) -> torch.FunctionSchema:

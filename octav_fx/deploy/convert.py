@@ -79,6 +79,7 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     run(working, passes)
     guards = working.graphs_of(False)[0].guards
     guards = None if guards is None else guards.of_inputs()
-    converted = IntegerModule(working, working.graph, module.user_class.__name__, {}, guards)
+    attributes = working.plain_attributes
+    converted = IntegerModule(working, working.graph, module.user_class.__name__, {}, attributes, guards)
     update_graph_info(converted, records={False: working.all_records[False]})
     return converted.requires_grad_(False)

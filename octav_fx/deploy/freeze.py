@@ -63,7 +63,8 @@ def freeze(q: nn.Module) -> nn.Module:
     """Give every quantizer in q a static clip, as a float32 buffer that is part of the state_dict; returns q.
 
     Activations: the average that calibrate() left, moved on by the running mean of later training steps. Weights:
-    their own fixed point now. Learned clips ("pact", "lsq"): what has been learned. Freezing again takes new ones. A
+    their own fixed point now. Learned clips ("pact", "lsq"): what has been learned. Tokens and groups of
+    activations keep finding a clip for each row, as runtimes do. Freezing again takes new ones. A
     state_dict of a frozen model loads into another one, or into one that is not frozen yet and freezes it. Raises
     OctavError for a quantizer that has seen no data.
     """
@@ -88,7 +89,7 @@ def unfreeze(q: nn.Module) -> nn.Module:
 def check_frozen(module: QuantizedModule) -> None:
     """Raise OctavError unless every quantizer of eval mode is frozen and the graphs are those that were frozen."""
     calls = _quantizer_calls(module, module.graph_of(False))
-    if loose := [node.target for node, quantizer in calls if quantizer.clip is None]:
+    if loose := [node.target for node, quantizer in calls if quantizer.clip is None and not quantizer.by_row]:
         raise OctavError(
             f"{loose[0]} finds a clip for each tensor: call octav_fx.calibrate with a few batches, then octav_fx.freeze"
         )
@@ -109,6 +110,8 @@ def _clips(module: QuantizedModule) -> dict[FakeQuantizer, Tensor]:
         for node, quantizer in _quantizer_calls(module, module.graph_of(mode)):
             value = node.args[0]
             assert isinstance(value, fx.Node)
+            if quantizer.by_row:
+                continue
             if quantizer.learned is not None and quantizer.initialized:
                 clips[quantizer] = quantizer.used
             elif value in known:
@@ -134,11 +137,10 @@ def _quantizer_calls(module: QuantizedModule, graph: fx.Graph) -> list[tuple[fx.
 
 
 def _fixed_point(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    spec = quantizer.spec
     if quantizer.learned is not None:
         quantizer.init_from_data(x)
         return quantizer.used
-    return torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, spec.bits, spec.signed, spec.dim, spec.method)
+    return torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, str(quantizer.spec), quantizer.settings.method)
 
 
 def _named_quantizers(q: nn.Module) -> list[tuple[str, FakeQuantizer]]:

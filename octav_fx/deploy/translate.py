@@ -1,6 +1,6 @@
 """A converted model as PyTorch's ONNX exporter writes it, with one node of the domain "octav" for each quantizer.
 
-    octav::Weight() {key}          an IntegerWeight
+    octav::Weight() {key}          an IntegerWeight, or a StoredWeight of integers
     octav::Bias() {key}            an IntegerBias
     octav::Activation(x) {key}     a StaticQuantizer
 
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from octav_fx.capture.inputs import as_inputs
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
-from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
+from octav_fx.formats.grid import Grid
+from octav_fx.nn import FakeQuantizer, IntegerBias, IntegerWeight, StaticQuantizer, StoredWeight
 
 OPSET: Final = 21
 DOMAIN: Final = "octav"
 
 # What a node of the domain stands for.
-Part = IntegerWeight | IntegerBias | StaticQuantizer
+Part = IntegerWeight | StoredWeight | IntegerBias | StaticQuantizer
 
 
 def translated(module: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> tuple[Any, dict[str, Part]]:
@@ -76,6 +77,18 @@ def _stand_ins(module: nn.Module) -> dict[str, Part]:
         match part:
             case IntegerWeight():
                 stand_in: nn.Module = _Constant("Weight", name, part.shape)
+            case StoredWeight():
+                if not isinstance(part.spec.format, Grid):
+                    raise OctavError(
+                        f"{name}: ONNX has no levels of {part.spec.format.name}; give this weight "
+                        "weight_format='int', or leave it float, by an override"
+                    )
+                stand_in = _Constant("Weight", name, part.codes.shape)
+            case FakeQuantizer():
+                raise OctavError(
+                    f"{name}: ONNX has no op that rounds to {part.spec}; give this activation activation_format='int' "
+                    "and activation_granularity='tensor', or activation_bits=None, by an override"
+                )
             case IntegerBias():
                 stand_in = _Constant("Bias", name, part.codes.shape)
             case StaticQuantizer():

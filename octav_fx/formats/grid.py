@@ -5,17 +5,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octav_fx.formats.format import Format
 
-@dataclass(frozen=True, slots=True)
-class Grid:
+
+@dataclass(frozen=True)
+class Grid(Format):
     """Equally spaced levels described by one clip, no zero point (arXiv 2206.06501, section 3).
 
     Signed grids are two's complement, codes -2**(bits-1) .. 2**(bits-1)-1 with step clip * 2**(1-bits): the lowest
     level is -clip, the highest one step below clip. Unsigned grids have codes 0 .. 2**bits-1, step clip * 2**-bits.
+    Level and code are the same number. narrow: without the lowest code of a signed grid, as some runtimes want it.
     """
 
     bits: int
     signed: bool
+    narrow: bool = False
+
+    @property
+    def name(self) -> str:
+        """See Format."""
+        return f"{'int' if self.signed else 'uint'}{self.bits}{'-narrow' if self.narrow else ''}"
+
+    @property
+    def label(self) -> str:
+        """See Format."""
+        return f"{self.bits} bits"
 
     @property
     def steps(self) -> int:
@@ -25,7 +39,7 @@ class Grid:
     @property
     def low(self) -> int:
         """Return the lowest code."""
-        return -self.steps if self.signed else 0
+        return -self.steps + self.narrow if self.signed else 0
 
     @property
     def high(self) -> int:
@@ -37,40 +51,25 @@ class Grid:
         """Return the mean squared rounding error over clip**2, step**2 / 12 (eq. 4: 4**-B / 3 if signed)."""
         return 1 / (12 * self.steps**2)
 
-    def step(self, clip: Tensor) -> Tensor:
-        """Return the distance between levels, in the units of clip."""
-        return clip / self.steps
+    @property
+    def least(self) -> float:
+        """See Format."""
+        return self.low
 
     @property
-    def underflow_code(self) -> int:
-        """Return what ops/quantize writes below the lowest level; low - 1 is taken by zero on unsigned grids."""
-        return self.low - 1 if self.signed else self.low - 2
+    def greatest(self) -> float:
+        """See Format."""
+        return self.high
 
-    @property
-    def ceiling_flag(self) -> int:
-        """Return what an unsigned code is raised by where the value reached the ceiling of a clamp (ops/quantize)."""
-        return 2 * self.steps
+    def codes(self, ratio: Tensor) -> Tensor:
+        """See Format; ties go to the even code, and what rounds to -0 stays -0.
 
-    @property
-    def codes_dtype(self) -> torch.dtype:
-        """Return the integers that hold all codes of ops/quantize and, as their least, what is not finite.
-
-        One byte for up to 7 bits signed and 5 bits unsigned, else two.
+        No clamp: which of two zeros it returns differs between devices and versions of torch.
         """
-        greatest = self.high + 1 if self.signed else self.high + 1 + self.ceiling_flag
-        return torch.int8 if self.underflow_code > -128 and greatest <= 127 else torch.int16
+        code = ratio.round()
+        code = torch.where(code < self.low, self.low, code)
+        return torch.where(code > self.high, self.high, code)
 
-
-def nearest(quotient: Tensor, grid: Grid) -> Tensor:
-    """Return the code nearest to x / step [...], ties to even, as a float; what rounds to -0 stays -0.
-
-    No clamp: which of two zeros it returns differs between devices and versions of torch.
-    """
-    code = quotient.round()
-    code = torch.where(code < grid.low, grid.low, code)
-    return torch.where(code > grid.high, grid.high, code)
-
-
-def magnitudes(x: Tensor, grid: Grid) -> Tensor:
-    """Return what can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
-    return torch.where(x.isfinite(), x.abs() if grid.signed else x.clamp(min=0), 0)
+    def levels(self, codes: Tensor) -> Tensor:
+        """See Format."""
+        return codes

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid, nearest
+from octav_fx.formats.grid import Grid
 
 
 def integer_codes(x: Tensor, clip: Tensor, grid: Grid, dim: int | None) -> Tensor:
     """Return the codes of ops/fake_quantize for finite x [...] and a clip [] or [C]: int8 [...]; signed grids."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     step = grid.step(along(clip, x, dim).to(value.dtype))
-    code = torch.where(step > 0, nearest(value / step, grid), 0)
+    code = torch.where(step > 0, grid.codes(value / step), 0)
     return code.to(torch.int8)
 
 

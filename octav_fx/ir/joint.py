@@ -62,7 +62,7 @@ def gradients_of(quantizer: fx.Node) -> list[fx.Node]:
     for user in call.clip.users:
         if user.target is torch.ops.octav.fake_quantize_backward.default:
             gradient = arguments_of(user)
-            if gradient.x is call.x and (gradient.signed, gradient.dim) == (call.signed, call.dim):
+            if gradient.x is call.x and gradient.spec == call.spec:
                 found.append(user)
     return found
 

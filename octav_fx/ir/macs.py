@@ -1,5 +1,6 @@
 """Multiply-accumulates, counted while code runs; the work of most ops is what torch's own flop counter says."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from octav_fx.compat.tensors import TorchDispatchMode, is_higher_order, packet_of
+from octav_fx.compat.tensors import TorchDispatchMode, body_of, functional, is_higher_order, packet_of
 
 aten = torch.ops.aten
 
@@ -37,8 +38,39 @@ def _grouped(mat_a: Tensor, mat_b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * mat_a.numel() * mat_b.shape[-1]
 
 
+def _vector(matrix: Tensor, vector: Tensor) -> int:
+    """Count a matrix [O, I] times a vector [I], or one vector times another."""
+    return 2 * matrix.numel()
+
+
+def _plus_vector(bias: Tensor, matrix: Tensor, vector: Tensor, **_: Any) -> int:
+    return 2 * matrix.numel()
+
+
+def _plus_outer(bias: Tensor, first: Tensor, second: Tensor, **_: Any) -> int:
+    return 2 * first.numel() * second.numel()
+
+
+def _plus_batches(bias: Tensor, first: Tensor, second: Tensor, **_: Any) -> int:
+    """Count products of batches, [B, N, I] times [B, I, O], that are added up."""
+    return 2 * first.numel() * second.shape[-1]
+
+
+def _distances(first: Tensor, second: Tensor, *_: Any, **__: Any) -> int:
+    """Count a term for each pair of rows and each of their elements: [..., N, I], [..., M, I]."""
+    return 2 * first.numel() * second.shape[-2]
+
+
 # Missing from torch's table.
 _OURS: Final[dict[Any, Callable[..., int]]] = {
+    aten.mv: _vector,
+    aten.dot: _vector,
+    aten.vdot: _vector,
+    aten.addmv: _plus_vector,
+    aten.addr: _plus_outer,
+    aten.addbmm: _plus_batches,
+    aten._cdist_forward: _distances,
+    aten._euclidean_dist: _distances,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
     aten._trilinear: _trilinear,
     aten.conv_tbc: _conv_tbc,
@@ -62,17 +94,26 @@ class MacCounter(TorchDispatchMode):
         """Return the multiply-accumulates so far; each is two operations."""
         return self._operations // 2
 
+    def _count_inside(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Count what the Python code of a custom op multiplies, where that code runs on these tensors."""
+        body = body_of(func)
+        if body is not None:
+            # It may want memory, or a device, that fake tensors do not have.
+            with contextlib.suppress(Exception), self:
+                body(*args, **kwargs)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and add its work; an op without an entry counts by what it is made of."""
         kwargs = kwargs or {}
         if is_higher_order(func):
             return func(*args, **kwargs)
-        packet = packet_of(func)
+        packet = functional(packet_of(func))
         if packet not in _OURS and packet not in flop_registry and func is not torch.ops.prim.device.default:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+            self._count_inside(func, args, kwargs)
         result = func(*args, **kwargs)
         if packet in _OURS:
             self._operations += _OURS[packet](*args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import fx, nn
 
 from octav_fx.compat.modules import conv_forward_of, has_own_forward
+from octav_fx.compat.tensors import OpOverload, packet_of
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import info
 from octav_fx.ir.op import Op
@@ -39,6 +40,8 @@ OPS: Final[Mapping[str, Op]] = by_name(
 )
 
 _FUNCTIONS: Final = {spelling: op for op in OPS.values() for spelling in (op.target, *op.functions)}
+# torch.ops.aten.mm, without .default, calls the overload that fits.
+_FUNCTIONS.update({packet_of(f): op for f, op in list(_FUNCTIONS.items()) if isinstance(f, OpOverload)})
 _METHODS: Final = {spelling: op for op in OPS.values() for spelling in op.methods}
 _MODULES: Final = {spelling: op for op in OPS.values() for spelling in op.modules}
 

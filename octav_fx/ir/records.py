@@ -1,5 +1,6 @@
 """What was decided for each operand: plain data that outlives the graph's metadata."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -9,8 +10,11 @@ from torch import Tensor, fx, nn
 from octav_fx.ir.arguments import module_input, operand_of, operands_of
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info
-from octav_fx.ir.ops import op_of
+from octav_fx.ir.ops import op_of, op_of_module
 from octav_fx.nn.fake_quantizer import QUANTIZERS
+
+# The reason of a layer that the example inputs do not lead to.
+NOT_CALLED: Final = "not called for the example inputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,25 @@ def records(graph: fx.Graph, edits: Iterable[Edit]) -> list[Record]:
             reason = None if is_quantized else reasons.get((site, operand.name), "no rule")
             rows.append(Record(site, op.name, operand.name, _shape(source), macs, quantizer, reason))
     return rows
+
+
+def idle_records(root: nn.Module, graph: fx.Graph) -> list[Record]:
+    """Return a record for each layer below root that a graph neither calls nor reads a parameter of."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    # A graph that stores what forward stored reads the module itself, under a name of its own.
+    read = {id(_attribute(root, str(n.target))) for n in graph.nodes if n.op == "get_attr" and fake(n) is not None}
+    rows = []
+    for path, module in root.named_modules():
+        op = op_of_module(module)
+        if op is None or not op.operands or not read.isdisjoint({id(module), *map(id, module.parameters())}):
+            continue
+        if not any(f"{name}.".startswith(f"{path}.") or path.startswith(f"{name}.") for name in called):
+            rows.append(Record(path, type(module).__name__, None, (), 0, None, NOT_CALLED))
+    return rows
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), root)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

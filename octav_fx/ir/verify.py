@@ -13,14 +13,14 @@ import torch
 from torch import fx
 
 import octav_fx.ops  # noqa: F401  registers torch.ops.octav
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import arguments_of
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import VIEWS, backward_of, closure, origin
 from octav_fx.ir.meta import fake, has_fake
 from octav_fx.ir.ops import module_of
 from octav_fx.ir.records import records
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 octav = torch.ops.octav
@@ -117,8 +117,8 @@ def _one_input(state: State) -> Iterator[Fault]:
         if len(inputs) != 1 or not isinstance(inputs[0], fx.Node):
             yield node, f"takes {len(inputs)} arguments, a quantizer takes one value"
         quantizer = module_of(node)
-        if isinstance(quantizer, FakeQuantizer) and not isinstance(quantizer.spec, Spec):
-            yield node, f"its spec is {quantizer.spec!r}"
+        if isinstance(quantizer, FakeQuantizer) and not isinstance(quantizer.settings, Settings):
+            yield node, f"its spec is {quantizer.settings!r}"
         if not node.users:
             yield node, "nobody reads it"
 
@@ -134,12 +134,12 @@ def _codes(state: State) -> Iterator[Fault]:
         levels = arguments_of(node)
         if levels.codes.target is octav.quantize.default:
             codes = arguments_of(levels.codes)
-            for name in ("clip", "bits", "signed", "dim"):
+            for name in ("clip", "spec"):
                 if codes[name] != levels[name]:
                     yield node, f"{name} is {levels[name]}, that of its codes {codes[name]}"
     for node in state.calls(octav.quantize.default):
         call = arguments_of(node)
-        dtype = Grid(call.bits, call.signed).codes_dtype
+        dtype = spec_of(call.spec).format.codes_dtype
         if fake(node).dtype is not dtype:
             yield node, f"its codes are {node.meta['val'].dtype}, not {dtype}"
 
@@ -148,9 +148,10 @@ def _granularity(state: State) -> Iterator[Fault]:
     targets = (octav.fake_quantize, octav.quantize, octav.dequantize, octav.fake_quantize_backward)
     for node in state.calls(*(target.default for target in targets)):
         call = arguments_of(node)
-        axes = fake(call.clip).dim()
-        if axes != (call.dim is not None):
-            yield node, f"its clip has {axes} axes for the channel axis {call.dim}"
+        shared, found = spec_of(call.spec).granularity, fake(call.clip).dim()
+        axes = fake(node).dim() if shared.is_short else int(shared.axis is not None)
+        if axes != found:
+            yield node, f"its clip has {found} axes for the granularity {shared}"
 
 
 def _split(state: State) -> Iterator[Fault]:
@@ -192,7 +193,7 @@ INVARIANTS: Final = (
     Invariant("nodes have fake values", Dialect.CAPTURED, _captured_values, ("canonicalize",)),
     Invariant("nodes have fake values", Dialect.JOINT, _fake_values),
     # Tables, freezing and export take a quantizer for a function of one value.
-    Invariant("a quantizer has one input, a Spec and a reader", Dialect.CAPTURED, _one_input),
+    Invariant("a quantizer has one input, a Settings and a reader", Dialect.CAPTURED, _one_input),
     # Nothing stays float silently.
     Invariant(
         "operands have a quantizer or a reason", Dialect.CAPTURED, _operands, ("canonicalize", "quantize_operands")

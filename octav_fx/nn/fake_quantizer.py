@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from octav_fx.clips.learned import LEARNED, clip_from_parameter, initial_clip, parameter_for
 from octav_fx.compat.modules import buffers_of
-from octav_fx.formats.granularity import clip_shape, to_rows
-from octav_fx.formats.grid import Grid
+from octav_fx.errors import OctavError
+from octav_fx.formats.spec import Spec
 
 # The child of a quantized module that holds its quantizers.
 QUANTIZERS: Final = "quantizers"
@@ -23,24 +23,29 @@ _MANY: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """How one operand is quantized. Two operands with equal value and equal Spec share one quantizer."""
+class Settings:
+    """How one operand is quantized. Two operands with equal value and equal Settings share one quantizer."""
 
-    bits: int
-    signed: bool
-    # The channel axis, with one clip for each of its indices; None: one clip for the tensor.
-    dim: int | None
+    spec: Spec
     method: str
     gradient: str
     # In training mode the clip is that of what all ranks of a distributed run hold.
     sync: bool = False
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """Convert x [...] as a layer under autocast does, where autocast is on; float32 alone."""
+    device = x.device.type
+    if x.is_meta or x.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class FakeQuantizer(nn.Module):
     """x [...] -> x on the grid of its own optimal clip, [...].
 
-    hint [] or [C] is the clip of the last call: where Newton starts, never what is used. It is not part of the
-    state_dict, so a checkpoint of the float model loads with strict=True, and losing it changes no result.
+    hint, of the shape of the clip, is the clip of the last call: where Newton starts, never what is used. It is not
+    part of the state_dict, so a checkpoint of the float model loads with strict=True, and losing it changes no result.
 
     mean [] or [C] and steps [], of an operand that is data: the running mean of the clips in training mode, begun at
     zero, and of how many. Freezing may use them; nothing else does.
@@ -58,17 +63,24 @@ class FakeQuantizer(nn.Module):
     learned: nn.Parameter | None
 
     def __init__(
-        self, spec: Spec, channels: int | None = None, device: torch.device | None = None, *, running: bool = False
+        self,
+        settings: Settings,
+        shape: tuple[int, ...] = (),
+        device: torch.device | None = None,
+        *,
+        running: bool = False,
     ) -> None:
         super().__init__()
-        self.spec = spec
-        shape = () if channels is None else (channels,)
+        self.settings = settings
+        # Whether it is data: what a clip belongs to differs from call to call.
+        self.running = running
+        averages = running and not self.by_row
         self.register_buffer("hint", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
-        self.register_buffer("mean", torch.zeros_like(self.hint) if running else None, persistent=False)
-        steps = torch.zeros((), dtype=torch.float32, device=device) if running else None
+        self.register_buffer("mean", torch.zeros_like(self.hint) if averages else None, persistent=False)
+        steps = torch.zeros((), dtype=torch.float32, device=device) if averages else None
         self.register_buffer("steps", steps, persistent=False)
         self.register_buffer("clip", None)
-        is_learned = spec.method in LEARNED
+        is_learned = settings.method in LEARNED
         self.register_parameter("learned", nn.Parameter(torch.ones_like(self.hint)) if is_learned else None)
         self.initialized = False
 
@@ -80,22 +92,34 @@ class FakeQuantizer(nn.Module):
         return (
             self.hint
             if self.learned is None
-            else clip_from_parameter(self.learned.detach(), self._grid, self.spec.method)
+            else clip_from_parameter(self.learned.detach(), self.spec.format, self.settings.method)
         )
 
     @property
-    def _grid(self) -> Grid:
-        return Grid(self.spec.bits, self.spec.signed)
+    def by_row(self) -> bool:
+        """Tell whether it finds a clip for each row of data, always: there is no state, and nothing to freeze."""
+        return self.running and self.spec.granularity.is_short
+
+    @property
+    def spec(self) -> Spec:
+        """Return how the numbers are represented."""
+        return self.settings.spec
+
+    def clip_of(self, x: Tensor) -> Tensor:
+        """Return the clip that the last call gave x [...]; found anew where rows of data have one each."""
+        if not self.by_row:
+            return self.used
+        return torch.ops.octav.optimal_clip(x.detach(), self.hint, str(self.spec), self.settings.method)
 
     def init_from_data(self, x: Tensor) -> None:
         """Set a learned clip to where its method begins for x [...]; the hint becomes that clip."""
         assert self.learned is not None
-        spec = self.spec
+        spec, method = self.spec, self.settings.method
         with torch.no_grad():
-            rows = to_rows(x.detach(), spec.dim)
+            rows = spec.granularity.rows(x.detach())
             rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-            self.hint.copy_(initial_clip(rows, self._grid, spec.method).reshape(clip_shape(x, spec.dim)))
-            self.learned.copy_(parameter_for(self.hint, self._grid, spec.method))
+            self.hint.copy_(spec.granularity.of_rows(initial_clip(rows, spec.format, method), x.shape))
+            self.learned.copy_(parameter_for(self.hint, spec.format, method))
         self.initialized = True
 
     @property
@@ -113,23 +137,30 @@ class FakeQuantizer(nn.Module):
         self.steps.fill_(_MANY)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round x [...] to the nearest levels of its grid [...]; the clip that was used becomes the hint."""
-        spec = self.spec
+        """Round x [...] to the nearest levels of its grid [...]; the clip that was used becomes the hint.
+
+        Under autocast data is rounded in its dtype, which is what the layer would convert it to.
+        """
+        settings, spec = self.settings, str(self.spec)
+        if self.spec.granularity.size is not None and not self.spec.granularity.divides(x.shape):
+            raise OctavError(
+                f"x of shape {tuple(x.shape)} for the granularity {self.spec.granularity}: does not divide"
+            )
+        if self.running:
+            x = as_autocast(x)
         if self.clip is not None:
-            return torch.ops.octav.fake_quantize(x, self.clip, spec.bits, spec.signed, spec.dim, spec.gradient)
+            return torch.ops.octav.fake_quantize(x, self.clip, spec, settings.gradient)
         if self.learned is not None:
             if not self.initialized:
                 self.init_from_data(x)
-            return torch.ops.octav.learned_fake_quantize(
-                x, self.learned, spec.bits, spec.signed, spec.dim, spec.method, self.mean is not None
-            )
-        if spec.sync and self.training and dist.is_available() and dist.is_initialized():
-            clip = torch.ops.octav.synced_clip(x.detach(), self.hint, spec.bits, spec.signed, spec.dim, spec.method)
-            y = torch.ops.octav.fake_quantize(x, clip, spec.bits, spec.signed, spec.dim, spec.gradient)
+            return torch.ops.octav.learned_fake_quantize(x, self.learned, spec, settings.method, self.running)
+        if settings.sync and self.training and dist.is_available() and dist.is_initialized():
+            clip = torch.ops.octav.synced_clip(x.detach(), self.hint, spec, settings.method)
+            y = torch.ops.octav.fake_quantize(x, clip, spec, settings.gradient)
         else:
-            y, clip = torch.ops.octav.dynamic_fake_quantize(
-                x, self.hint, spec.bits, spec.signed, spec.dim, spec.method, spec.gradient
-            )
+            y, clip = torch.ops.octav.dynamic_fake_quantize(x, self.hint, spec, settings.method, settings.gradient)
+        if self.by_row:
+            return y
         with torch.no_grad():
             self.hint.copy_(clip)
             if self.training and self.mean is not None and self.steps is not None:
@@ -160,15 +191,12 @@ class FakeQuantizer(nn.Module):
         if self.learned is not None:
             known = f"{prefix}learned" in state_dict
             # A weight's clip can begin at once, on every rank alike.
-            self.initialized = known or (self.initialized and self.mean is not None)
+            self.initialized = known or (self.initialized and self.running)
             if not known:
                 # Without it in the state it would count as missing; it stays.
                 state_dict = {**state_dict, f"{prefix}learned": self.learned.detach()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        """Show bits, sign, granularity, clip and gradient."""
-        spec = self.spec
-        granularity = "per-tensor" if spec.dim is None else f"per-channel dim={spec.dim}"
-        sign = "signed" if spec.signed else "unsigned"
-        return f"{spec.bits} bits, {sign}, {granularity}, {spec.method}, {spec.gradient}"
+        """Show the spec, the clip and the gradient."""
+        return f"{self.spec}, {self.settings.method}, {self.settings.gradient}"

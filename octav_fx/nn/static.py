@@ -9,6 +9,7 @@ from octav_fx.compat.modules import apply_to_tensors
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.packing import integer_codes, pack, unpack
+from octav_fx.formats.spec import Spec
 
 # Codes of so many bits are stored two to a byte.
 PACKED: Final = 4
@@ -31,10 +32,10 @@ class IntegerWeight(nn.Module):
     codes_as: torch.dtype | None = None
     fraction: int = 0
 
-    def __init__(self, weight: Tensor, clip: Tensor, bits: int, dim: int | None) -> None:
+    def __init__(self, weight: Tensor, clip: Tensor, bits: int, dim: int | None, narrow: bool = False) -> None:
         super().__init__()
         self.bits, self.dim, self.shape, self.dtype = bits, dim, tuple(weight.shape), weight.dtype
-        grid = Grid(bits, signed=True)
+        grid = Grid(bits, True, narrow)
         self.register_buffer("codes", None)
         self.store(integer_codes(weight.detach(), clip, grid, dim))
         self.register_buffer("scale", grid.step(clip.detach()).clone())
@@ -119,6 +120,40 @@ class StaticQuantizer(nn.Module):
         """Show bits, sign and granularity."""
         granularity = "per-tensor" if self.dim is None else f"per-channel dim={self.dim}"
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, {granularity}"
+
+
+class StoredWeight(nn.Module):
+    """() -> the weight on the levels of any spec, in the dtype that the model computes in.
+
+    codes: int8 [...]. clip: float32, of the shape that the granularity says.
+    """
+
+    codes: Tensor
+    clip: Tensor
+
+    def __init__(self, weight: Tensor, clip: Tensor, spec: Spec) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, weight.dtype
+        value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        step = spec.format.step(spec.granularity.along(clip.detach(), value).to(value.dtype))
+        codes = torch.where(step > 0, spec.format.codes(value / step), 0)
+        self.register_buffer("codes", codes.to(torch.int8))
+        self.register_buffer("clip", clip.detach().clone())
+
+    def forward(self) -> Tensor:
+        """See the class."""
+        levels = self.spec.format.levels(self.codes.to(torch.promote_types(self.dtype, torch.float32)))
+        step = self.spec.format.step(self.spec.granularity.along(self.clip, self.codes).to(levels.dtype))
+        return (levels * step).to(self.dtype)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        apply_to_tensors(self, fn, recurse)
+        self.clip = self.clip.to(torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the spec."""
+        return str(self.spec)
 
 
 class ChannelAffine(nn.Module):

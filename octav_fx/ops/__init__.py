@@ -5,6 +5,7 @@ shapes and gradient.
 """
 
 import octav_fx.ops.dequantize.op
+import octav_fx.ops.divide.op
 import octav_fx.ops.dynamic_fake_quantize.op
 import octav_fx.ops.fake_quantize.op
 import octav_fx.ops.fake_quantize_filters.op

@@ -1,7 +1,7 @@
-"""The CPU passes (ops/*/*.cpp): built once with the machine's C++ compiler, called through ctypes.
+"""The CPU passes (ops/*/*.cpp): called through ctypes; built once with the machine's C++ compiler, or before.
 
-Each build lies in the user's cache folder under the hash of its sources and flags. Without a compiler the references
-run instead, three to ten times slower; a warning says so, once.
+Each build lies in the user's cache folder under the hash of its sources and flags. A wheel for release brings builds
+for two kinds of CPU (setup.py). Without either the references run, three to ten times slower; a warning says so, once.
 """
 
 import ctypes
@@ -26,6 +26,9 @@ _ARCHITECTURE: Final = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"),
 }
+_FOLDER: Final = Path(__file__).parent
+# What setup.py puts into a wheel for release.
+BUNDLED: Final = _FOLDER / "bundled"
 # No -ffast-math: inf and NaN must be seen. These two only say that nobody reads errno or traps.
 _FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 
@@ -76,35 +79,61 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    """Return the shared library for these sources and this machine, compiled if it is not in the cache yet."""
-    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    # CXX may bring a launcher or flags along.
-    compiler = shlex.split(found or "")
-    if not compiler:
-        raise OSError("no C++ compiler found; install one or set CXX")
-    sources = sorted(Path(__file__).parent.glob("*/*.cpp"))
-    flags = [*_FLAGS, *_ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), ()), *_openmp()]
-    identity = hashlib.sha256(" ".join([*compiler, *flags]).encode())
-    for source in [*sources, *sorted(Path(__file__).parent.rglob("*.h"))]:
-        identity.update(source.read_bytes())
+    """Return the shared library for these sources and this machine, compiled if it is neither bundled nor cached."""
+    capability, openmp = torch.backends.cpu.get_cpu_capability(), _openmp()
+    if openmp and (bundled := BUNDLED / bundled_name(capability)).exists():
+        return bundled
+    compiler = _compiler()
+    flags = [*_FLAGS, *_ARCHITECTURE.get(capability, ()), *openmp]
+    identity = hashlib.sha256(" ".join([*compiler, *flags]).encode() + _sources_hash())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octav_fx"
     target = folder / f"kernels-{identity.hexdigest()[:16]}.so"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            objects = [str(Path(scratch) / f"{source.parent.name}-{source.stem}.o") for source in sources]
-            for source, output in zip(sources, objects, strict=True):
-                command = [*compiler, *flags, "-c", str(source), "-o", output]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-            # Linked without an OpenMP runtime: the symbols come from the one that torch has loaded, so that there is
-            # one pool of threads in the process and not two that spin against each other.
-            built = Path(scratch) / target.name
-            undefined = ["-undefined", "dynamic_lookup"] if os.uname().sysname == "Darwin" else []
-            command = [*compiler, "-shared", *undefined, *objects, "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            # Another process may be building the same: whoever is last replaces an equal file.
-            built.replace(target)
+        _compile(compiler, flags, target)
     return target
+
+
+def bundled_name(capability: str) -> str:
+    """Return the name of the build that a wheel holds for a CPU: of these sources and no others."""
+    return f"passes-{capability}-{_sources_hash().hex()[:16]}.so"
+
+
+def bundle(folder: Path) -> None:
+    """Compile the passes for each kind of CPU into a folder, for a wheel."""
+    for capability, flags in _ARCHITECTURE.items():
+        _compile(_compiler(), [*_FLAGS, *flags, "-fopenmp"], folder / bundled_name(capability))
+
+
+def _sources_hash() -> bytes:
+    files = [*sorted(_FOLDER.glob("*/*.cpp")), *sorted(_FOLDER.rglob("*.h"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
+
+
+def _compiler() -> list[str]:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    # CXX may bring a launcher or flags along.
+    if not (compiler := shlex.split(found or "")):
+        raise OSError("no C++ compiler found; install one or set CXX")
+    return compiler
+
+
+def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
+    folder = target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted(_FOLDER.glob("*/*.cpp"))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        objects = [str(Path(scratch) / f"{source.parent.name}-{source.stem}.o") for source in sources]
+        for source, output in zip(sources, objects, strict=True):
+            command = [*compiler, *flags, "-c", str(source), "-o", output]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        # Linked without an OpenMP runtime: the symbols come from the one that torch has loaded, so that there is
+        # one pool of threads in the process and not two that spin against each other.
+        built = Path(scratch) / target.name
+        undefined = ["-undefined", "dynamic_lookup"] if os.uname().sysname == "Darwin" else []
+        command = [*compiler, "-shared", *undefined, *objects, "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        # Another process may be building the same: whoever is last replaces an equal file.
+        built.replace(target)
 
 
 def _openmp() -> tuple[str, ...]:

@@ -1,22 +1,26 @@
-"""What became of each operand: rows, the printed table, and the share of the multiply-accumulates that is quantized."""
+"""What became of each operand, as rows, and the share of the multiply-accumulates that is quantized."""
 
+import csv
+import dataclasses
+import fnmatch
+import importlib
+import io
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
-from octav_fx.capture.inputs import as_inputs
 from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
-from octav_fx.capture.partial import example_of, float_records, outermost, partial_lines
-from octav_fx.capture.rerun import has_data, run_once
-from octav_fx.formats.granularity import along
+from octav_fx.capture.partial import float_records, outermost
+from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
-from octav_fx.ir.records import Record, graph_info
+from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
+from octav_fx.reporting.html import html_table
+from octav_fx.reporting.measure import Statistics, measured, statistics_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,12 @@ class Row:
     shape: tuple[int, ...]
     # None where the operand stays float; then reason says why.
     bits: int | None
+    # "int", or another number format.
+    format: str | None
+    # Bits of a code, and of its share of the scales.
+    bits_per_element: float | None
     signed: bool | None
-    # "tensor", or "channel" with the axis.
+    # "tensor", "channel", "token" or "group-N", with the axis.
     granularity: str | None
     # Mean, least and greatest clip over the channels, in the units of the operand.
     clip: float | None
@@ -51,6 +59,60 @@ class Row:
     reason: str | None
 
 
+class Rows(list[Row]):
+    """A list of Row that knows how to be a data frame, JSON, CSV, and a table in a notebook."""
+
+    def chosen(self, filter: str | Callable[[Row], bool] | None = None, sort: str | None = None) -> "Rows":
+        """Return the rows that filter lets through, ordered by sort.
+
+        filter: a glob of node names, or a function of a Row. sort: a field of Row, least first; with "-" before it,
+        greatest first. Rows without a value are last. Raises OctavError for a field that Row does not have.
+        """
+        if isinstance(filter, str):
+            found = [row for row in self if fnmatch.fnmatchcase(row.node, filter)]
+        else:
+            found = [row for row in self if filter is None or filter(row)]
+        if sort is None:
+            return Rows(found)
+        name = sort.removeprefix("-")
+        if name not in _FIELDS:
+            raise OctavError(f"sort={sort!r}: one of {', '.join(_FIELDS)}, with - before it for the greatest first")
+        known = [row for row in found if getattr(row, name) is not None]
+        known.sort(key=lambda row: getattr(row, name), reverse=sort.startswith("-"))
+        return Rows([*known, *(row for row in found if getattr(row, name) is None)])
+
+    def to_json(self) -> str:
+        """Return a JSON list of objects. JSON has no infinity: the SQNR of what is exact is null."""
+        values = [{name: _finite(value) for name, value in dataclasses.asdict(row).items()} for row in self]
+        return json.dumps(values, indent=1)
+
+    def to_csv(self) -> str:
+        """Return CSV with a line of names; empty where a row has no value."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**dataclasses.asdict(row), "shape": "x".join(map(str, row.shape))} for row in self)
+        return text.getvalue()
+
+    def to_pandas(self) -> Any:
+        """Return a pandas.DataFrame with a line for each row. Raises OctavError where pandas is not installed."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ModuleNotFoundError as error:
+            raise OctavError("to_pandas needs pandas: pip install pandas; to_json and to_csv do without") from error
+        return pandas.DataFrame([dataclasses.asdict(row) for row in self], columns=list(_FIELDS))
+
+    def _repr_html_(self) -> str:
+        return html_table(_FIELDS, [list(dataclasses.asdict(row).values()) for row in self])
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass(frozen=True, slots=True)
 class Coverage:
     """Multiply-accumulates of the example inputs. skipped: (node, reason, macs) for each node not wholly quantized."""
@@ -60,34 +122,24 @@ class Coverage:
     skipped: list[tuple[str, str, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Statistics:
-    clip: Tensor
-    max_abs: float
-    clipped: float
-    zeros: float
-    sqnr: float
-    gain: float
-
-
-def rows(q: nn.Module, example_inputs: Any = None) -> list[Row]:
+def rows(q: nn.Module, example_inputs: Any = None) -> Rows:
     """Return a Row for each operand of each matmul and convolution, and one for each node that no rule covers.
 
     Measures one forward in q's mode on example_inputs, by default those given to quantize(); parameters, statistics
     and random states stay as they are.
     """
     quantized = outermost(q)
-    statistics = _measure(quantized, example_inputs)
-    found = _records(quantized)
+    statistics = measured(quantized, example_inputs, statistics_of)
+    found = records_of(quantized)
     total = _total([record for _, record in found])
     names = {graphs_of(module): name for name, module in quantized.named_modules()}
-    return [_row(part, record, statistics, total, names) for part, record in found]
+    return Rows(_row(part, record, statistics, total, names) for part, record in found)
 
 
 def coverage(q: nn.Module) -> Coverage:
     """Count how much of the model's work is quantized, and say what is not."""
     nodes: dict[str, list[Record]] = {}
-    for _, record in _records(outermost(q)):
+    for _, record in records_of(outermost(q)):
         nodes.setdefault(record.site, []).append(record)
     skipped = []
     quantized = total = 0
@@ -101,42 +153,7 @@ def coverage(q: nn.Module) -> Coverage:
     return Coverage(quantized, total, skipped)
 
 
-def table(q: nn.Module, example_inputs: Any = None) -> str:
-    """Return rows() as text, with the coverage and what passes declined below."""
-    headers: tuple[str, ...] = (
-        *(
-            "node",
-            "op",
-            "operand",
-            "shape",
-            "bits",
-            "signed",
-            "granularity",
-            "clip",
-            "clip range",
-            "max|x|",
-            "clipped %",
-        ),
-        *("zeros %", "SQNR dB", "gain dB", "MACs", "MACs %", "graph", "reason"),
-    )
-    lines: list[tuple[str, ...]] = [_cells(row) for row in rows(q, example_inputs)]
-    # Empty for most models: one graph holds all of it, and nothing stays float.
-    used = [
-        i for i, header in enumerate(headers) if header not in ("graph", "reason") or any(line[i] for line in lines)
-    ]
-    headers, lines = tuple(headers[i] for i in used), [tuple(line[i] for i in used) for line in lines]
-    text = tabulate(lines, headers, disable_numparse=True, colalign=_alignment(headers) if lines else None)
-    covered = coverage(q)
-    share = covered.quantized_macs / covered.total_macs if covered.total_macs else 0.0
-    text += f"\n\nquantized: {share:.2%} of {_si(covered.total_macs)} MACs"
-    if covered.skipped:
-        text += f"; {len(covered.skipped)} nodes keep float operands"
-    quantized = outermost(q)
-    own = [note for part in quantized_modules(quantized) for note in graph_info(part).notes]
-    return "\n".join([text, *partial_lines(quantized), *dict.fromkeys(own)])
-
-
-def _records(quantized: nn.Module) -> list[tuple[QuantizedModule | None, Record]]:
+def records_of(quantized: nn.Module) -> list[tuple[QuantizedModule | None, Record]]:
     """Return each record and the graph it is of; None for what no graph holds."""
     found = [(part, record) for part in quantized_modules(quantized) for record in part.records]
     return [*found, *((None, record) for record in float_records(quantized))]
@@ -146,64 +163,10 @@ def _total(found: list[Record]) -> int:
     return sum({record.site: record.macs for record in found}.values())
 
 
-def _measure(q: nn.Module, example_inputs: Any) -> dict[nn.Module, _Statistics]:
-    """Return statistics by quantizer, from one forward; none where there is nothing to run on."""
-    call = example_of(q) if example_inputs is None else as_inputs(example_inputs)
-    if call is None or not has_data(q, call):
-        return {}
-    found: dict[nn.Module, _Statistics] = {}
-
-    def record(m: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        assert isinstance(m, FakeQuantizer)
-        found[m] = _statistics(m, args[0], y)
-
-    handles = [m.register_forward_hook(record) for m in q.modules() if isinstance(m, FakeQuantizer)]
-    try:
-        run_once(q, *call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _statistics(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> _Statistics:
-    spec, clip = quantizer.spec, quantizer.used
-    finite = x.isfinite()
-    grid = Grid(spec.bits, spec.signed)
-    bound = along(clip, x, spec.dim)
-    beyond = (x.abs() > bound) | (x < 0 if not spec.signed else False)
-    largest = torch.ops.octav.optimal_clip(x, clip, spec.bits, spec.signed, spec.dim, "max")
-    by_largest = torch.ops.octav.fake_quantize(x, largest, grid.bits, spec.signed, spec.dim, "ste")
-    signal = _power(x, finite)
-    sqnr, of_largest = (_decibel(signal, _power(x - rounded, finite)) for rounded in (y, by_largest))
-    return _Statistics(
-        clip=clip.detach().clone(),
-        max_abs=float(torch.where(finite, x.abs(), 0).max()) if x.numel() else 0.0,
-        clipped=_share(beyond & finite),
-        zeros=_share(y == 0),
-        sqnr=sqnr,
-        gain=0.0 if sqnr == of_largest else sqnr - of_largest,
-    )
-
-
-def _power(x: Tensor, finite: Tensor) -> float:
-    return float(torch.where(finite, x, 0).double().square().sum())
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.float().mean()) if mask.numel() else 0.0
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
 def _row(
     part: QuantizedModule | None,
     record: Record,
-    statistics: Mapping[nn.Module, _Statistics],
+    statistics: Mapping[nn.Module, Statistics],
     total: int,
     names: Mapping[QuantizedModule | None, str],
 ) -> Row:
@@ -218,9 +181,11 @@ def _row(
         op=record.op,
         operand=record.operand or "",
         shape=record.shape,
-        bits=spec.bits if spec else None,
-        signed=spec.signed if spec else None,
-        granularity=None if spec is None else "tensor" if spec.dim is None else f"channel {spec.dim}",
+        bits=spec.format.bits if spec else None,
+        format=None if spec is None else "int" if isinstance(spec.format, Grid) else spec.format.name,
+        bits_per_element=None if spec is None else spec.bits_per_element(record.shape),
+        signed=spec.format.signed if spec else None,
+        granularity=None if spec is None else spec.granularity.label,
         clip=None if clip is None else float(clip.mean()),
         clip_min=None if clip is None else float(clip.min()),
         clip_max=None if clip is None else float(clip.max()),
@@ -234,43 +199,3 @@ def _row(
         graph=None if part is None else names[part],
         reason=record.reason,
     )
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    spread = row.clip_min is not None and row.clip_min != row.clip_max
-    return (
-        row.node,
-        row.op,
-        row.operand,
-        "x".join(map(str, row.shape)),
-        "float" if row.bits is None else str(row.bits),
-        "" if row.signed is None else "yes" if row.signed else "no",
-        row.granularity or "",
-        _number(row.clip, ".4g"),
-        f"{row.clip_min:.3g}..{row.clip_max:.3g}" if spread else "",
-        _number(row.max_abs, ".4g"),
-        _number(row.clipped, ".2f", 100),
-        _number(row.zeros, ".1f", 100),
-        _number(row.sqnr, ".2f"),
-        _number(row.gain, "+.2f"),
-        _si(row.macs),
-        f"{100 * row.share:.2f}",
-        row.graph or "",
-        row.reason or "",
-    )
-
-
-def _alignment(headers: tuple[str, ...]) -> tuple[str, ...]:
-    words = ("node", "op", "operand", "signed", "granularity", "clip range", "graph", "reason")
-    return tuple("left" if header in words else "right" for header in headers)
-
-
-def _number(value: float | None, form: str, scale: float = 1) -> str:
-    return "" if value is None else format(value * scale, form)
-
-
-def _si(count: int) -> str:
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)

@@ -21,10 +21,10 @@ from octav_fx.compat.modules import RUNNING_HOOKS, children_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.ops import UserRules, op_of_module
-from octav_fx.ir.records import Record
+from octav_fx.ir.records import NOT_CALLED, Record, update_graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
-from octav_fx.nn import FakeQuantizer, Spec
-from octav_fx.training.one_graph import Position, check_equal, prepare_module, specs_of_whole
+from octav_fx.nn import FakeQuantizer, Settings
+from octav_fx.training.one_graph import Position, check_equal, prepare_module, settings_of_whole
 
 # Modules with their classes, children, hooks, and what octav_fx keeps on them.
 _Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]]
@@ -42,13 +42,11 @@ class PartsQuantizer:
     # By identity: the modules that are graphs of their own, inside the Python of those around them.
     blocks: set[int] = field(default_factory=set)
     # What each operand (site, name) has in one graph of the whole model, where one holds it: blocks have the same.
-    specs: Mapping[tuple[str, str], Spec] = field(default_factory=dict)
+    settings: Mapping[tuple[str, str], Settings] = field(default_factory=dict)
     # Which modules multiply and how much, in the order in which they do; known from the first descent on.
     macs_by_module: list[tuple[str, int]] = field(default_factory=list)
     # The same by identity, as a module may have several paths.
     workers: set[int] = field(default_factory=set)
-    # By identity: one that is reached by two ways is quantized once.
-    done: set[int] = field(default_factory=set)
 
     def quantize(self, module: nn.Module, calls: list[Inputs], path: str = "") -> nn.Module:
         """Quantize a module for these calls, the first of which is the example; return the same module, changed.
@@ -58,9 +56,9 @@ class PartsQuantizer:
         has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS
         if path and (has_no_rule or isinstance(module, self.user.leaves)):
             raise NotCaptured(f"no rule for {type(module).__name__}")
-        if id(module) not in self.done:
+        # One that is reached by two ways is quantized once.
+        if graphs_of(module) is None and not isinstance(module, PartialModule):
             self._quantized(module, calls, path)
-            self.done.add(id(module))
         return module
 
     def _quantized(self, module: nn.Module, calls: list[Inputs], path: str) -> nn.Module:
@@ -84,9 +82,9 @@ class PartsQuantizer:
         if self.macs_by_module:
             is_op, first, last = op_of_module(module) is not None, self.macs_by_module[0][0], self.macs_by_module[-1][0]
             position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
-        tree = _tree(module)
+        tree, position = _tree(module), replace(position, settings=self.settings)
         try:
-            prepare_module(module, calls[0], self.config, replace(position, specs=self.specs), self.user, both_modes)
+            prepare_module(module, calls[0], self.config, position, self.user, both_modes)
             for call in calls:
                 check_equal(module, call)
         except NotCaptured:
@@ -129,7 +127,6 @@ class PartsQuantizer:
             else:
                 # Captured, and nothing of it quantized: it has its reasons, an override among them.
                 float_records += [record for part in quantized_modules(child) for record in part.records]
-                self.done.remove(id(child))
                 _restore(trees[name])
         if _fault(module, calls, expected) is not None:
             placed_children = {name: (*children[name], trees[name]) for name in placed}
@@ -163,7 +160,6 @@ class PartsQuantizer:
             _restore(changed[name])
             if (fault := _fault(module, calls, expected)) is None:
                 continue
-            self.done.discard(id(child))
             is_whole = graphs_of(child) is not None
             _restore(tree)
             try:
@@ -172,11 +168,8 @@ class PartsQuantizer:
                 self.descend(child, its_calls, below, f"the code around it: {fault}")
                 if fault := _fault(module, calls, expected):
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
-                self.done.add(id(child))
             except NotCaptured as why:
                 _restore(tree)
-                for module_below, *_ in tree:
-                    self.done.discard(id(module_below))
                 float_records.append(self._float(below, child, str(why)))
         return float_records
 
@@ -202,6 +195,19 @@ class PartsQuantizer:
                 del children[name]
                 children |= parts
 
+    def count_calls(self, quantized: nn.Module) -> None:
+        """Let the records of graphs that the code around them calls several times say what all calls multiply."""
+        for path, module in quantized.named_modules():
+            if (part := graphs_of(module)) is None or not path:
+                continue
+            once = sum({record.site: record.macs for record in part.records}.values())
+            if (total := self._macs(path)) > once > 0:
+                found = {
+                    mode: [replace(record, macs=round(record.macs * total / once)) for record in rows]
+                    for mode, rows in part.all_records.items()
+                }
+                update_graph_info(part, records=found)
+
     def _macs(self, path: str) -> int:
         return sum(macs for at, macs in self.macs_by_module if _is_at(at, path))
 
@@ -216,8 +222,9 @@ def quantize_by_parts(
     parts = PartsQuantizer(config, user, set(map(id, blocks)))
     if parts.blocks:
         with contextlib.suppress(NotCaptured):
-            parts.specs = specs_of_whole(model, example, config, user)
+            parts.settings = settings_of_whole(model, example, config, user)
     quantized = parts.quantize(model, [example])
+    parts.count_calls(quantized)
     if (graphs := graphs_of(quantized)) is not None:
         graphs.examples = example
         return quantized
@@ -225,7 +232,7 @@ def quantize_by_parts(
     descent = quantized.octav_partial
     ran = {path for path, _ in parts.macs_by_module}
     idle = [
-        Record(path, type(module).__name__, None, (), 0, None, "not called for the example inputs")
+        Record(path, type(module).__name__, None, (), 0, None, NOT_CALLED)
         for path, module in _outside(quantized)
         if path not in ran and op_of_module(module) in CONTRACTIONS
     ]

@@ -33,8 +33,8 @@ from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
-from octav_fx.ir.records import Record, graph_info, records, update_graph_info
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.ir.records import NOT_CALLED, Record, graph_info, idle_records, records, update_graph_info
+from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 
@@ -50,7 +50,7 @@ class Position:
     holds_first: bool = True
     holds_last: bool = True
     # What operands (site, name) have in one graph of the whole model, if that is known.
-    specs: Mapping[tuple[str, str], Spec] = field(default_factory=dict)
+    settings: Mapping[tuple[str, str], Settings] = field(default_factory=dict)
 
     def named(self, site: str) -> str:
         """Return the name in the whole model of a node of the module."""
@@ -104,8 +104,10 @@ def _rewritten(
     return quantized
 
 
-def specs_of_whole(model: nn.Module, example: Inputs, config: Config, user: UserRules) -> dict[tuple[str, str], Spec]:
-    """Return the Spec of each operand (site, name) in one graph of a model, which stays as it is.
+def settings_of_whole(
+    model: nn.Module, example: Inputs, config: Config, user: UserRules
+) -> dict[tuple[str, str], Settings]:
+    """Return the Settings of each operand (site, name) in one graph of a model, which stays as it is.
 
     Raises NotCaptured where no graph can hold the model.
     """
@@ -118,12 +120,12 @@ def specs_of_whole(model: nn.Module, example: Inputs, config: Config, user: User
         for names, known in zip(held, before, strict=True):
             for name in set(names) - known:
                 del names[name]
-    found: dict[tuple[str, str], Spec] = {}
+    found: dict[tuple[str, str], Settings] = {}
     for record in (record for rows in quantized.all_records.values() for record in rows):
         if record.quantizer is not None and record.operand is not None:
             quantizer = quantized.get_submodule(record.quantizer)
             assert isinstance(quantizer, FakeQuantizer)
-            found[record.site, record.operand] = quantizer.spec
+            found[record.site, record.operand] = quantizer.settings
     return found
 
 
@@ -159,18 +161,20 @@ class Recipe:
         """Run the passes on the present graph; return a record for each operand, and notes."""
         known = quantizers_by_operand(quantized)
 
-        def choose(place: Place) -> Spec | str:
+        def choose(place: Place) -> Settings | str:
             placed = self.position.placed(place)
-            if (whole := self.position.specs.get((placed.site, placed.operand))) is not None:
+            if (whole := self.position.settings.get((placed.site, placed.operand))) is not None:
                 return whole
             choice, there = choose_spec(self.config, placed), known.get((placed.site, placed.operand))
-            if isinstance(choice, str) or there is None or (choice.signed and not there.spec.signed):
+            if isinstance(choice, str) or there is None or (choice.spec.format.signed and not there.spec.format.signed):
                 return choice
             # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
-            return replace(choice, bits=there.spec.bits, signed=there.spec.signed)
+            return replace(choice, spec=replace(choice.spec, format=there.spec.format))
 
         edits = run(quantized, prepare_passes(self.config, choose))
-        rows = [replace(row, site=self.position.named(row.site)) for row in records(quantized.graph, edits)]
+        found = records(quantized.graph, edits)
+        found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
+        rows = [replace(row, site=self.position.named(row.site)) for row in found]
         return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
 
 
@@ -186,9 +190,12 @@ def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], F
 def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
     """Add rows for operands that no row of a mode speaks of yet, and notes."""
     known = graph_info(quantized)
-    present = known.records.get(mode, [])
+    new = [row for row in rows if row.reason != NOT_CALLED]
+    sites = {row.site for row in new}
+    # What the first graph did not call is called now.
+    present = [row for row in known.records.get(mode, []) if row.reason != NOT_CALLED or row.site not in sites]
     seen = {(row.site, row.operand) for row in present}
-    added = [row for row in rows if (row.site, row.operand) not in seen]
+    added = [row for row in new if (row.site, row.operand) not in seen]
     update_graph_info(
         quantized,
         records={**known.records, mode: [*present, *added]},

@@ -75,7 +75,7 @@ def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason:
     parts = PartsQuantizer(
         recipe.config,
         recipe.user,
-        specs=position.specs,
+        settings=position.settings,
         macs_by_module=[*before, *((_join(position.path, at), macs) for at, macs in work), *after],
         workers={id(second.get_submodule(at)) for at, _ in work},
     )
@@ -118,14 +118,21 @@ def _share_quantizers(quantized: QuantizedModule, graphs: list[QuantizedModule])
     known = quantizers_by_operand(quantized)
     for graph in graphs:
         held: Any = children_of(graph)[QUANTIZERS]
+        placed = set()
         for operand, quantizer in quantizers_by_operand(graph).items():
-            name = next((name for name, module in held.named_children() if module is quantizer), None)
-            if name is None:
-                # Two operands had it, and it was replaced for the first.
+            # One that several operands share goes by the first.
+            if quantizer in placed:
                 continue
+            placed.add(quantizer)
             shared = known.get(operand)
-            if shared is not None and shared.spec == quantizer.spec and shared.hint.shape == quantizer.hint.shape:
+            if (
+                shared is not None
+                and shared.settings == quantizer.settings
+                and shared.hint.shape == quantizer.hint.shape
+            ):
+                name = next(name for name, module in held.named_children() if module is quantizer)
                 held.add_module(name, shared)
+                placed.add(shared)
                 continue
             base = "_".join(operand).replace(".", "_").replace(":", "_")
             free = next(n for n in (base, *(f"{base}_{i}" for i in range(1, 1000))) if not hasattr(own, n))

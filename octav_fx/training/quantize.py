@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,6 +38,7 @@ def quantize(
     rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
     blocks: Blocks | None = None,
+    examples: Sequence[Any] = (),
 ) -> nn.Module:
     """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
 
@@ -48,6 +50,8 @@ def quantize(
     modules, or "auto", the repeated blocks of the model. Hooks on blocks fire, and they can be checkpointed, compiled
     and sharded one by one. The default is "auto" for models of transformers and for those with activation
     checkpointing, and () for all others: the whole model in one graph.
+    examples: further calls of other kinds, each given as example_inputs is: other optional arguments, a sequence of
+    one token. A graph for each is captured now, which is done anyhow when such a call comes.
     Returns a module of the model's own class, in the same mode, on the same devices, with every float state_dict key
     and its value. Its forward is a graph; or, with blocks and where no single graph holds the model's Python code, the
     model's own over graphs below. What stays float is in table(q), with the file and line that stopped the capture.
@@ -75,10 +79,19 @@ def quantize(
                 f"rules: no graph calls {rule.target}, whose rule is {rule.name!r}; a function is seen where a forward "
                 "calls it by a global name that does not begin with an underscore"
             )
+    if not any(row.quantizer for row in captured):
+        why = dict.fromkeys(str(row.reason) for row in (*captured, *float_records(quantized)))
+        warnings.warn(
+            f"nothing of this {type(model).__name__} is quantized: {'; '.join(why) or 'it multiplies no matrices'}",
+            stacklevel=2,
+        )
     if strict:
         _check_strict([*float_records(quantized), *(row for part in graphs for row in part.records)])
     if has_data(quantized, example):
         run_once(quantized, *example)
+        for further in map(as_inputs, examples):
+            arguments_of(model, further)
+            run_once(quantized, *further)
         _begin_learned(quantized, example)
     return quantized
 

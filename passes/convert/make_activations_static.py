@@ -18,9 +18,13 @@ def make_activations_static(gm: fx.GraphModule) -> list[Edit]:
     for node in gm.graph.find_nodes(op="call_module"):
         quantizer = module_of(node)
         if isinstance(quantizer, FakeQuantizer) and quantizer.clip is not None:
-            spec = quantizer.spec
+            if (plain := quantizer.spec.even) is None:
+                # No integer kernel knows its levels: the frozen quantizer is its own definition.
+                edits.append(Edit.unsupported(node, f"{quantizer.spec} is rounded by its definition"))
+                continue
+            grid, dim = plain
             gm.set_submodule(
-                str(node.target), StaticQuantizer(quantizer.clip, spec.bits, spec.signed, spec.dim), strict=True
+                str(node.target), StaticQuantizer(quantizer.clip, grid.bits, grid.signed, dim), strict=True
             )
-            edits.append(Edit(str(node.target), "static", f"{spec.bits} bits"))
+            edits.append(Edit(str(node.target), "static", grid.label))
     return edits

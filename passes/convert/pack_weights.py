@@ -4,17 +4,18 @@
     matmul(x, quantizers.matmul_other(transpose(w, 0, 1)))  ->  matmul(x, quantizers.matmul_other())
 
 for a weight that the module's state alone decides: quantizers.conv_weight becomes an IntegerWeight, with the codes that
-the frozen quantizer gives now. The float parameter goes where nothing else reads it.
+the frozen quantizer gives now; a StoredWeight where it has groups or another format than integers, which no integer
+layer multiplies yet. The float parameter goes where nothing else reads it.
 """
 
-from torch import fx
+from torch import fx, nn
 
 from octav_fx.errors import OctavError
 from octav_fx.ir.arguments import module_input
 from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import module_of
-from octav_fx.nn import FakeQuantizer, IntegerWeight
+from octav_fx.nn import FakeQuantizer, IntegerWeight, StoredWeight
 
 
 def pack_weights(gm: fx.GraphModule) -> list[Edit]:
@@ -31,10 +32,15 @@ def pack_weights(gm: fx.GraphModule) -> list[Edit]:
         weight = value_of(gm, source)
         if not weight.isfinite().all():
             raise OctavError(f"{node.target}: the weight {source} holds inf or NaN, which no integer stands for")
-        gm.set_submodule(str(node.target), IntegerWeight(weight, quantizer.clip, spec.bits, spec.dim), strict=True)
+        if spec.even is None:
+            stored: nn.Module = StoredWeight(weight, quantizer.clip, spec)
+        else:
+            grid, dim = spec.even
+            stored = IntegerWeight(weight, quantizer.clip, grid.bits, dim, grid.narrow)
+        gm.set_submodule(str(node.target), stored, strict=True)
         node.args = ()
         _erase_unused(gm.graph, source)
-        edits.append(Edit(str(node.target), "store", f"{spec.bits} bits"))
+        edits.append(Edit(str(node.target), "store", spec.format.label))
     return edits
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import Arguments, arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import gradients_of, replace
@@ -36,11 +37,16 @@ def filters_channels_last(gm: fx.GraphModule) -> list[Edit]:
     edits = []
     for node in graph.find_nodes(op="call_function", target=octav.fake_quantize.default):
         call = arguments_of(node)
-        is_filter = call.dim == 0 and all(user.target in _CONVOLUTIONS for user in node.users)
+        is_filter = _is_by_filter(call) and all(user.target in _CONVOLUTIONS for user in node.users)
         if is_filter and call.x.op == "placeholder" and _applies(fake(call.x)):
             _rewrite(node, call)
             edits.append(Edit(str(call.x), "channels last", str(node)))
     return edits
+
+
+def _is_by_filter(call: Arguments) -> bool:
+    plain = spec_of(call.spec).plain
+    return plain is not None and plain[1] == 0
 
 
 def _applies(w: Tensor) -> bool:

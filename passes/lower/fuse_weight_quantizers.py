@@ -17,6 +17,7 @@ import operator
 import torch
 from torch import fx
 
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import Arguments, arguments_of
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import VIEWS, backward_of
@@ -32,22 +33,23 @@ def fuse_weight_quantizers(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring. Weights on other devices are not looked at."""
     graph = gm.graph
     backward = backward_of(graph)
-    by_method: dict[str, list[fx.Node]] = {}
+    alike: dict[tuple[str, torch.dtype | None], list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=octav.fake_quantize.default):
         if _is_weight(arguments_of(node)) and _is_read(node, backward):
-            by_method.setdefault(arguments_of(arguments_of(node).clip).method, []).append(node)
+            call = arguments_of(node)
+            alike.setdefault((arguments_of(call.clip).method, call.dtype), []).append(node)
     return [
         edit
-        for method, nodes in by_method.items()
+        for (method, dtype), nodes in alike.items()
         if len(nodes) > 1
-        for edit in _gather(graph, nodes, method, backward)
+        for edit in _gather(graph, nodes, method, dtype, backward)
     ]
 
 
 def _is_weight(call: Arguments) -> bool:
     """Return whether it is solved and rounded by channel on a signed grid, from nothing but inputs of the graph."""
     w, clip = call.x, call.clip
-    if clip.target is not octav.optimal_clip.default or call.dim is None or not call.signed:
+    if clip.target is not octav.optimal_clip.default or not _is_by_channel(call):
         return False
     solve = arguments_of(clip)
     if solve.x is not w or any(source.op != "placeholder" for source in (w, solve.hint)):
@@ -56,24 +58,31 @@ def _is_weight(call: Arguments) -> bool:
     return value.device.type in DEVICES and all(isinstance(size, int) for size in value.shape)
 
 
+def _is_by_channel(call: Arguments) -> bool:
+    plain = spec_of(call.spec).plain
+    return plain is not None and plain[0].signed and plain[1] is not None
+
+
 def _is_read(node: fx.Node, backward: set[fx.Node]) -> bool:
     """Return whether forward reads it, or a view of it."""
     forward = [user for user in node.users if user not in backward]
     return any(user.target not in VIEWS or _is_read(user, backward) for user in forward)
 
 
-def _gather(graph: fx.Graph, nodes: list[fx.Node], method: str, backward: set[fx.Node]) -> list[Edit]:
+def _gather(
+    graph: fx.Graph, nodes: list[fx.Node], method: str, dtype: torch.dtype | None, backward: set[fx.Node]
+) -> list[Edit]:
     calls = [arguments_of(node) for node in nodes]
     clips = [call.clip for call in calls]
     weights, hints = [call.x for call in calls], [arguments_of(clip).hint for clip in clips]
-    bits, dims = [call.bits for call in calls], [call.dim for call in calls]
+    specs = [call.spec for call in calls]
     ends = list(itertools.accumulate(fake(clip).shape[0] for clip in clips))
     with graph.inserting_before(next(node for node in graph.nodes if node in clips)):
-        both = insert_aten(graph, octav.fake_quantize_weights.default, weights, hints, bits, dims, method)
+        both = insert_aten(graph, octav.fake_quantize_weights.default, weights, hints, specs, method, dtype)
         levels, parts = (insert_aten(graph, operator.getitem, both, i) for i in range(2))
         ys = [insert_aten(graph, operator.getitem, levels, i) for i in range(len(nodes))]
         own = [insert_aten(graph, aten.slice.Tensor, parts, 0, *bounds) for bounds in itertools.pairwise([0, *ends])]
-    edits = [Edit(str(w), "gather", f"{b} bits") for w, b in zip(weights, bits, strict=True)]
+    edits = [Edit(str(w), "gather", spec_of(spec).format.label) for w, spec in zip(weights, specs, strict=True)]
     for node, y in zip(nodes, ys, strict=True):
         _take_forward(graph, node, y, backward)
     for clip, part in zip(clips, own, strict=True):

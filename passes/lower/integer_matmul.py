@@ -31,6 +31,7 @@ import torch
 from torch import fx
 
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import CONVERT, erase_unread, origin, replace
@@ -92,7 +93,9 @@ class _Matmul:
 
 def _grid(levels: fx.Node) -> Grid:
     call = arguments_of(levels)
-    return Grid(call.bits, call.signed)
+    plain = spec_of(call.spec).plain
+    assert plain is not None
+    return plain[0]
 
 
 def _mm(node: fx.Node) -> _Matmul | None:
@@ -128,10 +131,11 @@ _FORMS = {aten.mm.default: _mm, aten.addmm.default: _addmm, aten.convolution.def
 
 
 def _are_levels(x: fx.Node, w: fx.Node) -> bool:
-    """Return whether x has one clip, and w one or one for each output channel."""
+    """Return whether x has one clip, and w one or one for each output channel, both on integer grids."""
     if x.target not in _LEVELS or w.target is not octav.fake_quantize.default:
         return False
-    return arguments_of(x).dim is None and arguments_of(w).dim in (None, 0)
+    of_x, of_w = (spec_of(arguments_of(levels).spec).plain for levels in (x, w))
+    return of_x is not None and of_w is not None and of_x[1] is None and of_w[1] in (None, 0)
 
 
 def _obstacle(matmul: _Matmul) -> str | None:

@@ -19,7 +19,8 @@ of the grid's.
 import torch
 from torch import fx
 
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.format import Format
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import Arguments, arguments_of, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import CONVERT, COPIES, backward_of, closure, gradients_of, origin, replace
@@ -39,7 +40,7 @@ def mask_from_codes(gm: fx.GraphModule) -> list[Edit]:
         call = arguments_of(codes)
         gradients = [node for node in gradients_of(codes) if arguments_of(node).gradient == "pwl"]
         masked = [_mask(gradient, codes) for gradient in gradients]
-        answers = set() if call.signed else _answer(codes, backward)
+        answers = set() if _grid(call).signed else _answer(codes, backward)
         for mask in masked:
             _merge(mask, codes, answers)
         if masked or answers:
@@ -47,8 +48,8 @@ def mask_from_codes(gm: fx.GraphModule) -> list[Edit]:
     return edits
 
 
-def _grid(call: Arguments) -> Grid:
-    return Grid(call.bits, call.signed)
+def _grid(call: Arguments) -> Format:
+    return spec_of(call.spec).format
 
 
 def _mask(gradient: fx.Node, codes: fx.Node) -> fx.Node:

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import COPIES, VIEWS, backward_of, closure, gradients_of, origin, replace
@@ -39,9 +40,9 @@ def save_codes(gm: fx.GraphModule) -> list[Edit]:
         is_there = origin(call.x, VIEWS).op == "placeholder" or (call.gradient == "mad" and bool(gradients))
         if not is_there and (is_read or gradients):
             levels = _to_codes(levels)
-            edits.append(Edit(str(call.x), "save codes", f"{call.bits} bits"))
+            edits.append(Edit(str(call.x), "save codes", spec_of(call.spec).format.label))
         if is_read and _tag(levels) and is_there:
-            edits.append(Edit(str(call.x), "recompute", f"{call.bits} bits"))
+            edits.append(Edit(str(call.x), "recompute", spec_of(call.spec).format.label))
     return edits
 
 
@@ -50,7 +51,7 @@ def _to_codes(levels: fx.Node) -> fx.Node:
     graph, call = levels.graph, arguments_of(levels)
     with graph.inserting_before(levels):
         # Codes tell whether a ceiling was reached: that is what the gradient of a relu6 asks.
-        ceiling = None if call.signed else _ceiling_of(call.x)
+        ceiling = None if spec_of(call.spec).format.signed else _ceiling_of(call.x)
         codes = insert_call(graph, octav.quantize.default, call, ceiling=ceiling)
         dtype = fake(call.x).dtype
         new = insert_call(graph, octav.dequantize.default, call, codes=codes, dtype=dtype)

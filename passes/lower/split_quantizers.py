@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 import octav_fx.ops  # noqa: F401  registers torch.ops.octav
+from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import replace, results_of
@@ -34,5 +35,5 @@ def split_quantizers(gm: fx.GraphModule) -> list[Edit]:
         if 1 in results:
             replace(results[1], clip)
         graph.erase_node(node)
-        edits.append(Edit(str(call.x), "split", f"{call.bits} bits"))
+        edits.append(Edit(str(call.x), "split", spec_of(call.spec).format.label))
     return edits

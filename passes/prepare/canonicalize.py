@@ -10,17 +10,27 @@ Each contraction also gets its site: the name by which users, overrides and tabl
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
-from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks
+from octav_fx.capture.hooks import after_call, before_call, effective_weight
+from octav_fx.compat.modules import (
+    forward_hooks_of,
+    forward_pre_hooks_of,
+    has_backward_hooks,
+    parametrization_of,
+    weight_hooks_of,
+)
 from octav_fx.ir.arguments import argument, spread_operands
 from octav_fx.ir.dataflow import state_name
 from octav_fx.ir.edits import Edit, insert_captured, site_of
-from octav_fx.ir.meta import copy_meta, info, set_fake, update
+from octav_fx.ir.macs import MacCounter
+from octav_fx.ir.meta import copy_meta, fake, info, set_fake, update
 from octav_fx.ir.op import Op, Role
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.sites import in_scope, numbered
@@ -35,6 +45,9 @@ def canonicalize(gm: fx.GraphModule) -> list[Edit]:
     for node in list(gm.graph.nodes):
         op = op_of(node)
         if op is None or not op.operands:
+            if node.op == "call_module" and info(node).macs:
+                # A name for each call, so that tables count each.
+                update(node, site=_unique(str(node.target), taken))
             continue
         update(node, site=_unique(_site(node, op), taken))
         if reason := _refusal(node, op):
@@ -55,8 +68,8 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
     if node.op != "call_module":
         return None
     module = module_of(node)
-    if has_forward_hooks(module) or has_backward_hooks(module):
-        return "the module has hooks, which a function call would not run"
+    if has_backward_hooks(module):
+        return "the module has backward hooks, which a function call would not run"
     if op.call_of is None:
         return f"the row of {op.name!r} has no call_of to say with what its module calls it"
     if further := list(_given(node))[len(_inputs_of(op.call_of)) :]:
@@ -77,7 +90,13 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, names: dict[int, str]) -> N
     with graph.inserting_before(node):
         args, kwargs = (_of_module(node, op, names), {}) if node.op == "call_module" else _of_call(node, op)
         new = copy_meta(node, graph.call_function(op.target, args, kwargs))
-    node.replace_all_uses_with(new)
+        result = new
+        if node.op == "call_module":
+            if isinstance(fake(new), Tensor):
+                _count_alone(new)
+            if forward_hooks_of(module_of(node)):
+                result = insert_captured(graph, after_call, _itself(node), new, *args[: len(_given(node))])
+    node.replace_all_uses_with(result)
     graph.erase_node(node)
     # The name stays: goldens, tables and a reader's eye find it where it was.
     new.name = node.name
@@ -97,6 +116,9 @@ def _of_module(node: fx.Node, op: Op, names: dict[int, str]) -> tuple[Any, ...]:
     """Return the arguments of the function that a module calls, with its parameters as get_attr nodes."""
     assert op.call_of is not None
     inputs = list(_given(node).values())
+    if forward_pre_hooks_of(module_of(node)):
+        left = insert_captured(node.graph, before_call, _itself(node), *inputs)
+        inputs = [insert_captured(node.graph, operator.getitem, left, i) for i in range(len(inputs))]
     return op.call_of(_StateReads(node, names), functools.partial(insert_captured, node.graph), *inputs)
 
 
@@ -109,10 +131,44 @@ class _StateReads:
     _names: dict[int, str]
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(module_of(self._call), name)
+        module, graph = module_of(self._call), self._call.graph
+        if name in weight_hooks_of(module):
+            return insert_captured(graph, effective_weight, _itself(self._call), name)
+        if (computed := parametrization_of(module, name)) is not None and isinstance(fake(self._call), Tensor):
+            return _computed(self._call, f"{self._call.target}.parametrizations.{name}", computed)
+        value = getattr(module, name)
         if not isinstance(value, Tensor):
             return value
         return parameter(self._call, self._names.get(id(value), f"{self._call.target}.{name}"), value)
+
+
+def _itself(call: fx.Node) -> fx.Node:
+    """Return the node of the module that a node calls."""
+    module = call.graph.get_attr(str(call.target))
+    set_fake(module, module_of(call))
+    return module
+
+
+def _computed(call: fx.Node, path: str, parametrization: nn.Module) -> fx.Node:
+    """Return the call of what computes a parameter of a module; the work is its own."""
+    new = call.graph.call_module(path)
+    mode = fake(call).fake_mode
+    with mode, torch.no_grad(), MacCounter() as counter:
+        state = {name: mode.from_tensor(p) for name, p in parametrization.state_dict(keep_vars=True).items()}
+        set_fake(new, torch.func.functional_call(parametrization, state, ()))
+    update(new, macs=counter.macs, site=path if counter.macs else None)
+    return new
+
+
+def _count_alone(product: fx.Node) -> None:
+    """Count the work of a product without that of computing its weight, which a call of the module had in it."""
+    if not isinstance(fake(product), Tensor):
+        # It comes after what depends on data.
+        return
+    args, kwargs = fx.node.map_arg((product.args, product.kwargs), fake)
+    with fake(product).fake_mode, torch.no_grad(), MacCounter() as counter:
+        product.target(*args, **kwargs)  # type: ignore[operator]
+    update(product, macs=counter.macs)
 
 
 def _given(node: fx.Node) -> dict[str, Any]:

@@ -8,12 +8,14 @@ channel. An activation gets one clip, on an unsigned grid if it cannot be negati
 is. What stays float is an edit with its reason, whether its row, the configuration or a missing row decided it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.symbolic.regions import Kept, apply_function
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.arguments import operand_of, operands_of, set_operand
 from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, state_only, tensor_flow
@@ -23,7 +25,7 @@ from octav_fx.ir.meta import fake, info, set_fake
 from octav_fx.ir.op import Op, Operand, Role
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.signedness import nonnegative
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 
@@ -43,10 +45,13 @@ class Place:
     dim: int | None
     # An input of a sum that joins two paths, or of a global pool.
     residual: bool = False
+    # The axis that products are summed over, counted from the front; None: there is no one axis.
+    reduction: int | None = None
+    shape: tuple[int, ...] = ()
 
 
-# A Spec, or the reason why the operand stays float.
-Choose = Callable[[Place], Spec | str]
+# A Settings, or the reason why the operand stays float.
+Choose = Callable[[Place], Settings | str]
 
 
 def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
@@ -61,10 +66,13 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
         op, operands = op_of(node), operands_of(node)
         if op is None or not op.operands:
             if info(node).macs:
-                edits.append(Edit.unsupported(_name(node), f"no rule for {_kind(node)}"))
+                edits.append(Edit.unsupported(node, f"no rule for {_kind(node)}"))
             continue
         if node.target is not op.target or ("out" in node.kwargs and info(node).op is None):
             # canonicalize has said why.
+            continue
+        if reason := _no_grid_for(operand_of(node, operand) for operand in operands):
+            edits.append(Edit.unsupported(node, reason))
             continue
         if node not in valued and all(_is_floating(operand_of(node, operand)) for operand in operands):
             # Rotary embeddings multiply positions by frequencies: rounded, positions would be others.
@@ -87,7 +95,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
                 )
             set_fake(quantizer, fake(value))
             set_operand(node, operand, quantizer)
-            edits.append(Edit(place.site, "quantize", f"{choice.bits} bits", operand.name))
+            edits.append(Edit(place.site, "quantize", choice.spec.format.label, operand.name))
     return edits
 
 
@@ -98,6 +106,14 @@ def _value(argument: Any) -> Any:
 def _is_floating(argument: Any) -> bool:
     value = _value(argument)
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _no_grid_for(operands: Iterable[Any]) -> str | None:
+    """Return why operands of this kind stay as they are, or None."""
+    values = [value for value in map(_value, operands) if isinstance(value, Tensor)]
+    if any(value.is_complex() for value in values):
+        return "its operands are complex"
+    return "one of its operands is sparse" if any(value.layout is not torch.strided for value in values) else None
 
 
 def _is_quantized(value: Any) -> bool:
@@ -120,7 +136,16 @@ def _place(node: fx.Node, op: Op, operand: Operand, read: Any, is_static: bool, 
         edge=edge,
         signed=signed or is_weight,
         dim=None if channel is None else channel % value.dim(),
+        reduction=_reduction_axis(op, operand, value.dim()),
+        shape=tuple(value.shape),
     )
+
+
+def _reduction_axis(op: Op, operand: Operand, dims: int) -> int | None:
+    # The input of a convolution without a batch axis.
+    if op.spatial and operand.role is Role.ACTIVATION and dims == op.spatial + 1:
+        return 0
+    return operand.reduction_axis(dims)
 
 
 def _unknown_since(node: fx.Node) -> str:
@@ -138,34 +163,34 @@ def _check_floating(place: Place, read: fx.Node) -> None:
         )
 
 
-def add_quantizer(gm: fx.GraphModule, place: Place, spec: Spec, read: fx.Node, *, running: bool) -> str:
+def add_quantizer(gm: fx.GraphModule, place: Place, settings: Settings, read: fx.Node, *, running: bool) -> str:
     """Put a quantizer into the tree and return its path; the graph of the other mode may have an equal one there."""
     quantizers = gm.get_submodule(QUANTIZERS)
     value = fake(read)
-    channels = None if spec.dim is None else value.shape[spec.dim]
+    shared = settings.spec.granularity
+    # A clip for each row of data is none for the next batch.
+    shape = () if running and shared.is_short else shared.clip_shape(value.shape)
     base = f"{place.site}_{place.operand}".replace(".", "_").replace(":", "_")
     name, count = base, 0
     used = {node.target for node in gm.graph.nodes if node.op == "call_module"}
     while hasattr(quantizers, name):
         existing = getattr(quantizers, name)
-        same = existing.spec == spec and existing.hint.numel() == (channels or 1)
-        same = same and (existing.mean is not None) is running
+        same = existing.settings == settings and existing.hint.shape == shape
+        same = same and existing.running is running
         if same and f"{QUANTIZERS}.{name}" not in used:
             return f"{QUANTIZERS}.{name}"
         count += 1
         name = f"{base}_{count}"
-    quantizer = FakeQuantizer(spec, channels, value.device, running=running)
+    quantizer = FakeQuantizer(settings, shape, value.device, running=running)
     quantizers.add_module(name, quantizer.train(gm.training))
     return f"{QUANTIZERS}.{name}"
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else site_of(node)
 
 
 def _kind(node: fx.Node) -> str:
     if node.op == "call_module":
         return type(module_of(node)).__name__
+    if node.target is apply_function and isinstance(kept := fake(node.args[0]), Kept):  # type: ignore[arg-type]
+        return kept.function.__name__
     return str(getattr(node.target, "__name__", node.target))
 
 

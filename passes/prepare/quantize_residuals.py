@@ -70,25 +70,35 @@ def _quantize(gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set
     value: Any = operand_of(node, operand)
     site, op = site_of(node), op_of(node)
     assert op is not None
-    place = Place(site, op.name, operand.name, Role.ACTIVATION, False, value not in unsigned, None, residual=True)
-    spec = choose(place)
-    if isinstance(spec, str):
-        return Edit.by_config(node, spec, operand.name)
+    place = Place(
+        site,
+        op.name,
+        operand.name,
+        Role.ACTIVATION,
+        False,
+        value not in unsigned,
+        None,
+        residual=True,
+        shape=tuple(fake(value).shape),
+    )
+    settings = choose(place)
+    if isinstance(settings, str):
+        return Edit.by_config(node, settings, operand.name)
     if in_place(node) and operand.index == 0 and any(reader > node for reader in value.users):
         return Edit.unsupported(node, f"{value.name} is read after the sum has been written into it", operand.name)
     if any(in_place(reader) and reader is not node for reader in value.users):
         return Edit.unsupported(node, f"{value.name} is written in place by another node", operand.name)
-    known = {reader: q.spec.bits for reader in value.users if (q := _quantizer(reader)) is not None}
+    known = {reader: q.spec.format.bits for reader in value.users if (q := _quantizer(reader)) is not None}
     wide = max(known, key=known.__getitem__, default=None)
-    if wide is None or known[wide] < spec.bits:
+    if wide is None or known[wide] < settings.spec.format.bits:
         with gm.graph.inserting_after(value):
-            wide = gm.graph.call_module(add_quantizer(gm, place, spec, value, running=True), (value,))
+            wide = gm.graph.call_module(add_quantizer(gm, place, settings, value, running=True), (value,))
     else:
         value.append(wide)
     set_fake(wide, fake(value))
     value.replace_all_uses_with(wide, delete_user_cb=lambda reader: reader is not wide)
     set_operand(node, operand, wide)
-    return Edit(site, "quantize", f"{known.get(wide, spec.bits)} bits", operand.name)
+    return Edit(site, "quantize", f"{known.get(wide, settings.spec.format.bits)} bits", operand.name)
 
 
 def _quantizer(node: Any) -> FakeQuantizer | None:

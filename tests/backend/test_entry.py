@@ -21,8 +21,6 @@ import octav_fx
 from octav_fx import Config, OctavError, quantize, zoo
 from octav_fx.backend import entry
 from octav_fx.clips.gradients import GRADIENTS
-from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid
 from octav_fx.nn import FakeQuantizer
 
 # Inductor adds up in another order: a few roundings of float32 (2**-24 = 6e-8) in each of a few layers of these small
@@ -390,11 +388,11 @@ def test_the_fused_layer_of_inference_is_logged_as_a_warning(reached, caplog):
 def test_a_multiplication_without_a_rule_is_logged_as_a_warning(reached, caplog):
     class Unruled(Mlp):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.tensordot(self.first(x), self.second.weight, ([1], [1]))
+            return torch.cdist(self.first(x), self.second.weight)
 
     with caplog.at_level(logging.WARNING, "octav_fx"):
         octav(Unruled())(torch.randn(4, 8))
-    assert [record.getMessage() for record in caplog.records] == ["tensordot stays as it is: no rule for tensordot"]
+    assert [record.getMessage() for record in caplog.records] == ["cdist stays as it is: no rule for cdist"]
 
 
 def test_numbered_layers_and_weights_of_attention_are_quantized(reached):
@@ -546,8 +544,8 @@ class Forced(nn.Module):
         with torch.no_grad():
             self.chosen = self.quantizer(x)
         spec = self.quantizer.spec
-        clip = along(self.clip, x, spec.dim).to(x.dtype)
-        x = x * GRADIENTS[spec.gradient](x.detach(), clip, spec.signed)
+        clip = spec.granularity.along(self.clip, x).to(x.dtype)
+        x = x * GRADIENTS[self.quantizer.settings.gradient](x.detach(), clip, spec.format.signed)
         return x + (self.y.to(x.dtype) - x).detach()
 
 
@@ -597,7 +595,7 @@ def one_step(request):
 
 
 def codes(y: Tensor, clip: Tensor, spec) -> Tensor:
-    return (y / along(Grid(spec.bits, spec.signed).step(clip), y, spec.dim)).round()
+    return (y / spec.granularity.along(spec.format.step(clip), y)).round()
 
 
 @pytest.mark.compile

@@ -11,6 +11,7 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.utils import run_and_get_code
 
 from octav_fx.backend import inductor
+from octav_fx.formats.spec import integers
 from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
@@ -44,11 +45,11 @@ def calls(code: str, variant: str) -> set[str]:
 def every_op(x: Tensor, hint: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """All of them, of computed tensors and for other computations; none of these rounds."""
     x = x.neg()
-    clip = optimal_clip(x, hint, 4, True, None, "octav")
-    codes = quantize(x, clip, 4, True, None)
-    y = dequantize(codes, clip * 2, 4, True, None, torch.float32) * 2
-    z = fake_quantize(y.neg(), clip, 4, True, None, "pwl") * 2
-    dx = fake_quantize_backward(z, x, clip, True, None, "mad")
+    clip = optimal_clip(x, hint, integers(4, True, None), "octav")
+    codes = quantize(x, clip, integers(4, True, None))
+    y = dequantize(codes, clip * 2, integers(4, True, None), torch.float32) * 2
+    z = fake_quantize(y.neg(), clip, integers(4, True, None), "pwl") * 2
+    dx = fake_quantize_backward(z, x, clip, integers(4, True, None), "mad")
     filters = w.neg()
     clips = filters.abs().amax((1, 2))
     rows = fake_quantize_filters(filters, clips, 4, True)
@@ -100,13 +101,13 @@ def test_one_code_serves_every_size() -> None:
 def test_the_numbers_are_those_of_the_ops() -> None:
     # Of the inputs themselves, each in its own layout.
     def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        clip = optimal_clip(x, torch.zeros(()), 4, True, None, "octav")
-        codes = quantize(x, clip, 4, True, None)
-        clips = optimal_clip(w, torch.zeros(5), 4, True, 0, "octav")
+        clip = optimal_clip(x, torch.zeros(()), integers(4, True, None), "octav")
+        codes = quantize(x, clip, integers(4, True, None))
+        clips = optimal_clip(w, torch.zeros(5), integers(4, True, 0), "octav")
         return (
             clip,
             codes,
-            dequantize(codes, clip, 4, True, None, torch.float32),
+            dequantize(codes, clip, integers(4, True, None), torch.float32),
             fake_quantize_filters(w, clips, 4, True),
         )
 
@@ -119,8 +120,8 @@ def test_the_numbers_are_those_of_the_ops() -> None:
 
 def test_layouts_stay_what_they_are() -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
-        codes = quantize(x, torch.ones(3), 4, True, 1)
-        return codes, dequantize(codes, torch.ones(3), 4, True, 1, torch.float32)
+        codes = quantize(x, torch.ones(3), integers(4, True, 1))
+        return codes, dequantize(codes, torch.ones(3), integers(4, True, 1), torch.float32)
 
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     results, _ = generated(function, x)
@@ -131,7 +132,7 @@ def test_layouts_stay_what_they_are() -> None:
 
 def test_training_through_the_live_quantizer() -> None:
     def loss(x: Tensor, hint: Tensor) -> Tensor:
-        return (dynamic_fake_quantize(x, hint, 4, True, None, "octav", "pwl")[0] * 2).sum()
+        return (dynamic_fake_quantize(x, hint, integers(4, True, None), "octav", "pwl")[0] * 2).sum()
 
     x = torch.randn(9, 7)
     eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()

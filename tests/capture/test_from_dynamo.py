@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import octav_fx
 from octav_fx.capture.from_dynamo import from_dynamo, has_quantizers, lift_hints
 from octav_fx.config import Config
+from octav_fx.formats.spec import integers
 from octav_fx.ir.dataflow import state_name
 from octav_fx.ir.edits import site_of
 from octav_fx.ir.meta import fake, info
@@ -75,7 +76,7 @@ def test_one_quantizer_is_enough(overload: Any) -> None:
     target = torch.ops.octav.dynamic_fake_quantize.default if overload == "default" else overload
 
     def function(x: Tensor) -> Tensor:
-        return target(x, torch.zeros(()), 4, True, None, "octav", "pwl")[0].relu()
+        return target(x, torch.zeros(()), integers(4, True, None), "octav", "pwl")[0].relu()
 
     assert seen(function, torch.randn(5), read=has_quantizers) == [True]
 
@@ -234,9 +235,10 @@ def test_golden_hints_are_lifted() -> None:
         f"linear_1 = linear(quantizers_b_input, quantizers_b_weight, {b}_bias_)\n"
         "return (linear_1)"
     )
-    spec, per_channel = "4, True, None, 'octav', 'pwl'", "4, True, 0, 'octav', 'mad'"
+    spec, per_channel = "'int4/tensor', 'octav', 'pwl'", "'int4/channel.0', 'octav', 'mad'"
     assert after == (
-        f"dynamic_fake_quantize_default = dynamic_fake_quantize.default(l_x_, hint_a_input, {spec})\n"
+        "as_autocast = as_autocast(l_x_)\n"
+        f"dynamic_fake_quantize_default = dynamic_fake_quantize.default(as_autocast, hint_a_input, {spec})\n"
         "getitem = getitem(dynamic_fake_quantize_default, 0)\n"
         "getitem_1 = getitem(dynamic_fake_quantize_default, 1)\n"
         "copy_ = hint_a_input.copy_(getitem_1)\n"
@@ -246,7 +248,8 @@ def test_golden_hints_are_lifted() -> None:
         "getitem_3 = getitem(dynamic_fake_quantize_default_1, 1)\n"
         "copy__1 = hint_a_weight.copy_(getitem_3)\n"
         f"linear = linear(getitem, getitem_2, {a}_bias_)\n"
-        f"dynamic_fake_quantize_default_2 = dynamic_fake_quantize.default(linear, hint_b_input, {spec})\n"
+        "as_autocast_1 = as_autocast(linear)\n"
+        f"dynamic_fake_quantize_default_2 = dynamic_fake_quantize.default(as_autocast_1, hint_b_input, {spec})\n"
         "getitem_4 = getitem(dynamic_fake_quantize_default_2, 0)\n"
         "getitem_5 = getitem(dynamic_fake_quantize_default_2, 1)\n"
         "copy__2 = hint_b_input.copy_(getitem_5)\n"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octav_fx.clips import newton
+from octav_fx.clips import methods
 from octav_fx.clips.newton import octav_grid_step, octav_step
 from octav_fx.formats.grid import Grid
 from tests.support.examples import examples
@@ -18,7 +18,7 @@ NEWTON = ["octav", "octav-grid"]
 
 def solve(rows, bits, signed=True, method="octav", hint=None):
     hint = torch.zeros(len(rows)) if hint is None else hint
-    return newton.METHODS[method](rows, hint, Grid(bits, signed))
+    return methods.METHODS[method].solve(rows, hint, Grid(bits, signed))
 
 
 def bisect(falling, low, high):
@@ -286,4 +286,4 @@ def test_largest_is_the_largest_magnitude(signed):
 def test_the_host_reads_no_value(method):
     # A meta tensor has none: .item(), a branch on a value or a boolean index would raise.
     x = torch.empty(3, 500, device="meta")
-    assert newton.METHODS[method](x, torch.empty(3, device="meta"), Grid(4, True)).shape == (3,)
+    assert methods.METHODS[method].solve(x, torch.empty(3, device="meta"), Grid(4, True)).shape == (3,)

@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 
-from octav_fx.clips.newton import METHODS
+from octav_fx.clips.methods import METHODS
 from octav_fx.formats.grid import Grid
 
 ONE_IN = {"percentile-99.9": 1000, "percentile-99.99": 10_000, "percentile-99.999": 100_000}
 
 
 def solve(rows, method, signed=True):
-    return METHODS[method](rows, torch.zeros(len(rows)), Grid(4, signed))
+    return METHODS[method].solve(rows, torch.zeros(len(rows)), Grid(4, signed))
 
 
 @pytest.mark.parametrize(("method", "one_in"), ONE_IN.items())

@@ -27,8 +27,8 @@ def graph() -> fx.GraphModule:
 def test_arguments_by_name() -> None:
     (codes,) = codes_of(graph())
     call = arguments_of(codes)
-    assert list(call) == ["x", "clip", "bits", "signed", "dim", "ceiling"]
-    assert (call.bits, call["bits"], call.signed, call.dim) == (4, 4, True, None)
+    assert list(call) == ["x", "clip", "spec", "ceiling"]
+    assert (call.spec, call["spec"]) == ("int4/tensor", "int4/tensor")
     assert call.x is codes.args[0]
     assert dict(call)["clip"] is codes.args[1]
 
@@ -36,8 +36,8 @@ def test_arguments_by_name() -> None:
 def test_defaults_and_keywords() -> None:
     new = fx.Graph()
     x, clip = new.placeholder("x"), new.placeholder("clip")
-    call = arguments_of(new.call_function(octav.quantize.default, (x, clip), {"signed": False, "bits": 4, "dim": 0}))
-    assert (call.bits, call.signed, call.dim, call.ceiling) == (4, False, 0, None)
+    call = arguments_of(new.call_function(octav.quantize.default, (x, clip), {"spec": "uint4/channel.0"}))
+    assert (call.spec, call.ceiling) == ("uint4/channel.0", None)
     call = arguments_of(new.call_function(aten.addmm.default, (x, x, x), {"alpha": 2}))
     assert (call["self"], call.mat2, call.beta, call.alpha) == (x, x, 1, 2)
 
@@ -73,7 +73,7 @@ def test_arguments_are_updated_in_place() -> None:
     hint = arguments_of(arguments_of(codes).clip).hint
     update_arguments(codes, clip=hint, ceiling=6.0)
     assert (arguments_of(codes).clip, arguments_of(codes).ceiling) == (hint, 6.0)
-    assert "quantize_default = quantize.default(mm, primals_4, 4, True, None, 6.0)" in graph_text(gm.graph)
+    assert "quantize_default = quantize.default(mm, primals_4, 'int4/tensor', 6.0)" in graph_text(gm.graph)
     with pytest.raises(OctavError, match="there is no 'scale'"):
         update_arguments(codes, scale=hint)
 
@@ -96,7 +96,7 @@ def test_a_call_takes_what_its_schema_names() -> None:
             insert_call(gm.graph, octav.fake_quantize.default, arguments_of(codes))
         with pytest.raises(OctavError, match=r"octav.fake_quantize.default takes x, .* there is no 'ceiling'"):
             insert_call(gm.graph, octav.fake_quantize.default, arguments_of(codes), gradient="ste", ceiling=6.0)
-    assert arguments_of(node).bits == 4
+    assert arguments_of(node).spec == "int4/tensor"
     assert node.meta["val"].shape == (7, 30)
 
 

@@ -5,13 +5,14 @@ from torch import nn
 
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.records import Record, records
-from octav_fx.nn import Spec
+from octav_fx.nn import Settings
 from octav_fx.passes import Place, canonicalize, deduplicate_quantizers, quantize_operands
 from tests.support.graphs import captured, model, parameter
+from tests.support.settings import settings_of
 
 
-def choose(place: Place) -> Spec | str:
-    return "as asked" if place.site.startswith("float") else Spec(4, place.signed, place.dim, "octav", "pwl")
+def choose(place: Place) -> Settings | str:
+    return "as asked" if place.site.startswith("float") else settings_of(4, place.signed, place.dim, "octav", "pwl")
 
 
 def rows(float_module: nn.Module, **arguments: torch.Tensor) -> list[Record]:
@@ -54,15 +55,15 @@ def test_what_was_declined_has_its_reason() -> None:
 
 def test_a_node_that_canonicalize_left_is_one_row() -> None:
     float_module = nn.Sequential(nn.Linear(4, 2))
-    float_module[0].register_forward_hook(lambda module, args, y: y)
-    reason = "the module has hooks, which a function call would not run"
+    float_module[0].register_full_backward_hook(lambda module, given, taken: None)
+    reason = "the module has backward hooks, which a function call would not run"
     assert rows(float_module, input=torch.randn(3, 4)) == [Record("0", "linear", None, (3, 2), 24, None, reason)]
 
 
 def test_a_node_without_a_rule_is_one_row_if_it_multiplies() -> None:
-    float_module = model(lambda self, x: torch.inner(x, x).softmax(-1).cumsum(0))
+    float_module = model(lambda self, x: torch.cdist(x, x).softmax(-1).cumsum(0))
     assert rows(float_module, x=torch.randn(3, 4)) == [
-        Record("inner", "inner", None, (3, 3), 36, None, "no rule for inner")
+        Record("cdist", "cdist", None, (3, 3), 36, None, "no rule for cdist")
     ]
 
 

@@ -78,7 +78,7 @@ def test_a_prepared_graph_that_a_pass_broke(name: str) -> None:
     change, message = PREPARED[name]
     with pytest.raises(InvariantError, match=message) as raised:
         run(prepared(), [*prepare_passes(Config()), breaking(change)])
-    assert raised.value.__notes__[0].startswith("in pass broken, after canonicalize, ")
+    assert raised.value.__notes__[0].startswith("in pass broken, after expand_products, canonicalize, ")
 
 
 def test_what_a_configuration_leaves_float_has_a_reason() -> None:
@@ -92,18 +92,18 @@ def other_clip(gm: fx.GraphModule) -> None:
 
 
 def other_bits(gm: fx.GraphModule) -> None:
-    update_arguments(find(gm, octav.dequantize.default), bits=3)
+    update_arguments(find(gm, octav.dequantize.default), spec="int3/tensor")
 
 
 def other_dtype(gm: fx.GraphModule) -> None:
     (codes,) = codes_of(gm)
-    update_arguments(codes, bits=8)
-    update_arguments(find(gm, octav.dequantize.default), bits=8)
+    update_arguments(codes, spec="int8/tensor")
+    update_arguments(find(gm, octav.dequantize.default), spec="int8/tensor")
 
 
 def per_channel(gm: fx.GraphModule) -> None:
     for node in (codes_of(gm)[0], find(gm, octav.dequantize.default)):
-        update_arguments(node, dim=0)
+        update_arguments(node, spec="int4/channel.0")
 
 
 def another_solve(gm: fx.GraphModule) -> None:
@@ -135,9 +135,15 @@ LOWERED: dict[str, tuple[Change, str]] = {
         other_clip,
         r"'codes have one clip and one grid'.* dequantize_default: clip is primals_4, that of",
     ),
-    "bits": (other_bits, r"'codes have one clip and one grid'.* dequantize_default: bits is 3, that of its codes 4"),
+    "bits": (
+        other_bits,
+        r"'codes have one clip and one grid'.* dequantize_default: spec is int3/tensor, that of its codes int4/tensor",
+    ),
     "dtype": (other_dtype, r"quantize_default: its codes are torch.int8, not torch.int16"),
-    "granularity": (per_channel, r"'a clip is as fine as its quantizer'.* its clip has 0 axes for the channel axis 0"),
+    "granularity": (
+        per_channel,
+        r"'a clip is as fine as its quantizer'.* its clip has 0 axes for the granularity channel.0",
+    ),
     "solve": (
         another_solve,
         r"'what quantizers compute is read' does not hold: optimal_clip_default_1: nobody",

@@ -7,26 +7,27 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.nn import FakeQuantizer
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.ops.optimal_clip.op import optimal_clip
+from tests.support.settings import settings_of
 
-TENSOR = Spec(4, signed=True, dim=None, method="octav", gradient="pwl")
-CHANNEL = Spec(4, signed=True, dim=0, method="octav", gradient="mad")
-
-
-def clip_from_parameter(x, spec):
-    hint = torch.zeros(() if spec.dim is None else x.shape[spec.dim])
-    return optimal_clip(x, hint, spec.bits, spec.signed, spec.dim, spec.method)
+TENSOR = settings_of(4, True, None, "octav", "pwl")
+CHANNEL = settings_of(4, True, 0, "octav", "mad")
 
 
-@pytest.mark.parametrize(("spec", "channels"), [(TENSOR, None), (CHANNEL, 3)])
-def test_the_first_call_quantizes_and_fills_the_hint(spec, channels):
-    quantizer, x = FakeQuantizer(spec, channels), torch.randn(3, 100)
+def clip_from_parameter(x, settings):
+    hint = torch.zeros(settings.spec.granularity.clip_shape(x.shape))
+    return optimal_clip(x, hint, str(settings.spec), settings.method)
+
+
+@pytest.mark.parametrize(("settings", "shape"), [(TENSOR, ()), (CHANNEL, (3,))])
+def test_the_first_call_quantizes_and_fills_the_hint(settings, shape):
+    quantizer, x = FakeQuantizer(settings, shape), torch.randn(3, 100)
     assert not quantizer.hint.any()
-    y, clip = quantizer(x), clip_from_parameter(x, spec)
+    y, clip = quantizer(x), clip_from_parameter(x, settings)
     assert torch.equal(quantizer.hint, clip)
-    assert torch.equal(y, fake_quantize(x, clip, spec.bits, spec.signed, spec.dim, spec.gradient))
+    assert torch.equal(y, fake_quantize(x, clip, str(settings.spec), settings.gradient))
 
 
 def test_the_hint_is_a_buffer_outside_of_the_state_dict():
@@ -58,10 +59,10 @@ def test_the_tensors_before_do_not_change_the_result():
     torch.testing.assert_close(quantizer(x), fresh(x), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("spec", [TENSOR, Spec(4, signed=False, dim=None, method="octav-grid", gradient="pwl")])
-def test_inf_and_nan_pass_and_do_not_reach_the_hint(spec):
-    quantizer, x = FakeQuantizer(spec), torch.randn(1000)
-    clean = clip_from_parameter(x, spec)
+@pytest.mark.parametrize("settings", [TENSOR, settings_of(4, False, None, "octav-grid", "pwl")])
+def test_inf_and_nan_pass_and_do_not_reach_the_hint(settings):
+    quantizer, x = FakeQuantizer(settings), torch.randn(1000)
+    clean = clip_from_parameter(x, settings)
     bad = torch.cat([x, torch.tensor([math.inf, -math.inf, math.nan])])
     y = quantizer(bad)
     torch.testing.assert_close(y[1000:], bad[1000:], rtol=0, atol=0, equal_nan=True)
@@ -73,7 +74,7 @@ def test_inf_and_nan_pass_and_do_not_reach_the_hint(spec):
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)])
 def test_the_hint_stays_float32(convert):
-    quantizer = FakeQuantizer(CHANNEL, 3)
+    quantizer = FakeQuantizer(CHANNEL, (3,))
     quantizer(torch.randn(3, 100))
     converted = convert(nn.Sequential(quantizer))[0]
     assert converted.hint.dtype is torch.float32
@@ -89,7 +90,7 @@ def test_copies_have_a_hint_of_their_own(duplicate):
     quantizer = FakeQuantizer(TENSOR)
     quantizer(torch.randn(100))
     before, other = quantizer.hint.clone(), duplicate(quantizer)
-    assert other.spec == quantizer.spec
+    assert other.settings == quantizer.settings
     assert torch.equal(other.hint, before)
     other(10 * torch.randn(100))
     assert torch.equal(quantizer.hint, before)
@@ -98,11 +99,11 @@ def test_copies_have_a_hint_of_their_own(duplicate):
 
 def test_two_calls_before_one_backward():
     # The hint is written in between: autograd must not need it.
-    quantizer, x = FakeQuantizer(CHANNEL, 3), torch.randn(3, 50, requires_grad=True)
+    quantizer, x = FakeQuantizer(CHANNEL, (3,)), torch.randn(3, 50, requires_grad=True)
     (quantizer(x) + quantizer(2 * x)).sum().backward()
     expected = x.detach().clone().requires_grad_()
     for factor in (1, 2):
-        FakeQuantizer(CHANNEL, 3)(factor * expected).sum().backward()
+        FakeQuantizer(CHANNEL, (3,))(factor * expected).sum().backward()
     # The second call starts from the hint of the first.
     torch.testing.assert_close(x.grad, expected.grad, rtol=1e-6, atol=0)
 
@@ -133,7 +134,7 @@ def test_inference_mode_leaves_a_hint_that_training_can_use():
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.empty(3, 0), torch.full((3, 4), 0.5)])
 def test_zeros_empty_and_constant_tensors(x):
-    quantizer = FakeQuantizer(CHANNEL, 3)
+    quantizer = FakeQuantizer(CHANNEL, (3,))
     y = quantizer(x)
     # Of a constant the highest level misses a step of an eighth.
     torch.testing.assert_close(y, x * 7 / 8, rtol=1e-6, atol=0)
@@ -141,7 +142,7 @@ def test_zeros_empty_and_constant_tensors(x):
 
 def test_traced_whole_with_the_same_values_gradients_and_hint(fresh_dynamo):
     x = torch.randn(3, 50)
-    eager, module = FakeQuantizer(CHANNEL, 3), FakeQuantizer(CHANNEL, 3)
+    eager, module = FakeQuantizer(CHANNEL, (3,)), FakeQuantizer(CHANNEL, (3,))
     traced = torch.compile(module, backend="aot_eager", fullgraph=True)
     for scale in (1, 3):
         a, b = (scale * x).requires_grad_(), (scale * x).requires_grad_()
@@ -154,9 +155,9 @@ def test_traced_whole_with_the_same_values_gradients_and_hint(fresh_dynamo):
 
 
 def test_equal_specs_are_one_key():
-    assert len({TENSOR, Spec(4, True, None, "octav", "pwl"), CHANNEL}) == 2
+    assert len({TENSOR, settings_of(4, True, None, "octav", "pwl"), CHANNEL}) == 2
 
 
 def test_repr_says_how_it_quantizes():
-    assert repr(FakeQuantizer(CHANNEL, 3)) == "FakeQuantizer(4 bits, signed, per-channel dim=0, octav, mad)"
-    assert repr(FakeQuantizer(TENSOR)) == "FakeQuantizer(4 bits, signed, per-tensor, octav, pwl)"
+    assert repr(FakeQuantizer(CHANNEL, (3,))) == "FakeQuantizer(int4/channel.0, octav, mad)"
+    assert repr(FakeQuantizer(TENSOR)) == "FakeQuantizer(int4/tensor, octav, pwl)"

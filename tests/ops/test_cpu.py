@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize import reference
 from octav_fx.ops.fake_quantize.op import fake_quantize
@@ -31,21 +32,21 @@ def test_the_environment_can_ask_for_the_references(fresh, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cpu.library() is None
-    along = Mock(wraps=reference.along)
-    monkeypatch.setattr(reference, "along", along)
-    fake_quantize(torch.randn(5), torch.tensor(1.0), 4, True, None, "pwl")
-    along.assert_called_once()
+    read = Mock(wraps=reference.spec_of)
+    monkeypatch.setattr(reference, "spec_of", read)
+    fake_quantize(torch.randn(5), torch.tensor(1.0), integers(4, True, None), "pwl")
+    read.assert_called_once()
 
 
 def test_a_missing_compiler_warns_once_and_the_references_run(fresh, monkeypatch):
     no_compiler(monkeypatch)
     x = torch.randn(5)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler found") as record:
-        first = fake_quantize(x, torch.tensor(1.0), 4, True, None, "pwl")
-        fake_quantize(x, torch.tensor(1.0), 4, True, None, "pwl")
+        first = fake_quantize(x, torch.tensor(1.0), integers(4, True, None), "pwl")
+        fake_quantize(x, torch.tensor(1.0), integers(4, True, None), "pwl")
     assert len(record) == 1
     assert cpu.library() is None
-    assert torch.equal(first, reference.fake_quantize(x, torch.tensor(1.0), 4, True, None, "pwl"))
+    assert torch.equal(first, reference.fake_quantize(x, torch.tensor(1.0), integers(4, True, None), "pwl"))
 
 
 def test_a_compiler_that_is_not_there_warns(fresh, monkeypatch, tmp_path):
@@ -79,10 +80,10 @@ def test_what_takes_long_for_its_dtype_says_so_once(kernels):
     x = torch.randn(cpu._SLOW_FROM, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"fake_quantize of torch\.float64 .*\.float\(\)") as record:
         for _ in range(2):
-            fake_quantize(x, torch.tensor(1.0), 4, True, None, "pwl")
+            fake_quantize(x, torch.tensor(1.0), integers(4, True, None), "pwl")
     assert len(record) == 1
     with pytest.warns(UserWarning, match=r"quantize of torch\.float64"):
-        torch.ops.octav.quantize(x, torch.tensor(1.0), 4, True, None)
+        torch.ops.octav.quantize(x, torch.tensor(1.0), integers(4, True, None))
 
 
 def test_nothing_is_said_about_what_is_fast(kernels):
@@ -90,12 +91,12 @@ def test_nothing_is_said_about_what_is_fast(kernels):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # A few elements take no time, and for these dtypes and layouts there are kernels.
-        fake_quantize(torch.randn(100, dtype=torch.float64), torch.tensor(1.0), 4, True, None, "pwl")
+        fake_quantize(torch.randn(100, dtype=torch.float64), torch.tensor(1.0), integers(4, True, None), "pwl")
         for dtype in cpu.TYPES:
             x = torch.randn(2, cpu._SLOW_FROM).to(dtype)
             for layout in (x, x.t(), x[:, ::2], x[:, :1].expand_as(x)):
-                fake_quantize(layout, torch.tensor(1.0), 4, True, None, "pwl")
-                torch.ops.octav.optimal_clip(layout, torch.tensor(1.0), 4, True, None, "octav")
+                fake_quantize(layout, torch.tensor(1.0), integers(4, True, None), "pwl")
+                torch.ops.octav.optimal_clip(layout, torch.tensor(1.0), integers(4, True, None), "octav")
 
 
 def test_without_kernels_the_dtype_is_not_to_blame(fresh, monkeypatch):
@@ -103,7 +104,9 @@ def test_without_kernels_the_dtype_is_not_to_blame(fresh, monkeypatch):
     cpu._warn_slow.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fake_quantize(torch.randn(cpu._SLOW_FROM, dtype=torch.float64), torch.tensor(1.0), 4, True, None, "pwl")
+        fake_quantize(
+            torch.randn(cpu._SLOW_FROM, dtype=torch.float64), torch.tensor(1.0), integers(4, True, None), "pwl"
+        )
 
 
 @pytest.mark.slow

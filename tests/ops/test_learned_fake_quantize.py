@@ -6,6 +6,7 @@ import torch
 from octav_fx.clips.learned import MIN_CLIP, clip_from_parameter, initial_clip, parameter_for
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import integers
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.ops.learned_fake_quantize.op import (
     learned_fake_quantize,
@@ -62,7 +63,7 @@ def test_lsq_is_the_paper(bits, signed, dim, is_data):
     ours, theirs = step.clone().requires_grad_(), step.clone().requires_grad_()
     same = x.detach().clone().requires_grad_()
     count = 6 * 5 * 40 // (6 if is_data else 1) // (1 if dim is None else 5)
-    y = learned_fake_quantize(x, ours, bits, signed, dim, "lsq", is_data)
+    y = learned_fake_quantize(x, ours, integers(bits, signed, dim), "lsq", is_data)
     expected = lsq(same, along(theirs, same, dim), bits, signed, count)
     # The grid's own arithmetic is that of clips in float32 or more: a few roundings of float64 here.
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=1e-14)
@@ -82,7 +83,7 @@ def test_pact_is_the_paper(bits, signed):
     ours = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
     theirs = ours.detach().clone().requires_grad_()
     same = x.detach().clone().requires_grad_()
-    y = learned_fake_quantize(x, ours, bits, signed, None, "pact", True)
+    y = learned_fake_quantize(x, ours, integers(bits, signed, None), "pact", True)
     expected = pact(same, theirs, bits, signed)
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=1e-14)
     y.backward(grad)
@@ -98,12 +99,12 @@ def test_gradients_by_hand():
     # Two bits signed: codes -2 .. 1. A clip of 2 is a step of 1.
     clip, step = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
     grad = 2.0 ** torch.arange(9)
-    learned_fake_quantize(x, clip, 2, True, None, "pact", False).backward(grad)
+    learned_fake_quantize(x, clip, integers(2, True, None), "pact", False).backward(grad)
     # |x| equal to the clip counts as inside.
     assert x.grad.tolist() == [0, 2, 4, 8, 16, 32, 64, 128, 0]
     assert clip.grad.item() == 256 - 1
     x.grad = None
-    learned_fake_quantize(x, step, 2, True, None, "lsq", False).backward(grad)
+    learned_fake_quantize(x, step, integers(2, True, None), "lsq", False).backward(grad)
     assert x.grad.tolist() == [0, 2, 4, 8, 16, 0, 0, 0, 0]
     slopes = [-2, 0, 0.2, 0, 0.4, 1, 1, 1, 1]
     expected = sum(s * g for s, g in zip(slopes, grad.tolist(), strict=True)) / math.sqrt(9 * 1)
@@ -118,9 +119,9 @@ def test_forward_is_fake_quantize_with_the_clip_it_stands_for(method, dtype):
     clip = clip_from_parameter(parameter, Grid(4, True), method)
     assert torch.equal(clip, parameter * (8 if method == "lsq" else 1))
     assert torch.equal(parameter_for(clip, Grid(4, True), method), parameter)
-    y = learned_fake_quantize(x, parameter, 4, True, 1, method, False)
+    y = learned_fake_quantize(x, parameter, integers(4, True, 1), method, False)
     assert y.dtype is dtype
-    assert torch.equal(y, fake_quantize(x, clip, 4, True, 1, "pwl"))
+    assert torch.equal(y, fake_quantize(x, clip, integers(4, True, 1), "pwl"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -128,7 +129,7 @@ def test_forward_is_fake_quantize_with_the_clip_it_stands_for(method, dtype):
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_parameter_of_nothing_counts_as_the_least(method, value, signed):
     x, parameter = torch.rand(100, requires_grad=True), torch.tensor(value, requires_grad=True)
-    y = learned_fake_quantize(x, parameter, 4, signed, None, method, True)
+    y = learned_fake_quantize(x, parameter, integers(4, signed, None), method, True)
     # Nothing is flipped, and no level lies beyond the least clip.
     assert ((y >= 0) & (y <= 16 * MIN_CLIP)).all()
     (-y).sum().backward()
@@ -146,7 +147,7 @@ def test_a_parameter_below_zero_counts_as_its_magnitude(method, dim):
     ys = []
     for parameter in sides:
         parameter.requires_grad_(True)
-        ys.append(learned_fake_quantize(x, parameter, 4, True, dim, method, False))
+        ys.append(learned_fake_quantize(x, parameter, integers(4, True, dim), method, False))
         ys[-1].backward(grad)
     assert torch.equal(*ys)
     assert torch.equal(sides[0].grad, -sides[1].grad)
@@ -164,10 +165,10 @@ def test_inf_and_nan_pass_and_give_the_parameter_nothing(method, dim):
     bad = grad.clone()
     bad[:, :3] = math.nan
     parameters = [torch.full(() if dim is None else (3,), 0.2, requires_grad=True) for _ in range(2)]
-    y = learned_fake_quantize(x, parameters[0], 4, True, dim, method, False)
+    y = learned_fake_quantize(x, parameters[0], integers(4, True, dim), method, False)
     torch.testing.assert_close(y[:, :3], x[:, :3], rtol=0, atol=0, equal_nan=True)
     y.backward(bad)
-    learned_fake_quantize(clean, parameters[1], 4, True, dim, method, False).backward(grad)
+    learned_fake_quantize(clean, parameters[1], integers(4, True, dim), method, False).backward(grad)
     assert torch.equal(parameters[0].grad, parameters[1].grad)
 
 
@@ -196,23 +197,25 @@ def test_opcheck(method, dim):
     parameter, grad = torch.full(shape, 0.3), torch.randn_like(x)
     torch.library.opcheck(
         learned_fake_quantize.default,
-        (x.clone().requires_grad_(), parameter.clone().requires_grad_(), 4, True, dim, method, True),
+        (x.clone().requires_grad_(), parameter.clone().requires_grad_(), integers(4, True, dim), method, True),
     )
     grad.requires_grad_()
-    torch.library.opcheck(learned_fake_quantize_backward.default, (grad, x, parameter, 4, True, dim, method))
-    torch.library.opcheck(learned_parameter_backward.default, (grad, x, parameter, 4, True, dim, method, True))
+    torch.library.opcheck(learned_fake_quantize_backward.default, (grad, x, parameter, integers(4, True, dim), method))
+    torch.library.opcheck(
+        learned_parameter_backward.default, (grad, x, parameter, integers(4, True, dim), method, True)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_second_derivatives_take_the_factors_as_constants(method):
     x, parameter = torch.randn(4, 30, requires_grad=True), torch.full((4,), 0.3, requires_grad=True)
-    y = learned_fake_quantize(x, parameter, 4, True, 0, method, False)
+    y = learned_fake_quantize(x, parameter, integers(4, True, 0), method, False)
     one = torch.ones(4, 30, requires_grad=True)
     of_x, of_parameter = torch.autograd.grad(y, (x, parameter), one, create_graph=True)
     v, w = torch.randn(4, 30), torch.randn(4)
     (found,) = torch.autograd.grad([(of_x * v).sum() + (of_parameter * w).sum()], one)
     slopes = torch.autograd.functional.jacobian(
-        lambda p: learned_fake_quantize(x.detach(), p, 4, True, 0, method, False), parameter.detach()
+        lambda p: learned_fake_quantize(x.detach(), p, integers(4, True, 0), method, False), parameter.detach()
     ).sum(-1)
     torch.testing.assert_close(found, of_x.detach() * v + slopes * w.unsqueeze(-1), rtol=1e-6, atol=1e-7)
 
@@ -220,7 +223,7 @@ def test_second_derivatives_take_the_factors_as_constants(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_traced_whole_with_the_same_values_and_gradients(fresh_dynamo, method):
     def loss(x, parameter):
-        return learned_fake_quantize(x * 2, parameter, 4, True, 0, method, False).square().sum()
+        return learned_fake_quantize(x * 2, parameter, integers(4, True, 0), method, False).square().sum()
 
     found = []
     for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):

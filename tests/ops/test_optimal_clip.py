@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from octav_fx.formats.granularity import clip_shape, to_rows
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.ops.optimal_clip.op import optimal_clip
@@ -31,7 +32,7 @@ def test_the_kernel_finds_the_fixed_point_from_any_hint(kernels, name, signed, b
     x = SAMPLES[name](20_000)
     expected = fixed_point(x, bits, signed)
     for factor in (0, 1.05, 0.95, 100, 0.01):
-        clip = optimal_clip(x, torch.tensor(expected * factor), bits, signed, None, "octav")
+        clip = optimal_clip(x, torch.tensor(expected * factor), integers(bits, signed, None), "octav")
         # Chunks of 1024 are summed in float, in 16 lanes or fewer, and added in double: 64 roundings of 2**-24 at most
         # if all went the same way, which they do not.
         assert clip.item() == pytest.approx(expected, rel=1e-6)
@@ -40,7 +41,7 @@ def test_the_kernel_finds_the_fixed_point_from_any_hint(kernels, name, signed, b
 @pairwise({"solve": ["kernel", "reference"], "bits": range(2, 9), "name, signed": SIGNS})
 def test_octav_tight_counts_rounding_four_times(kernels, name, signed, bits, solve):
     x = SAMPLES[name](20_000)
-    clip = SOLVERS[solve](x, COLD, bits, signed, None, "octav-tight")
+    clip = SOLVERS[solve](x, COLD, integers(bits, signed, None), "octav-tight")
     # A bit less is twice the step and four times its square; as in the test above.
     assert clip.item() == pytest.approx(fixed_point(x, bits - 1, signed), rel=1e-6)
 
@@ -48,7 +49,7 @@ def test_octav_tight_counts_rounding_four_times(kernels, name, signed, bits, sol
 @pytest.mark.parametrize("elements", [9, 64])
 def test_the_kernel_is_near_the_least_error_on_short_rows(kernels, elements):
     x = torch.randn(1000, elements)
-    clip = optimal_clip(x, torch.zeros(1000), 4, True, 0, "octav-grid")
+    clip = optimal_clip(x, torch.zeros(1000), integers(4, True, 0), "octav-grid")
     assert squared_error(x, clip, 4, True).sum() < 1.2 * least_error(x, 4, True, candidates=300).sum()
 
 
@@ -62,8 +63,8 @@ def test_the_kernel_finds_what_the_reference_finds(kernels, data):
     bits, signed = data.draw(st.integers(2, 8)), data.draw(st.booleans())
     hint = data.draw(st.sampled_from([0.0, 0.1, 1.0, 50.0, math.inf, math.nan])) + cold(x, dim)
     with filled_with_nan():
-        clip = optimal_clip(x, hint, bits, signed, dim, "octav")
-    expected = reference.optimal_clip(x, hint, bits, signed, dim, "octav")
+        clip = optimal_clip(x, hint, integers(bits, signed, dim), "octav")
+    expected = reference.optimal_clip(x, hint, integers(bits, signed, dim), "octav")
     assert clip.dtype is torch.float32
     torch.testing.assert_close(clip, expected, **CLOSE)
 
@@ -74,10 +75,12 @@ def test_the_kernel_finds_what_the_reference_finds(kernels, data):
 def test_the_kernel_finds_what_the_reference_finds_on_the_grid(kernels, shape, dim, signed, bits):
     x = torch.randn(shape)
     hint = cold(x, dim)
-    clip = optimal_clip(x, hint, bits, signed, dim, "octav-grid")
-    torch.testing.assert_close(clip, reference.optimal_clip(x, hint, bits, signed, dim, "octav-grid"), **CLOSE)
-    warm = optimal_clip(x, clip * 1.01, bits, signed, dim, "octav-grid")
-    expected = reference.optimal_clip(x, clip * 1.01, bits, signed, dim, "octav-grid")
+    clip = optimal_clip(x, hint, integers(bits, signed, dim), "octav-grid")
+    torch.testing.assert_close(
+        clip, reference.optimal_clip(x, hint, integers(bits, signed, dim), "octav-grid"), **CLOSE
+    )
+    warm = optimal_clip(x, clip * 1.01, integers(bits, signed, dim), "octav-grid")
+    expected = reference.optimal_clip(x, clip * 1.01, integers(bits, signed, dim), "octav-grid")
     torch.testing.assert_close(warm, expected, **CLOSE)
 
 
@@ -89,8 +92,8 @@ def test_the_kernel_selects_what_the_reference_selects(kernels, data):
     signed, method = data.draw(st.booleans()), data.draw(st.sampled_from(["max", "percentile", "percentile-99.99"]))
     hint = data.draw(st.sampled_from([0.0, 0.1, 1.0, 50.0, math.inf, math.nan])) + cold(x, dim)
     with filled_with_nan():
-        clip = optimal_clip(x, hint, 4, signed, dim, method)
-    assert torch.equal(clip, reference.optimal_clip(x, hint, 4, signed, dim, method))
+        clip = optimal_clip(x, hint, integers(4, signed, dim), method)
+    assert torch.equal(clip, reference.optimal_clip(x, hint, integers(4, signed, dim), method))
 
 
 @pytest.mark.parametrize("method", ["percentile", "percentile-99.99"])
@@ -98,9 +101,9 @@ def test_the_kernel_selects_what_the_reference_selects(kernels, data):
 @pytest.mark.parametrize("kind", ["gaussian", "half zeros", "almost all zeros", "with infinities", "few levels"])
 def test_the_kernel_selects_what_the_reference_selects_from_long_rows(kernels, kind, signed, method):
     x = SELECTED[kind]()
-    expected = reference.optimal_clip(x, COLD, 4, signed, None, method)
+    expected = reference.optimal_clip(x, COLD, integers(4, signed, None), method)
     for factor in (0, 1e-9, 0.5, 0.95, 1, 1.05, 1.4, 100, math.inf):
-        assert torch.equal(optimal_clip(x, expected * factor, 4, signed, None, method), expected), factor
+        assert torch.equal(optimal_clip(x, expected * factor, integers(4, signed, None), method), expected), factor
 
 
 SELECTED = {
@@ -136,8 +139,8 @@ def test_the_kernel_sweeps_as_the_reference_does(kernels, data):
     bits, signed = data.draw(st.integers(2, 8)), data.draw(st.booleans())
     hint = data.draw(st.sampled_from([0.0, 0.1, 1.0, 50.0, math.inf, math.nan])) + cold(x, dim)
     with filled_with_nan():
-        clips = optimal_clip(x, hint, bits, signed, dim, "mse").reshape(-1)
-    expected = reference.optimal_clip(x, hint, bits, signed, dim, "mse").reshape(-1)
+        clips = optimal_clip(x, hint, integers(bits, signed, dim), "mse").reshape(-1)
+    expected = reference.optimal_clip(x, hint, integers(bits, signed, dim), "mse").reshape(-1)
     for row, clip, best in zip(to_rows(x, dim).float(), clips, expected, strict=True):
         if clip != best:
             (error, above), (least, underflow_code) = (error_and_rounding(row, c, bits, signed) for c in (clip, best))
@@ -148,10 +151,10 @@ def test_the_kernel_sweeps_as_the_reference_does(kernels, data):
 @pytest.mark.parametrize(("name", "signed"), SIGNS)
 def test_the_kernel_sweeps_a_long_row_from_every_hint(kernels, name, signed, bits):
     x = SAMPLES[name](70_001)
-    expected = reference.optimal_clip(x, COLD, bits, signed, None, "mse")
+    expected = reference.optimal_clip(x, COLD, integers(bits, signed, None), "mse")
     for factor in (0, 0.01, 0.95, 1, 1.05, 100):
         # With these seeds no two candidates are closer than rounding.
-        assert torch.equal(optimal_clip(x, expected * factor, bits, signed, None, "mse"), expected)
+        assert torch.equal(optimal_clip(x, expected * factor, integers(bits, signed, None), "mse"), expected)
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e18, 1e37])
@@ -159,15 +162,15 @@ def test_the_kernel_sweeps_whatever_the_magnitude(kernels, scale):
     x = torch.randn(5000) * scale
     # Multiples of the least number are all there is at the lower end: a grid of those.
     tolerance = max(4 * 2**-24, 2**-149 / (x.abs().max().item() / 100))
-    expected = reference.optimal_clip((x.double() / scale).float(), COLD, 4, True, None, "mse").item() * scale
-    assert optimal_clip(x, COLD, 4, True, None, "mse").item() == pytest.approx(expected, rel=tolerance)
+    expected = reference.optimal_clip((x.double() / scale).float(), COLD, integers(4, True, None), "mse").item() * scale
+    assert optimal_clip(x, COLD, integers(4, True, None), "mse").item() == pytest.approx(expected, rel=tolerance)
 
 
 def test_the_kernel_sweeps_beside_large_negative_values(kernels):
     x = torch.rand(5000)
-    expected = optimal_clip(x, COLD, 4, False, None, "mse")
+    expected = optimal_clip(x, COLD, integers(4, False, None), "mse")
     x = torch.cat([x, torch.tensor([-1e25, -3e38])])
-    assert optimal_clip(x, COLD, 4, False, None, "mse") == expected > 0
+    assert optimal_clip(x, COLD, integers(4, False, None), "mse") == expected > 0
 
 
 @pytest.mark.parametrize("method", [*NEWTON, "max", "percentile", "mse"])
@@ -176,7 +179,7 @@ def test_the_number_of_threads_changes_no_bit(kernels, threads, method, shape, d
     x, clips = torch.randn(shape), []
     for count in (1, 2, 3):
         threads(count)
-        clips.append(optimal_clip(x, cold(x, dim), 4, True, dim, method))
+        clips.append(optimal_clip(x, cold(x, dim), integers(4, True, dim), method))
     assert torch.equal(clips[0], clips[1])
     assert torch.equal(clips[0], clips[2])
 
@@ -198,34 +201,38 @@ LONG_ROWS = {
 def test_a_long_row_has_the_same_clip_to_the_bit_from_every_hint(kernels, threads, kind, signed, bits):
     x = LONG_ROWS[kind]()
     threads(1)
-    clip = optimal_clip(x, COLD, bits, signed, None, "octav")
-    expected = reference.optimal_clip(x.double(), COLD, bits, signed, None, "octav").float()
+    clip = optimal_clip(x, COLD, integers(bits, signed, None), "octav")
+    expected = reference.optimal_clip(x.double(), COLD, integers(bits, signed, None), "octav").float()
     torch.testing.assert_close(clip, expected, **CLOSE)
     for count in (1, 3):
         threads(count)
         for factor in (1e-9, 0.01, 0.5, 0.76, 0.95, 1, 1.05, 1.3, 100, 1e9):
-            assert torch.equal(optimal_clip(x, clip * factor, bits, signed, None, "octav"), clip), (count, factor)
+            assert torch.equal(optimal_clip(x, clip * factor, integers(bits, signed, None), "octav"), clip), (
+                count,
+                factor,
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dim", [None, 0, 1, 2, 3])
 def test_memory_layout_does_not_matter(method, dim):
     x = torch.randn(4, 6, 8, 10)
-    expected = optimal_clip(x, cold(x, dim), 4, True, dim, method)
-    assert torch.equal(optimal_clip(x, cold(x, dim), 4, True, dim, method), expected)
+    expected = optimal_clip(x, cold(x, dim), integers(4, True, dim), method)
+    assert torch.equal(optimal_clip(x, cold(x, dim), integers(4, True, dim), method), expected)
     wide = torch.randn(4, 6, 8, 20)
     wide[..., ::2] = x
     for same in (x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)):
         # Summed in another order.
-        torch.testing.assert_close(optimal_clip(same, cold(x, dim), 4, True, dim, method), expected, **CLOSE)
-    assert torch.equal(optimal_clip(wide[..., ::2], cold(x, dim), 4, True, dim, method), expected)
+        torch.testing.assert_close(optimal_clip(same, cold(x, dim), integers(4, True, dim), method), expected, **CLOSE)
+    assert torch.equal(optimal_clip(wide[..., ::2], cold(x, dim), integers(4, True, dim), method), expected)
 
 
 @pytest.mark.parametrize("method", NEWTON)
 def test_a_part_of_a_tensor_is_solved_from_where_it_starts(method):
     x = torch.randn(10, 100) * torch.arange(10).unsqueeze(-1)
     assert torch.equal(
-        optimal_clip(x[7], COLD, 4, True, None, method), optimal_clip(x[7].clone(), COLD, 4, True, None, method)
+        optimal_clip(x[7], COLD, integers(4, True, None), method),
+        optimal_clip(x[7].clone(), COLD, integers(4, True, None), method),
     )
 
 
@@ -236,21 +243,24 @@ def test_half_precision_is_solved_in_float32_to_the_bit(method, shape, dim, dtyp
     # 70 000 numbers of about 1: float16 cannot hold their sum, bfloat16 cannot count past 256.
     x = torch.randn(shape).to(dtype)
     x.view(-1)[::1001] = math.inf
-    clip = optimal_clip(x, cold(x, dim), 4, True, dim, method)
+    clip = optimal_clip(x, cold(x, dim), integers(4, True, dim), method)
     assert clip.dtype is torch.float32
-    assert torch.equal(clip, optimal_clip(x.float(), cold(x, dim), 4, True, dim, method))
+    assert torch.equal(clip, optimal_clip(x.float(), cold(x, dim), integers(4, True, dim), method))
     warm = 1.02 * clip
-    assert torch.equal(optimal_clip(x, warm, 4, True, dim, method), optimal_clip(x.float(), warm, 4, True, dim, method))
+    assert torch.equal(
+        optimal_clip(x, warm, integers(4, True, dim), method),
+        optimal_clip(x.float(), warm, integers(4, True, dim), method),
+    )
 
 
 @pytest.mark.parametrize("dtype", NATIVE)
 def test_numbers_are_read_as_what_they_are(dtype):
     x = every_number(dtype)
-    assert optimal_clip(x, COLD, 4, True, None, "max") == x[x.isfinite()].abs().max()
+    assert optimal_clip(x, COLD, integers(4, True, None), "max") == x[x.isfinite()].abs().max()
     for scale in (1e-7, 1.0):
         # Small numbers too: subnormal ones of float16.
         x = (torch.randn(20_000) * scale).to(dtype)
-        clip = optimal_clip(x, COLD, 4, True, None, "octav").item()
+        clip = optimal_clip(x, COLD, integers(4, True, None), "octav").item()
         assert clip == pytest.approx(fixed_point(x.double(), 4, True), rel=1e-6)
 
 
@@ -262,9 +272,9 @@ def test_numbers_are_read_as_what_they_are(dtype):
 def test_half_precision_is_not_copied(kernel_calls, monkeypatch, dtype, method, kernel):
     x = torch.randn(50, 100).to(dtype)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("a copy"))
-    optimal_clip(x, COLD, 4, True, None, method)
-    optimal_clip(x.t(), COLD, 4, True, None, method)
-    optimal_clip(x, torch.zeros(50), 4, True, 0, method)
+    optimal_clip(x, COLD, integers(4, True, None), method)
+    optimal_clip(x.t(), COLD, integers(4, True, None), method)
+    optimal_clip(x, torch.zeros(50), integers(4, True, 0), method)
     assert kernel_calls == [f"octav_{kernel}"] * 3
 
 
@@ -272,8 +282,8 @@ def test_float64_is_solved_in_float64():
     # In float32 the small ones would be zeros, and zeros take no part.
     x = torch.cat([torch.rand(10, dtype=torch.float64), torch.full((10_000,), 1e-60, dtype=torch.float64)])
     expected = fixed_point(x, 4, True)
-    assert optimal_clip(x, COLD, 4, True, None, "octav").item() == pytest.approx(expected, rel=1e-6)
-    assert optimal_clip(x.float(), COLD, 4, True, None, "octav").item() > 2 * expected
+    assert optimal_clip(x, COLD, integers(4, True, None), "octav").item() == pytest.approx(expected, rel=1e-6)
+    assert optimal_clip(x.float(), COLD, integers(4, True, None), "octav").item() > 2 * expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -281,8 +291,8 @@ def test_float64_is_solved_in_float64():
 def test_inf_and_nan_take_no_part(method, signed):
     x = torch.randn(10_000)
     bad = torch.cat([x, torch.tensor([math.inf, -math.inf, math.nan])])[torch.randperm(10_003)]
-    expected = optimal_clip(x, COLD, 4, signed, None, method)
-    torch.testing.assert_close(optimal_clip(bad, COLD, 4, signed, None, method), expected, **CLOSE)
+    expected = optimal_clip(x, COLD, integers(4, signed, None), method)
+    torch.testing.assert_close(optimal_clip(bad, COLD, integers(4, signed, None), method), expected, **CLOSE)
 
 
 NOTHING = [[], [0.0, -0.0], [math.nan, math.inf, -math.inf], [0.0] * 9 + [math.nan]]
@@ -291,34 +301,34 @@ NOTHING = [[], [0.0, -0.0], [math.nan, math.inf, -math.inf], [0.0] * 9 + [math.n
 @pairwise({"method": METHODS, "signed": [True, False], "dtype": DTYPES, "values": NOTHING})
 def test_nothing_to_clip_is_a_clip_of_zero(method, signed, dtype, values):
     x = torch.tensor(values, dtype=dtype)
-    assert optimal_clip(x, torch.tensor(1.0), 4, signed, None, method).item() == 0
+    assert optimal_clip(x, torch.tensor(1.0), integers(4, signed, None), method).item() == 0
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((0, 3), 0), ((0, 3), 1), ((3, 0), 0), ((2, 0, 4), 2), ((0,), 0)])
 @pytest.mark.parametrize("method", METHODS)
 def test_empty_channels(method, shape, dim):
     x = torch.empty(shape)
-    assert optimal_clip(x, cold(x, dim), 4, True, dim, method).tolist() == [0] * shape[dim]
+    assert optimal_clip(x, cold(x, dim), integers(4, True, dim), method).tolist() == [0] * shape[dim]
 
 
 @pytest.mark.parametrize("hint", [0.0, 0.2, 0.7, 1e6, 1e30])
 @pytest.mark.parametrize("values", [[0.7] * 100, [-0.7] * 100, [0.0, 0.7, 0.0], [-0.7]])
 def test_one_magnitude_is_its_own_clip(hint, values):
-    clip = optimal_clip(torch.tensor(values), torch.tensor(hint), 4, True, None, "octav")
+    clip = optimal_clip(torch.tensor(values), torch.tensor(hint), integers(4, True, None), "octav")
     # 0.7 rounded, and a mean of 100 of it.
     assert clip.item() == pytest.approx(0.7, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_number_has_a_clip(method):
-    clip = optimal_clip(torch.tensor(-0.7), COLD, 4, True, None, method)
+    clip = optimal_clip(torch.tensor(-0.7), COLD, integers(4, True, None), method)
     assert clip.shape == ()
     assert clip.item() == pytest.approx(0.7, rel=1e-6)
 
 
 def test_one_element_channels_are_their_own_clips():
     x = torch.tensor([0.5, -2.0, 0.0, 1.0])
-    assert optimal_clip(x, torch.zeros(4), 4, True, 0, "octav").tolist() == [0.5, 2, 0, 1]
+    assert optimal_clip(x, torch.zeros(4), integers(4, True, 0), "octav").tolist() == [0.5, 2, 0, 1]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -326,8 +336,8 @@ def test_one_element_channels_are_their_own_clips():
 def test_out_is_written(method, dim):
     x = torch.randn(3, 4, 5)
     out = torch.full(clip_shape(x, dim), math.nan)
-    assert optimal_clip(x, cold(x, dim), 4, True, dim, method, out=out) is None
-    assert torch.equal(out, optimal_clip(x, cold(x, dim), 4, True, dim, method))
+    assert optimal_clip(x, cold(x, dim), integers(4, True, dim), method, out=out) is None
+    assert torch.equal(out, optimal_clip(x, cold(x, dim), integers(4, True, dim), method))
 
 
 @pairwise(
@@ -340,7 +350,7 @@ def test_out_is_written(method, dim):
 def test_opcheck(method, dim, channels_last, dtype):
     x = torch.randn(2, 3, 4, 5, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    torch.library.opcheck(optimal_clip.default, (x, cold(x, dim), 4, True, dim, method))
+    torch.library.opcheck(optimal_clip.default, (x, cold(x, dim), integers(4, True, dim), method))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -348,20 +358,20 @@ def test_opcheck(method, dim, channels_last, dtype):
 def test_the_host_reads_no_value(method, dim):
     x = torch.empty(3, 5, device="meta")
     hint = torch.empty(clip_shape(x, dim), device="meta")
-    assert reference.optimal_clip(x, hint, 4, True, dim, method).shape == clip_shape(x, dim)
+    assert reference.optimal_clip(x, hint, integers(4, True, dim), method).shape == clip_shape(x, dim)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_kernels_the_reference_runs(monkeypatch, method):
     monkeypatch.setattr(cpu, "library", lambda: None)
     x = torch.randn(5, 100)
-    clip = optimal_clip(x, torch.zeros(5), 4, True, 0, method)
-    assert torch.equal(clip, reference.optimal_clip(x, torch.zeros(5), 4, True, 0, method))
+    clip = optimal_clip(x, torch.zeros(5), integers(4, True, 0), method)
+    assert torch.equal(clip, reference.optimal_clip(x, torch.zeros(5), integers(4, True, 0), method))
 
 
 def test_rows_are_the_channels():
     x = torch.randn(3, 4, 5) * torch.tensor([1.0, 10, 100, 1000]).reshape(1, 4, 1)
-    clip = optimal_clip(x, torch.zeros(4), 4, True, 1, "octav")
+    clip = optimal_clip(x, torch.zeros(4), integers(4, True, 1), "octav")
     for channel, row in enumerate(to_rows(x, 1)):
         assert clip[channel].item() == pytest.approx(fixed_point(row, 4, True), rel=1e-6)
 
@@ -375,7 +385,7 @@ def test_octav_grid_of_one_value_puts_the_highest_level_on_it(solve, bits, signe
     x = value.unsqueeze(-1).expand(-1, elements).contiguous()
     grid = Grid(bits, signed)
     for factor in (0, 0.95, 1.05, 100):
-        clip = solve(x, value * factor, bits, signed, 0, "octav-grid")
+        clip = solve(x, value * factor, integers(bits, signed, 0), "octav-grid")
         torch.testing.assert_close(clip * grid.high / grid.steps, value, rtol=2e-6, atol=0)
 
 
@@ -385,8 +395,10 @@ def test_octav_grid_of_one_value_puts_the_highest_level_on_it(solve, bits, signe
 def test_kernel_finds_what_the_reference_finds_on_short_rows(bits, signed, elements):
     x = torch.randn(5000, elements)
     for hint in (torch.zeros(5000), torch.ones(5000), x.abs().amax(-1)):
-        expected = reference.optimal_clip(x, hint, bits, signed, 0, "octav-grid")
-        torch.testing.assert_close(optimal_clip(x, hint, bits, signed, 0, "octav-grid"), expected, rtol=1e-6, atol=0)
+        expected = reference.optimal_clip(x, hint, integers(bits, signed, 0), "octav-grid")
+        torch.testing.assert_close(
+            optimal_clip(x, hint, integers(bits, signed, 0), "octav-grid"), expected, rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
@@ -395,11 +407,13 @@ def test_kernel_finds_what_the_reference_finds_on_short_rows(bits, signed, eleme
 def test_octav_grid_returns_from_a_hint_among_the_outliers(solve, hint, bits):
     x = torch.randn(100_000)
     x[0] = -500
-    cold = solve(x, torch.tensor(0.0), bits, True, None, "octav-grid")
-    torch.testing.assert_close(solve(x, torch.tensor(hint), bits, True, None, "octav-grid"), cold, rtol=1e-6, atol=0)
+    cold = solve(x, torch.tensor(0.0), integers(bits, True, None), "octav-grid")
+    torch.testing.assert_close(
+        solve(x, torch.tensor(hint), integers(bits, True, None), "octav-grid"), cold, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("method", ["octav", "octav-grid"])
 def test_sums_beyond_float32_leave_a_clip(solve, method):
-    assert solve(torch.full((10,), 3e38), torch.tensor(0.0), 4, True, None, method).isfinite()
+    assert solve(torch.full((10,), 3e38), torch.tensor(0.0), integers(4, True, None), method).isfinite()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from octav_fx.clips.gradients import piecewise_linear
 from octav_fx.formats.granularity import along, clip_shape
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import integers
 from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.quantize import reference
 from octav_fx.ops.quantize.op import quantize
@@ -34,25 +35,28 @@ GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
 )
 def test_codes_by_hand(signed, x, expected):
     for op in (quantize, reference.quantize):
-        assert op(torch.tensor(x), torch.tensor(4.0), 3, signed, None).tolist() == expected
+        assert op(torch.tensor(x), torch.tensor(4.0), integers(3, signed, None)).tolist() == expected
 
 
 def test_codes_at_the_ceiling_of_a_clamp_are_raised():
     # Clip 4, 3 bits, step 1/2: codes 0 .. 7, raised by 16. Beyond the clip is beyond it, at the ceiling or not.
     x = torch.tensor([0, 1, 2.9, 3, 3.5, 5])
     for op in (quantize, reference.quantize):
-        assert op(x, torch.tensor(4.0), 3, False, None, 3.0).tolist() == [-1, 2, 6, 6 + 16, 7 + 16, 8 + 16]
+        assert op(x, torch.tensor(4.0), integers(3, False, None), 3.0).tolist() == [-1, 2, 6, 6 + 16, 7 + 16, 8 + 16]
         # A signed grid has no room for it, and no use.
-        assert op(x, torch.tensor(4.0), 3, True, None, 3.0).tolist() == op(x, torch.tensor(4.0), 3, True, None).tolist()
+        assert (
+            op(x, torch.tensor(4.0), integers(3, True, None), 3.0).tolist()
+            == op(x, torch.tensor(4.0), integers(3, True, None)).tolist()
+        )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_a_ceiling_changes_no_level(kernels, bits):
     x, clip = (torch.randn(10_000) * 6).clamp(0, 6), torch.tensor(5.0)
-    raised, plain = (quantize(x, clip, bits, False, None, ceiling) for ceiling in (6.0, None))
-    assert torch.equal(raised, reference.quantize(x, clip, bits, False, None, 6.0))
+    raised, plain = (quantize(x, clip, integers(bits, False, None), ceiling) for ceiling in (6.0, None))
+    assert torch.equal(raised, reference.quantize(x, clip, integers(bits, False, None), 6.0))
     assert torch.equal(raised >= Grid(bits, False).ceiling_flag, x == 6)
-    levels = [dequantize(codes, clip, bits, False, None, torch.float32) for codes in (raised, plain)]
+    levels = [dequantize(codes, clip, integers(bits, False, None), torch.float32) for codes in (raised, plain)]
     assert torch.equal(*levels)
 
 
@@ -60,7 +64,7 @@ def test_a_ceiling_changes_no_level(kernels, bits):
 def test_levels_have_their_codes(bits, signed):
     grid, clip = Grid(bits, signed), torch.tensor(0.7)
     expected = torch.arange(grid.low, grid.high + 1)
-    codes = quantize(expected * grid.step(clip), clip, bits, signed, None)
+    codes = quantize(expected * grid.step(clip), clip, integers(bits, signed, None))
     if not signed:
         expected[0] = grid.low - 1
     assert codes.dtype is grid.codes_dtype
@@ -74,9 +78,9 @@ def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
     dim = data.draw(axes(x))
     clip, (bits, signed) = data.draw(clips(x, dim)), data.draw(st.sampled_from(GRIDS))
     with filled_with_nan() as allocations:
-        codes = quantize(x, clip, bits, signed, dim)
+        codes = quantize(x, clip, integers(bits, signed, dim))
     assert allocations[0]
-    expected = reference.quantize(x, clip, bits, signed, dim)
+    expected = reference.quantize(x, clip, integers(bits, signed, dim))
     assert codes.dtype is expected.dtype is Grid(bits, signed).codes_dtype
     assert torch.equal(codes, expected)
     assert codes.stride() == torch.empty_like(x).stride()
@@ -87,8 +91,8 @@ def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):
 def test_every_number_has_the_code_of_the_reference(kernel_calls, dtype, bits, signed):
     x = every_number(dtype)
     for clip in (torch.tensor(0.7), torch.tensor(1e-6), torch.tensor(3e4)):
-        codes = quantize(x, clip, bits, signed, None, 6.0)
-        assert torch.equal(codes, reference.quantize(x, clip, bits, signed, None, 6.0))
+        codes = quantize(x, clip, integers(bits, signed, None), 6.0)
+        assert torch.equal(codes, reference.quantize(x, clip, integers(bits, signed, None), 6.0))
     assert kernel_calls == ["octav_quantize"] * 3
 
 
@@ -103,8 +107,8 @@ def test_no_element_is_left_out_of_a_large_tensor(kernel_calls, threads, shape, 
     threads(count)
     x, clip = torch.randn(shape), torch.rand(() if dim is None else shape[dim]) + 0.5
     with filled_with_nan():
-        codes = quantize(x, clip, bits, True, dim)
-    assert torch.equal(codes, reference.quantize(x, clip, bits, True, dim))
+        codes = quantize(x, clip, integers(bits, True, dim))
+    assert torch.equal(codes, reference.quantize(x, clip, integers(bits, True, dim)))
     assert kernel_calls == ["octav_quantize"]
 
 
@@ -114,7 +118,7 @@ def test_no_element_is_left_out_of_a_large_tensor(kernel_calls, threads, shape, 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, bits, dtype):
     x = torch.randn(2, 3, 4, 5).to(dtype).permute(order)
-    quantize(x, torch.ones(clip_shape(x, dim)), bits, True, dim)
+    quantize(x, torch.ones(clip_shape(x, dim)), integers(bits, True, dim))
     assert kernel_calls == ["octav_quantize"]
 
 
@@ -122,8 +126,8 @@ def test_dense_tensors_in_any_order_reach_the_kernel(kernel_calls, order, dim, b
 def test_tensors_with_gaps_reach_the_kernel_too(kernel_calls, dtype):
     x = torch.randn(6, 10).to(dtype)
     for gaps in (x[:, ::2], x[:1].expand(4, 10)):
-        codes = quantize(gaps, torch.tensor(1.0), 4, True, None)
-        assert torch.equal(codes, reference.quantize(gaps, torch.tensor(1.0), 4, True, None))
+        codes = quantize(gaps, torch.tensor(1.0), integers(4, True, None))
+        assert torch.equal(codes, reference.quantize(gaps, torch.tensor(1.0), integers(4, True, None)))
     assert kernel_calls == ["octav_quantize"] * 2
 
 
@@ -133,7 +137,7 @@ def test_codes_tell_what_the_gradients_ask(data):
     x = data.draw(tensors(DTYPES))
     dim = data.draw(axes(x))
     clip, (bits, signed) = data.draw(clips(x, dim)), data.draw(st.sampled_from(GRIDS))
-    grid, codes = Grid(bits, signed), quantize(x, clip, bits, signed, dim).to(torch.int64)
+    grid, codes = Grid(bits, signed), quantize(x, clip, integers(bits, signed, dim)).to(torch.int64)
     finite = x.isfinite()
     assert torch.equal(codes == torch.iinfo(grid.codes_dtype).min, ~finite)
     value = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -150,8 +154,11 @@ def test_the_clip_itself_is_inside_and_the_next_number_is_not(bits, signed, dtyp
     grid, clip = Grid(bits, signed), torch.tensor(0.7)
     edge = torch.stack([clip, -clip]).to(dtype)
     beyond = edge.nextafter(2 * edge)
-    assert quantize(edge, clip, bits, signed, None).tolist() == [grid.high, grid.low if signed else grid.underflow_code]
-    assert quantize(beyond, clip, bits, signed, None).tolist() == [grid.high + 1, grid.underflow_code]
+    assert quantize(edge, clip, integers(bits, signed, None)).tolist() == [
+        grid.high,
+        grid.low if signed else grid.underflow_code,
+    ]
+    assert quantize(beyond, clip, integers(bits, signed, None)).tolist() == [grid.high + 1, grid.underflow_code]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,9 +167,9 @@ def test_everything_but_zero_is_beyond_a_clip_of_zero(dtype, bits, signed):
     grid, x = Grid(bits, signed), torch.tensor([[1.0, -1.0, 0.0, -0.0]], dtype=dtype)
     zero = 0 if signed else grid.low - 1
     expected = [grid.high + 1, grid.underflow_code, zero, zero]
-    assert quantize(x, torch.tensor(0.0), bits, signed, None).tolist() == [expected]
+    assert quantize(x, torch.tensor(0.0), integers(bits, signed, None)).tolist() == [expected]
     # In one channel only.
-    codes = quantize(x.expand(2, 4), torch.tensor([0.0, 2.0]), bits, signed, 0)
+    codes = quantize(x.expand(2, 4), torch.tensor([0.0, 2.0]), integers(bits, signed, 0))
     assert codes[0].tolist() == expected
     assert codes[1, 0] <= grid.high
 
@@ -172,7 +179,7 @@ def test_everything_but_zero_is_beyond_a_clip_of_zero(dtype, bits, signed):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_empty_tensors_have_no_codes(shape, dim, bits):
     x = torch.empty(shape)
-    codes = quantize(x, torch.ones(clip_shape(x, dim)), bits, True, dim)
+    codes = quantize(x, torch.ones(clip_shape(x, dim)), integers(bits, True, dim))
     assert codes.shape == shape
     assert codes.dtype is Grid(bits, True).codes_dtype
 
@@ -182,9 +189,9 @@ def test_empty_tensors_have_no_codes(shape, dim, bits):
 def test_channels_last_stays_channels_last(dtype, dim):
     x = torch.randn(2, 5, 7, 3).to(dtype, memory_format=torch.channels_last)
     clip = torch.rand(clip_shape(x, dim)) + 0.5
-    codes = quantize(x, clip, 4, True, dim)
+    codes = quantize(x, clip, integers(4, True, dim))
     assert codes.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(codes, quantize(x.contiguous(), clip, 4, True, dim))
+    assert torch.equal(codes, quantize(x.contiguous(), clip, integers(4, True, dim)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,9 +202,9 @@ def test_out_is_written_in_its_own_layout(dtype, dim, bits):
     clip = torch.rand(clip_shape(x, dim)) + 0.5
     for out in laid_out(code):
         stride = out.stride()
-        assert quantize(x, clip, bits, True, dim, out=out) is None
+        assert quantize(x, clip, integers(bits, True, dim), out=out) is None
         assert out.stride() == stride
-        assert torch.equal(out, quantize(x, clip, bits, True, dim))
+        assert torch.equal(out, quantize(x, clip, integers(bits, True, dim)))
 
 
 @pairwise(
@@ -210,17 +217,17 @@ def test_out_is_written_in_its_own_layout(dtype, dim, bits):
 def test_opcheck(dim, channels_last, dtype, bits):
     x = torch.randn(2, 3, 4, 5, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    args = (x, torch.rand(clip_shape(x, dim)) + 0.5, bits, True, dim)
+    args = (x, torch.rand(clip_shape(x, dim)) + 0.5, integers(bits, True, dim))
     torch.library.opcheck(quantize.default, args)
     torch.library.opcheck(quantize.out, args, {"out": torch.empty_like(x, dtype=Grid(bits, True).codes_dtype)})
 
 
 def test_codes_need_no_gradient():
     x = torch.randn(5, requires_grad=True)
-    assert not quantize(x, torch.tensor(1.0), 4, True, None).requires_grad
+    assert not quantize(x, torch.tensor(1.0), integers(4, True, None)).requires_grad
 
 
 @pytest.mark.parametrize("signed", SIGNED)
 def test_the_host_reads_no_value(signed):
     x, clip = torch.empty(3, 5, device="meta"), torch.empty(3, device="meta")
-    assert reference.quantize(x, clip, 4, signed, 0).shape == x.shape
+    assert reference.quantize(x, clip, integers(4, signed, 0)).shape == x.shape

@@ -145,7 +145,7 @@ def observed(q: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str
         if isinstance(module, FakeQuantizer):
 
             def hook(m: FakeQuantizer, args: tuple[Tensor], y: Tensor, name: str = name) -> None:
-                step = m.clip / (2 ** (m.spec.bits - 1) if m.spec.signed else 2**m.spec.bits)
+                step = m.clip / (2 ** (m.spec.format.bits - 1) if m.spec.format.signed else 2**m.spec.format.bits)
                 if m.mean is None:
                     weights[name] = y.detach()
                 else:

@@ -11,6 +11,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
+from octav_fx.formats.spec import integers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
@@ -72,11 +73,11 @@ def leaf(*shape: int) -> Tensor:
 
 
 def quantized(x: Tensor, hint: Tensor, bits: int = 4, signed: bool = True, gradient: str = "pwl") -> Tensor:
-    return dynamic_fake_quantize(x, hint, bits, signed, None, "octav", gradient)[0]
+    return dynamic_fake_quantize(x, hint, integers(bits, signed, None), "octav", gradient)[0]
 
 
 def weight(w: Tensor, hint: Tensor, bits: int = 4) -> Tensor:
-    return dynamic_fake_quantize(w, hint, bits, True, 0, "octav", "mad")[0]
+    return dynamic_fake_quantize(w, hint, integers(bits, True, 0), "octav", "mad")[0]
 
 
 def linear(**spec: Any) -> Callable[..., Any]:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.modules import QuantizedModule
+from octav_fx.formats.spec import integers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
-from octav_fx.nn import Spec
+from octav_fx.nn import Settings
 from octav_fx.passes import Place, canonicalize, quantize_operands
 from tests.support.graphs import captured
+from tests.support.settings import settings_of
 
 
 def made(gm: fx.GraphModule, graph_pass: Callable[[fx.GraphModule], list[Edit]]) -> list[Edit]:
@@ -27,9 +29,9 @@ def declined(
     return [(edit.node, edit.operand, edit.detail) for edit in run(gm, [graph_pass]) if edit.declined]
 
 
-def four_bits(place: Place) -> Spec:
+def four_bits(place: Place) -> Settings:
     """What quantize_operands may choose for any place."""
-    return Spec(4, place.signed, place.dim, "octav", "pwl")
+    return settings_of(4, place.signed, place.dim, "octav", "pwl")
 
 
 def canonical(float_module: nn.Module, **arguments: Any) -> QuantizedModule:
@@ -39,7 +41,7 @@ def canonical(float_module: nn.Module, **arguments: Any) -> QuantizedModule:
     return gm
 
 
-def quantize_with(choose: Callable[[Place], Spec | str]) -> Callable[[Any], list[Edit]]:
+def quantize_with(choose: Callable[[Place], Settings | str]) -> Callable[[Any], list[Edit]]:
     """The pass with this choice."""
     return functools.partial(quantize_operands, choose=choose)
 
@@ -47,4 +49,4 @@ def quantize_with(choose: Callable[[Place], Spec | str]) -> Callable[[Any], list
 def on_grid(x: Tensor, signed: bool, dim: int | None) -> Tensor:
     """The values that a quantizer chosen by four_bits returns."""
     hint = x.new_zeros(() if dim is None else (x.shape[dim],))
-    return torch.ops.octav.dynamic_fake_quantize(x, hint, 4, signed, dim, "octav", "pwl")[0]
+    return torch.ops.octav.dynamic_fake_quantize(x, hint, integers(4, signed, dim), "octav", "pwl")[0]

@@ -9,11 +9,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octav_fx.clips import newton
+from octav_fx.clips import methods
 from octav_fx.formats.grid import Grid
 
 # "percentile" is another name of one of the others, as tests/clips/test_percentile.py asserts.
-METHODS = [name for name in newton.METHODS if name != "percentile"]
+METHODS = [name for name in methods.METHODS if name != "percentile"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # What the C++ kernels take.
 NATIVE = [torch.float32, torch.float16, torch.bfloat16]

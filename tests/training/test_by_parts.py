@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import octav_fx
 from octav_fx import Config, OctavError, quantize
 from octav_fx.capture.modules import WholeModule
+from tests.support.graphs import model as made
 from tests.support.on_grid import OnGrid
 
 # Four levels: fewer than any row of a weight here has values.
@@ -151,7 +152,8 @@ def test_what_the_models_own_code_multiplies_is_a_float_row_with_its_line_and_it
     covered = octav_fx.coverage(q)
     assert (covered.quantized_macs, covered.total_macs) == (10 * (192 + 24), 10 * (192 + 64 + 24))
     assert [(node, macs) for node, _, macs in covered.skipped] == [("forward", 640), ("block.fc", 0)]
-    assert "quantized: 77.14% of 2.80 k MACs; 2 nodes keep float operands" in octav_fx.table(q)
+    what = "quantized: 77.14% of 2.80 k MACs of what ran; 1 module did not run; 1 nodes keep float operands"
+    assert what in octav_fx.table(q)
     with pytest.raises(OctavError, match=r"strict=True, and 2 operands stay float:\n  forward : .*" + re.escape(why)):
         quantize(model, x, strict=True)
     with octav_fx.float_mode(q):
@@ -251,6 +253,7 @@ def test_parts_of_parts(model: Outer) -> None:
     x = images()
     q = quantize(model, x, TWO_BITS)
     graphs = {name for name, module in q.named_modules() if isinstance(module, WholeModule)}
+    # A block called in three ways has a graph for each.
     assert graphs == {"stem", "layers.0.one", "layers.0.two.a", "layers.1.two.a", "twice", "head"}
     assert q.layers[0]["one"] is q.layers[1]["one"]
     assert {row.graph for row in octav_fx.rows(q) if row.bits} == graphs
@@ -871,3 +874,103 @@ def test_a_module_with_two_parents_is_quantized_in_both() -> None:
     assert (seen.checked, seen.off_grid) == (3, [])
     with octav_fx.float_mode(q):
         assert torch.equal(q(x), model(x))
+
+
+class Parametrized(nn.Module):
+    """Computes a parameter of its own, and one of a child, around a branch on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed, self.fc, self.scale = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+        nn.utils.parametrizations.weight_norm(self.normed)
+        nn.utils.parametrize.register_parametrization(self, "scale", nn.Softplus())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.normed(x)) * self.scale if x.sum().item() < 1e9 else x
+
+
+def test_a_model_in_parts_that_computes_its_parameters_is_copied_and_converted() -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Parametrized().eval(), x)
+    copied = copy.deepcopy(q)
+    assert torch.equal(copied(x), q(x))
+    octav_fx.freeze(octav_fx.calibrate(copied, [(x,)]))
+    # The same codes and sums, scaled in another order.
+    torch.testing.assert_close(octav_fx.convert(copied, integers=False)(x), copied(x), rtol=1e-4, atol=1e-4)
+
+
+class Router(nn.Module):
+    """Has a number that the code around it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.num_experts = nn.Linear(8, 4), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).softmax(-1)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.fc = Router(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.router(x)
+        return self.fc(x) * self.router.num_experts * p.amax(-1, keepdim=True) if p.sum().item() < 1e9 else x
+
+
+def test_what_the_code_around_reads_is_there_after_convert() -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Routed().eval(), x)
+    octav_fx.freeze(octav_fx.calibrate(q, [(x,)]))
+    converted = octav_fx.convert(q)
+    assert copy.deepcopy(converted).router.num_experts == 4
+    converted(x)
+    with pytest.raises(AttributeError, match="num_heads"):
+        converted.router.num_heads  # noqa: B018
+
+
+class Forces(nn.Module):
+    """An energy, and its gradient by the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            energy = self.head(torch.tanh(self.fc(x))) + x.square().sum(-1, keepdim=True)
+            return energy, -torch.autograd.grad(energy.sum(), x, create_graph=self.training)[0]
+
+
+def test_a_gradient_through_integers_is_refused() -> None:
+    x = torch.randn(4, 3)
+    q = octav_fx.quantize(Forces().eval(), x)
+    octav_fx.freeze(octav_fx.calibrate(q, [(x,)]))
+    assert q(x)[1].abs().sum() > 0
+    with pytest.raises(OctavError, match="a converted model multiplies integers and has no gradient"):
+        octav_fx.convert(q)(x)
+
+
+def test_a_module_that_a_transform_calls_stays_float() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.b(torch.vmap(s.a)(x) + s.a(x))
+
+    q = octav_fx.quantize(made(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)), torch.randn(4, 8))
+    reasons = {site: reason for site, reason, _ in octav_fx.coverage(q).skipped}
+    assert reasons["a"] == "no call of it succeeds outside of a transform of torch.func"
+    assert octav_fx.coverage(q).quantized_macs == 4 * 64
+
+
+def test_every_call_of_a_part_counts() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            h = s.cell(s.fc(x[:, t]), h) if h.sum().item() < 1e9 else h
+        return h
+
+    q = octav_fx.quantize(made(forward, cell=nn.GRUCell(8, 8), fc=nn.Linear(8, 8)), torch.randn(2, 5, 8))
+    covered = octav_fx.coverage(q)
+    assert (covered.quantized_macs, covered.total_macs) == (5 * 2 * 64, 5 * 2 * (64 + 2 * 8 * 24))

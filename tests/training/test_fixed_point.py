@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octav_fx import Config, quantize
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.formats.spec import integers
+from octav_fx.nn import FakeQuantizer, Settings
 from tests.support.samples import SAMPLES, squared_error
+from tests.support.settings import settings_of
 
 ROWS = 16
 
@@ -32,7 +34,7 @@ FAR = {"20 % low": 0.8, "20 % high": 1.2, "100x too high": 100.0, "100x too low"
 
 
 def quantizer(bits: int, signed: bool, dim: int | None, method: str = "octav") -> FakeQuantizer:
-    return FakeQuantizer(Spec(bits, signed, dim, method, "pwl"), None if dim is None else ROWS)
+    return FakeQuantizer(settings_of(bits, signed, dim, method, "pwl"), () if dim is None else (ROWS,))
 
 
 def tensor(name: str) -> Tensor:
@@ -46,10 +48,10 @@ def settled(q: FakeQuantizer, x: Tensor) -> Tensor:
     return q.hint.clone()
 
 
-def error(x: Tensor, clip: Tensor, spec: Spec) -> Tensor:
+def error(x: Tensor, clip: Tensor, settings: Settings) -> Tensor:
     """The squared quantization error of each row, or of all of x."""
-    rows, clips = (x, clip) if spec.dim is not None else (x.reshape(1, -1), clip.reshape(1))
-    return squared_error(rows, clips, spec.bits, spec.signed)
+    rows, clips = (x, clip) if settings.spec.granularity.axis is not None else (x.reshape(1, -1), clip.reshape(1))
+    return squared_error(rows, clips, settings.spec.format.bits, settings.spec.format.signed)
 
 
 @pytest.mark.parametrize("dim", [None, 0])
@@ -74,7 +76,7 @@ def test_from_any_hint_the_same_step_has_the_error_of_the_fixed_point(far, name,
     clip = settled(q, x)
     q.hint.copy_(clip * FAR[far])
     y = q(x)
-    expected, found = error(x, clip, q.spec), error(x, q.hint, q.spec)
+    expected, found = error(x, clip, q.settings), error(x, q.hint, q.settings)
     assert (found <= 1.02 * expected).all()
     # That of the hint is that of what came out: the clip was used in the very step that found it.
     rows = -1 if dim is not None else (0, 1)
@@ -86,7 +88,7 @@ def test_the_op_does_not_depend_on_its_hint(dim):
     x = tensor("gaussian")
     shape = () if dim is None else (ROWS,)
     clips = [
-        torch.ops.octav.optimal_clip(x, torch.full(shape, hint), 4, True, dim, "octav")
+        torch.ops.octav.optimal_clip(x, torch.full(shape, hint), integers(4, True, dim), "octav")
         for hint in (0.0, 0.02, 2.4, 2.6, 250.0, torch.inf, torch.nan, -1.0)
     ]
     for clip in clips[1:]:

@@ -67,7 +67,7 @@ def test_pact_learns_clips_of_activations_and_weights_are_clipped_at_their_maxim
     _, q, x = quantized("pact")
     assert list(learned(q)) == ["quantizers.conv_input.learned", "quantizers.fc_input.learned"]
     assert learned(q)["quantizers.conv_input.learned"] == x.abs().max()
-    assert q.quantizers.conv_weight.spec.method == "max"
+    assert q.quantizers.conv_weight.settings.method == "max"
     assert torch.equal(q.quantizers.conv_weight.hint, q.conv.weight.abs().amax((1, 2, 3)))
 
 

@@ -8,13 +8,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize
-from octav_fx.clips.distributed import SYNCED
+from octav_fx.clips.methods import SYNCED
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.packing import integer_codes
-from octav_fx.nn import FakeQuantizer, Spec
+from octav_fx.formats.spec import integers
+from octav_fx.nn import FakeQuantizer
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from tests.support.nets import ConvNet as Net
 from tests.support.ranks import same_everywhere, spawn
+from tests.support.settings import settings_of
 
 # Sums of a few thousand float32, in parts: some 2**-24 * log2(4096) = 7e-7 of them, twice, and the same of the clip.
 CLOSE = {"rtol": 2e-6, "atol": 0}
@@ -30,11 +32,11 @@ def solve(rank: int) -> None:
                     torch.manual_seed(bits)
                     x = 3 * torch.randn(100, 40) if signed else torch.randn(100, 40).relu()
                     grid, part = Grid(bits, signed), x[:first] if rank == 0 else x[first:]
-                    quantizer = FakeQuantizer(Spec(bits, signed, None, method, "pwl", sync=True), running=True)
+                    quantizer = FakeQuantizer(settings_of(bits, signed, None, method, "pwl", sync=True), running=True)
                     # Whatever it is, and another one on each rank.
                     quantizer.hint.fill_(0.7 * rank)
                     y, name = quantizer(part), f"{method} {signed} {bits} {first}"
-                    expected = optimal_clip(x, torch.tensor(0.0), bits, signed, None, method)
+                    expected = optimal_clip(x, torch.tensor(0.0), integers(bits, signed, None), method)
                     torch.testing.assert_close(quantizer.hint, expected, **CLOSE, msg=name)
                     assert same_everywhere(quantizer.hint)
                     assert same_everywhere(quantizer.mean)
@@ -51,14 +53,16 @@ def test_each_rank_finds_the_clip_and_the_codes_of_the_whole():
 
 def special(rank: int) -> None:
     for method in SYNCED:
-        spec = Spec(4, True, None, method, "pwl", sync=True)
+        settings = settings_of(4, True, None, method, "pwl", sync=True)
         # What is not finite on one rank takes part on none; nor do zeros.
         torch.manual_seed(0)
         x = torch.randn(1000)
         bad = torch.cat([x[:500], torch.tensor([torch.inf, torch.nan])]) if rank else x[500:]
-        quantizer = FakeQuantizer(spec)
+        quantizer = FakeQuantizer(settings)
         y = quantizer(bad)
-        torch.testing.assert_close(quantizer.hint, optimal_clip(x, torch.tensor(0.0), 4, True, None, method), **CLOSE)
+        torch.testing.assert_close(
+            quantizer.hint, optimal_clip(x, torch.tensor(0.0), integers(4, True, None), method), **CLOSE
+        )
         assert torch.equal(y.isfinite(), bad.isfinite())
         for value in (torch.zeros(5), torch.empty(0), torch.full((3,), torch.nan)):
             quantizer(value)
@@ -67,12 +71,12 @@ def special(rank: int) -> None:
         huge = x[rank::2] * 1e30
         quantizer(huge)
         torch.testing.assert_close(
-            quantizer.hint, optimal_clip(x * 1e30, torch.tensor(0.0), 4, True, None, method), **CLOSE
+            quantizer.hint, optimal_clip(x * 1e30, torch.tensor(0.0), integers(4, True, None), method), **CLOSE
         )
         half = x.bfloat16()
         assert quantizer(half[rank::2]).dtype is torch.bfloat16
         torch.testing.assert_close(
-            quantizer.hint, optimal_clip(half, torch.tensor(0.0), 4, True, None, method), **CLOSE
+            quantizer.hint, optimal_clip(half, torch.tensor(0.0), integers(4, True, None), method), **CLOSE
         )
 
 
@@ -97,7 +101,7 @@ def count(rank: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(100_000)
     for method, cold, warm in (("max", 1, 1), ("octav", 12, 4), ("octav-grid", 13, 5), ("octav-tight", 12, 5)):
-        quantizer = FakeQuantizer(Spec(4, True, None, method, "pwl", sync=True))
+        quantizer = FakeQuantizer(settings_of(4, True, None, method, "pwl", sync=True))
         for most in (cold, warm):
             calls.clear()
             quantizer(x[rank::2])
@@ -170,9 +174,9 @@ def test_without_other_processes_nothing_changes():
     model, x = Net(), torch.randn(4, 3, 8, 8)
     all_reduced_clip, plain = quantize(model, x, Config(sync_clip=True)), quantize(model, x)
     assert torch.equal(all_reduced_clip(x), plain(x))
-    assert all_reduced_clip.quantizers.conv_input.spec.sync
+    assert all_reduced_clip.quantizers.conv_input.settings.sync
     # Weights are the same on every rank.
-    assert not all_reduced_clip.quantizers.conv_weight.spec.sync
+    assert not all_reduced_clip.quantizers.conv_weight.settings.sync
 
 
 @pytest.mark.parametrize("clip", ["percentile", "percentile-99.99", "mse"])
@@ -186,7 +190,7 @@ def test_methods_that_need_all_values_are_refused(clip):
 @pytest.mark.parametrize("clip", ["pact", "lsq"])
 def test_learned_clips_are_the_same_everywhere_anyhow(clip):
     q = quantize(Net(), torch.randn(4, 3, 8, 8), Config(clip=clip, sync_clip=True))
-    assert not any(m.spec.sync for m in q.modules() if isinstance(m, FakeQuantizer))
+    assert not any(m.settings.sync for m in q.modules() if isinstance(m, FakeQuantizer))
 
 
 def test_a_float_model_that_is_compiled_cannot_have_it():

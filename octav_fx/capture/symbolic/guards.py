@@ -34,6 +34,9 @@ def take_guards(
     kinds: what kind_of found in each argument of forward. attributes: paths of plain attributes that forward read, and
     what kind_of found there. gradient_mode: that of the call, if forward asked for it.
     """
+    for check in graph.find_nodes(op="call_function", target=guard_equal):
+        if _is_number_of_axes(check.args[0]):
+            graph.erase_node(check)
     checks = list(graph.find_nodes(op="call_function", target=guard_equal))
     sizes: Facts | None = None
     deep: Facts | None = None
@@ -47,6 +50,14 @@ def take_guards(
             if not kept:
                 graph.erase_node(check)
     return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep)
+
+
+def _is_number_of_axes(value: Any) -> bool:
+    """Tell whether a value is the length of a tuple of sizes: the kinds of the arguments decide that."""
+    if not isinstance(value, fx.Node) or value.target is not len:
+        return False
+    counted = value.args[0]
+    return isinstance(counted, fx.Node) and isinstance(fake(counted), torch.Size)
 
 
 def _copied(graph: fx.Graph, root: nn.Module) -> fx.Graph:

@@ -36,6 +36,12 @@ def is_object(a: Any) -> bool:
     return not (a is None or isinstance(a, (fx.Proxy, *_PLAIN)) or type(a) in _CONTAINERS or hasattr(a, "_fields"))
 
 
+def is_of_numpy(a: Any, kind: str) -> bool:
+    """Tell whether a is one of NumPy's numbers ("generic") or arrays ("ndarray"), where anybody has imported it."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(a, getattr(numpy, kind))
+
+
 def is_built_around_proxies(a: Any) -> bool:
     """Tell whether a is such an object, with tensors of the graph in it."""
     return is_object(a) and bool(proxies_in(a))

@@ -1,18 +1,19 @@
-"""Python that a tracer cannot see, made visible while it runs: factories, isinstance, the training flag."""
+"""Functions of torch that a tracer cannot see, made visible while it runs: factories, checks, the training flag."""
 
 import contextlib
 import inspect
 import logging
-import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from octav_fx.capture.symbolic.proxies import PROXIES, TrainingFlag
-from octav_fx.compat.tensors import pytree
+from octav_fx.capture.user_stack import user_caller
+from octav_fx.compat.modules import parameters_of
+from octav_fx.compat.tensors import CHECKS, assert_true, pytree, replace_extended_shape, validates_distributions
+from octav_fx.errors import OctavError
 
 if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
@@ -49,20 +50,48 @@ def symbolic_torch(tracer: "ValueTracer") -> Iterator[None]:
 
         return call
 
+    def check(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not any(type(arg) in PROXIES for arg in (*args, *kwargs.values())):
+                return original(*args, **kwargs)
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            condition = given["cond"] if "cond" in given else given["i"] >= 0
+            if isinstance(condition.value, Tensor):
+                condition = condition.all()
+            said = given.get("message")
+            text = said if isinstance(said, str) else f"{user_caller()}: the check there fails"
+            return tracer.create_proxy("call_function", assert_true, (condition, text), {})
+
+        return call
+
     def is_tensor(x: Any) -> bool:
         return isinstance(x.value if type(x) in PROXIES else x, Tensor)
 
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_OF_PROXY, "is_tensor")}
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_OF_PROXY, *CHECKS, "is_tensor")}
     patched = {name: factory(originals[name]) for name in _FACTORIES}
     patched |= {name: of_proxy(originals[name]) for name in _OF_PROXY}
+    patched |= {name: check(originals[name]) for name in CHECKS}
     patched["is_tensor"] = is_tensor
+    is_of_kind, validates = torch.jit.isinstance, validates_distributions()
+    extended_shape = replace_extended_shape(_shape_of_samples)
     try:
+        torch.jit.isinstance = lambda x, kind: is_of_kind(x.value if type(x) in PROXIES else x, kind)
+        # They ask the data: a check would stop the trace, and changes no result.
+        torch.distributions.Distribution.set_default_validate_args(False)
         for name, function in patched.items():
             setattr(torch, name, function)
         yield
     finally:
+        torch.jit.isinstance = is_of_kind
+        torch.distributions.Distribution.set_default_validate_args(validates)
+        replace_extended_shape(extended_shape)
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+def _shape_of_samples(distribution: torch.distributions.Distribution, sample_shape: Any = ()) -> tuple[Any, ...]:
+    """Return a tuple: a torch.Size would hold the numbers of the example."""
+    return (*sample_shape, *distribution.batch_shape, *distribution.event_shape)
 
 
 @contextlib.contextmanager
@@ -107,24 +136,18 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def symbolic_isinstance(root: nn.Module) -> Iterator[None]:
-    """Let isinstance(x, Tensor) be True of a proxy for a tensor, in torch.nn.functional and files of forward methods.
+def assigned_parameters(tracer: "ValueTracer") -> Iterator[None]:
+    """Let forward assign to a parameter what it has written into it: self.weight *= mask does so after the write."""
+    original: Any = nn.Module.__setattr__
 
-    Shadowed in those files rather than answered by the proxy: torch's C++ would take such a proxy for a tensor.
-    """
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        if type(value) not in PROXIES or name not in parameters_of(module):
+            original(module, name, value)
+        elif not tracer.is_same_memory(value.node, parameters_of(module)[name]):
+            raise OctavError(f"{user_caller()}: forward replaces the parameter {name}: write into it instead")
 
-    def symbolic(x: Any, kinds: Any) -> bool:
-        return isinstance(x, kinds) or (type(x) in PROXIES and isinstance(x.value, kinds))
-
-    # A scripted module has no Python code.
-    forwards = (inspect.getattr_static(type(m), "forward", None) for m in root.modules())
-    files = {id(f.__globals__): f.__globals__ for f in forwards if isinstance(f, types.FunctionType)}
-    files[id(vars(F))] = vars(F)
-    shadowed = [names for names in files.values() if "isinstance" not in names]
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign, assignment]
     try:
-        for names in shadowed:
-            names["isinstance"] = symbolic
         yield
     finally:
-        for names in shadowed:
-            del names["isinstance"]
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx
 
-from octav_fx.capture.user_stack import TORCH, caller
+from octav_fx.capture.user_stack import TORCH, caller, user_caller
+from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake
 
 if TYPE_CHECKING:
@@ -131,8 +132,32 @@ class ValueProxy(fx.Proxy):
     def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", setitem_, (self, index, item), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            self.tracer.set_data(self, value)
+        elif name in ("grad", "requires_grad"):
+            raise OctavError(f"{user_caller()}: forward sets {name} of a tensor, which a graph cannot hold")
+        else:
+            super().__setattr__(name, value)
+
+    # NumPy leaves operators with a number of its own to the proxy, as it does with a tensor.
+    __array_priority__ = 1000
     # fx.Proxy defines __eq__; a proxy is still hashed by identity.
     __hash__ = object.__hash__
+
+
+def _augmented(name: str) -> Any:
+    in_place, apart = getattr(operator, f"i{name}"), getattr(operator, f"__{name}__")
+
+    def assign(self: ValueProxy, other: Any) -> Any:
+        return self.tracer.write(in_place, apart, self, other) if isinstance(self.value, Tensor) else apart(self, other)
+
+    return assign
+
+
+# Tensors have no __imatmul__.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(ValueProxy, f"__i{_name}__", _augmented(_name))
 
 
 class AttributeProxy(ValueProxy):

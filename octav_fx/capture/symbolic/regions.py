@@ -37,19 +37,21 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
             del region.node
         return leave(region, *error)
 
-    original: Any = vars(torch.autograd.Function)["apply"]
+    # What Function.apply calls, whatever name user code has for it: a global, an attribute, a partial.
+    base: Any = torch.autograd.Function.__mro__[1]
+    inherited: Any = vars(base.__mro__[1])["apply"]
 
     def applied(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if tracer.evaluating or not any(type(leaf) in PROXIES for leaf in pytree.tree_leaves((args, kwargs))):
-            return original.__func__(function, *args, **kwargs)
+            return inherited.__get__(None, function)(*args, **kwargs)
         return tracer.create_proxy("call_function", apply_function, (tracer.constant(Kept(function)), *args), kwargs)
 
-    setattr(torch.autograd.Function, "apply", classmethod(applied))  # noqa: B010
+    base.apply = classmethod(applied)
     try:
         with torch.enable_grad(), _patched(entered, left):
             yield
     finally:
-        setattr(torch.autograd.Function, "apply", original)  # noqa: B010
+        del base.apply
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,11 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
 def _store(tracer: "ValueTracer", path: str, key: str, old: Any, new: Any, was_updated: bool) -> None:
     """Store a value before the graph returns."""
     name = f"{path}.{key}".lstrip(".")
-    if isinstance(old, Tensor) and any(_reads(proxy.node, name) for proxy in proxies_in(new)):
+    proxies = proxies_in(new)
+    if isinstance(old, Tensor) and len(proxies) == 1 and tracer.is_same_memory(proxies[0].node, old):
+        # self.count += 1 assigns what it has written into.
+        return
+    if isinstance(old, Tensor) and any(_reads(proxy.node, name) for proxy in proxies):
         raise NotCaptured(
             f"forward computes {name} from its own last value, and a graph has no memory: write into it in place"
         )

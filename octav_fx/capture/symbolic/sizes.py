@@ -32,6 +32,9 @@ _SAME_MODULES: Final = (
 # In place, and of another shape afterwards.
 _RESIZED: Final = frozenset({"resize_", "resize_as_", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_"})
 _SPLITS: Final = ("unbind",)
+_BROADCASTING: Final = frozenset({"add", "sub", "mul", "truediv", "div", "pow", "maximum", "minimum"})
+
+_REDUCTIONS: Final = frozenset({"mean", "sum", "amax", "amin", "var", "std", "logsumexp", "norm"})
 
 
 def forward_sizes(graph: fx.Graph) -> None:
@@ -74,43 +77,72 @@ def _keeps_shape(node: fx.Node) -> bool:
 
 def _axis_read(node: fx.Node) -> tuple[fx.Node, int] | None:
     """Return the tensor and the axis, counted from the front, whose size a node is; None for any other node."""
-    tensor, axis = None, None
     if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
         tensor, axis = node.args
-    elif node.target is operator.getitem and isinstance(shape := node.args[0], fx.Node):
-        is_shape = (shape.target is getattr and shape.args[1] == "shape") or (
-            shape.op == "call_method" and shape.target == "size" and len(shape.args) == 1 and not shape.kwargs
-        )
-        tensor, axis = (shape.args[0], node.args[1]) if is_shape else (None, None)
-    if not isinstance(tensor, fx.Node) or not isinstance(axis, int) or not isinstance(fake(tensor), Tensor):
+        is_axis = isinstance(tensor, fx.Node) and isinstance(axis, int) and isinstance(fake(tensor), Tensor)
+        return (tensor, axis % max(fake(tensor).dim(), 1)) if is_axis else None  # type: ignore[arg-type, return-value]
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+        tensor, axis = _element(node.args[0], node.args[1]) or (None, None)
+        return None if axis is None else (tensor, axis)  # type: ignore[return-value]
+    return None
+
+
+def _element(sizes: Any, index: int) -> tuple[Any, int | None] | None:
+    """Return the tensor and axis whose size is an element of a tuple of sizes, or the element itself and None."""
+    if isinstance(sizes, (list, tuple)):
+        return (sizes[index], None) if -len(sizes) <= index < len(sizes) else None
+    if not isinstance(sizes, fx.Node) or not isinstance(fake(sizes), tuple):
         return None
-    return tensor, axis % max(fake(tensor).dim(), 1)
+    length, of = len(fake(sizes)), sizes.args[0] if sizes.args else None
+    index %= length
+    if sizes.target is getattr or (sizes.op == "call_method" and sizes.target == "size" and len(sizes.args) == 1):
+        return (of, index) if isinstance(of, fx.Node) and isinstance(fake(of), Tensor) else None
+    if sizes.target is operator.getitem and isinstance(part := sizes.args[1], slice):
+        bounds = (part.start, part.stop, part.step)
+        if any(isinstance(bound, fx.Node) for bound in bounds) or not isinstance(of, fx.Node):
+            return None
+        return _element(of, range(len(fake(of)))[part][index])
+    if sizes.target is operator.add:
+        one, two = sizes.args
+        first = len(fake(one)) if isinstance(one, fx.Node) else len(one)  # type: ignore[arg-type]
+        return _element(one, index) if index < first else _element(two, index - first)
+    return None
 
 
 def _forward_axis(graph: fx.Graph, node: fx.Node, tensor: fx.Node, axis: int) -> None:
     """Replace a node that is the size of an axis by an equal one of an earlier value."""
-    first = tensor
-    while (earlier := _earlier(tensor := _same_shape(tensor), axis)) is not None:
+    found, at = _earliest(tensor, axis)
+    if at is None:
+        node.replace_all_uses_with(found)
+    elif found is not tensor or node.target is operator.getitem:
+        _replace(graph, node, found, at)
+
+
+def _earliest(tensor: fx.Node, axis: int) -> tuple[Any, int | None]:
+    """Return the earliest value and its axis with the size of this one's, as far as ops say; or the size, and None."""
+    while True:
+        tensor = _same_shape(tensor)
+        earlier = _earlier(tensor, axis)
+        if earlier is None:
+            return tensor, axis
         found, at = earlier
         if at is None:
-            node.replace_all_uses_with(found)
-            return
+            read = _axis_read(found)
+            if read is None:
+                return found, None
+            found, at = read
         tensor, axis = found, at
-    if tensor is not first:
-        _replace(graph, node, tensor, axis)
 
 
 def _earlier(node: fx.Node, axis: int) -> tuple[Any, int | None] | None:
-    """Return a value and its axis that has the size of this one's; or a size itself, and None."""
+    """Return a value and its axis that has the size of this one's; or a node that is the size, and None."""
     name, args = _name(node), node.args
     first = args[0] if args and isinstance(args[0], fx.Node) else None
-    if first is None or not isinstance(fake(first), Tensor):
+    if first is None or not isinstance(fake(first), Tensor) or not isinstance(fake(node), Tensor):
         return None
-    last = fake(node).dim() - 1 if isinstance(fake(node), Tensor) else -1
+    last = fake(node).dim() - 1
     module = module_of(node) if node.op == "call_module" else None
-    if node.target is F.linear or isinstance(module, nn.Linear):
-        return (first, axis) if axis < last else None
-    if node.target is F.embedding or isinstance(module, nn.Embedding):
+    if node.target in (F.linear, F.embedding) or isinstance(module, (nn.Linear, nn.Embedding)):
         return (first, axis) if axis < last else None
     if name in ("transpose", "swapaxes") and all(isinstance(a, int) for a in args[1:3]) and len(args) == 3:
         one, two = (int(a) % (last + 1) for a in args[1:3])  # type: ignore[arg-type]
@@ -119,12 +151,40 @@ def _earlier(node: fx.Node, axis: int) -> tuple[Any, int | None] | None:
         order = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
         return (first, int(order[axis]) % (last + 1)) if all(isinstance(a, int) for a in order) else None  # type: ignore[arg-type]
     if name in ("view", "reshape"):
-        sizes = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-        size = sizes[axis] if len(sizes) == last + 1 else -1
-        return (size, None) if isinstance(size, fx.Node) else None
+        sizes = args[1] if isinstance(_value(args[1]), (list, tuple)) else args[1:]
+        size = _element(sizes, axis)
+        return size if size is not None and isinstance(size[0], fx.Node) else None
     if name == "unsqueeze" and isinstance(args[1], int) and (at := args[1] % (last + 1)) != axis:
         return first, axis - (axis > at)
+    if name in _BROADCASTING and len(args) > 1:
+        return _of_both(first, args[1], axis, last)
+    if name in _REDUCTIONS and node.kwargs.get("keepdim") is True:
+        axes = args[1] if len(args) > 1 else node.kwargs.get("dim")
+        axes = axes if isinstance(axes, (list, tuple)) else (axes,)
+        is_kept = all(isinstance(a, int) and a % (last + 1) != axis for a in axes)
+        return (first, axis) if is_kept else None
+    if node.target is F.scaled_dot_product_attention:
+        return (first, axis) if axis in (last - 1, 0) else None
     return None
+
+
+def _of_both(one: fx.Node, two: Any, axis: int, last: int) -> tuple[Any, int | None] | None:
+    """Return where the size of a sum or product comes from, if that is the same place for both sides."""
+    other = _value(two)
+    if not isinstance(other, Tensor):
+        return one, axis
+    missing = last + 1 - fake(one).dim(), last + 1 - other.dim()
+    if axis < missing[1]:
+        return one, axis - missing[0]
+    if axis < missing[0]:
+        return two, axis - missing[1]
+    sides = _earliest(one, axis - missing[0]), _earliest(two, axis - missing[1])
+    return sides[0] if sides[0] == sides[1] else None
+
+
+def _value(argument: Any) -> Any:
+    """Return the value of an argument for the example inputs, whether it is a node or not."""
+    return fake(argument) if isinstance(argument, fx.Node) else argument
 
 
 def _replace_by_size(graph: fx.Graph, node: fx.Node, pieces: fx.Node) -> None:

@@ -15,7 +15,8 @@ from octav_fx.capture.guards import Guards
 from octav_fx.capture.kinds import kind_of
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import take_guards
-from octav_fx.capture.symbolic.patches import quiet, symbolic_isinstance, symbolic_torch, training_flags
+from octav_fx.capture.symbolic.names import symbolic_names
+from octav_fx.capture.symbolic.patches import assigned_parameters, quiet, symbolic_torch, training_flags
 from octav_fx.capture.symbolic.reads import watched_reads
 from octav_fx.capture.symbolic.regions import regions
 from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, undone_writes
@@ -61,9 +62,10 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             undone_writes(tracer, root),
             training_flags(tracer, root),
             symbolic_torch(tracer),
-            symbolic_isinstance(root),
+            symbolic_names(root),
             # Before regions turn gradients on.
             watched_reads(tracer, root) as reads,
+            assigned_parameters(tracer),
             regions(tracer),
             quiet(),
         ):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
+    is_of_numpy,
     is_plain_dataclass,
     rebuild,
     template_of,
@@ -28,7 +29,7 @@ from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_forward_hooks
-from octav_fx.compat.tensors import NEEDS_DATA, TORCH_GROUPED_MM, FakeTensorMode, pytree
+from octav_fx.compat.tensors import NEEDS_DATA, TORCH_GROUPED_MM, FakeTensorMode, pytree, storage_id
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
@@ -71,6 +72,8 @@ class ValueTracer(fx.Tracer):
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
+    # What has the value of a node since forward wrote into it.
+    latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
     user: UserRules = field(default_factory=UserRules)
@@ -180,7 +183,7 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Find parameters and buffers by identity, by their first name."""
         if type(a) in PROXIES:
-            return a.node
+            return self._latest(a.node)
         if type(a) is OrderedDict:
             # fx would make a plain dict of it.
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
@@ -189,6 +192,13 @@ class ValueTracer(fx.Tracer):
             return self._attribute(self.attributes[id(a)]).node
         if is_built_around_proxies(a):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
+        if is_of_numpy(a, "generic"):
+            a = a.item()
+        if isinstance(a, torch.device) and "device" in self.arguments:
+            # In generated code the name of the argument hides that of the class.
+            return self.create_node("call_function", torch.device, (str(a),), {})
+        if is_of_numpy(a, "ndarray"):
+            return self.constant(a).node
         return super().create_arg(a)
 
     def _made_again(self, a: Any) -> fx.Node:
@@ -198,8 +208,10 @@ class ValueTracer(fx.Tracer):
 
     def constant(self, value: Any) -> ValueProxy:
         """Keep an object that graphs cannot hold as an attribute of root, and return its proxy."""
-        name = next(f"octav_object_{i}" for i in itertools.count() if not hasattr(self.root, f"octav_object_{i}"))
-        setattr(self.root, name, value)
+        # Not by getattr and setattr, which stand for what forward reads and writes.
+        held = vars(self.root)
+        name = next(f"octav_object_{i}" for i in itertools.count() if f"octav_object_{i}" not in held)
+        held[name] = value
         return self.proxy(self.create_node("get_attr", name, (), {}))
 
     def _rebuilt(self, a: Any) -> fx.Node:
@@ -238,8 +250,64 @@ class ValueTracer(fx.Tracer):
         if not (isinstance(value, Tensor) and value.is_floating_point() and self._has_gradient(node)):
             return proxy
         if self._writes(node):
-            raise OctavError(f"{user_caller()}: forward writes into {node.args[0]} under no_grad; use detach() instead")
+            # Written past autograd, but counted: as under no_grad, backward finds out what it has lost.
+            with self.graph.inserting_before(node):
+                past = super().create_proxy("call_method", "detach", (self.proxy(node.all_input_nodes[0]),), {})
+            node.replace_input_with(node.all_input_nodes[0], past.node)
+            return proxy
         return super().create_proxy("call_method", "detach", (proxy,), {})
+
+    def _latest(self, node: fx.Node) -> fx.Node:
+        while node in self.latest:
+            node = self.latest[node]
+        return node
+
+    def write(self, in_place: Any, apart: Any, target: ValueProxy, other: Any) -> Any:
+        """Compute target (op)= other: apart from its memory where every name of that memory can read the result."""
+        names = self._names_of_memory(self._latest(target.node))
+        if torch.is_grad_enabled() and names is not None:
+            result = apart(target, other)
+            if (result.value.dtype, result.value.shape) == (target.value.dtype, target.value.shape):
+                self.latest.update(dict.fromkeys(names, result.node))
+                return target
+            self.graph.erase_node(result.node)
+        result = self.create_proxy("call_function", in_place, (target, other), {})
+        return result if torch.is_grad_enabled() else target
+
+    def _names_of_memory(self, node: fx.Node) -> list[fx.Node] | None:
+        """Return the nodes of the same memory; None where one is a part or another view of it, or is not the graph's.
+
+        Whoever holds one of them, by whatever name, can then be given another node in its place.
+        """
+        value = fake(node)
+        storage, found = storage_id(value), []
+        for n in self.graph.nodes:
+            leaves = [leaf for leaf in pytree.tree_leaves(fake(n)) if isinstance(leaf, Tensor)]
+            shared = [leaf for leaf in leaves if storage_id(leaf) == storage]
+            if not shared or n in self.latest:
+                continue
+            alike = fake(n) is shared[0] and (shared[0].shape, shared[0].stride()) == (value.shape, value.stride())
+            if not alike or n.op in ("placeholder", "get_attr"):
+                return None
+            found.append(n)
+        return found
+
+    def is_same_memory(self, node: fx.Node, tensor: Tensor | None) -> bool:
+        """Tell whether a node is a parameter or buffer of root, or is all of its memory."""
+        name, value = self.attributes.get(id(tensor)), fake(node)
+        if name is None or name not in self.attribute_nodes or not isinstance(value, Tensor):
+            return False
+        own = fake(self.attribute_nodes[name])
+        return bool(own.shape == value.shape and storage_id(own) == storage_id(value))
+
+    def set_data(self, target: ValueProxy, value: Any) -> None:
+        """Write a value into target.data, which was assigned to it."""
+        own, new = target.value, value.value if type(value) in PROXIES else value
+        are_tensors = isinstance(own, Tensor) and isinstance(new, Tensor)
+        if not are_tensors or (own.shape, own.dtype) != (new.shape, new.dtype):
+            raise OctavError(f"{user_caller()}: forward sets data of a tensor to another kind of value")
+        if type(value) not in PROXIES or storage_id(own) != storage_id(new):
+            target.data.copy_(value)
 
     def _has_gradient(self, node: fx.Node) -> bool:
         if node not in self.gradients:
@@ -333,6 +401,7 @@ class ValueTracer(fx.Tracer):
         for node in reversed(nodes):
             self.graph.erase_node(node)
         self.attribute_nodes = {name: node for name, node in self.attribute_nodes.items() if node not in set(nodes)}
+        self.latest = {node: new for node, new in self.latest.items() if new not in nodes}
         self.checked = {(node, expected) for node, expected in self.checked if node not in nodes}
         del self.branched_on[mark.branches :]
 
@@ -347,8 +416,8 @@ class ValueTracer(fx.Tracer):
                 f"{user_caller()}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a "
                 "tensor; a graph cannot follow that. Compute it outside of forward, or quantize the modules around it"
             )
-        if not where.startswith(TORCH):
-            # torch's own code asks to validate arguments or to choose a fast path; both stay right without a check.
+        if kind is not bool or not where.startswith(TORCH):
+            # torch's own code branches to validate arguments or to choose a fast path: both stay right without a check.
             node = proxy.node if isinstance(value, kind) else self.create_node("call_function", kind, (proxy.node,), {})
             self._check(node, kind(value), where)
         return value
@@ -360,7 +429,7 @@ class ValueTracer(fx.Tracer):
     def _check(self, node: fx.Node, expected: Any, where: str) -> None:
         if (key := (node, repr(expected))) not in self.checked:
             self.checked.add(key)
-            self.create_node("call_function", guard_equal, (node, expected, where), {})
+            self.create_node("call_function", guard_equal, (node, self.create_arg(expected), where), {})
 
     def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
         """Return what a node computes on fake tensors, and the multiply-accumulates it takes."""
@@ -413,7 +482,8 @@ class ValueTracer(fx.Tracer):
 
 def is_torch_leaf(m: nn.Module) -> bool:
     """Tell whether a module is torch's own, forward and all, and not made of others."""
-    own = type(m).forward.__module__.startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
+    # That of generated code has no module.
+    own = (type(m).forward.__module__ or "").startswith("torch.nn") and not isinstance(m, _TRANSPARENT)
     return own and not is_altered(m)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from octav_fx.deploy.targets.graph import Graph, attribute
 from octav_fx.deploy.translate import DOMAIN, Part
 from octav_fx.formats.grid import Grid
-from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
+from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer, StoredWeight
 
 # In place of a scale of zero: far below every result, far above the subnormal numbers.
 _NOTHING: Final = 2.0**-100
@@ -62,6 +62,8 @@ def _operand(target: Target, graph: Graph, node: Any, parts: Mapping[str, Part])
     match parts[key]:
         case IntegerWeight() as weight:
             return target.weight(graph, key, weight, output)
+        case StoredWeight() as stored:
+            return [grouped_levels(graph, key, stored, output)]
         case IntegerBias() as bias:
             return target.bias(graph, key, bias, output)
         case StaticQuantizer() as quantizer:
@@ -81,13 +83,23 @@ def weight_levels(graph: Graph, key: str, weight: IntegerWeight, output: str) ->
     return [dequantized(graph, key, codes, weight.scale, kind, weight.dim, output)]
 
 
-def dequantized(graph: Graph, key: str, codes: str, scale: Tensor, kind: str, dim: int | None, output: str) -> Any:
+def grouped_levels(graph: Graph, key: str, weight: StoredWeight, output: str) -> Any:
+    """Return DequantizeLinear of integer codes with a scale for each block along an axis, as opset 21 has it."""
+    shared, kind = weight.spec.granularity, "INT4" if weight.spec.format.bits <= _NIBBLE else "INT8"
+    codes = graph.constant(f"{key}.codes", kind, weight.codes)
+    return dequantized(graph, key, codes, weight.spec.format.step(weight.clip), kind, shared.axis, output, shared.size)
+
+
+def dequantized(
+    graph: Graph, key: str, codes: str, scale: Tensor, kind: str, dim: int | None, output: str, block: int | None = None
+) -> Any:
     """Return DequantizeLinear of constant codes, with a zero point of zero."""
     # Zero where a channel is all zeros; runtimes want a scale to be none.
     scales = graph.constant(f"{key}.scale", "FLOAT", torch.where(scale == 0, _NOTHING, scale))
     # Optional in the standard; onnxruntime wants it.
     zeros = graph.constant(f"{key}.zero", kind, torch.zeros_like(scale, dtype=torch.int8))
     axis = {} if dim is None else {"axis": dim}
+    axis |= {} if block is None else {"block_size": block}
     return graph.node("DequantizeLinear", [codes, scales, zeros], output, f"{key}.dequantize", **axis)
 
 

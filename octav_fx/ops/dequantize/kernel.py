@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, offsets_of
 
 
@@ -42,16 +42,16 @@ def dequantize_kernel(
 def dequantize(
     codes: Tensor,
     clip: Tensor,
-    bits: int,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     dtype: torch.dtype,
     *,
     out: Tensor,
     block: int = BLOCK,
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
-    grid = Grid(bits, signed)
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    grid, dim = plain
     fits = codes.dtype is grid.codes_dtype and codes.shape == out.shape
     if dtype not in FLOATS or out.dtype is not dtype or not fits:
         return False
@@ -67,5 +67,5 @@ def dequantize(
         HIGH=grid.high,
         SATURATED=grid.ceiling_flag,
         NOT_FINITE=torch.iinfo(codes.dtype).min,
-        SIGNED=signed,
+        SIGNED=grid.signed,
     )

@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.granularity import clip_shape
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.dequantize import reference
 from octav_fx.ops.register import register_op
 
 
-def _empty(codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, dtype: torch.dtype) -> Tensor:
+def _empty(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
 
-def _cpu(
-    codes: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, dtype: torch.dtype, out: Tensor
-) -> bool:
-    layout, library, grid = cpu.channel_layout(out, dim), cpu.library(), Grid(bits, signed)
+def _cpu(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype, out: Tensor) -> bool:
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    grid, dim = plain
+    layout, library = cpu.channel_layout(out, dim), cpu.library()
     fits = out.shape == codes.shape and codes.dtype is grid.codes_dtype and out.dtype is dtype
     if library is None or layout is None or not fits or (types := cpu.types_of("dequantize", out)) is None:
         return False
@@ -47,7 +48,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
 
 dequantize = register_op(
     "dequantize",
-    "Tensor codes, Tensor clip, int bits, bool signed, int? dim, ScalarType dtype",
+    "Tensor codes, Tensor clip, str spec, ScalarType dtype",
     empty=_empty,
     reference=reference.dequantize,
     cpu=_cpu,

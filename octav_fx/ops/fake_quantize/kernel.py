@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octav_fx.formats.granularity import clip_shape
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 
 FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
@@ -123,9 +123,7 @@ def elementwise(
 def fake_quantize(
     x: Tensor,
     clip: Tensor,
-    bits: int,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     gradient: str,
     dtype: torch.dtype | None = None,
     *,
@@ -133,9 +131,10 @@ def fake_quantize(
     block: int = BLOCK,
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
-    if x.dtype not in FLOATS or out.dtype not in FLOATS or x.shape != out.shape:
+    plain = spec_of(spec).plain
+    if plain is None or x.dtype not in FLOATS or out.dtype not in FLOATS or x.shape != out.shape:
         return False
-    grid = Grid(bits, signed)
+    grid, dim = plain
     codes = {"STEPS": grid.steps, "LOW": grid.low, "HIGH": grid.high}
     return elementwise(fake_quantize_kernel, [x], clip, dim, out, block, **codes)
 
@@ -144,8 +143,7 @@ def fake_quantize_backward(
     grad: Tensor,
     x: Tensor,
     clip: Tensor,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     gradient: str,
     *,
     out: Tensor,
@@ -153,7 +151,9 @@ def fake_quantize_backward(
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
     floats = x.dtype in FLOATS and grad.dtype in FLOATS and out.dtype is x.dtype
-    if gradient == "ste" or not floats or not x.shape == grad.shape == out.shape:
+    plain = spec_of(spec).plain
+    if plain is None or gradient == "ste" or not floats or not x.shape == grad.shape == out.shape:
         return False
-    kind = {"SIGNED": signed, "MAD": gradient == "mad"}
+    grid, dim = plain
+    kind = {"SIGNED": grid.signed, "MAD": gradient == "mad"}
     return elementwise(fake_quantize_backward_kernel, [grad, x], clip, dim, out, block, **kind)

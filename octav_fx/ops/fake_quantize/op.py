@@ -6,34 +6,33 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.granularity import clip_shape
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize import reference
 from octav_fx.ops.register import register_op
 
 
-def _empty(
-    x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, dtype: torch.dtype | None = None
-) -> Tensor:
+def _empty(x: Tensor, clip: Tensor, spec: str, gradient: str, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
 def _cpu(
     x: Tensor,
     clip: Tensor,
-    bits: int,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     gradient: str,
     dtype: torch.dtype | None = None,
     *,
     out: Tensor,
 ) -> bool:
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    grid, dim = plain
     layout, library = cpu.channel_layout(out, dim), cpu.library()
     fits = out.shape == x.shape and out.dtype is (dtype or x.dtype)
     if library is None or layout is None or not fits or (types := cpu.types_of("fake_quantize", x, out)) is None:
         return False
-    grid, (x_type, out_type) = Grid(bits, signed), types
+    x_type, out_type = types
     x, clip = cpu.lying_as(x, out), cpu.checked(clip, clip_shape(x, dim))
     library.octav_fake_quantize(
         x.data_ptr(),
@@ -58,7 +57,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
 
 fake_quantize = register_op(
     "fake_quantize",
-    "Tensor x, Tensor clip, int bits, bool signed, int? dim, str gradient, ScalarType? dtype=None",
+    "Tensor x, Tensor clip, str spec, str gradient, ScalarType? dtype=None",
     empty=_empty,
     reference=reference.fake_quantize,
     cpu=_cpu,
@@ -66,13 +65,14 @@ fake_quantize = register_op(
 )
 
 
-def _empty_gradient(grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> Tensor:
+def _empty_gradient(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def _cpu_gradient(
-    grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str, out: Tensor
-) -> bool:
+def _cpu_gradient(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: str, out: Tensor) -> bool:
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    grid, dim = plain
     layout, library = cpu.channel_layout(out, dim), cpu.library()
     fits = out.shape == x.shape == grad.shape and out.dtype is x.dtype and gradient != "ste"
     if library is None or layout is None or not fits:
@@ -89,7 +89,7 @@ def _cpu_gradient(
         clip.data_ptr(),
         out.data_ptr(),
         *layout,
-        signed,
+        grid.signed,
         gradient == "mad",
         torch.get_num_threads(),
     )
@@ -104,7 +104,7 @@ def _cuda_gradient(*args: Any, out: Tensor) -> bool:
 
 fake_quantize_backward = register_op(
     "fake_quantize_backward",
-    "Tensor grad, Tensor x, Tensor clip, bool signed, int? dim, str gradient",
+    "Tensor grad, Tensor x, Tensor clip, str spec, str gradient",
     empty=_empty_gradient,
     reference=reference.fake_quantize_backward,
     cpu=_cpu_gradient,
@@ -112,31 +112,31 @@ fake_quantize_backward = register_op(
 )
 
 
-def save_for_backward(ctx: Any, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str) -> None:
+def save_for_backward(ctx: Any, x: Tensor, clip: Tensor, spec: str, gradient: str) -> None:
     """Return what the gradient needs; the straight-through one needs nothing."""
     if gradient == "ste":
         ctx.save_for_backward()
     else:
         ctx.save_for_backward(x, clip)
-    ctx.signed, ctx.dim, ctx.gradient = signed, dim, gradient
+    ctx.spec, ctx.gradient = spec, gradient
 
 
 def gradient_of_x(ctx: Any, grad: Tensor) -> Tensor:
     """Return the gradient of x from what save_for_backward kept."""
     if ctx.gradient == "ste":
         return grad
-    return torch.ops.octav.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.signed, ctx.dim, ctx.gradient)
+    return torch.ops.octav.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.spec, ctx.gradient)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, clip, _, signed, dim, gradient, _ = inputs
-    save_for_backward(ctx, x, clip, signed, dim, gradient)
+    x, clip, spec, gradient, _ = inputs
+    save_for_backward(ctx, x, clip, spec, gradient)
     ctx.dtype = x.dtype
 
 
 def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, x, clip, signed, dim, gradient = inputs
-    save_for_backward(ctx, x, clip, signed, dim, gradient)
+    grad, x, clip, spec, gradient = inputs
+    save_for_backward(ctx, x, clip, spec, gradient)
     ctx.dtype = grad.dtype
 
 

@@ -4,31 +4,28 @@ import torch
 from torch import Tensor
 
 from octav_fx.clips.gradients import GRADIENTS
-from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid, nearest
+from octav_fx.formats.spec import spec_of
 
 
-def fake_quantize(
-    x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, gradient: str, dtype: torch.dtype | None = None
-) -> Tensor:
+def fake_quantize(x: Tensor, clip: Tensor, spec: str, gradient: str, dtype: torch.dtype | None = None) -> Tensor:
     """Map x [...], clip [] or [C] in the units of x -> [...], the nearest level, ties to the even code; the dtype of x.
 
     With a dtype: in that. Levels of half precision are those of float32, rounded once.
 
     A clip of 0 sends every value to 0. Values that are not finite stay what they are, so that they are not hidden.
     """
-    grid = Grid(bits, signed)
+    represented = spec_of(spec)
     value = x.to(torch.promote_types(x.dtype, torch.float32))
-    step = grid.step(along(clip, x, dim).to(value.dtype))
+    step = represented.format.step(represented.granularity.along(clip, x).to(value.dtype))
     # Not a multiplication by steps / clip: that rounds twice and moves ties.
-    code = torch.where(step > 0, nearest(value / step, grid), 0)
-    return torch.where(x.isfinite(), code * step, value).to(dtype or x.dtype)
+    level = torch.where(step > 0, represented.format.round(value / step), 0)
+    return torch.where(x.isfinite(), level * step, value).to(dtype or x.dtype)
 
 
-def fake_quantize_backward(
-    grad: Tensor, x: Tensor, clip: Tensor, signed: bool, dim: int | None, gradient: str
-) -> Tensor:
+def fake_quantize_backward(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: str) -> Tensor:
     """Return grad and x [...], clip [] or [C] -> the gradient of x [...], the dtype of x."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
-    factor = GRADIENTS[gradient](value, along(clip, x, dim).to(value.dtype), signed)
+    represented = spec_of(spec)
+    bound = represented.granularity.along(clip, x).to(value.dtype)
+    factor = GRADIENTS[gradient](value, bound, represented.format.signed)
     return (grad.to(value.dtype) * factor).to(x.dtype)

@@ -7,21 +7,21 @@ By itself the conversion is a pass over all weights, forward and backward, and o
 import torch
 from torch import Tensor
 
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize_filters import reference
 from octav_fx.ops.register import register_op
 
 
-def _empty(filters: Tensor, clip: Tensor, bits: int, signed: bool, dtype: torch.dtype | None = None) -> Tensor:
+def _empty(filters: Tensor, clip: Tensor, spec: str, dtype: torch.dtype | None = None) -> Tensor:
     channels, inputs, positions = filters.shape
     return filters.new_empty(channels, positions, inputs, dtype=dtype)
 
 
-def _cpu(
-    filters: Tensor, clip: Tensor, bits: int, signed: bool, dtype: torch.dtype | None = None, *, out: Tensor
-) -> bool:
-    library, grid = cpu.library(), Grid(bits, signed)
+def _cpu(filters: Tensor, clip: Tensor, spec: str, dtype: torch.dtype | None = None, *, out: Tensor) -> bool:
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    (grid, _), library = plain, cpu.library()
     channels, inputs, positions = filters.shape
     fits = out.shape == (channels, positions, inputs) and out.dtype is (dtype or filters.dtype)
     if library is None or not fits or not out.is_contiguous():
@@ -47,19 +47,21 @@ def _cpu(
 
 fake_quantize_filters = register_op(
     "fake_quantize_filters",
-    "Tensor filters, Tensor clip, int bits, bool signed, ScalarType? dtype=None",
+    "Tensor filters, Tensor clip, str spec, ScalarType? dtype=None",
     empty=_empty,
     reference=reference.fake_quantize_filters,
     cpu=_cpu,
 )
 
 
-def _empty_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gradient: str) -> Tensor:
+def _empty_gradient(grad: Tensor, filters: Tensor, clip: Tensor, spec: str, gradient: str) -> Tensor:
     return torch.empty_like(filters)
 
 
-def _cpu_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gradient: str, out: Tensor) -> bool:
-    library = cpu.library()
+def _cpu_gradient(grad: Tensor, filters: Tensor, clip: Tensor, spec: str, gradient: str, out: Tensor) -> bool:
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    (grid, _), library = plain, cpu.library()
     fits = out.shape == filters.shape and out.dtype is filters.dtype and grad.numel() == filters.numel()
     if library is None or not fits or not out.is_contiguous():
         return False
@@ -78,7 +80,7 @@ def _cpu_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gra
         out.data_ptr(),
         *filters.shape,
         channels_last,
-        signed,
+        grid.signed,
         ("ste", "pwl", "mad").index(gradient),
         torch.get_num_threads(),
     )
@@ -87,7 +89,7 @@ def _cpu_gradient(grad: Tensor, filters: Tensor, clip: Tensor, signed: bool, gra
 
 fake_quantize_filters_backward = register_op(
     "fake_quantize_filters_backward",
-    "Tensor grad, Tensor filters, Tensor clip, bool signed, str gradient",
+    "Tensor grad, Tensor filters, Tensor clip, str spec, str gradient",
     empty=_empty_gradient,
     reference=reference.fake_quantize_filters_backward,
     cpu=_cpu_gradient,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octav_fx.clips.newton import as_octav
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize.kernel import FLOATS, nearest
 from octav_fx.ops.kernels.solve_rows.kernel import METHODS, solve_row, tile_of
@@ -91,8 +92,7 @@ class _Entry:
 def fake_quantize_weights(
     weights: list[Tensor],
     hints: list[Tensor],
-    bits: list[int],
-    dims: list[int],
+    specs: list[str],
     method: str,
     *,
     out: list[Tensor],
@@ -105,30 +105,38 @@ def fake_quantize_weights(
     Return the indices of those weights, of which nothing was written, that the ops have to do one by one: their rows do
     not lie in one piece, or there is no kernel for the dtype or the method.
     """
-    launches: dict[tuple[int, torch.dtype, torch.dtype, int], list[_Entry]] = {}
+    launches: dict[tuple[Grid, torch.dtype, torch.dtype, int], list[_Entry]] = {}
     left, offset = [], 0
-    for index, (w, hint, b, dim, to) in enumerate(zip(weights, hints, bits, dims, out, strict=True)):
+    for index, (w, hint, spec, to) in enumerate(zip(weights, hints, specs, out, strict=True)):
+        grid, dim = _by_channel(spec)
         layout, rows = cpu.channel_layout(w, dim), w.shape[dim]
         in_pieces = layout is None or (layout[0] > 1 and layout[1] > 1)
-        known = w.dtype in FLOATS and to.dtype in FLOATS and as_octav(b, method)[1] in METHODS
-        if known and not in_pieces and cpu.same_layout(to, w):
+        known = w.dtype in FLOATS and to.dtype in FLOATS and as_octav(grid.bits, method)[1] in METHODS
+        if known and not in_pieces and not grid.narrow and cpu.same_layout(to, w):
             n = w.numel() // rows
             entry = _Entry(w, to, cpu.checked(hint, (rows,)), offset, rows, n)
-            key = (b, w.dtype, to.dtype, sum(n > longest for longest, _ in classes))
+            key = (grid, w.dtype, to.dtype, sum(n > longest for longest, _ in classes))
             launches.setdefault(key, []).append(entry)
         else:
             left.append(index)
         offset += rows
-    for (b, _, _, which), entries in launches.items():
+    for (grid, _, _, which), entries in launches.items():
         for start in range(0, len(entries), at_once):
-            _launch(entries[start : start + at_once], clips, b, method, which, classes)
+            _launch(entries[start : start + at_once], clips, grid, method, which, classes)
     return left
 
 
+def _by_channel(spec: str) -> tuple[Grid, int]:
+    """Return the grid and the channel axis of a weight: others are not gathered."""
+    plain = spec_of(spec).plain
+    assert plain is not None and plain[1] is not None
+    return plain[0], plain[1]
+
+
 def _launch(
-    entries: list[_Entry], clips: Tensor, bits: int, method: str, which: int, classes: tuple[tuple[int, int], ...]
+    entries: list[_Entry], clips: Tensor, grid: Grid, method: str, which: int, classes: tuple[tuple[int, int], ...]
 ) -> None:
-    solved_bits, solved_method = as_octav(bits, method)
+    solved_bits, solved_method = as_octav(grid.bits, method)
     block, warps = classes[min(which, len(classes) - 1)]
     programs = sum(entry.rows for entry in entries)
     firsts = [sum(entry.rows for entry in entries[:i]) for i in range(len(entries))]
@@ -147,7 +155,7 @@ def _launch(
     fake_quantize_weights_kernel[(programs,)](
         *arguments,
         SOLVED_STEPS=Grid(solved_bits, signed=True).steps,
-        STEPS=Grid(bits, signed=True).steps,
+        STEPS=grid.steps,
         METHOD=METHODS.index(solved_method),
         WEIGHTS=len(filled),
         BLOCK=block,

@@ -14,25 +14,33 @@ _NAME = "octav::fake_quantize_weights"
 
 torch.library.define(
     _NAME,
-    "(Tensor[] weights, Tensor[] hints, int[] bits, int[] dims, str method) -> (Tensor[], Tensor)",
+    "(Tensor[] weights, Tensor[] hints, str[] specs, str method, ScalarType? dtype=None) -> (Tensor[], Tensor)",
     tags=LAYOUT_AGNOSTIC,
 )
 
 
 def _empty(
-    weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
+    weights: list[Tensor],
+    hints: list[Tensor],
+    specs: list[str],
+    method: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    rows = sum(w.shape[dim] for w, dim in zip(weights, dims, strict=True))
+    rows = sum(len(hint) for hint in hints)
     clips = torch.empty(rows, dtype=torch.float32, device=weights[0].device if weights else None)
-    return [torch.empty_like(w) for w in weights], clips
+    return [torch.empty_like(w, dtype=dtype) for w in weights], clips
 
 
 def one_by_one(
-    weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
+    weights: list[Tensor],
+    hints: list[Tensor],
+    specs: list[str],
+    method: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """See reference.py. Composed of the two ops, so that each device runs the kernels it has."""
-    quantized, clips = _empty(weights, hints, bits, dims, method)
-    _write(range(len(weights)), weights, hints, bits, dims, method, quantized, clips)
+    quantized, clips = _empty(weights, hints, specs, method, dtype)
+    _write(range(len(weights)), weights, hints, specs, method, quantized, clips)
     return quantized, clips
 
 
@@ -40,30 +48,33 @@ def _write(
     indices: Iterable[int],
     weights: list[Tensor],
     hints: list[Tensor],
-    bits: list[int],
-    dims: list[int],
+    specs: list[str],
     method: str,
     quantized: list[Tensor],
     clips: Tensor,
 ) -> None:
-    parts = clips.split([w.shape[dim] for w, dim in zip(weights, dims, strict=True)])
+    parts = clips.split([len(hint) for hint in hints])
     for i in indices:
-        w, b, dim = weights[i], bits[i], dims[i]
-        torch.ops.octav.optimal_clip.out(w, hints[i], b, True, dim, method, out=parts[i])
-        torch.ops.octav.fake_quantize.out(w, parts[i], b, True, dim, "ste", out=quantized[i])
+        w, spec = weights[i], specs[i]
+        torch.ops.octav.optimal_clip.out(w, hints[i], spec, method, out=parts[i])
+        torch.ops.octav.fake_quantize.out(w, parts[i], spec, "ste", quantized[i].dtype, out=quantized[i])
 
 
 def _cuda(
-    weights: list[Tensor], hints: list[Tensor], bits: list[int], dims: list[int], method: str
+    weights: list[Tensor],
+    hints: list[Tensor],
+    specs: list[str],
+    method: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     if not has_triton():
-        return one_by_one(weights, hints, bits, dims, method)
+        return one_by_one(weights, hints, specs, method, dtype)
     from octav_fx.ops.fake_quantize_weights import kernel
 
-    quantized, clips = _empty(weights, hints, bits, dims, method)
+    quantized, clips = _empty(weights, hints, specs, method, dtype)
     with torch.cuda.device(clips.device):
-        left = kernel.fake_quantize_weights(weights, hints, bits, dims, method, out=quantized, clips=clips)
-    _write(left, weights, hints, bits, dims, method, quantized, clips)
+        left = kernel.fake_quantize_weights(weights, hints, specs, method, out=quantized, clips=clips)
+    _write(left, weights, hints, specs, method, quantized, clips)
     return quantized, clips
 
 

@@ -6,33 +6,28 @@ import torch
 from torch import Tensor
 
 from octav_fx.clips.learned import clip_from_parameter
-from octav_fx.formats.granularity import along
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops.learned_fake_quantize import reference
 from octav_fx.ops.register import register_op
 
-_SETTINGS = "int bits, bool signed, int? dim, str method"
+_SETTINGS = "str spec, str method"
 
 
-def _empty(
-    x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str, is_data: bool
-) -> Tensor:
+def _empty(x: Tensor, parameter: Tensor, spec: str, method: str, is_data: bool) -> Tensor:
     return torch.empty_like(x)
 
 
 def _composed(
     x: Tensor,
     parameter: Tensor,
-    bits: int,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     method: str,
     is_data: bool,
     out: Tensor,
 ) -> bool:
     """See reference.py. Composed of the op for a given clip, so that each device runs the kernel it has."""
-    clip = clip_from_parameter(parameter, Grid(bits, signed), method)
-    torch.ops.octav.fake_quantize(x, clip, bits, signed, dim, "pwl", out=out)
+    clip = clip_from_parameter(parameter, spec_of(spec).format, method)
+    torch.ops.octav.fake_quantize(x, clip, spec, "pwl", out=out)
     return True
 
 
@@ -46,9 +41,7 @@ learned_fake_quantize = register_op(
 )
 
 
-def _empty_gradient(
-    grad: Tensor, x: Tensor, parameter: Tensor, bits: int, signed: bool, dim: int | None, method: str
-) -> Tensor:
+def _empty_gradient(grad: Tensor, x: Tensor, parameter: Tensor, spec: str, method: str) -> Tensor:
     return torch.empty_like(x, dtype=grad.dtype)
 
 
@@ -64,9 +57,7 @@ def _empty_parameter_gradient(
     grad: Tensor,
     x: Tensor,
     parameter: Tensor,
-    bits: int,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     method: str,
     is_data: bool,
 ) -> Tensor:
@@ -94,7 +85,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_x = torch.ops.octav.learned_fake_quantize_backward(grad, x, parameter, *ctx.settings)
     if ctx.needs_input_grad[1]:
         of_parameter = torch.ops.octav.learned_parameter_backward(grad, x, parameter, *ctx.settings, ctx.is_data)
-    return of_x, of_parameter, *[None] * 5
+    return of_x, of_parameter, *[None] * 3
 
 
 def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -103,13 +94,14 @@ def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.octav.learned_fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+    return torch.ops.octav.learned_fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 4
 
 
 def _of_parameter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, parameter = ctx.saved_tensors
     slopes = reference.learned_slopes(x.detach(), parameter.detach(), *ctx.settings)
-    return along(grad, x, ctx.settings[2]) * slopes, *[None] * 7
+    shared = spec_of(ctx.settings[0]).granularity
+    return shared.along(grad, x) * slopes, *[None] * 5
 
 
 # Both gradients are linear in grad, with the same factors: that makes second derivatives right.

@@ -5,6 +5,7 @@ from typing import Final
 from torch import Tensor
 
 from octav_fx.clips.newton import as_octav
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops.kernels.solve_passes.kernel import solve_passes
 from octav_fx.ops.kernels.solve_rows.kernel import LONGEST, solve_rows
 from octav_fx.ops.kernels.solve_tail.kernel import solve_tail
@@ -22,16 +23,18 @@ TAIL_FROM: Final = dict.fromkeys(range(1, 9), ONE_PROGRAM)
 def optimal_clip(
     x: Tensor,
     hint: Tensor,
-    bits: int,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     method: str,
     *,
     out: Tensor,
     one_program: int = ONE_PROGRAM,
 ) -> bool:
     """Write the clips into out [] or [C]; False where only the reference will do."""
-    bits, method = as_octav(bits, method)
+    # The solves know the lowest code as minus the steps.
+    if (plain := spec_of(spec).plain) is None or plain[0].narrow:
+        return False
+    (grid, dim), signed = plain, plain[0].signed
+    bits, method = as_octav(grid.bits, method)
     if dim is not None or x.numel() <= one_program:
         return solve_rows(x, hint, bits, signed, dim, method, out=out)
     by_tail = method == "octav" and x.numel() > TAIL_FROM[bits]

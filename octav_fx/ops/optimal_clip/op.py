@@ -8,6 +8,7 @@ from torch import Tensor
 from octav_fx.clips.newton import as_octav
 from octav_fx.clips.percentile import ONE_IN
 from octav_fx.formats.granularity import clip_shape, to_rows
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.ops.register import register_op
@@ -16,13 +17,16 @@ from octav_fx.ops.register import register_op
 _NEWTON = ("octav", "octav-grid")
 
 
-def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
-    return x.new_empty(clip_shape(x, dim), dtype=torch.float32)
+def _empty(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
+    return x.new_empty(spec_of(spec).granularity.clip_shape(x.shape), dtype=torch.float32)
 
 
-def _cpu(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
-    library = cpu.library()
-    bits, method = as_octav(bits, method)
+def _cpu(x: Tensor, hint: Tensor, spec: str, method: str, out: Tensor) -> bool:
+    # The solves know the lowest code as minus the steps.
+    if (plain := spec_of(spec).plain) is None or plain[0].narrow:
+        return False
+    (grid, dim), signed, library = plain, plain[0].signed, cpu.library()
+    bits, method = as_octav(grid.bits, method)
     fits = out.shape == clip_shape(x, dim) and out.dtype is torch.float32 and out.is_contiguous()
     if library is None or not fits or (types := cpu.types_of("optimal_clip", x)) is None:
         return False
@@ -50,7 +54,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
 
 optimal_clip = register_op(
     "optimal_clip",
-    "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
+    "Tensor x, Tensor hint, str spec, str method",
     empty=_empty,
     reference=reference.optimal_clip,
     cpu=_cpu,

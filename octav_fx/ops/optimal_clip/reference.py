@@ -3,22 +3,26 @@
 import torch
 from torch import Tensor
 
-from octav_fx.clips.newton import METHODS, power_of_two
-from octav_fx.formats.granularity import clip_shape, to_rows
-from octav_fx.formats.grid import Grid
+from octav_fx.clips.methods import solve
+from octav_fx.clips.newton import power_of_two
+from octav_fx.formats.spec import spec_of
 
 
-def optimal_clip(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
+def optimal_clip(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
     """Find the clip with the least quantization error (arXiv 2206.06501, eq. 6), from scratch.
 
     Half-precision x is solved in float32, float64 in float64.
     """
-    rows = to_rows(x, dim)
+    represented = spec_of(spec)
+    rows = represented.granularity.rows(x)
     rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-    scale = _scale(rows)
-    clip = METHODS[method](rows / scale, hint.reshape(-1) / scale.squeeze(-1), Grid(bits, signed)) * scale.squeeze(-1)
+    # Numbers of a format for scales are what they are only in the units of x.
+    scale = _scale(rows) if represented.scale == "float32" else torch.ones_like(rows[:, :1])
+    known = rows.new_zeros(len(rows)) if represented.granularity.is_short else hint.reshape(-1)
+    clip = solve(rows / scale, known / scale.squeeze(-1), represented, method) * scale.squeeze(-1)
     # The grid of values near the end of float32 may need a clip beyond it.
-    return clip.clamp(max=torch.finfo(torch.float32).max).to(torch.float32).reshape(clip_shape(x, dim))
+    clip = clip.clamp(max=torch.finfo(torch.float32).max).to(torch.float32)
+    return represented.granularity.of_rows(clip, x.shape)
 
 
 def _scale(rows: Tensor) -> Tensor:

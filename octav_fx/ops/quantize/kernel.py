@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, nearest, offsets_of
 
 
@@ -48,16 +48,16 @@ def quantize_kernel(
 def quantize(
     x: Tensor,
     clip: Tensor,
-    bits: int,
-    signed: bool,
-    dim: int | None,
+    spec: str,
     ceiling: float | None = None,
     *,
     out: Tensor,
     block: int = BLOCK,
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
-    grid = Grid(bits, signed)
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    grid, dim = plain
     if x.dtype not in FLOATS or out.dtype is not grid.codes_dtype or x.shape != out.shape:
         return False
     return elementwise(
@@ -74,5 +74,5 @@ def quantize(
         BELOW=grid.underflow_code,
         SATURATED=grid.ceiling_flag,
         NOT_FINITE=torch.iinfo(out.dtype).min,
-        SIGNED=signed,
+        SIGNED=grid.signed,
     )

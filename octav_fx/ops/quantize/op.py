@@ -7,20 +7,21 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.granularity import clip_shape
-from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.quantize import reference
 from octav_fx.ops.register import register_op
 
 
-def _empty(x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None) -> Tensor:
-    return torch.empty_like(x, dtype=Grid(bits, signed).codes_dtype)
+def _empty(x: Tensor, clip: Tensor, spec: str, ceiling: float | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=spec_of(spec).format.codes_dtype)
 
 
-def _cpu(
-    x: Tensor, clip: Tensor, bits: int, signed: bool, dim: int | None, ceiling: float | None = None, *, out: Tensor
-) -> bool:
-    layout, library, grid = cpu.channel_layout(out, dim), cpu.library(), Grid(bits, signed)
+def _cpu(x: Tensor, clip: Tensor, spec: str, ceiling: float | None = None, *, out: Tensor) -> bool:
+    if (plain := spec_of(spec).plain) is None:
+        return False
+    grid, dim = plain
+    layout, library = cpu.channel_layout(out, dim), cpu.library()
     fits = out.shape == x.shape and out.dtype is grid.codes_dtype
     if library is None or layout is None or not fits or (types := cpu.types_of("quantize", x)) is None:
         return False
@@ -34,7 +35,7 @@ def _cpu(
         grid.steps,
         grid.low,
         grid.high,
-        math.inf if ceiling is None or signed else ceiling,
+        math.inf if ceiling is None or grid.signed else ceiling,
         out.element_size(),
         torch.get_num_threads(),
     )
@@ -49,7 +50,7 @@ def _cuda(*args: Any, out: Tensor) -> bool:
 
 quantize = register_op(
     "quantize",
-    "Tensor x, Tensor clip, int bits, bool signed, int? dim, float? ceiling=None",
+    "Tensor x, Tensor clip, str spec, float? ceiling=None",
     empty=_empty,
     reference=reference.quantize,
     cpu=_cpu,

@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 from octav_fx.clips.distributed import has_others
-from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.spec import spec_of
 from octav_fx.ops.register import register_op
 from octav_fx.ops.synced_clip import reference
 
 
-def _empty(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str) -> Tensor:
-    return x.new_empty(clip_shape(x, dim), dtype=torch.float32)
+def _empty(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
+    return x.new_empty(spec_of(spec).granularity.clip_shape(x.shape), dtype=torch.float32)
 
 
-def _alone(x: Tensor, hint: Tensor, bits: int, signed: bool, dim: int | None, method: str, out: Tensor) -> bool:
+def _alone(x: Tensor, hint: Tensor, spec: str, method: str, out: Tensor) -> bool:
     """Return where there are no other ranks: by the op for that, so that each device runs the kernel it has."""
     if has_others():
         return False
-    torch.ops.octav.optimal_clip(x, hint, bits, signed, dim, method, out=out)
+    torch.ops.octav.optimal_clip(x, hint, spec, method, out=out)
     return True
 
 
 synced_clip = register_op(
     "synced_clip",
-    "Tensor x, Tensor hint, int bits, bool signed, int? dim, str method",
+    "Tensor x, Tensor hint, str spec, str method",
     empty=_empty,
     reference=reference.synced_clip,
     cpu=_alone,

@@ -15,6 +15,7 @@ from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.errors import OctavError
 from octav_fx.ir.printer import graph_text
+from tests.support.alike import quantized_alike
 from tests.support.graphs import captured, model, parameter, run_alike
 
 
@@ -136,15 +137,51 @@ def test_a_trace_under_no_grad_is_that_of_a_trace_with_gradients() -> None:
     assert gm(x).requires_grad
 
 
-def test_a_write_under_no_grad_into_what_gets_a_gradient_is_an_error_with_its_line() -> None:
-    def forward(self, x):
-        y = self.a(x)
-        with torch.no_grad():
-            y.mul_(2)
-        return y
+class Tripled(torch.autograd.Function):
+    """relu with a gradient of its own, three times the right one."""
 
-    with pytest.raises(OctavError, match=r"test_regions\.py:\d+: forward writes into a under no_grad"):
-        captured(model(forward, **parts()), x=torch.randn(3, 4))
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0) * 3
+
+
+class Scaled(torch.autograd.Function):
+    """Two results, and a backward of its own in the newer style."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: float = 2.0) -> tuple[Tensor, Tensor]:
+        return x * scale, x + 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> Any:
+        return first * ctx.scale * 5 + second, None
+
+
+tripled = Tripled.apply
+OTHER_NAMES: dict[str, Callable[..., Any]] = {
+    "a global": lambda s, x: tripled(s.a(x)),
+    "an attribute": lambda s, x: s.act(s.a(x)),
+    "an item": lambda s, x: s.acts["relu"](s.a(x)),
+    "a partial": lambda s, x: functools.partial(tripled)(s.a(x)),
+    "of a parameter": lambda s, x: F.linear(x, tripled(s.w.expand(4, 4))),
+    "two results": lambda s, x: sum(Scaled.apply(s.a(x))),
+    "by its class": lambda s, x: Tripled.apply(s.a(x)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_function_keeps_its_gradient_by_whatever_name_it_is_called(name: str) -> None:
+    float_model = model(OTHER_NAMES[name], act=Tripled.apply, acts={"relu": Tripled.apply}, **parts())
+    quantized_alike(float_model, (torch.randn(3, 4),), (torch.randn(5, 4),))
 
 
 def test_statistics_that_forward_keeps_under_no_grad_are_kept() -> None:

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,7 @@ from octav_fx.capture.symbolic.trace import capture
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake, info
 from octav_fx.ir.printer import graph_text
+from tests.support.alike import quantized_alike
 from tests.support.graphs import captured, model, parameter, run_alike
 
 
@@ -701,3 +703,74 @@ def test_a_collection_of_another_length_is_another_graph(kind: Any) -> None:
         with without_quantizers(q):
             torch.testing.assert_close(q(kind(other)), float_module(kind(other)), rtol=0, atol=1e-6)
     assert len(q.graphs_of(False)) == 3
+
+
+# Python around tensors that must neither stop a trace nor fix a size; functions of the model and [B, T, 8].
+
+
+def checked(s: Any, x: Tensor) -> Tensor:
+    torch._check(x.shape[0] > 0)
+    torch._check(x.shape[-1] == 8, lambda: f"{x.shape}")
+    torch._check_with(ValueError, x.dim() == 3, lambda: "three axes")
+    torch._check_value(x.shape[1] > 0)
+    torch._check_tensor_all(x == x)
+    return s.fc(x)
+
+
+def distributed(s: Any, x: Tensor) -> Any:
+    normal = torch.distributions.Normal(s.fc(x), F.softplus(s.fc(x)) + 0.1)
+    return normal.rsample(), normal.log_prob(x), torch.distributions.Categorical(logits=s.fc(x)).entropy()
+
+
+class Placed(nn.Module):
+    """Takes a device and a dtype."""
+
+    def forward(self, x: Tensor, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.arange(x.shape[1], device=device, dtype=dtype)[:, None]
+
+
+AROUND: dict[str, Callable[..., Any]] = {
+    "torch._check": checked,
+    "torch.distributions": distributed,
+    "a NumPy number": lambda s, x: s.fc(x) / np.sqrt(2.0) + np.float32(0.5) * x,
+    "a NumPy number first": lambda s, x: np.sqrt(2.0) * s.fc(x) + np.int64(3),
+    "a NumPy array": lambda s, x: s.fc(x) + torch.tensor(np.linspace(0, 1, 8), dtype=x.dtype),
+    "np.prod of sizes": lambda s, x: s.fc(x).reshape(-1, np.prod(x.shape[1:])),
+    "a device": lambda s, x: s.fc(x) + s.placed(x, device=x.device, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_python_around_tensors(name: str) -> None:
+    float_model = model(AROUND[name], fc=nn.Linear(8, 8), placed=Placed())
+    quantized_alike(float_model, (torch.randn(2, 5, 8),), (torch.randn(3, 7, 8),))
+
+
+def test_a_device_as_an_argument_of_a_module_in_parts() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.fc(s.block(x, device=x.device)) if x.sum().item() < 1e9 else x
+
+    class Block(Placed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, device: Any = None, dtype: Any = None) -> Tensor:
+            return self.fc(x) + super().forward(x, device, dtype)
+
+    q = quantized_alike(model(forward, fc=nn.Linear(8, 8), block=Block()), (torch.randn(2, 5, 8),), parts=True)
+    assert octav_fx.coverage(q).skipped == []
+
+
+def test_a_check_that_fails_later_says_so() -> None:
+    gm = captured(model(checked, fc=nn.Linear(8, 8)), x=torch.randn(2, 5, 8))
+    with pytest.raises(AssertionError, match=r"test_trace\.py:\d+: the check there fails"):
+        gm(torch.full((2, 5, 8), float("nan")))
+
+
+def test_modules_of_generated_code_are_traced_through() -> None:
+    float_module = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    traced = fx.symbolic_trace(float_module)
+    q = quantized_alike(nn.Sequential(traced, nn.Linear(8, 4)), (torch.randn(2, 8),), (torch.randn(3, 8),))
+    assert octav_fx.coverage(q).quantized_macs == 2 * (8 * 8 + 8 * 4)
+    quantized_alike(traced, (torch.randn(2, 8),), (torch.randn(3, 8),))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import integers
 from octav_fx.ops.dequantize import reference as dequantize_reference
 from octav_fx.ops.fake_quantize import reference
 from octav_fx.ops.quantize import reference as quantize_reference
@@ -53,7 +54,7 @@ def fixed_point(x: torch.Tensor, clip: float, grid: Grid) -> float:
 
 def solved(x: torch.Tensor, hint: float, bits: int, signed: bool) -> torch.Tensor:
     out = torch.full((), math.nan, device=DEVICE)
-    assert optimal_clip(x, torch.tensor(hint, device=DEVICE), bits, signed, None, "octav", out=out)
+    assert optimal_clip(x, torch.tensor(hint, device=DEVICE), integers(bits, signed, None), "octav", out=out)
     return out
 
 
@@ -78,20 +79,20 @@ def test_codes_levels_and_gradients_are_those_of_the_references(n, signed):
     x = torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
     clip = torch.tensor(2.0, device=DEVICE)
     codes = torch.empty_like(x, dtype=Grid(4, signed).codes_dtype).fill_(77)
-    assert quantize(x, clip, 4, signed, None, out=codes)
+    assert quantize(x, clip, integers(4, signed, None), out=codes)
     levels = poisoned(x)
-    assert dequantize(codes, clip, 4, signed, None, torch.bfloat16, out=levels)
+    assert dequantize(codes, clip, integers(4, signed, None), torch.bfloat16, out=levels)
     for at in range(0, n, max(PIECE, n // 4)):
         part, of = x[at : at + 4096], codes[at : at + 4096]
-        assert of.equal(quantize_reference.quantize(part, clip, 4, signed, None))
-        expected = dequantize_reference.dequantize(of, clip, 4, signed, None, torch.bfloat16)
+        assert of.equal(quantize_reference.quantize(part, clip, integers(4, signed, None)))
+        expected = dequantize_reference.dequantize(of, clip, integers(4, signed, None), torch.bfloat16)
         assert_same_bits(levels[at : at + 4096], expected)
-    assert codes[-4096:].equal(quantize_reference.quantize(x[-4096:], clip, 4, signed, None))
+    assert codes[-4096:].equal(quantize_reference.quantize(x[-4096:], clip, integers(4, signed, None)))
     del codes
     rounded = poisoned(x)
-    assert kernels.fake_quantize(x, clip, 4, signed, None, "pwl", out=rounded)
-    assert_same_bits(rounded[-4096:], reference.fake_quantize(x[-4096:], clip, 4, signed, None, "pwl"))
+    assert kernels.fake_quantize(x, clip, integers(4, signed, None), "pwl", out=rounded)
+    assert_same_bits(rounded[-4096:], reference.fake_quantize(x[-4096:], clip, integers(4, signed, None), "pwl"))
     gradient = poisoned(x)
-    assert kernels.fake_quantize_backward(rounded, x, clip, signed, None, "pwl", out=gradient)
-    expected = reference.fake_quantize_backward(rounded[-4096:], x[-4096:], clip, signed, None, "pwl")
+    assert kernels.fake_quantize_backward(rounded, x, clip, integers(4, signed, None), "pwl", out=gradient)
+    expected = reference.fake_quantize_backward(rounded[-4096:], x[-4096:], clip, integers(4, signed, None), "pwl")
     assert_same_bits(gradient[-4096:], expected)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from octav_fx.formats.spec import integers
 from octav_fx.ops.optimal_clip import reference
 from tests.support.interpreter import DEVICE
 from tests.support.samples import fixed_point
@@ -28,7 +29,7 @@ def test_it_finds_what_the_reference_finds(method, dtype, bits, signed):
     # 3 programs in the interpreter, of two tiles and less.
     x = torch.randn(1301, device=DEVICE).to(dtype)
     x[100:105] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
-    expected = reference.optimal_clip(x, torch.tensor(COLD, device=DEVICE), bits, signed, None, method)
+    expected = reference.optimal_clip(x, torch.tensor(COLD, device=DEVICE), integers(bits, signed, None), method)
     torch.testing.assert_close(solved(x, COLD, bits, signed, method), expected, **CLOSE)
     torch.testing.assert_close(solved(x, expected.item() * 1.05, bits, signed, method), expected, **CLOSE)
 
@@ -43,7 +44,7 @@ def test_no_hint_leads_astray(hint):
 @pytest.mark.parametrize("values", [[], [0.0, -0.0], [math.nan, math.inf], [-0.7], [0.7] * 300, [3e38] * 300, [1e-40]])
 def test_tensors_of_nothing_and_of_one_magnitude(method, values):
     x = torch.tensor(values, device=DEVICE)
-    expected = reference.optimal_clip(x, torch.tensor(COLD, device=DEVICE), 4, True, None, method)
+    expected = reference.optimal_clip(x, torch.tensor(COLD, device=DEVICE), integers(4, True, None), method)
     torch.testing.assert_close(solved(x, COLD, 4, True, method), expected, **CLOSE)
 
 

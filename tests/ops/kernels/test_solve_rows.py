@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from octav_fx.formats.granularity import clip_shape
+from octav_fx.formats.spec import integers
 from octav_fx.ops.optimal_clip import reference
 from tests.support.interpreter import DEVICE
 
@@ -32,7 +33,7 @@ def test_it_finds_what_the_reference_finds(method, bits, signed, dim, longest):
     if dim is not None:
         hint[0], hint[1] = 1e6, 0
     clip = solved(x, hint, bits, signed, dim, method, longest)
-    torch.testing.assert_close(clip, reference.optimal_clip(x, hint, bits, signed, dim, method), **CLOSE)
+    torch.testing.assert_close(clip, reference.optimal_clip(x, hint, integers(bits, signed, dim), method), **CLOSE)
 
 
 @pytest.mark.parametrize("method", kernel.METHODS)
@@ -62,7 +63,7 @@ def test_rows_of_nothing_one_value_and_great_or_tiny_values(method):
     hint = torch.zeros(6, device=DEVICE)
     clip = solved(x, hint, 4, True, 0, method)
     assert clip[:2].tolist() == [0, 0]
-    torch.testing.assert_close(clip, reference.optimal_clip(x, hint, 4, True, 0, method), **CLOSE)
+    torch.testing.assert_close(clip, reference.optimal_clip(x, hint, integers(4, True, 0), method), **CLOSE)
 
 
 def test_what_only_the_reference_does_is_declined():

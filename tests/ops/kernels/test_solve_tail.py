@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from octav_fx.formats.spec import integers
 from octav_fx.ops.optimal_clip import reference
 from tests.support.interpreter import DEVICE
 from tests.support.samples import fixed_point
@@ -117,7 +118,7 @@ def test_a_tensor_in_any_memory_layout():
 
 def test_it_agrees_with_the_reference():
     x = torch.randn(1301, device=DEVICE)
-    clip = reference.optimal_clip(x, torch.tensor(COLD, device=DEVICE), 4, True, None, "octav").item()
+    clip = reference.optimal_clip(x, torch.tensor(COLD, device=DEVICE), integers(4, True, None), "octav").item()
     # The reference rounds each of its sums to float32.
     assert solved(x, 2.5) == pytest.approx(clip, rel=1e-6)
 

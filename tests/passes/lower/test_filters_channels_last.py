@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.passes import LOWER, filters_channels_last, save_codes, split_quantizers
@@ -35,15 +36,16 @@ def test_golden() -> None:
     gm = half_lowered(conv, arguments(4, 3, 2, 5))
     geometry = "[1, 1], [0, 0], [1, 1], False, [0, 0], 1"
     assert graph_text(gm.graph) == (
-        "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 4, True, 0, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad', None)\n"
+        "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 'int4/channel.0', 'octav')\n"
+        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, "
+        "'int4/channel.0', 'mad', None)\n"
         f"convolution = convolution.default(primals_1, fake_quantize_default, None, {geometry})\n"
         "convolution_backward = convolution_backward.default("
         f"tangents_1, primals_1, fake_quantize_default, [0], {geometry}, [True, True, False])\n"
         "getitem_2 = getitem(convolution_backward, 0)\n"
         "getitem_3 = getitem(convolution_backward, 1)\n"
         "fake_quantize_backward = "
-        "fake_quantize_backward.default(getitem_3, primals_2, optimal_clip_default, True, 0, 'mad')\n"
+        "fake_quantize_backward.default(getitem_3, primals_2, optimal_clip_default, 'int4/channel.0', 'mad')\n"
         "return [convolution, getitem_2, fake_quantize_backward, None]"
     )
     edits = lower(gm, filters_channels_last)
@@ -52,9 +54,9 @@ def test_golden() -> None:
     ]
     assert graph_text(gm.graph) == (
         "as_strided_default = as_strided.default(primals_2, [4, 3, 10], [30, 10, 1])\n"
-        "optimal_clip_default = optimal_clip.default(as_strided_default, primals_3, 4, True, 0, 'octav')\n"
+        "optimal_clip_default = optimal_clip.default(as_strided_default, primals_3, 'int4/channel.0', 'octav')\n"
         "fake_quantize_filters_default = "
-        "fake_quantize_filters.default(as_strided_default, optimal_clip_default, 4, True, None)\n"
+        "fake_quantize_filters.default(as_strided_default, optimal_clip_default, 'int4/channel.0', None)\n"
         "view_default = view.default(fake_quantize_filters_default, [4, 2, 5, 3])\n"
         "permute_default = permute.default(view_default, [0, 3, 1, 2])\n"
         f"convolution = convolution.default(primals_1, permute_default, None, {geometry})\n"
@@ -63,7 +65,7 @@ def test_golden() -> None:
         "getitem_2 = getitem(convolution_backward, 0)\n"
         "getitem_3 = getitem(convolution_backward, 1)\n"
         "fake_quantize_filters_backward_default = fake_quantize_filters_backward.default("
-        "getitem_3, as_strided_default, optimal_clip_default, True, 'mad')\n"
+        "getitem_3, as_strided_default, optimal_clip_default, 'int4/channel.0', 'mad')\n"
         "view_default_1 = view.default(fake_quantize_filters_backward_default, [4, 3, 2, 5])\n"
         "return [convolution, getitem_2, view_default_1, None]"
     )
@@ -80,7 +82,7 @@ def test_the_fake_values_say_what_the_values_are() -> None:
 
 def quantizer(gradient: str, signed: bool) -> Callable[..., tuple[Tensor]]:
     def function(x: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-        return (F.conv2d(x, dynamic_fake_quantize(w, hint, 4, signed, 0, "octav", gradient)[0], padding=1),)
+        return (F.conv2d(x, dynamic_fake_quantize(w, hint, integers(4, signed, 0), "octav", gradient)[0], padding=1),)
 
     return function
 
@@ -95,8 +97,8 @@ def test_codes_and_gradients_of_the_weight_stay_what_they_are(
     gm = half_lowered(quantizer(gradient, signed), inputs)
     # oneDNN adds up in another order for another layout: what goes into the convolution and its gradient is the same.
     with torch.no_grad():
-        clip = octav.optimal_clip(inputs[1], inputs[2], 4, signed, 0, "octav")
-        expected = octav.fake_quantize(inputs[1], clip, 4, signed, 0, gradient)
+        clip = octav.optimal_clip(inputs[1], inputs[2], integers(4, signed, 0), "octav")
+        expected = octav.fake_quantize(inputs[1], clip, integers(4, signed, 0), gradient)
     before = Recorded(gm).run(*inputs, torch.ones(before_shape(gm)))
     assert len(lower(gm, filters_channels_last)) == 1
     after = Recorded(gm).run(*inputs, torch.ones(before_shape(gm)))
@@ -133,7 +135,7 @@ class Recorded(fx.Interpreter):
 def test_outputs_and_gradients_of_sums_without_rounding_stay_what_they_are(gradient: str) -> None:
     # Inputs and weights are small integers and the clip 8: a sum is the same in any order.
     def function(x: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-        return (F.conv2d(x, dynamic_fake_quantize(w, hint, 4, True, 0, "max", gradient)[0], padding=1),)
+        return (F.conv2d(x, dynamic_fake_quantize(w, hint, integers(4, True, 0), "max", gradient)[0], padding=1),)
 
     x = torch.randint(-8, 8, (2, 3, 7, 7)).float().requires_grad_()
     w = torch.randint(-8, 8, (4, 3, 3, 3)).float()
@@ -154,7 +156,7 @@ def exact(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def transposed(x: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
     """Its output channels are in dimension 1."""
-    y = dynamic_fake_quantize(w, hint, 4, True, 1, "octav", "mad")[0]
+    y = dynamic_fake_quantize(w, hint, integers(4, True, 1), "octav", "mad")[0]
     return (F.conv_transpose2d(x, y),)
 
 
@@ -164,7 +166,7 @@ def another_reader(x: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
 
 
 def per_tensor(x: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
-    return (F.conv2d(x, dynamic_fake_quantize(w, hint, 4, True, None, "octav", "mad")[0]),)
+    return (F.conv2d(x, dynamic_fake_quantize(w, hint, integers(4, True, None), "octav", "mad")[0]),)
 
 
 def computed(x: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:

@@ -10,7 +10,7 @@ from octav_fx.backend import entry
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.printer import graph_text
-from octav_fx.passes import LOWER, fuse_weight_quantizers, save_codes, split_quantizers
+from octav_fx.passes import LOWER, fuse_weight_quantizers, levels_as_read, save_codes, split_quantizers
 from tests.support.joint import joint, kept, leaf, lower, quantized, targets, unchanged, weight
 from tests.support.matmuls import forced, fuse_anywhere
 
@@ -39,14 +39,14 @@ def test_golden() -> None:
     text = graph_text(gm.graph)
     assert text.startswith(
         "fake_quantize_weights_default = fake_quantize_weights.default("
-        "[primals_2, primals_3], [primals_4, primals_5], [4, 8], [0, 0], 'octav')\n"
+        "[primals_2, primals_3], [primals_4, primals_5], ['int4/channel.0', 'int8/channel.0'], 'octav', None)\n"
         "getitem_4 = getitem(fake_quantize_weights_default, 0)\n"
         "getitem_5 = getitem(fake_quantize_weights_default, 1)\n"
         "getitem_6 = getitem(getitem_4, 0)\n"
         "getitem_7 = getitem(getitem_4, 1)\n"
         "slice_tensor = slice.Tensor(getitem_5, 0, 0, 20)\n"
         "slice_tensor_1 = slice.Tensor(getitem_5, 0, 20, 24)\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, slice_tensor, 4, True, 0, 'mad', None)\n"
+        "fake_quantize_default = fake_quantize.default(primals_2, slice_tensor, 'int4/channel.0', 'mad', None)\n"
         "permute_10 = permute.default(getitem_6, [1, 0])\n"
         "permute = permute.default(fake_quantize_default, [1, 0])\n"
         "mm = mm.default(primals_1, permute_10)\n"
@@ -80,6 +80,18 @@ def test_a_weight_that_is_read_twice() -> None:
 
     arguments = (leaf(7, 20), leaf(20, 20), leaf(4, 20), torch.ones(20), torch.zeros(4))
     assert gathered(unchanged(joint(tied, *arguments), arguments, split_quantizers, save_codes, fuse_anywhere)) == 2
+
+
+def test_levels_in_the_dtype_that_is_read() -> None:
+    def halved(x: Tensor, w: Tensor, v: Tensor, h: Tensor, k: Tensor) -> tuple[Tensor]:
+        y, z = (torch.ops.aten._to_copy(weight(of, hint), dtype=torch.bfloat16) for of, hint in ((w, h), (v, k)))
+        return (F.linear(F.linear(x.bfloat16(), y).relu(), z),)
+
+    arguments = inputs()
+    gm = joint(halved, *arguments)
+    assert gathered(unchanged(gm, arguments, split_quantizers, save_codes, levels_as_read, fuse_anywhere)) == 2
+    (both,) = gm.graph.find_nodes(op="call_function", target=octav.fake_quantize_weights.default)
+    assert [levels.dtype for levels in both.meta["val"][0]] == [torch.bfloat16] * 2
 
 
 def test_a_single_weight_stays() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from octav_fx.formats.spec import integers
 from octav_fx.ir.calls import arguments_of
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops import matmuls
@@ -43,8 +44,8 @@ def test_golden() -> None:
     ]
     assert graph_text(gm.graph) == (
         "sin = sin.default(primals_1)\n"
-        "optimal_clip_default = optimal_clip.default(sin, primals_3, 4, True, None, 'octav')\n"
-        "quantize_default = quantize.default(sin, optimal_clip_default, 4, True, None, None)\n"
+        "optimal_clip_default = optimal_clip.default(sin, primals_3, 'int4/tensor', 'octav')\n"
+        "quantize_default = quantize.default(sin, optimal_clip_default, 'int4/tensor', None)\n"
         "clamp_min_default = clamp_min.default(quantize_default, -8)\n"
         "clamp_max_default = clamp_max.default(clamp_min_default, 7)\n"
         "convert_element_type_default_1 = convert_element_type.default(clamp_max_default, torch.int8)\n"
@@ -54,9 +55,9 @@ def test_golden() -> None:
         "full_default_1 = full.default([], nan, dtype=torch.float32, device=device(type='cpu'))\n"
         "where_self_1 = where.self(eq_scalar, full_default_1, div_tensor)\n"
         "dequantize_default = "
-        "dequantize.default(quantize_default, optimal_clip_default, 4, True, None, torch.float32)\n"
-        "optimal_clip_default_1 = optimal_clip.default(primals_2, primals_4, 4, True, 0, 'octav')\n"
-        "quantize_default_1 = quantize.default(primals_2, optimal_clip_default_1, 4, True, 0, None)\n"
+        "dequantize.default(quantize_default, optimal_clip_default, 'int4/tensor', torch.float32)\n"
+        "optimal_clip_default_1 = optimal_clip.default(primals_2, primals_4, 'int4/channel.0', 'octav')\n"
+        "quantize_default_1 = quantize.default(primals_2, optimal_clip_default_1, 'int4/channel.0', None)\n"
         "clamp_min_default_1 = clamp_min.default(quantize_default_1, -8)\n"
         "clamp_max_default_1 = clamp_max.default(clamp_min_default_1, 7)\n"
         "convert_element_type_default_2 = convert_element_type.default(clamp_max_default_1, torch.int8)\n"
@@ -65,7 +66,8 @@ def test_golden() -> None:
         "div_tensor_1 = div.Tensor(optimal_clip_default_1, 8.0)\n"
         "full_default_2 = full.default([], nan, dtype=torch.float32, device=device(type='cpu'))\n"
         "where_self_2 = where.self(eq_scalar_1, full_default_2, div_tensor_1)\n"
-        "fake_quantize_default_1 = fake_quantize.default(primals_2, optimal_clip_default_1, 4, True, 0, 'mad', None)\n"
+        "fake_quantize_default_1 = fake_quantize.default(primals_2, optimal_clip_default_1, "
+        "'int4/channel.0', 'mad', None)\n"
         "permute = permute.default(fake_quantize_default_1, [1, 0])\n"
         "view_default = view.default(convert_element_type_default_1, [7, 30])\n"
         "view_default_1 = view.default(where_self_1, [7])\n"
@@ -78,7 +80,7 @@ def test_golden() -> None:
         "mm_2 = mm.default(tangents_1, permute_3)\n"
         "permute_4 = permute.default(permute_2, [1, 0])\n"
         "fake_quantize_backward = "
-        "fake_quantize_backward.default(permute_4, primals_2, optimal_clip_default_1, True, 0, 'mad')\n"
+        "fake_quantize_backward.default(permute_4, primals_2, optimal_clip_default_1, 'int4/channel.0', 'mad')\n"
         "convert_element_type_default = convert_element_type.default(quantize_default, torch.float32)\n"
         "sub_tensor = sub.Tensor(convert_element_type_default, -0.5)\n"
         "abs_default = abs.default(sub_tensor)\n"
@@ -102,7 +104,7 @@ def halves(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor, bias: Tensor) -> t
 
 
 def one_clip(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor]:
-    y = octav.dynamic_fake_quantize(w, hint, 4, True, None, "octav", "mad")[0]
+    y = octav.dynamic_fake_quantize(w, hint, integers(4, True, None), "octav", "mad")[0]
     return (F.linear(quantized(x.sin(), hint), y),)
 
 
@@ -119,7 +121,10 @@ def an_input(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor]
 
 
 def frozen(x: Tensor, w: Tensor, clip: Tensor, clips: Tensor) -> tuple[Tensor]:
-    x, w = octav.fake_quantize(x.sin(), clip, 4, True, None, "pwl"), octav.fake_quantize(w, clips, 4, True, 0, "mad")
+    x, w = (
+        octav.fake_quantize(x.sin(), clip, integers(4, True, None), "pwl"),
+        octav.fake_quantize(w, clips, integers(4, True, 0), "mad"),
+    )
     return (F.linear(x, w),)
 
 
@@ -179,9 +184,13 @@ def test_the_result_is_that_of_exact_levels() -> None:
     y = results(gm, inputs)[0]
     x, w = inputs[0].detach().sin(), inputs[1].detach()
     clip, clips = (
-        octav.optimal_clip(*args, "octav") for args in ((x, inputs[2], 4, True, None), (w, inputs[3], 4, True, 0))
+        octav.optimal_clip(*args, "octav")
+        for args in ((x, inputs[2], integers(4, True, None)), (w, inputs[3], integers(4, True, 0)))
     )
-    a, b = octav.quantize(x, clip, 4, True, None).clamp(-8, 7), octav.quantize(w, clips, 4, True, 0).clamp(-8, 7)
+    a, b = (
+        octav.quantize(x, clip, integers(4, True, None)).clamp(-8, 7),
+        octav.quantize(w, clips, integers(4, True, 0)).clamp(-8, 7),
+    )
     exact = (a.double() * (clip.double() / 8)) @ (b.double() * (clips.double() / 8)[:, None]).t()
     # Nothing but the result itself is rounded; the sums here are rounded in float64, too.
     assert y is not None
@@ -211,7 +220,9 @@ def test_what_is_raised_at_a_ceiling_is_lowered() -> None:
     inputs = (x, w, torch.tensor(10.0), hints)
     gm = lowered(at_a_ceiling, inputs)
     # The clip of a solve is never so far above the ceiling that this could matter: take the hint for it.
-    solve = next(n for n in gm.graph.nodes if n.target is octav.optimal_clip.default and arguments_of(n).dim is None)
+    solve = next(
+        n for n in gm.graph.nodes if n.target is octav.optimal_clip.default and "tensor" in arguments_of(n).spec
+    )
     solve.replace_all_uses_with(arguments_of(solve).hint)
     gm.graph.erase_node(solve)
     gm.recompile()
@@ -413,7 +424,7 @@ def whole(*shape: int) -> Tensor:
 
 
 def max_clip(x: Tensor, hint: Tensor, dim: int | None) -> Tensor:
-    y: Tensor = octav.dynamic_fake_quantize(x, hint, 4, True, dim, "max", "pwl")[0]
+    y: Tensor = octav.dynamic_fake_quantize(x, hint, integers(4, True, dim), "max", "pwl")[0]
     return y
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.passes import LOWER, filters_channels_last, levels_as_read, save_codes, split_quantizers
+from tests.support.absent_gpu import move
 from tests.support.joint import joint, leaf, lower, quantized, results, targets, weight
 
 octav, aten = torch.ops.octav, torch.ops.aten
@@ -32,7 +34,7 @@ def arguments() -> tuple[Tensor, Tensor, Tensor]:
 def test_golden() -> None:
     gm = joint(product, torch.randn(3, 4), *arguments()[1:])
     lower(gm, split_quantizers, save_codes)
-    solve = "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 4, True, 0, 'octav')\n"
+    solve = "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 'int4/channel.0', 'octav')\n"
     assert solve in graph_text(gm.graph)
     edits = lower(gm, levels_as_read)
     assert [(edit.verb, edit.detail) for edit in edits] == [
@@ -43,12 +45,12 @@ def test_golden() -> None:
         "convert_element_type = convert_element_type.default(primals_1, torch.bfloat16)\n"
         f"{solve}"
         "fake_quantize_default_1 = "
-        "fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad', torch.bfloat16)\n"
+        "fake_quantize.default(primals_2, optimal_clip_default, 'int4/channel.0', 'mad', torch.bfloat16)\n"
         "mm = mm.default(convert_element_type, fake_quantize_default_1)\n"
         "permute = permute.default(convert_element_type, [1, 0])\n"
         "mm_1 = mm.default(permute, tangents_1)\n"
         "fake_quantize_backward = "
-        "fake_quantize_backward.default(mm_1, primals_2, optimal_clip_default, True, 0, 'mad')\n"
+        "fake_quantize_backward.default(mm_1, primals_2, optimal_clip_default, 'int4/channel.0', 'mad')\n"
         "return [mm, None, fake_quantize_backward, None]"
     )
 
@@ -108,15 +110,22 @@ def test_levels_stay_where(name: str) -> None:
     assert [edit for edit in lower(gm, levels_as_read) if edit.verb == "levels as read"] == []
 
 
-def test_levels_on_another_device_stay() -> None:
-    gm = joint(product, *arguments())
+def test_on_a_gpu_only_levels_of_what_is_no_code() -> None:
+    def function(x: Tensor, w: Tensor, hint: Tensor, of_x: Tensor) -> tuple[Tensor]:
+        y = quantized((x * 2).relu(), of_x, signed=False)
+        return (cast(y, torch.bfloat16) @ cast(weight(w, hint), torch.bfloat16),)
+
+    gm = joint(function, *arguments(), torch.tensor(1.0))
     lower(gm, split_quantizers, save_codes)
-    assert levels_as_read(gm, device="cuda") == []
+    move(gm.graph)
+    assert [edit.verb for edit in lower(gm, levels_as_read)] == ["levels as read"]
+    (levels,) = gm.graph.find_nodes(op="call_function", target=octav.dequantize.default)
+    assert levels.meta["val"].dtype is torch.float32
 
 
 def test_frozen_quantizers_and_graphs_for_inference() -> None:
     def function(x: Tensor, w: Tensor, clip: Tensor) -> tuple[Tensor]:
-        return (cast(x, torch.bfloat16) @ cast(fake_quantize(w, clip, 4, True, 0, "pwl"), torch.bfloat16),)
+        return (cast(x, torch.bfloat16) @ cast(fake_quantize(w, clip, integers(4, True, 0), "pwl"), torch.bfloat16),)
 
     inputs = tuple(x.detach() for x in arguments())
     gm = joint(function, *inputs, trace_joint=False)

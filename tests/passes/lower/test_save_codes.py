@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
 from benchmarks.saved import saved_for_backward
+from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.passes import mask_from_codes, save_codes, split_quantizers
@@ -43,7 +44,7 @@ def test_golden_activation() -> None:
     gm = joint(lambda x, w, hint: (F.linear(quantized(x.sin(), hint), w),), leaf(7, 30), leaf(4, 30), torch.ones(()))
     assert graph_text(gm.graph) == (
         "sin = sin.default(primals_1)\n"
-        "dynamic_fake_quantize = dynamic_fake_quantize.default(sin, primals_3, 4, True, None, 'octav', 'pwl')\n"
+        "dynamic_fake_quantize = dynamic_fake_quantize.default(sin, primals_3, 'int4/tensor', 'octav', 'pwl')\n"
         "getitem = getitem(dynamic_fake_quantize, 0)\n"
         "getitem_1 = getitem(dynamic_fake_quantize, 1)\n"
         "permute = permute.default(primals_2, [1, 0])\n"
@@ -54,7 +55,7 @@ def test_golden_activation() -> None:
         "permute_3 = permute.default(permute, [1, 0])\n"
         "mm_2 = mm.default(tangents_1, permute_3)\n"
         "permute_4 = permute.default(permute_2, [1, 0])\n"
-        "fake_quantize_backward = fake_quantize_backward.default(mm_2, sin, getitem_1, True, None, 'pwl')\n"
+        "fake_quantize_backward = fake_quantize_backward.default(mm_2, sin, getitem_1, 'int4/tensor', 'pwl')\n"
         "cos = cos.default(primals_1)\n"
         "mul = mul.Tensor(fake_quantize_backward, cos)\n"
         "return [mm, mul, permute_4, None]"
@@ -63,10 +64,10 @@ def test_golden_activation() -> None:
     assert [(edit.node, edit.verb, edit.detail) for edit in lower(gm, save_codes)] == [("sin", "save codes", "4 bits")]
     assert graph_text(gm.graph) == (
         "sin = sin.default(primals_1)\n"
-        "optimal_clip_default = optimal_clip.default(sin, primals_3, 4, True, None, 'octav')\n"
-        "quantize_default = quantize.default(sin, optimal_clip_default, 4, True, None, None)\n"
+        "optimal_clip_default = optimal_clip.default(sin, primals_3, 'int4/tensor', 'octav')\n"
+        "quantize_default = quantize.default(sin, optimal_clip_default, 'int4/tensor', None)\n"
         "dequantize_default = "
-        "dequantize.default(quantize_default, optimal_clip_default, 4, True, None, torch.float32)\n"
+        "dequantize.default(quantize_default, optimal_clip_default, 'int4/tensor', torch.float32)\n"
         "permute = permute.default(primals_2, [1, 0])\n"
         "mm = mm.default(dequantize_default, permute)\n"
         "permute_1 = permute.default(tangents_1, [1, 0])\n"
@@ -75,7 +76,8 @@ def test_golden_activation() -> None:
         "permute_3 = permute.default(permute, [1, 0])\n"
         "mm_2 = mm.default(tangents_1, permute_3)\n"
         "permute_4 = permute.default(permute_2, [1, 0])\n"
-        "fake_quantize_backward = fake_quantize_backward.default(mm_2, sin, optimal_clip_default, True, None, 'pwl')\n"
+        "fake_quantize_backward = "
+        "fake_quantize_backward.default(mm_2, sin, optimal_clip_default, 'int4/tensor', 'pwl')\n"
         "cos = cos.default(primals_1)\n"
         "mul = mul.Tensor(fake_quantize_backward, cos)\n"
         "return [mm, mul, permute_4, None]"
@@ -89,8 +91,9 @@ def test_golden_weight() -> None:
     # The gradient of x is not asked for, so that backward reads no levels: nothing is to be tagged.
     assert lower(gm, save_codes) == []
     assert graph_text(gm.graph) == (
-        "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 4, True, 0, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, 4, True, 0, 'mad', None)\n"
+        "optimal_clip_default = optimal_clip.default(primals_2, primals_3, 'int4/channel.0', 'octav')\n"
+        "fake_quantize_default = fake_quantize.default(primals_2, optimal_clip_default, "
+        "'int4/channel.0', 'mad', None)\n"
         "permute = permute.default(fake_quantize_default, [1, 0])\n"
         "mm = mm.default(primals_1, permute)\n"
         "permute_1 = permute.default(tangents_1, [1, 0])\n"
@@ -98,7 +101,7 @@ def test_golden_weight() -> None:
         "permute_2 = permute.default(mm_1, [1, 0])\n"
         "permute_3 = permute.default(permute_2, [1, 0])\n"
         "fake_quantize_backward = "
-        "fake_quantize_backward.default(permute_3, primals_2, optimal_clip_default, True, 0, 'mad')\n"
+        "fake_quantize_backward.default(permute_3, primals_2, optimal_clip_default, 'int4/channel.0', 'mad')\n"
         "return [mm, None, fake_quantize_backward, None]"
     )
 
@@ -203,7 +206,7 @@ def test_twice_changes_nothing(function: Callable[..., Any]) -> None:
 
 def test_a_static_clip_keeps_codes_as_a_solved_one_does() -> None:
     def frozen(x: Tensor, u: Tensor, w: Tensor, clip: Tensor) -> tuple[Tensor]:
-        return (F.linear(octav.fake_quantize(x @ u, clip, 4, True, None, "pwl"), w),)
+        return (F.linear(octav.fake_quantize(x @ u, clip, integers(4, True, None), "pwl"), w),)
 
     gm = joint(frozen, *layer_inputs())
     assert [edit.verb for edit in unchanged(gm, layer_inputs(), *ALL)] == ["save codes", "mask from codes"]
@@ -231,7 +234,7 @@ def test_an_activation_that_is_an_output_stays_one() -> None:
 
 def test_the_clip_can_be_an_output() -> None:
     def function(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor, Tensor]:
-        y, clip = dynamic_fake_quantize(x @ u, hint, 4, True, None, "octav", "pwl")
+        y, clip = dynamic_fake_quantize(x @ u, hint, integers(4, True, None), "octav", "pwl")
         return F.linear(y, w), clip.detach()
 
     gm = joint(function, *layer_inputs())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
 from octav_fx.passes import split_quantizers
@@ -27,8 +28,8 @@ def test_golden() -> None:
     assert [(edit.node, edit.verb, edit.detail) for edit in edits] == [("sin", "split", "4 bits")]
     assert graph_text(gm.graph) == (
         "sin = sin.default(primals_1)\n"
-        "optimal_clip_default = optimal_clip.default(sin, primals_3, 4, True, None, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(sin, optimal_clip_default, 4, True, None, 'pwl', None)\n"
+        "optimal_clip_default = optimal_clip.default(sin, primals_3, 'int4/tensor', 'octav')\n"
+        "fake_quantize_default = fake_quantize.default(sin, optimal_clip_default, 'int4/tensor', 'pwl', None)\n"
         "permute = permute.default(primals_2, [1, 0])\n"
         "mm = mm.default(fake_quantize_default, permute)\n"
         "permute_1 = permute.default(tangents_1, [1, 0])\n"
@@ -37,7 +38,8 @@ def test_golden() -> None:
         "permute_3 = permute.default(permute, [1, 0])\n"
         "mm_2 = mm.default(tangents_1, permute_3)\n"
         "permute_4 = permute.default(permute_2, [1, 0])\n"
-        "fake_quantize_backward = fake_quantize_backward.default(mm_2, sin, optimal_clip_default, True, None, 'pwl')\n"
+        "fake_quantize_backward = "
+        "fake_quantize_backward.default(mm_2, sin, optimal_clip_default, 'int4/tensor', 'pwl')\n"
         "cos = cos.default(primals_1)\n"
         "mul = mul.Tensor(fake_quantize_backward, cos)\n"
         "return [mm, mul, permute_4, None]"
@@ -45,7 +47,7 @@ def test_golden() -> None:
 
 
 def linear_of(x: Tensor, hint: Tensor) -> Tensor:
-    return dynamic_fake_quantize(x.sin(), hint, 4, True, None, "octav", "pwl")[0]
+    return dynamic_fake_quantize(x.sin(), hint, integers(4, True, None), "octav", "pwl")[0]
 
 
 def test_golden_inference() -> None:
@@ -53,8 +55,8 @@ def test_golden_inference() -> None:
     lower(gm, split_quantizers)
     assert graph_text(gm.graph) == (
         "mm = mm.default(arg0_1, arg1_1)\n"
-        "optimal_clip_default = optimal_clip.default(mm, arg3_1, 4, True, None, 'octav')\n"
-        "fake_quantize_default = fake_quantize.default(mm, optimal_clip_default, 4, True, None, 'pwl', None)\n"
+        "optimal_clip_default = optimal_clip.default(mm, arg3_1, 'int4/tensor', 'octav')\n"
+        "fake_quantize_default = fake_quantize.default(mm, optimal_clip_default, 'int4/tensor', 'pwl', None)\n"
         "permute = permute.default(arg2_1, [1, 0])\n"
         "mm_1 = mm.default(fake_quantize_default, permute)\n"
         "return (mm_1)"
@@ -74,7 +76,7 @@ def test_numbers_of_inference(function: Callable[..., Any]) -> None:
 
 
 def only_clip(x: Tensor, hint: Tensor) -> tuple[Tensor]:
-    return (dynamic_fake_quantize(x, hint, 4, True, None, "octav", "pwl")[1] * 2,)
+    return (dynamic_fake_quantize(x, hint, integers(4, True, None), "octav", "pwl")[1] * 2,)
 
 
 def test_a_clip_alone_is_solved_and_nothing_is_rounded() -> None:

@@ -9,14 +9,15 @@ from torch.nn import functional as F
 
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.ir.printer import graph_text
-from octav_fx.nn import Spec
+from octav_fx.nn import Settings
 from octav_fx.passes import Place, deduplicate_quantizers
 from tests.support.graphs import model, parameter, run_alike
 from tests.support.passes import canonical, declined, four_bits, made, on_grid, quantize_with
+from tests.support.settings import settings_of
 
 
 def quantized(
-    float_module: nn.Module, choose: Callable[[Place], Spec | str] = four_bits, **x: Tensor
+    float_module: nn.Module, choose: Callable[[Place], Settings | str] = four_bits, **x: Tensor
 ) -> QuantizedModule:
     gm = canonical(float_module, **x)
     made(gm, quantize_with(choose))
@@ -27,8 +28,8 @@ def shared(gm: QuantizedModule) -> list[tuple[str, str]]:
     return [(edit.node, edit.detail) for edit in made(gm, deduplicate_quantizers)]
 
 
-def unsigned_bits(place: Place) -> Spec:
-    return Spec(4 if place.signed else 5, place.signed, place.dim, "octav", "pwl")
+def unsigned_bits(place: Place) -> Settings:
+    return settings_of(4 if place.signed else 5, place.signed, place.dim, "octav", "pwl")
 
 
 class Projections(nn.Module):
@@ -151,15 +152,15 @@ DIFFERENT = {
     "other weights": (lambda self, x: self.a(x) @ self.b(x + 1).t(), four_bits),
     "other bits": (
         lambda self, x: self.a(x) + self.b(x),
-        lambda place: Spec(4 if place.site == "a" else 8, place.signed, place.dim, "octav", "pwl"),
+        lambda place: settings_of(4 if place.site == "a" else 8, place.signed, place.dim, "octav", "pwl"),
     ),
     "other gradient": (
         lambda self, x: self.a(x) + self.b(x),
-        lambda place: Spec(4, place.signed, place.dim, "octav", "pwl" if place.site == "a" else "ste"),
+        lambda place: settings_of(4, place.signed, place.dim, "octav", "pwl" if place.site == "a" else "ste"),
     ),
     "another method": (
         lambda self, x: self.a(x) + self.b(x),
-        lambda place: Spec(4, place.signed, place.dim, "octav" if place.site == "a" else "max", "pwl"),
+        lambda place: settings_of(4, place.signed, place.dim, "octav" if place.site == "a" else "max", "pwl"),
     ),
 }
 

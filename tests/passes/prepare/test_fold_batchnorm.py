@@ -291,7 +291,7 @@ def test_a_convolution_with_hooks_keeps_its_batch_norm() -> None:
     float_module[0].register_forward_hook(lambda module, args, y: y * 2)
     gm = canonical(float_module, input=x)
     assert declined(gm, fold_batchnorm) == [
-        ("1", None, "not folded: its input _0 is not a convolution or linear layer")
+        ("1", None, "not folded: its input after_call is not a convolution or linear layer")
     ]
     assert torch.equal(gm(x), float_module(x))
 

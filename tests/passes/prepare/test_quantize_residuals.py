@@ -77,7 +77,7 @@ quantizers_head_weight = self.quantizers.head_weight(head_weight)
 head = linear(quantizers_head_input, quantizers_head_weight, head_bias)
 return head"""
     )
-    signed = {name: part.spec.signed for name, part in quantizers(q).items() if part.spec.bits == 8}
+    signed = {name: part.spec.format.signed for name, part in quantizers(q).items() if part.spec.format.bits == 8}
     assert signed == {"add_x": True, "add_y": False, "add_1_x": False, "add_1_y": True, "pool_x": True}
     assert all(part.mean is not None for name, part in quantizers(q).items() if not name.endswith("weight"))
     # Values are on the grids of both: 16 of the 256 levels.
@@ -91,8 +91,8 @@ def test_an_operand_of_as_many_bits_is_the_quantizer_of_the_sum():
     assert "add_y" not in quantizers(q)
     assert "quantizers_add_x, quantizers_one_input" in graph_text(q.graph)
     q = quantize(Block().eval(), torch.randn(2, 3, 4, 4), Config(8, 8, residual_bits=4))
-    assert quantizers(q)["one_input"].spec.bits == 8
-    assert quantizers(q)["add_x"].spec.bits == 4
+    assert quantizers(q)["one_input"].spec.format.bits == 8
+    assert quantizers(q)["add_x"].spec.format.bits == 4
 
 
 def test_off_by_default():
@@ -117,7 +117,7 @@ def test_rows_and_overrides():
     q = quantize(Block().eval(), x, Config(residual_bits=8, overrides={"add*": None, "pool": {"activation_bits": 5}}))
     reasons = {row.node: row.reason for row in octav_fx.rows(q, x) if row.reason}
     assert reasons == {"add": "override 'add*': None", "add:1": "override 'add*': None"}
-    assert quantizers(q)["pool_x"].spec.bits == 5
+    assert quantizers(q)["pool_x"].spec.format.bits == 5
     with pytest.raises(OctavError, match=r"residual_bits=9: whole bits from 2 to 8"):
         Config(residual_bits=9)
 

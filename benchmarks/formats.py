@@ -1,0 +1,61 @@
+"""What each number format costs and gives: error, bits with scales counted, time, on four kinds of data."""
+
+import math
+import time
+from typing import Any, Final
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import result
+from octav_fx.formats.spec import spec_of
+
+ROWS, COLUMNS = 64, 512
+SPECS: Final = (
+    *("int8/channel.0", "int4/channel.0", "int3/channel.0", "int2/channel.0"),
+    *("int8/token.1", "int4/group-128.1", "int4/group-32.1", "int4/group-32.1/float16", "int3/group-32.1"),
+    *("ternary/channel.0", "zero-free/channel.0", "pow2/channel.0", "apot/channel.0", "nf4/group-64.1/float16"),
+    *("e4m3/channel.0", "e5m2/channel.0", "e4m3/group-32.1/e8m0", "e2m1/group-32.1/e8m0", "e2m1/group-16.1/e4m3"),
+)
+METHODS: Final = ("octav", "max")
+# A tail of four degrees of freedom is that of trained weights with outliers.
+DATA: Final = {
+    "gaussian": lambda: torch.randn(ROWS, COLUMNS),
+    "laplace": lambda: torch.distributions.Laplace(0.0, 1.0).sample((ROWS, COLUMNS)),
+    "student t": lambda: torch.distributions.StudentT(4.0).sample((ROWS, COLUMNS)),
+    "gelu": lambda: F.gelu(torch.randn(ROWS, COLUMNS)),
+}
+
+
+def main(rounds: int) -> None:
+    """Measure, print, and write results/formats.json."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = {name: make() for name, make in DATA.items()}
+    rows = [_row(spec, method, data, rounds) for spec in SPECS for method in METHODS]
+    setting = {"threads": 1, "rounds": rounds, "shape": [ROWS, COLUMNS], "seed": 0}
+    result.write("formats", {"setting": setting, "rows": rows})
+    print(tabulate(rows, headers="keys"))
+
+
+def _row(spec: str, method: str, data: dict[str, Tensor], rounds: int) -> dict[str, Any]:
+    """SQNR in dB on each kind of data, and nanoseconds an element of solving and rounding, on the first."""
+    bits = spec_of(spec).bits_per_element((ROWS, COLUMNS))
+    found: dict[str, Any] = {"spec": spec, "clip": method, "bits": round(bits, 3)}
+    for name, x in data.items():
+        noise = (x - _quantized(x, spec, method)).double().square().sum()
+        found[name] = round(10 * math.log10(x.double().square().sum() / noise), 2)
+    x, times = next(iter(data.values())), []
+    for _ in range(rounds):
+        start = time.thread_time()
+        _quantized(x, spec, method)
+        times.append(time.thread_time() - start)
+    return found | {"ns": round(min(times) / x.numel() * 1e9, 1)}
+
+
+def _quantized(x: Tensor, spec: str, method: str) -> Tensor:
+    shared = spec_of(spec).granularity
+    hint = torch.zeros(() if shared.is_short else shared.clip_shape(x.shape))
+    return torch.ops.octav.dynamic_fake_quantize(x, hint, spec, method, "ste")[0]

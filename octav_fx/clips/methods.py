@@ -1,0 +1,64 @@
+"""Every method that finds a clip in data, a row for each. Clips that are parameters instead are in learned.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from octav_fx.clips.mse import mse_search
+from octav_fx.clips.newton import max_abs, octav, octav_grid, octav_tight
+from octav_fx.clips.percentile import ONE_IN, percentile
+from octav_fx.clips.search import Store, search
+from octav_fx.formats.grid import Grid
+from octav_fx.formats.scales import SCALES, tensor_scale
+from octav_fx.formats.spec import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method: rows [R, N], hint [R], format -> clips [R]."""
+
+    solve: Callable[..., Tensor]
+    # Whether sums over all ranks decide it: solve takes what adds them up. Another one needs all values in one place.
+    by_sums: bool = False
+    # Whether the levels have to be evenly spaced.
+    even: bool = False
+    # Whether on short rows, and where levels are not even, the least error is found by search.py instead.
+    searches: bool = False
+
+
+METHODS: Final[dict[str, Method]] = {
+    "octav": Method(octav, by_sums=True, searches=True),
+    "octav-grid": Method(octav_grid, by_sums=True, even=True),
+    "octav-tight": Method(octav_tight, by_sums=True, even=True),
+    "max": Method(max_abs),
+    **{name: Method(percentile(one_in)) for name, one_in in ONE_IN.items()},
+    "mse": Method(mse_search, searches=True),
+}
+
+# Those that a distributed run can solve for what all ranks hold; the largest magnitude needs one number of each.
+SYNCED: Final = (*(name for name, method in METHODS.items() if method.by_sums), "max")
+
+
+def _store(spec: Spec, rows: Tensor) -> Store:
+    """Return what rounds a step to the format of scales of a tensor."""
+    if spec.scale == "float32":
+        return lambda step: step
+    unit, rounded = tensor_scale(rows, spec.format), SCALES[spec.scale]
+    return lambda step: rounded(step, unit)
+
+
+def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
+    """Return the clips [R] of rows [R, N]; hint [R] is where to begin, what is found does not depend on it.
+
+    Where the scale has a format of its own, clip / steps is a number of it.
+    """
+    form, row = spec.format, METHODS[method]
+    store = _store(spec, rows)
+    is_usual = isinstance(form, Grid) and not spec.granularity.is_short
+    if row.searches and not is_usual:
+        return search(rows, form, store)
+    clip = row.solve(rows, torch.zeros_like(hint) if spec.granularity.is_short else hint, form)
+    return clip if spec.scale == "float32" else store(clip / form.steps) * form.steps

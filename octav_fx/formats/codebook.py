@@ -1,0 +1,78 @@
+"""Codebook: a format whose levels are data. A float format, a ternary one, powers of two: a table each."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octav_fx.formats.format import Format
+
+
+@dataclass(frozen=True)
+class Codebook(Format):
+    """Levels in ascending order, in steps; the clip is the greatest magnitude among them.
+
+    Codes are positions, counted from zero: those of levels below zero are negative. Where zero and its neighbours are
+    at the middle, a tie goes to the even code, which for the float formats is the even mantissa.
+    """
+
+    key: str
+    bits: int
+    table: tuple[float, ...]
+    signed: bool = True
+
+    @property
+    def name(self) -> str:
+        """See Format."""
+        return self.key
+
+    @property
+    def steps(self) -> float:
+        """See Format."""
+        return max(-self.table[0], self.table[-1])
+
+    @property
+    def low(self) -> int:
+        """See Format."""
+        return -sum(level < 0 for level in self.table)
+
+    @property
+    def high(self) -> int:
+        """See Format."""
+        return len(self.table) - 1 + self.low
+
+    @property
+    def least(self) -> float:
+        """See Format."""
+        return self.table[0]
+
+    @property
+    def greatest(self) -> float:
+        """See Format."""
+        return self.table[-1]
+
+    def codes(self, ratio: Tensor) -> Tensor:
+        """See Format."""
+        return torch.bucketize(ratio, self._edges(ratio)).to(ratio.dtype) + self.low
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """See Format."""
+        table = torch.tensor(self.table, dtype=codes.dtype, device=codes.device)
+        # What is not finite has no code.
+        return table[(codes.nan_to_num() - self.low).long().clamp(0, len(self.table) - 1)]
+
+    def _edges(self, ratio: Tensor) -> Tensor:
+        """Return the greatest number that belongs to each level but the highest, in the dtype of ratio."""
+        levels = torch.tensor(self.table, dtype=torch.float64)
+        middles = ((levels[:-1] + levels[1:]) / 2).to(ratio.dtype)
+        above = torch.arange(self.low + 1, self.high + 1)
+        # A tie at the middle goes up where the code above is even.
+        down = middles.nextafter(torch.full_like(middles, -math.inf))
+        return torch.where(above % 2 == 0, down, middles).to(ratio.device)
+
+
+def symmetric(key: str, bits: int, magnitudes: list[float]) -> Codebook:
+    """Return the codebook of these magnitudes, zero included, and their negatives."""
+    rising = sorted(set(magnitudes) - {0.0})
+    return Codebook(key, bits, (*(-level for level in reversed(rising)), 0.0, *rising))

@@ -1,0 +1,118 @@
+"""check(): whether graphs compute what the float model computes, on data of the user's own."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from octav_fx.capture.guards import GuardedGraph
+from octav_fx.capture.held import permitted
+from octav_fx.capture.inputs import Inputs, as_inputs
+from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
+from octav_fx.capture.rerun import difference, run_once, without_quantizers
+from octav_fx.errors import OctavError
+from octav_fx.ir.meta import info
+from octav_fx.training.quantize import float_mode
+
+
+def check(q: nn.Module, batches: Iterable[Any]) -> None:
+    """Compare q without its quantizers with the float model, batch by batch, in its present mode.
+
+    batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them. Each quantized module
+    gets the inputs that it gets in the float model. q keeps its parameters, statistics and random state, and has
+    graphs for the kinds of calls in the batches afterwards. Raises OctavError for the first module that computes
+    something else, with the batch, by how much, and the first layer in it whose result differs.
+    """
+    modules = {part: name for name, module in q.named_modules() if (part := graphs_of(module)) is not None}
+    quantized_modules(q)
+    for index, batch in enumerate(batches):
+        args, kwargs = as_inputs(batch)
+        # The graphs for this batch, and the warm starts that belong to them.
+        run_once(q, args, kwargs)
+        for module, call in _calls(q, list(modules), Inputs(args, kwargs)):
+            guarded = next(
+                (g for g in module.graphs_of(module.training) if g.broken(module.owner, *call) is None), None
+            )
+            if guarded is None:
+                # It runs its own Python.
+                continue
+            expected = run_once(module.owner, *call, module.float_forward)
+            with without_quantizers(module.owner):
+                found = run_once(module.owner, *call, functools.partial(guarded.function(), module.owner))
+            if detail := difference(expected, found):
+                layer = _first_layer(module, guarded, call)
+                where = f"; the first layer whose result differs is {layer}" if layer else ""
+                raise OctavError(
+                    f"batch {index}: {modules[module] or 'the model'} computes something else than the float model, "
+                    f"quantizers aside: {detail}{where}"
+                )
+
+
+def _calls(q: nn.Module, modules: list[QuantizedModule], call: Inputs) -> list[tuple[QuantizedModule, Inputs]]:
+    """Return how the float model calls the modules that have graphs."""
+    calls: list[tuple[QuantizedModule, Inputs]] = []
+
+    def noted(owner: Any, args: Any, kwargs: Any) -> None:
+        calls.append((parts[owner], own_copy(Inputs(args, kwargs))))
+
+    parts = {module.owner: module for module in modules}
+    handles = [owner.register_forward_pre_hook(noted, with_kwargs=True) for owner in parts]
+    try:
+        with float_mode(q):
+            run_once(q, *call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _first_layer(module: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> str | None:
+    """Return the path of the first layer whose result is another one in the graph than in the float module."""
+    expected: dict[str, Any] = {}
+
+    def noted(path: str, _: nn.Module, args: Any, result: Any) -> None:
+        expected.setdefault(path, own_copy(result))
+
+    named = [
+        (path, m) for path, m in module.owner.named_modules() if path and not isinstance(m, torch.jit.ScriptModule)
+    ]
+    with permitted():
+        handles = [m.register_forward_hook(functools.partial(noted, path)) for path, m in named]
+    try:
+        run_once(module.owner, *call, module.float_forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    recorder = _Recorder(module, guarded.graph)
+    inputs = [call.kwargs.get(str(n.target), n.args[0] if n.args else None) for n in _placeholders(guarded.graph)]
+    for position, value in enumerate(call.args):
+        inputs[position] = value
+    with without_quantizers(module.owner):
+        run_once(module.owner, tuple(inputs), {}, recorder.run)
+    for path, found in recorder.found.items():
+        if path in expected and difference(expected[path], found) is not None:
+            return path
+    return None
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return list(graph.find_nodes(op="placeholder"))
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the result of the first call at each site."""
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and keep what it returns."""
+        result = super().run_node(n)
+        path = str(n.target) if n.op == "call_module" else info(n).site
+        if path is not None and isinstance(result, Tensor):
+            self.found.setdefault(path, result.detach().clone())
+        return result

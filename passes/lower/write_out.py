@@ -1,0 +1,103 @@
+"""Write out the elementwise ops as what they are defined as, on a GPU, where Inductor fuses them with all around them.
+
+    codes = quantize(x, clip)            step     = clip / steps
+    y     = dequantize(codes, clip)  ->  quotient = divide(x, step)
+                                         ...
+                                         y        = where(.., nan, code * step).to(bfloat16)
+
+on what the partitioner made of the joint graph: what is kept between forward and backward is decided by then. The right
+side is the reference of the op (octav_fx/ops/*/reference.py), traced, with its divisions as calls of
+octav_fx/ops/divide; so no value changes. What is saved are launches and passes over memory: x is read once, where it is
+computed, its conversion by autocast and those of codes and levels cost nothing.
+
+A CPU keeps the ops: its passes are faster than what Inductor makes of them. So does a GPU that is not NVIDIA's, for
+which divide has no code, and a graph whose sizes the reference asks for.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from octav_fx.compat.graphs import inductor_decompositions
+from octav_fx.compat.tensors import detect_fake_mode
+from octav_fx.formats.spec import spec_of
+from octav_fx.ir.calls import arguments_of
+from octav_fx.ir.edits import Edit
+from octav_fx.ir.joint import replace
+from octav_fx.ir.meta import fake
+from octav_fx.ops.dequantize.reference import dequantize
+from octav_fx.ops.fake_quantize.reference import fake_quantize, fake_quantize_backward
+from octav_fx.ops.learned_fake_quantize.reference import (
+    learned_fake_quantize,
+    learned_fake_quantize_backward,
+    learned_parameter_backward,
+)
+from octav_fx.ops.quantize.reference import quantize
+
+octav, aten = torch.ops.octav, torch.ops.aten
+
+REFERENCES: Final[dict[Any, Callable[..., Tensor]]] = {
+    octav.quantize.default: quantize,
+    octav.dequantize.default: dequantize,
+    octav.fake_quantize.default: fake_quantize,
+    octav.fake_quantize_backward.default: fake_quantize_backward,
+    octav.learned_fake_quantize.default: learned_fake_quantize,
+    octav.learned_fake_quantize_backward.default: learned_fake_quantize_backward,
+    octav.learned_parameter_backward.default: learned_parameter_backward,
+}
+
+
+def write_out(gm: fx.GraphModule, device: str = "cuda") -> list[Edit]:
+    """See the module's docstring. Calls on other devices are not looked at."""
+    if device == "cuda" and torch.version.hip is not None:
+        return []
+    edits = []
+    for node in list(gm.graph.nodes):
+        reference = REFERENCES.get(node.target)
+        if reference is not None and fake(node).device.type == device:
+            edits.append(_write_out(node, reference))
+    return edits
+
+
+def _write_out(node: fx.Node, reference: Callable[..., Tensor]) -> Edit:
+    call = dict(arguments_of(node))
+    if spec_of(call["spec"]).plain is None:
+        return Edit.info(str(node), f"{call['spec']} is rounded by its reference")
+    inputs = [name for name, value in call.items() if isinstance(value, fx.Node)]
+    values = [fake(call[name]) for name in inputs]
+    if any(not isinstance(size, int) for value in values for size in value.shape) and _asks_for_sizes(node):
+        return Edit.info(str(node), "its reference asks for sizes that are free")
+
+    def of_tensors(*tensors: Tensor) -> Tensor:
+        return reference(**{**call, **dict(zip(inputs, tensors, strict=True))})
+
+    with detect_fake_mode(values) or contextlib.nullcontext(), torch.no_grad():
+        traced = make_fx(of_tensors, decomposition_table=inductor_decompositions())(*values)
+    for division in traced.graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        _divide_exactly(division)
+    with node.graph.inserting_before(node):
+        placeholders = traced.graph.find_nodes(op="placeholder")
+        sources = dict(zip(placeholders, [call[name] for name in inputs], strict=True))
+        result = node.graph.graph_copy(traced.graph, sources)
+    assert isinstance(result, fx.Node)
+    replace(node, result)
+    return Edit(node.name, "write out", str(node.target))
+
+
+def _asks_for_sizes(node: fx.Node) -> bool:
+    return node.target is octav.learned_parameter_backward.default
+
+
+def _divide_exactly(node: fx.Node) -> None:
+    """Make a division, by a tensor or by a power of two, one that every device rounds to the nearest."""
+    x, y = node.args
+    if isinstance(y, fx.Node):
+        node.target = octav.divide.default
+    else:
+        assert isinstance(y, (int, float)) and math.frexp(y)[0] == 0.5
+        node.target, node.args = aten.mul.Tensor, (x, 1 / y)

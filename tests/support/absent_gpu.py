@@ -1,0 +1,188 @@
+"""What Inductor generates for a GPU that is not here: the code of both halves of a compiled step, which nothing runs.
+
+The step is traced on the CPU. When AOTAutograd hands the joint graph to the first pass, every fake value in it is moved
+to the GPU (autograd itself needs a build with CUDA); from there on passes, partitioner and Inductor work for it.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils import _triton as triton_of_torch
+
+from octav_fx.backend import entry
+
+GPU = torch.device("cuda", 0)
+# Of an H100, as far as Inductor asks.
+PROPERTIES = SimpleNamespace(
+    name="absent",
+    major=9,
+    minor=0,
+    total_memory=80 * 2**30,
+    multi_processor_count=132,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    L2_cache_size=50 * 2**20,
+    gcnArchName="",
+    shared_memory_per_block_optin=232448,
+)
+
+
+# What torch asks once and remembers.
+_KNOWN = (triton_of_torch.has_triton, triton_of_torch.triton_backend, triton_of_torch.triton_hash_with_backend)
+
+
+@contextlib.contextmanager
+def absent_gpu() -> Iterator[None]:
+    """Let torch, Inductor and Triton believe that there is one."""
+    from torch._dynamo.device_interface import CudaInterface
+
+    compiler = pytest.importorskip("triton.backends.compiler")
+    driver = pytest.importorskip("triton.runtime").driver
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda *of: PROPERTIES,
+        "get_device_capability": lambda *of: (9, 0),
+        "synchronize": lambda *of: None,
+        "_exchange_device": lambda *of: 0,
+        "_maybe_exchange_device": lambda *of: 0,
+        "get_rng_state": lambda *of: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *of: None,
+    }
+    of_inductor = {
+        "get_device_properties": lambda *of: PROPERTIES,
+        "get_compute_capability": lambda *of: 90,
+        "is_available": lambda: True,
+        "is_triton_capable": lambda *of: True,
+        "raise_if_triton_unavailable": lambda *of: None,
+    }
+    target = compiler.GPUTarget("cuda", 90, 32)
+    before = driver._active
+    with contextlib.ExitStack() as stack:
+        for name, value in answers.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        for name, value in of_inductor.items():
+            stack.enter_context(patch.object(CudaInterface, name, staticmethod(value)))
+        stack.enter_context(
+            patch.object(CudaInterface.Worker, "get_device_properties", staticmethod(lambda *of: PROPERTIES))
+        )
+        stack.enter_context(patch.object(CudaInterface.Worker, "current_device", staticmethod(lambda *of: 0)))
+        for known in _KNOWN:
+            known.cache_clear()
+        driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_active_torch_device=lambda: GPU))
+        try:
+            yield
+        finally:
+            driver._active = before
+            for known in _KNOWN:
+                known.cache_clear()
+
+
+def _moved(value: Any) -> Any:
+    """Fake tensors of a tree, on the GPU."""
+
+    def of_gpu(tensor: Any) -> Any:
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        with tensor.fake_mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=GPU)
+
+    return pytree.tree_map(of_gpu, value)
+
+
+def move(graph: fx.Graph) -> None:
+    """Let every fake value of an aten graph lie on the GPU, and what it allocates."""
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = _moved(node.meta["val"])
+        node.meta.pop("tensor_meta", None)
+        node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda of: GPU, (node.args, node.kwargs))
+
+
+def generated(model: nn.Module, *inputs: Tensor, backend: Any = "octav", autocast: bool = False) -> list[str]:
+    """Return what Inductor generates for a training step: the wrapper of forward, and of backward."""
+    import torch._functorch.config as aot_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    codes: list[str] = []
+
+    def keep(self: GraphLowering) -> Any:
+        codes.append(self.codegen()[0].value)
+        return SimpleNamespace(call=lambda *arguments: None, __file__=__file__, key="absent")
+
+    def inner(gm: fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
+        fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        with absent_gpu():
+            return compile_fx_inner(gm, fakes, **options)
+
+    class Joint:
+        """The first pass: moves the graph, then does what the backend wanted."""
+
+        def __init__(self, then: Any) -> None:
+            self.then = then
+
+        def __call__(self, graph: fx.Graph) -> None:
+            move(graph)
+            if self.then is not None:
+                with absent_gpu():
+                    self.then(graph)
+
+        def uuid(self) -> Any:
+            return None
+
+    def compile_for_gpu(gm: fx.GraphModule, example_inputs: Any, config_patches: Any = None) -> Any:
+        patches = {
+            **(config_patches or {}),
+            "fx_graph_cache": False,
+            "triton.cudagraphs": False,
+            "joint_graph_constant_folding": False,
+        }
+        patches["joint_custom_pre_pass"] = Joint(patches.get("joint_custom_pre_pass"))
+        patches.pop("force_layout_optimization", None)
+        return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+
+    torch._dynamo.reset()
+    settings = aot_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False)
+    with (
+        patch.object(GraphLowering, "compile_to_module", keep),
+        patch.object(entry, "compile_fx", compile_for_gpu),
+        settings,
+    ):
+        compiled = torch.compile(model, backend="octav" if backend == "octav" else compile_for_gpu)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            compiled(*inputs)
+    torch._dynamo.reset()
+    return codes
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """What one wrapper launches: Triton kernels of Inductor's, ops of ours, and everything else that is called."""
+
+    kernels: list[str]
+    ops: list[str]
+    extern: list[str]
+
+
+def launches(code: str) -> Launches:
+    """Read the calls in the wrapper that Inductor generates."""
+    body = code[code.index("def call(") :]
+    return Launches(
+        re.findall(r"(triton_\w+)\.run\(", body),
+        re.findall(r"torch\.ops\.octav\.(\w+)\.(?:default|out)\(", body),
+        re.findall(r"extern_kernels\.(\w+)\(", body),
+    )

@@ -1,0 +1,82 @@
+"""A quantized model, its quantizers aside, beside the float one: results, gradients and state, on several inputs."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import octav_fx
+from octav_fx.capture.modules import WholeModule
+from octav_fx.capture.rerun import without_quantizers
+
+# Both run the same ops of torch on the same numbers; where a graph spells one otherwise (x @ w.T for inner), sums round
+# in another order: so many units in the last place of float32, times the terms of the small sums here.
+TOLERANCE = 64 * torch.finfo(torch.float32).eps
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def run(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    torch.manual_seed(1)
+    return module(*pytree.tree_map_only(Tensor, Tensor.clone, args))
+
+
+def gradients(module: nn.Module, results: list[Tensor]) -> dict[str, Tensor]:
+    """The gradients of a scalar that tells the results' elements apart."""
+    module.zero_grad()
+    given = [result.abs() if result.is_complex() else result for result in results if result.requires_grad]
+    if given:
+        sum((y * y.detach().cos() + y).sum() for y in given).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_close(what: str, found: Tensor, expected: Tensor) -> None:
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
+    if expected.is_floating_point() or expected.is_complex():
+        limit = TOLERANCE * (1 + float(expected.abs().max()) if expected.numel() else 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=limit, equal_nan=True, msg=lambda m: f"{what}: {m}")
+    else:
+        assert torch.equal(found, expected), what
+
+
+def assert_computes(q: nn.Module, float_model: nn.Module, *inputs: tuple[Any, ...]) -> None:
+    """Check that both compute, learn and write the same for each of the inputs, twice, as state may change."""
+    state = q.state_dict()
+    float_model.load_state_dict({name: state[name] for name in float_model.state_dict()})
+    for at, args in enumerate(inputs):
+        for _ in range(2):
+            expected = run(float_model, args)
+            with without_quantizers(q):
+                found = run(q, args)
+                assert pytree.tree_structure(found) == pytree.tree_structure(expected), at
+                for e, f in zip(tensors(expected), tensors(found), strict=True):
+                    assert_close(f"result for inputs {at}", f, e)
+                of_float, of_q = gradients(float_model, tensors(expected)), gradients(q, tensors(found))
+            assert of_q.keys() == of_float.keys(), f"inputs {at}: who gets a gradient"
+            for name, expected_gradient in of_float.items():
+                assert_close(f"gradient of {name} for inputs {at}", of_q[name], expected_gradient)
+            for name, value in float_model.state_dict().items():
+                assert_close(f"{name} after inputs {at}", q.state_dict()[name], value)
+        # With quantizers the backward runs, too. A copy: forward may write into its state.
+        other = copy.deepcopy(q)
+        gradients(other, tensors(run(other, args)))
+
+
+def quantized_alike(
+    made: nn.Module | Callable[[], nn.Module], *inputs: tuple[Any, ...], parts: bool = False
+) -> nn.Module:
+    """Quantize for the first inputs, as one graph unless parts, in both modes; check all of the inputs; return q.
+
+    made: a model, or what makes one that cannot be copied.
+    """
+    for training in (False, True):
+        model = (copy.deepcopy(made) if isinstance(made, nn.Module) else made()).train(training)
+        q = octav_fx.quantize(model, inputs[0])
+        assert isinstance(q, WholeModule) is not parts, octav_fx.table(q)
+        assert_computes(q, model, *inputs)
+    return q
