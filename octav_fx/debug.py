@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.held import is_held
 from octav_fx.capture.inputs import as_inputs, tensors_of
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.rerun import run_once
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer
@@ -60,7 +61,7 @@ def first_not_finite(model: nn.Module, batch: Any) -> str | None:
                 found.append(f"{site}, operand {operand or name} {list(tensor.shape)}")
                 return
 
-    leaves = [module for module in names if not any(True for _ in module.children())]
+    leaves = [module for module in names if not any(True for _ in module.children()) and not is_held(module)]
     handles = [module.register_forward_pre_hook(check, with_kwargs=True) for module in leaves]
     args, kwargs = as_inputs(batch)
     try:
@@ -77,9 +78,9 @@ def _names(model: nn.Module) -> dict[nn.Module, tuple[str, str | None]]:
     """Return the node of each module, and its operand where it is a quantizer."""
     names: dict[nn.Module, tuple[str, str | None]] = {m: (name, None) for name, m in model.named_modules()}
     for part in model.modules():
-        if isinstance(part, QuantizedModule):
+        if (graphs := graphs_of(part)) is not None:
             # A quantizer that several nodes share belongs to the first of them.
-            for record in reversed(part.records):
+            for record in reversed(graphs.records):
                 if record.quantizer is not None:
                     names[part.get_submodule(record.quantizer)] = (record.site, record.operand)
     return names

@@ -35,7 +35,7 @@ for _name, _count in PROFILES.items():
 settings.load_profile("octav_fx_full")
 
 # What a fast run leaves out; pyproject.toml says what they mean.
-MARKERS = ("models", "compile", "ranks", "slow", "gpu")
+MARKERS = ("models", "compile", "ranks", "slow", "stacks", "gpu")
 # Seconds of CPU time that any other test may take in a fast run.
 LIMIT = 1.0
 

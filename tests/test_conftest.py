@@ -57,7 +57,7 @@ def test_a_fast_run_leaves_out_what_is_marked_and_fails_what_computes_for_over_a
         "test_examples": "PASSED",
     }, printed
     assert f"{len(MARKERS)} deselected" in printed
-    assert "s of CPU time: make it cheaper, or mark it with one of models, compile, ranks, slow, gpu" in printed
+    assert "s of CPU time: make it cheaper, or mark it with one of models, compile, ranks, slow, stacks, gpu" in printed
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ def _made(model: Model) -> tuple[nn.Module, Any]:
 def _quantized(model: Model, prepare: Callable[[nn.Module], None] = lambda net: None) -> tuple[nn.Module, Any]:
     net, inputs = _made(model)
     prepare(net)
-    return octav_fx.quantize(net, inputs, model.config, rules=model.rules, leaves=model.leaves), inputs
+    q = octav_fx.quantize(net, inputs, model.config, rules=model.rules, leaves=model.leaves, blocks=())
+    return q, inputs
 
 
 def _lowered(net: nn.Module, inputs: Any, training: bool, options: dict[str, Any] | None = None) -> str:

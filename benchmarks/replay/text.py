@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import octav_fx
 from benchmarks.replay.internals import graph_text
 from octav_fx import OctavError
+from octav_fx.capture.modules import graphs_of
 
 # Pattern -> what stands in its place.
 _NORMAL: Final = (
@@ -48,7 +49,7 @@ def prepared(q: nn.Module, training: bool) -> str:
         q.train(training)
     except OctavError as error:
         return normal(f"none: {error}")
-    parts = {name: part for name, part in q.named_modules() if isinstance(part, fx.GraphModule)}
+    parts = {name: part for name, module in q.named_modules() if (part := graphs_of(module)) is not None}
     return "\n\n".join(f"# {name or 'the model'}\n{_part(part)}" for name, part in parts.items())
 
 

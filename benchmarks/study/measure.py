@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import octav_fx
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.clips import newton
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.edits import site_of
@@ -45,7 +45,8 @@ def operands(q: nn.Module, x: Tensor) -> list[dict[str, Any]]:
     kind: what weights belong to ("depthwise", "1x1", "3x3", "linear") or what an activation comes after ("after relu").
     steps: of the row that took most, with Newton's plain steps; None where a method has none. Nothing in q changes.
     """
-    assert isinstance(q, QuantizedModule)
+    graphs = graphs_of(q)
+    assert graphs is not None
     counted: dict[nn.Module, tuple[int, int]] = {}
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -66,9 +67,9 @@ def operands(q: nn.Module, x: Tensor) -> list[dict[str, Any]]:
     finally:
         for handle in handles:
             handle.remove()
-    kind_of = kinds(q)
+    kind_of = kinds(graphs)
     rows = []
-    for record, row in zip(q.records, measured, strict=True):
+    for record, row in zip(graphs.records, measured, strict=True):
         if record.quantizer is None:
             continue
         cold, hinted = counted.get(q.get_submodule(record.quantizer), (None, None))

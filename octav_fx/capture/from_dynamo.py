@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from octav_fx.capture.modules import IntegerModule, QuantizedModule
+from octav_fx.capture.modules import IntegerModule, QuantizedModule, WholeModule
 from octav_fx.capture.partial import PartialModule
 from octav_fx.compat.graphs import (
     FUSED_ENCODER_LAYER,
@@ -76,7 +76,7 @@ def is_within_quantized() -> bool:
             local.append(frame.f_locals["self"])
         frame = frame.f_back
     modules = [module for value in local if isinstance(value, nn.Module) for module in value.modules()]
-    return any(isinstance(module, (QuantizedModule, PartialModule, IntegerModule)) for module in modules)
+    return any(isinstance(module, (QuantizedModule, WholeModule, PartialModule, IntegerModule)) for module in modules)
 
 
 def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.held import is_hooked
 from octav_fx.capture.inputs import tensors_of
 from octav_fx.capture.module_state import own_copy
-from octav_fx.compat.modules import has_forward_hooks, has_own_forward
+from octav_fx.compat.modules import has_own_forward
 from octav_fx.compat.tensors import pytree, storage_id, version_of
 from octav_fx.nn import FakeQuantizer
 
@@ -63,7 +64,7 @@ def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module]) -> bool:
     if not clips or not all(clips):
         return False
     parts = [part for part in module.modules() if part is not module]
-    return not any(part.training or has_forward_hooks(part) or has_own_forward(part) for part in parts)
+    return not any(part.training or is_hooked(part) or has_own_forward(part) for part in parts)
 
 
 def is_recorded(module: nn.Module, inputs: Any) -> bool:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from octav_fx.capture.flat import flatten, unflatten
+from octav_fx.capture.held import permitted
+from octav_fx.capture.module_state import own_copy
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
 
@@ -68,7 +70,7 @@ class Guards:
             return None
         if torch.compiler.is_compiling():
             # Part of the compiled graph, where nobody reads the tensors: they are never computed.
-            with torch.no_grad():
+            with torch.no_grad(), permitted():
                 return self.deep.broken(module, args, kwargs)
         return self._deep_fault(module, args, kwargs)
 
@@ -81,8 +83,10 @@ class Guards:
                 self._known.clear()
             mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
             mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-            with torch.no_grad():
-                fakes = [mode.from_tensor(leaf) if _is_real(leaf) else leaf for leaf in leaves]
+            # What forward computes is asked of the layers themselves.
+            with torch.no_grad(), permitted():
+                # Objects, a cache, are copied: what is computed here writes into them.
+                fakes = [mode.from_tensor(leaf) if _is_real(leaf) else own_copy(leaf) for leaf in leaves]
                 fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
                 try:
                     with mode:

@@ -56,8 +56,6 @@ def _restore(before: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     """Return (path, attributes by name) of each module, and of its buffers."""
     named = [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    # A quantized module's own float one shares its children, and is none.
-    named += [(name, m._float_module) for name, m in named if "_float_module" in vars(m)]
     return [(name, held) for name, module in named for held in (module.__dict__, buffers_of(module))]
 
 

@@ -1,81 +1,86 @@
-"""QuantizedModule: the user's module tree, seen through a rewritten graph."""
+"""QuantizedModule: the graphs of a module. WholeModule: the module, of the user's class, whose forward they are."""
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
 from octav_fx.capture.guards import GuardedGraph, Guards
+from octav_fx.capture.held import hold, permitted
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.compat.modules import (
-    HOOK_ATTRIBUTES,
     buffers_of,
     children_of,
     not_compiled,
     parameters_of,
     replace_children,
     share_parts,
-    transient_buffers_of,
 )
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
+from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # Gives a module what it needs for a call that no graph of it holds for: a graph more, or its own Python.
 CaptureAgain = Callable[["QuantizedModule", Inputs], None]
 
 # What a quantized module has besides what its class has.
-_RESERVED: Final = (QUANTIZERS, "meta", "examples")
+_RESERVED: Final = (QUANTIZERS, "meta", "examples", "owner", "user_class", "recipe", "capture_again")
+# The attribute of a WholeModule that holds its QuantizedModule.
+GRAPHS: Final = "octav_graphs"
 
 
 class QuantizedModule(GuardedModule):
-    """A GraphModule over the very submodules, parameters and buffers of a float module.
+    """The graphs of a module, its owner, over the very children, parameters and buffers of it.
 
-    Names, ties and containers of the float module stay, so its checkpoints load and its optimizer groups hold; the
-    quantizers are one more child. Each graph holds under guards: forward runs the first that holds for its inputs, and
-    where none does, captures one more. Where the float module's Python code branches on self.training each mode has its
-    own. float_forward() runs the float module's own forward on the same state.
+    Names, ties and containers of the owner stay, so its checkpoints load and its optimizer groups hold; the quantizers
+    are one more child, of both once make_whole() was called. Each graph holds under guards: forward runs the first that
+    holds for its inputs, and where none does, captures one more. Where the owner's Python code branches on
+    self.training each mode has its own. float_forward() runs the owner's own forward on the same state.
 
     In eval mode, where every quantizer has a static clip, the first graph runs as a module that make_rule returns, made
     from the present state: see capture/frozen.py.
     """
 
+    owner: nn.Module
+    user_class: type[nn.Module]
+    # The present graph as a function.
+    captured: ClassVar[Callable[..., Any]]
     # From a frozen module to what it computes in eval mode. Passes are a floor above, and deploy/rule.py puts it here.
     make_rule: ClassVar[Callable[["QuantizedModule"], "IntegerModule"]]
 
     def __init__(
         self,
-        float_module: nn.Module,
+        owner: nn.Module,
         graphs: Mapping[bool, Sequence[GuardedGraph]],
         meta: Mapping[str, Any],
         recipe: Any = None,
         capture_again: CaptureAgain | None = None,
+        quantizers: nn.Module | None = None,
     ) -> None:
-        taken = (*children_of(float_module), *parameters_of(float_module), *buffers_of(float_module))
+        taken = (*children_of(owner), *parameters_of(owner), *buffers_of(owner))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
-            raise NotCaptured(
-                f"{type(float_module).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute"
-            )
-        super().__init__(nn.Module(), fx.Graph(), type(float_module).__name__)
-        self._parameters = parameters_of(float_module)
-        self._buffers = buffers_of(float_module)
-        self._non_persistent_buffers_set = transient_buffers_of(float_module)
-        # A dict of its own: the float module's forward may iterate over its children and must not meet the quantizers.
-        self._modules = dict(children_of(float_module))
-        self._modules[QUANTIZERS] = nn.Module().train(float_module.training)
-        for name in HOOK_ATTRIBUTES:
-            setattr(self, name, getattr(float_module, name))
-        self.training = float_module.training
+            raise NotCaptured(f"{type(owner).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute")
+        # Not registered children: the tree below both is the same one.
+        self.__dict__["owner"], self.__dict__["user_class"] = owner, type(owner)
+        super().__init__(nn.Module(), fx.Graph(), type(owner).__name__)
+        share_parts(owner, self)
+        quantizers = nn.Module() if quantizers is None else quantizers
+        replace_children(self, {**children_of(owner), QUANTIZERS: quantizers})
+        self.training = owner.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
         self.examples: Inputs | None = None
         # For each mode the graphs that were captured so far; the first is the one that quantize() made.
@@ -88,8 +93,11 @@ class QuantizedModule(GuardedModule):
         self.meta = dict(meta)
         if self._graphs[self.training]:
             self.graph = self._graphs[self.training][0].graph
-        # Not a registered child: the tree below both is the same one. From now on it gets what users set.
-        self.__dict__["_float_module"] = float_module
+
+    @property
+    def _float_module(self) -> nn.Module:
+        """Return what a graph finds when it stores or reads an attribute of the outermost module."""
+        return self.owner
 
     @property
     def records(self) -> list[Record]:
@@ -120,24 +128,57 @@ class QuantizedModule(GuardedModule):
         """Return all graphs that were captured for a training mode, the list itself."""
         return self._graphs[mode]
 
-    def train(self, mode: bool = True) -> "QuantizedModule":
-        """Set the mode of every module, and show the graph of that mode where it has its own."""
-        super().train(mode)
+    def called(self) -> list[str]:
+        """Return the paths of the modules that graphs call."""
+        return [str(node.target) for guarded in self._captured() for node in guarded.graph.find_nodes(op="call_module")]
+
+    def follow(self, mode: bool) -> None:
+        """Show the first graph of a mode, which is that of the owner; its children have theirs."""
+        self.training = mode
         if (graphs := self._graphs[mode]) and graphs[0].graph is not self.graph:
             self.graph = graphs[0].graph
         if self._rule is not None and not self._rule.is_of(self):
             self.forget()
-        return self
+
+    def recompile(self) -> Any:
+        """Generate the code of the graph, and share the class that holds it with all modules of the same code.
+
+        What was made of another graph is forgotten.
+
+        torch.compile asks for classes: a model of many equal blocks is compiled once.
+        """
+        self.forget()
+        self._simulates = False
+        called = (str(node.target) for node in self.graph.find_nodes(op="call_module"))
+        self._called_quantizers = [target for target in called if target.startswith(f"{QUANTIZERS}.")]
+        self._stores = stores(self.graph)
+        name = type(self).__name__
+        # What is written into a class that others have would be theirs, too.
+        self.__class__ = type(name, (QuantizedModule,), {})
+        code = super().recompile()
+        present = [guarded for guarded in self._captured() if guarded.graph is self.graph]
+        objects = tuple(sorted((global_name, id(value)) for global_name, value in code.globals.items()))
+        shared = _SHARED.setdefault((name, code.src, objects, bool(present)), type(self))
+        if present:
+            if shared is type(self):
+                shared.captured = present[0].function()
+            present[0].set_function(shared.captured)
+        self.__class__ = shared
+        return code
+
+    def _state_holder(self) -> nn.Module:
+        """Return what graphs and guards read: the owner, whose names are the user's, once it has the quantizers."""
+        return self.owner if graphs_of(self.owner) is self else self
 
     def _captured(self) -> Sequence[GuardedGraph]:
         return [guarded for graphs in self.__dict__.get("_graphs", {}).values() for guarded in graphs]
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        graphs = self._graphs[self.training]
+        graphs, state = self._graphs[self.training], self._state_holder()
         if is_traced(args):
-            return graphs[0].function()(self, *args, **kwargs)
+            return graphs[0].function()(state, *args, **kwargs)
         for guarded in graphs:
-            if guarded.broken(self, args, kwargs) is None:
+            if guarded.broken(state, args, kwargs) is None:
                 return self._run(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
@@ -147,10 +188,11 @@ class QuantizedModule(GuardedModule):
         """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
         is_first = not self.training and guarded is self._graphs[False][0]
         rule = self._present_rule() if is_first else None
+        state = self._state_holder()
         if rule is None:
-            return guarded.function()(self, *args, **kwargs)
+            return guarded.function()(state, *args, **kwargs)
         if is_recorded(self, (args, kwargs)):
-            return with_gradients_of(functools.partial(guarded.function(), self), rule._dispatch, args, kwargs)
+            return with_gradients_of(functools.partial(guarded.function(), state), rule._dispatch, args, kwargs)
         return rule._dispatch(*args, **kwargs)
 
     def run_own_python(self, function: Callable[..., Any]) -> None:
@@ -161,28 +203,29 @@ class QuantizedModule(GuardedModule):
     def _run_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.capture_again is None:
             raise OctavError(f"{type(self).__name__} has no graph for this call: {self.why_not(args, kwargs)}")
+        state = self._state_holder()
         for guarded in self._graphs[self.training]:
             # A compiled call may still lead here after the graph for it was made.
-            if guarded.broken(self, args, kwargs) is None:
-                return guarded.function()(self, *args, **kwargs)
-        self.capture_again(self, call_of(self._float_module, args, kwargs))
+            if guarded.broken(state, args, kwargs) is None:
+                return guarded.function()(state, *args, **kwargs)
+        self.capture_again(self, call_of(self.owner, args, kwargs))
         return self._dispatch(*args, **kwargs)
 
     def why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Say which guard of the first graph of the present mode does not hold for a call."""
         graphs = self._graphs[self.training]
-        return str(graphs[0].broken(self, args, kwargs)) if graphs else str(graph_info(self).missing)
+        return str(graphs[0].broken(self._state_holder(), args, kwargs)) if graphs else str(graph_info(self).missing)
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the float module's own forward, on the parameters and buffers of this one."""
-        return self.float_module().forward(*args, **kwargs)
-
-    def float_module(self) -> nn.Module:
-        """Return the float module, in the mode of this one and with its children."""
-        float_module: nn.Module = self._float_module
-        children_of(float_module).update({name: self._modules[name] for name in children_of(float_module)})
-        float_module.training = self.training
-        return float_module
+        """Return the owner's own forward: it may iterate over its children, and must not meet the quantizers."""
+        children = children_of(self.owner)
+        quantizers = children.pop(QUANTIZERS, None)
+        try:
+            with permitted():
+                return self.user_class.forward(self.owner, *args, **kwargs)
+        finally:
+            if quantizers is not None:
+                children[QUANTIZERS] = quantizers
 
     def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the graph computes, frozen or not: levels, multiplied in float."""
@@ -191,15 +234,6 @@ class QuantizedModule(GuardedModule):
             return self.forward(*args, **kwargs)
         finally:
             self._simulates = False
-
-    def recompile(self) -> Any:
-        """Generate the code of the present graph anew, and forget what was made of another."""
-        self.forget()
-        self._simulates = False
-        called = (str(node.target) for node in self.graph.find_nodes(op="call_module"))
-        self._called_quantizers = [target for target in called if target.startswith(f"{QUANTIZERS}.")]
-        self._stores = stores(self.graph)
-        return super().recompile()
 
     def _present_rule(self) -> "IntegerModule | None":
         """Return what computes the present state in eval mode; None where the graph itself does."""
@@ -227,97 +261,222 @@ class QuantizedModule(GuardedModule):
         """Let the next call of a frozen module make what it computes anew."""
         self._rule = None
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self.forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.forget()
-        super()._load_from_state_dict(*args)
-
     @contextmanager
     def as_float(self) -> Iterator[None]:
-        """Let calls run float_forward inside."""
-        outer = self.__dict__.get("forward")
-        self.__dict__["forward"] = self.float_forward
+        """Let calls of the owner run float_forward inside."""
+        held = vars(self.owner)
+        outer = held.get("forward")
+        held["forward"] = self.float_forward
         try:
-            yield
+            with permitted():
+                yield
         finally:
-            self.__dict__.pop("forward")
+            held.pop("forward")
             if outer is not None:
-                self.__dict__["forward"] = outer
+                held["forward"] = outer
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Plain attributes of the float module (config, num_classes). Not its methods: they would run in float.
-            value = vars(self.__dict__.get("_float_module", self)).get(name, self)
-            if value is self or callable(value):
+            # Objects that the graph reads, which capture has put there.
+            held = vars(self.__dict__.get("owner", self))
+            if name not in held:
                 raise
-            return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        float_module = self.__dict__.get("_float_module")
-        is_plain = not isinstance(value, (nn.Module, nn.Parameter))
-        if float_module is None or not is_plain or name in self.__dict__ or hasattr(type(self), name):
-            super().__setattr__(name, value)
-        else:
-            # Where forward reads it, and guards look.
-            setattr(float_module, name, value)
+            return held[name]
 
     @property
     def plain_attributes(self) -> dict[str, Any]:
-        """Return what the float module holds besides parts, tensors and what can be called, by name."""
-        held = vars(self._float_module).items()
+        """Return what the owner holds besides parts, tensors and what can be called, by name."""
+        held = vars(self.owner).items()
         return {
             name: value
             for name, value in held
-            if name[:1] != "_" and name != "training" and not callable(value) and not tensors_of(value)
+            if name[:1] != "_" and name not in ("training", GRAPHS) and not callable(value) and not tensors_of(value)
         }
 
     def _parts(self) -> tuple[Any, ...]:
-        """Return all that this module is made of, as values that copy and pickle."""
-        # Past copy.copy, which modules with parametrizations refuse.
-        kind: Any = type(self._float_module)
-        float_module = kind.__new__(kind)
-        float_module.__dict__ = {**vars(self._float_module)}
-        replace_children(float_module, {name: m for name, m in children_of(self).items() if name != QUANTIZERS})
-        float_module.training = self.training
-        for name in HOOK_ATTRIBUTES:
-            float_module.__dict__[name] = getattr(self, name)
-        further = (self.recipe, self.capture_again)
-        return float_module, self._graphs, self.meta, further, children_of(self)[QUANTIZERS]
+        """Return what this is made of besides the owner, as values that copy and pickle."""
+        return self._graphs, self.meta, self.recipe, self.capture_again
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _rebuild, self._parts()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedModule":
-        memo.update(without_history(self))
-        copied = _rebuild(*copy.deepcopy(self._parts(), memo))
-        copied.examples = self.examples
-        memo[id(self)] = copied
+# By code: names in it may stand for other objects elsewhere.
+_SHARED: Final = weakref.WeakValueDictionary[Any, type[QuantizedModule]]()
+
+
+class WholeModule:
+    """Marks a module that graphs hold: own_class() makes its class a subclass of the user's and of this one.
+
+    isinstance, attributes, methods, keys, hooks and the signature of forward are those of the user's class. What the
+    graphs are asked for (graph, code, records, meta) is found where the user has no attribute of that name.
+    """
+
+    @property
+    def _float_module(self) -> Any:
+        """Return what a graph finds when it stores or reads an attribute of the outermost module."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what a graph that holds for the call computes."""
+        return vars(self)[GRAPHS].forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode as the user's class does, and take the graph of that mode where it has its own."""
+        super().train(mode)  # type: ignore[misc]
+        vars(self)[GRAPHS].follow(mode)
+        return self
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        vars(self)[GRAPHS].forget()
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        vars(self)[GRAPHS].forget()
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            graphs = vars(self).get(GRAPHS)
+            if graphs is None or not (hasattr(QuantizedModule, name) or name in vars(graphs)):
+                raise
+            return getattr(graphs, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The subclass has no name to be pickled by.
+        return _new, (vars(self)[GRAPHS].user_class,), self._state()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        graphs: QuantizedModule = vars(self)[GRAPHS]
+        owner: Any = self
+        memo.update(without_history(owner))
+        copied = memo[id(self)] = _new(graphs.user_class)
+        copied.__setstate__(copy.deepcopy(self._state(), memo))
+        vars(copied)[GRAPHS].examples = graphs.examples
         return copied
+
+    def _state(self) -> tuple[Any, ...]:
+        """Return what the user's class says its state is, and the graphs."""
+        graphs: QuantizedModule = vars(self)[GRAPHS]
+        # torch refuses the state of a module with parametrizations, for its pickles; a copy may have it.
+        state: Any = dict(vars(self)) if is_parametrized(self) else self.__getstate__()  # type: ignore[arg-type]
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != GRAPHS}
+            if getattr(state.get("forward"), "__self__", None) is graphs:
+                # That of as_float.
+                del state["forward"]
+        return (state, *graphs._parts())
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        users, *parts = state
+        super().__setstate__(users)  # type: ignore[misc]
+        owner: Any = self
+        owner.__class__ = type(self).__mro__[2]
+        quantizers = children_of(owner).pop(QUANTIZERS)
+        graphs, meta, recipe, capture_again = parts
+        make_whole(QuantizedModule(owner, graphs, meta, recipe, capture_again, quantizers))
+
+
+def make_whole(graphs: QuantizedModule) -> nn.Module:
+    """Let the forward of the owner be its graphs; return the owner, which is of a subclass of its class from now on."""
+    owner = graphs.owner
+    called = [graphs.get_submodule(path) for path in graphs.called()]
+    hold(owner, [*called, *_whole_below(owner)], filter(_multiplies, owner.modules()))
+    children_of(owner)[QUANTIZERS] = children_of(graphs)[QUANTIZERS]
+    share_parts(owner, graphs)
+    kind: Any = type(owner)
+    owner.__class__ = _whole_class(kind)
+    vars(owner)[GRAPHS] = graphs
+    return owner
+
+
+def _whole_below(owner: nn.Module) -> list[nn.Module]:
+    return [module for module in owner.modules() if graphs_of(module) is not None]
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Tell whether forward of a module reads a matrix: one of torch's layers, or one of the user's classes."""
+    if op_of_module(module) is not None:
+        return op_of_module(module) in CONTRACTIONS
+    is_torchs = type(module).__module__.startswith("torch.nn")
+    return not is_torchs and any(p is not None and p.dim() > 1 for p in parameters_of(module).values())
+
+
+@contextmanager
+def users_own(root: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
+    """Make every module in root what it was before quantize() inside: of the user's class, without quantizers.
+
+    but: one that stays as it is.
+    """
+    held = {module: graphs_of(module) for module in root.modules() if module is not but}
+    whole = {module: graphs for module, graphs in held.items() if graphs is not None}
+    kinds, quantizers = {module: type(module) for module in whole}, {}
+    for module, graphs in whole.items():
+        module.__class__ = graphs.user_class
+        quantizers[module] = children_of(module).pop(QUANTIZERS)
+        del vars(module)[GRAPHS]
+    try:
+        with permitted():
+            yield
+    finally:
+        for module, graphs in whole.items():
+            module.__class__ = kinds[module]
+            children_of(module)[QUANTIZERS] = quantizers[module]
+            vars(module)[GRAPHS] = graphs
+
+
+def graphs_of(module: nn.Module) -> QuantizedModule | None:
+    """Return the graphs of a WholeModule; None for any other module."""
+    return vars(module).get(GRAPHS)
 
 
 def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
-    """Return the modules in q that quantize() returned, q itself included. Raises OctavError if there is none."""
-    found = [module for module in q.modules() if isinstance(module, QuantizedModule)]
+    """Return the graphs in q, whose owners quantize() has made whole. Raises OctavError if there is none."""
+    found = [graphs for module in q.modules() if (graphs := graphs_of(module)) is not None]
     if not found:
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
     return found
 
 
-def _rebuild(
-    float_module: nn.Module,
-    graphs: dict[bool, list[GuardedGraph]],
-    meta: dict[str, Any],
-    further: tuple[Any, CaptureAgain | None],
-    quantizers: nn.Module,
-) -> QuantizedModule:
-    module = QuantizedModule(float_module, graphs, meta, *further)
-    children_of(module)[QUANTIZERS] = quantizers
-    return module
+# Of a container, which must not count the quantizers among its children.
+_CONTAINER_METHODS: Final = ("__len__", "__getitem__", "__iter__", "__contains__", "__reversed__")
+
+
+@functools.cache
+def _whole_class(kind: Any) -> type[nn.Module]:
+    """Return the subclass of a user's class for modules that graphs hold."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: WholeModule, *args: Any, **kwargs: Any) -> Any:
+        return WholeModule.forward(self, *args, **kwargs)
+
+    names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
+    names |= {name: _unseen(getattr(kind, name)) for name in _CONTAINER_METHODS if hasattr(kind, name)}
+    return type(kind.__name__, (WholeModule, kind), names)
+
+
+def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a container that does not see the quantizers."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any) -> Any:
+        children = children_of(self)
+        quantizers = children.pop(QUANTIZERS, None)
+        try:
+            found = method(self, *args)
+            return iter(list(found)) if method.__name__ in ("__iter__", "__reversed__") else found
+        finally:
+            if quantizers is not None:
+                children[QUANTIZERS] = quantizers
+
+    return call
+
+
+def _new(kind: Any) -> Any:
+    """Return a module of the subclass for a user's class, without anything in it yet."""
+    # Past __new__ of the user's class: that of a GraphModule makes one more class.
+    return object.__new__(_whole_class(kind))
 
 
 class IntegerModule(GuardedModule):

@@ -2,15 +2,19 @@
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import GRAPHS, graphs_of
 from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
+
+_PARTIAL: Final = "octav_partial"
+# What octav_fx keeps on the user's modules.
+ATTRIBUTES: Final = (GRAPHS, _PARTIAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +46,19 @@ class PartialModule:
         copied: Any = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self._state(), memo))
-        copied.__dict__["octav_partial"] = self.octav_partial
+        copied.__dict__[_PARTIAL] = self.octav_partial
         return copied
 
     def _state(self) -> Any:
         """Return what the user's class says its state is."""
         # torch refuses the state of a module with parametrizations, for its pickles; a copy may have it.
         state = dict(vars(self)) if is_parametrized(self) else self.__getstate__()  # type: ignore[arg-type]
-        return {k: v for k, v in state.items() if k != "octav_partial"} if isinstance(state, dict) else state
+        return {k: v for k, v in state.items() if k != _PARTIAL} if isinstance(state, dict) else state
 
 
 def outermost(q: nn.Module) -> nn.Module:
     """Return the module that quantize() returned, whatever wraps it. Raise OctavError unless there is exactly one."""
-    found = [module for module in q.modules() if isinstance(module, (QuantizedModule, PartialModule))]
+    found = [module for module in q.modules() if isinstance(module, PartialModule) or graphs_of(module) is not None]
     if not found:
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
     inside = set(found[0].modules())
@@ -67,8 +71,8 @@ def outermost(q: nn.Module) -> nn.Module:
 
 def example_of(quantized: nn.Module) -> Inputs | None:
     """Return the inputs that quantize() was given."""
-    if isinstance(quantized, QuantizedModule):
-        return quantized.examples
+    if (graphs := graphs_of(quantized)) is not None:
+        return graphs.examples
     return quantized.octav_partial.example if isinstance(quantized, PartialModule) else None
 
 
@@ -89,7 +93,7 @@ def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
     kind = type(module)
     if not isinstance(module, PartialModule):
         module.__class__ = type(kind.__name__, (PartialModule, kind), {"__module__": kind.__module__})
-    module.__dict__["octav_partial"] = descent
+    module.__dict__[_PARTIAL] = descent
     return module
 
 

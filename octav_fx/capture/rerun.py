@@ -9,9 +9,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.held import permitted
 from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
 from octav_fx.capture.module_state import own_copy, preserved_attributes
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import graphs_of
 from octav_fx.clips.distributed import no_sync
 from octav_fx.compat.tensors import is_functorch_wrapped, pytree
 from octav_fx.ir.macs import MacCounter
@@ -101,7 +102,7 @@ def preserved_modes(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m, training in modes.items():
-            if isinstance(m, QuantizedModule):
+            if graphs_of(m) is not None:
                 m.train(training)
         for m, training in modes.items():
             m.training = training
@@ -205,9 +206,10 @@ def _hooked(
                 leave(path, not succeeded)
                 succeeded.clear()
 
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(success))
-            handles.append(module.register_forward_hook(after, always_call=True))
+            with permitted():
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_hook(success))
+                handles.append(module.register_forward_hook(after, always_call=True))
     try:
         yield
     finally:

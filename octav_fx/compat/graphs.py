@@ -1,5 +1,6 @@
 """fx graphs, the graphs of Dynamo, and the calls that regions of autocast make."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -22,10 +23,19 @@ def autocast_settings(region: torch.autocast) -> tuple[Any, ...]:
     return region.device, region.fast_dtype, region._enabled, region._cache_enabled
 
 
+# By code, whose names may stand for other objects elsewhere.
+_FUNCTIONS: Final = weakref.WeakValueDictionary[Any, Callable[..., Any]]()
+
+
 def function_of(graph: fx.Graph) -> Callable[..., Any]:
-    """Return a graph as a function of a module, whose state it reads, and its inputs."""
+    """Return a graph as a function of a module, whose state it reads, and its inputs: the same one for the same code.
+
+    Compilers ask for functions: equal modules are compiled once.
+    """
     code = graph.python_code("self")
-    return _forward_from_src(code.src, dict(code.globals))
+    objects = tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+    function: Callable[..., Any] = _forward_from_src(code.src, dict(code.globals))
+    return _FUNCTIONS.setdefault((code.src, objects), function)
 
 
 def forward_from(source: str, names: dict[str, Any]) -> Callable[..., Any]:

@@ -14,10 +14,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 # Where a module keeps its parts.
 PART_ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
 
+# The hooks that run when a module is called, or in its backward.
+RUNNING_HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 HOOK_ATTRIBUTES: Final = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *RUNNING_HOOKS,
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 
 # The code object of nn.Module.__call__'s inner function: a frame of it has the module as `self`.
@@ -44,6 +47,11 @@ def transient_buffers_of(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
+def hooks_of(module: nn.Module, kind: str) -> Any:
+    """Return the hooks of one kind by their ids: the dict itself."""
+    return vars(module)[kind]
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Tell whether calling a module runs hooks besides its forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -61,10 +69,14 @@ def weight_hooks_of(module: nn.Module) -> dict[str, list[Any]]:
 
 
 def forward_pre_hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
-    """Return the other hooks before a forward, and whether each takes keyword arguments."""
+    """Return the other hooks before a forward, and whether each takes keyword arguments; torch counts them from 0."""
     of_weights = (WeightNorm, SpectralNorm, BasePruningMethod)
     hooks = module._forward_pre_hooks.items()
-    return [(h, key in module._forward_pre_hooks_with_kwargs) for key, h in hooks if not isinstance(h, of_weights)]
+    return [
+        (h, key in module._forward_pre_hooks_with_kwargs)
+        for key, h in hooks
+        if key >= 0 and not isinstance(h, of_weights)
+    ]
 
 
 def forward_hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
@@ -101,6 +113,12 @@ def padding_of(convolution: nn.Module) -> tuple[int, ...]:
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether torch.compile returned a module; the original is in `_orig_mod`."""
     return isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def wraps_a_checkpoint(module: nn.Module) -> bool:
+    """Tell whether torch's checkpoint_wrapper made a module; what it recomputes is its one child."""
+    kind = type(module)
+    return kind.__name__ == "CheckpointWrapper" and kind.__module__.startswith("torch.distributed.algorithms.")
 
 
 def allow_missing_binary_ops(torchvision: types.ModuleType) -> None:

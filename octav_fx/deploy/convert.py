@@ -2,10 +2,11 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
-from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
+from octav_fx.capture.modules import IntegerModule, QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
@@ -50,7 +51,7 @@ def rewritten(q: nn.Module, passes: Iterable[Pass]) -> nn.Module:
     Raises OctavError like convert.
     """
     passes = tuple(passes)
-    converted = {id(module): _rewritten(module, passes) for module in quantized_modules(q)}
+    converted = {id(module.owner): _rewritten(module, passes) for module in quantized_modules(q)}
     return copy.deepcopy(q, dict(converted)).eval()
 
 
@@ -73,10 +74,11 @@ def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
 
 def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModule:
     check_frozen(module)
-    if has_forward_hooks(module):
-        raise OctavError(f"{type(module).__name__} has forward hooks, which a converted model would lose: remove them")
+    if has_forward_hooks(module.owner):
+        name = module.user_class.__name__
+        raise OctavError(f"{name} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
-    working = copy.deepcopy(module).eval()
+    working: Any = graphs_of(copy.deepcopy(module.owner).eval())
     drop_stores(working.graph)
     guards = working.graphs_of(False)[0].guards
     return integer_module(working, passes, None if guards is None else guards.of_inputs()).requires_grad_(False)

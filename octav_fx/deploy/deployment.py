@@ -88,7 +88,7 @@ def deployment(
     OctavError like convert and export_onnx, and for a module with more than one quantized part.
     """
     (quantized, *more) = quantized_modules(q)
-    if more or quantized is not q:
+    if more or quantized.owner is not q:
         raise OctavError("deployment takes a model that one graph holds, as octav_fx.quantize returned it")
     levels = rewritten(q, CONVERT)
     converted, defined = multiplied(copy.deepcopy(levels)), copy.deepcopy(levels)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from octav_fx.capture.guards import Guards
-from octav_fx.capture.modules import IntegerModule, QuantizedModule
+from octav_fx.capture.modules import IntegerModule, QuantizedModule, graphs_of
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import update_graph_info
 from octav_fx.passes import COMPUTE, CONVERT
@@ -14,7 +14,7 @@ from octav_fx.passes import COMPUTE, CONVERT
 def integer_module(working: Any, passes: Iterable[Pass], guards: Guards | None = None) -> IntegerModule:
     """Return what the passes make of the eval graph of a copy of a frozen module, which is used up."""
     run(working, passes)
-    made = IntegerModule(working, working.graph, type(working).__name__, {}, working.plain_attributes, guards)
+    made = IntegerModule(working, working.graph, working.user_class.__name__, {}, working.plain_attributes, guards)
     update_graph_info(made, records={False: working.all_records[False]})
     return made
 
@@ -26,7 +26,7 @@ def rule_of(module: QuantizedModule) -> IntegerModule:
     inf or NaN in it.
     """
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return integer_module(copy.deepcopy(module, shared), (*CONVERT, *COMPUTE))
+    return integer_module(graphs_of(copy.deepcopy(module.owner, shared)), (*CONVERT, *COMPUTE))
 
 
 QuantizedModule.make_rule = rule_of

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records, outermost
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
@@ -132,7 +132,7 @@ def rows(q: nn.Module, example_inputs: Any = None) -> Rows:
     statistics = measured(quantized, example_inputs, statistics_of)
     found = records_of(quantized)
     total = _total([record for _, record in found])
-    names = {module: name for name, module in quantized.named_modules()}
+    names = {graphs_of(module): name for name, module in quantized.named_modules()}
     return Rows(_row(part, record, statistics, total, names) for part, record in found)
 
 
@@ -168,7 +168,7 @@ def _row(
     record: Record,
     statistics: Mapping[nn.Module, Statistics],
     total: int,
-    names: Mapping[nn.Module, str],
+    names: Mapping[QuantizedModule | None, str],
 ) -> Row:
     spec = measured = None
     if part is not None and record.quantizer is not None:

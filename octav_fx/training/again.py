@@ -25,7 +25,7 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     nothing below the module can be quantized by itself.
     """
     recipe: Recipe = quantized.recipe
-    mode, name = quantized.training, recipe.position.path or type(quantized).__name__
+    mode, name = quantized.training, recipe.position.path or quantized.user_class.__name__
     graphs = quantized.graphs_of(mode)
     before = {m for m in quantized.modules() if isinstance(m, FakeQuantizer)}
     # Forward may ask for the gradient mode, and leaving inference mode would turn gradients on.
@@ -36,8 +36,8 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
                 raise NotCaptured(_too_many(quantized, call, name))
             recipe.add_graph(quantized, call)
         except OctavError as error:
-            if has_data(quantized, call):
-                run_once(quantized, *call, quantized.float_forward)
+            if has_data(quantized.owner, call):
+                run_once(quantized.owner, *call, quantized.float_forward)
             reason = str(error)
             own = own_python(quantized, call, recipe, reason)
             for part in own.parts:

@@ -5,30 +5,33 @@ What is not reached so stays float, runs as it did, and is a record with its rea
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
-from octav_fx.capture.partial import PartialInfo, PartialModule, mark_partial
+from octav_fx.capture.modules import graphs_of, quantized_modules
+from octav_fx.capture.partial import ATTRIBUTES, PartialInfo, PartialModule, mark_partial
 from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
 from octav_fx.capture.symbolic.recurrent import is_recurrent
 from octav_fx.capture.symbolic.tracer import is_torch_leaf
-from octav_fx.compat.modules import children_of
+from octav_fx.compat.modules import RUNNING_HOOKS, children_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.ops import UserRules, op_of_module
 from octav_fx.ir.records import NOT_CALLED, Record, update_graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
-from octav_fx.nn import FakeQuantizer
-from octav_fx.training.one_graph import Position, check_equal, prepare_module
+from octav_fx.nn import FakeQuantizer, Settings
+from octav_fx.training.one_graph import Position, check_equal, prepare_module, settings_of_whole
 
-# Modules with their classes, children and descents.
-_Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], Any]]
+# Modules with their classes, children, hooks, and what octav_fx keeps on them.
+_Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]]
+
+
+_KEPT: Final = (*ATTRIBUTES, *RUNNING_HOOKS)
 
 
 @dataclass
@@ -37,15 +40,17 @@ class PartsQuantizer:
 
     config: Config
     user: UserRules
+    # By identity: the modules that are graphs of their own, inside the Python of those around them.
+    blocks: set[int] = field(default_factory=set)
+    # What each operand (site, name) has in one graph of the whole model, where one holds it: blocks have the same.
+    settings: Mapping[tuple[str, str], Settings] = field(default_factory=dict)
     # Which modules multiply and how much, in the order in which they do; known from the first descent on.
     macs_by_module: list[tuple[str, int]] = field(default_factory=list)
     # The same by identity, as a module may have several paths.
     workers: set[int] = field(default_factory=set)
-    # By identity of the float module: one that is reached by two ways is quantized once.
-    done: dict[int, nn.Module] = field(default_factory=dict)
 
     def quantize(self, module: nn.Module, calls: list[Inputs], path: str = "") -> nn.Module:
-        """Quantize a module for these calls, the first of which is the example; after a descent it is itself, changed.
+        """Quantize a module for these calls, the first of which is the example; return the same module, changed.
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
@@ -53,11 +58,14 @@ class PartsQuantizer:
         has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS and not is_unrolled
         if path and (has_no_rule or isinstance(module, self.user.leaves)):
             raise NotCaptured(f"no rule for {type(module).__name__}")
-        if id(module) not in self.done:
-            self.done[id(module)] = self._quantized(module, calls, path)
-        return self.done[id(module)]
+        # One that is reached by two ways is quantized once.
+        if graphs_of(module) is None and not isinstance(module, PartialModule):
+            self._quantized(module, calls, path)
+        return module
 
     def _quantized(self, module: nn.Module, calls: list[Inputs], path: str) -> nn.Module:
+        if any(id(part) in self.blocks for part in module.modules() if part is not module):
+            return self.descend(module, calls, path, "blocks of it are graphs of their own")
         try:
             return self._one_graph(module, calls, path)
         except NotCaptured as reason:
@@ -69,15 +77,22 @@ class PartsQuantizer:
                     return self._one_graph(module, calls, path, both_modes=False)
                 raise
 
-    def _one_graph(self, module: nn.Module, calls: list[Inputs], path: str, both_modes: bool = True) -> QuantizedModule:
-        position = Position()
+    def _one_graph(self, module: nn.Module, calls: list[Inputs], path: str, both_modes: bool = True) -> nn.Module:
+        # A layer that is quantized by itself has no place in a network, and is no edge of one.
+        is_network = op_of_module(module) not in CONTRACTIONS
+        position = Position(holds_first=is_network, holds_last=is_network)
         if self.macs_by_module:
             is_op, first, last = op_of_module(module) is not None, self.macs_by_module[0][0], self.macs_by_module[-1][0]
             position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
-        quantized = prepare_module(module, calls[0], self.config, position, self.user, both_modes)
-        for call in calls:
-            check_equal(quantized, call)
-        return quantized
+        tree, position = _tree(module), replace(position, settings=self.settings)
+        try:
+            prepare_module(module, calls[0], self.config, position, self.user, both_modes)
+            for call in calls:
+                check_equal(module, call)
+        except NotCaptured:
+            _restore(tree)
+            raise
+        return module
 
     def descend(self, module: nn.Module, calls: list[Inputs], path: str, reason: str) -> nn.Module:
         """Quantize the children of a module that no graph holds, for a reason, and mark it; return the same module.
@@ -105,17 +120,16 @@ class PartsQuantizer:
             try:
                 if not its_calls:
                     raise NotCaptured("no call of it succeeds outside of a transform of torch.func")
-                quantized = self.quantize(child, its_calls, below)
+                self.quantize(child, its_calls, below)
             except NotCaptured as why:
                 float_records.append(self._float(below, child, str(why)))
                 continue
-            if any(isinstance(m, FakeQuantizer) for m in quantized.modules()):
-                _set(module, name, quantized)
+            if any(isinstance(m, FakeQuantizer) for m in child.modules()):
                 placed.append(name)
             else:
                 # Captured, and nothing of it quantized: it has its reasons, an override among them.
-                del self.done[id(child)]
-                float_records += [record for part in quantized_modules(quantized) for record in part.records]
+                float_records += [record for part in quantized_modules(child) for record in part.records]
+                _restore(trees[name])
         if _fault(module, calls, expected) is not None:
             placed_children = {name: (*children[name], trees[name]) for name in placed}
             float_records += self._replace_misfits(module, placed_children, calls, expected, path)
@@ -139,31 +153,25 @@ class PartsQuantizer:
 
         Returns records of what stays float because of that.
         """
-        # A child that is in parts is itself, changed: it goes in with its parts, and comes out without them.
-        descended = {name: _tree(child) for name, (child, *_) in children.items()}
-        for name, (child, _, tree) in children.items():
+        changed = {name: _tree(child) for name, (child, *_) in children.items()}
+        for _, _, tree in children.values():
             _restore(tree)
-            _set(module, name, child)
         float_records = []
         for name, (child, its_calls, tree) in children.items():
-            below, quantized = _join(path, name), self.done.pop(id(child))
-            _restore(descended[name])
-            _set(module, name, quantized)
+            below = _join(path, name)
+            _restore(changed[name])
             if (fault := _fault(module, calls, expected)) is None:
-                self.done[id(child)] = quantized
                 continue
-            _set(module, name, child)
+            is_whole = graphs_of(child) is not None
+            _restore(tree)
             try:
-                if quantized is child:
+                if not is_whole:
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
-                changed = self.descend(child, its_calls, below, f"the code around it: {fault}")
+                self.descend(child, its_calls, below, f"the code around it: {fault}")
                 if fault := _fault(module, calls, expected):
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
-                self.done[id(child)] = changed
             except NotCaptured as why:
                 _restore(tree)
-                for module_below, *_ in tree:
-                    self.done.pop(id(module_below), None)
                 float_records.append(self._float(below, child, str(why)))
         return float_records
 
@@ -191,8 +199,8 @@ class PartsQuantizer:
 
     def count_calls(self, quantized: nn.Module) -> None:
         """Let the records of graphs that the code around them calls several times say what all calls multiply."""
-        for path, part in quantized.named_modules():
-            if not (isinstance(part, QuantizedModule) and path):
+        for path, module in quantized.named_modules():
+            if (part := graphs_of(module)) is None or not path:
                 continue
             once = sum({record.site: record.macs for record in part.records}.values())
             if (total := self._macs(path)) > once > 0:
@@ -206,15 +214,22 @@ class PartsQuantizer:
         return sum(macs for at, macs in self.macs_by_module if _is_at(at, path))
 
 
-def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: UserRules) -> nn.Module:
-    """Quantize a model, as one graph where one holds it; raise OctavError where nothing of it can be quantized."""
-    parts = PartsQuantizer(config, user)
+def quantize_by_parts(
+    model: nn.Module, example: Inputs, config: Config, user: UserRules, blocks: Iterable[nn.Module] = ()
+) -> nn.Module:
+    """Quantize a model, as one graph where one holds it; raise OctavError where nothing of it can be quantized.
+
+    blocks: modules that are graphs of their own.
+    """
+    parts = PartsQuantizer(config, user, set(map(id, blocks)))
+    if parts.blocks:
+        with contextlib.suppress(NotCaptured):
+            parts.settings = settings_of_whole(model, example, config, user)
     quantized = parts.quantize(model, [example])
     parts.count_calls(quantized)
-    if isinstance(quantized, QuantizedModule):
-        quantized.examples = example
+    if (graphs := graphs_of(quantized)) is not None:
+        graphs.examples = example
         return quantized
-    _tie(quantized, parts.done)
     assert isinstance(quantized, PartialModule)
     descent = quantized.octav_partial
     ran = {path for path, _ in parts.macs_by_module}
@@ -235,33 +250,30 @@ def quantize_by_parts(model: nn.Module, example: Inputs, config: Config, user: U
 def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Return the modules below that no graph holds, with their paths."""
     for name, child in module.named_children():
-        if not isinstance(child, QuantizedModule):
+        if graphs_of(child) is None:
             yield _join(path, name), child
             if not isinstance(child, torch.jit.ScriptModule):
                 yield from _outside(child, _join(path, name))
 
 
-def _tie(root: nn.Module, done: Mapping[int, nn.Module]) -> None:
-    """Put the quantized module wherever its float one is: a module may have several parents."""
-    for parent in list(root.modules()):
-        if not isinstance(parent, QuantizedModule):
-            for name, child in children_of(parent).items():
-                if child is not None and id(child) in done:
-                    children_of(parent)[name] = done[id(child)]
-
-
 def _tree(root: nn.Module) -> _Tree:
-    """Return what a descent changes: classes, children, and the PartialInfo of each module."""
-    return [(m, type(m), dict(children_of(m)), vars(m).get("octav_partial")) for m in root.modules()]
+    """Return what quantizing changes: classes, children, hooks, and what octav_fx keeps on each module."""
+    modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    return [(m, type(m), dict(children_of(m)), _kept(m)) for m in modules]
+
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name in _KEPT}
 
 
 def _restore(tree: _Tree) -> None:
-    for module, kind, children, descent in tree:
+    for module, kind, children, kept in tree:
         module.__class__ = kind
+        children_of(module).clear()
         children_of(module).update(children)
-        vars(module).pop("octav_partial", None)
-        if descent is not None:
-            vars(module)["octav_partial"] = descent
+        for name in _KEPT:
+            vars(module).pop(name, None)
+        vars(module).update(kept)
 
 
 def _fault(module: nn.Module, calls: list[Inputs], expected: list[Any]) -> str | None:
@@ -275,11 +287,6 @@ def _fault(module: nn.Module, calls: list[Inputs], expected: list[Any]) -> str |
     if not has_data(module, calls):
         return None
     return next((detail for e, f in zip(expected, found, strict=True) if (detail := difference(e, f))), None)
-
-
-def _set(module: nn.Module, path: str, child: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    children_of(module.get_submodule(owner))[name] = child
 
 
 def _join(path: str, name: str) -> str:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import GuardedGraph
+from octav_fx.capture.held import permitted
 from octav_fx.capture.inputs import Inputs, as_inputs
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.rerun import difference, run_once, without_quantizers
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import info
@@ -25,20 +26,22 @@ def check(q: nn.Module, batches: Iterable[Any]) -> None:
     graphs for the kinds of calls in the batches afterwards. Raises OctavError for the first module that computes
     something else, with the batch, by how much, and the first layer in it whose result differs.
     """
-    modules = {module: name for name, module in q.named_modules() if isinstance(module, QuantizedModule)}
+    modules = {part: name for name, module in q.named_modules() if (part := graphs_of(module)) is not None}
     quantized_modules(q)
     for index, batch in enumerate(batches):
         args, kwargs = as_inputs(batch)
         # The graphs for this batch, and the warm starts that belong to them.
         run_once(q, args, kwargs)
         for module, call in _calls(q, list(modules), Inputs(args, kwargs)):
-            guarded = next((g for g in module.graphs_of(module.training) if g.broken(module, *call) is None), None)
+            guarded = next(
+                (g for g in module.graphs_of(module.training) if g.broken(module.owner, *call) is None), None
+            )
             if guarded is None:
                 # It runs its own Python.
                 continue
-            expected = run_once(module, *call, module.float_forward)
-            with without_quantizers(module):
-                found = run_once(module, *call, functools.partial(guarded.function(), module))
+            expected = run_once(module.owner, *call, module.float_forward)
+            with without_quantizers(module.owner):
+                found = run_once(module.owner, *call, functools.partial(guarded.function(), module.owner))
             if detail := difference(expected, found):
                 layer = _first_layer(module, guarded, call)
                 where = f"; the first layer whose result differs is {layer}" if layer else ""
@@ -52,10 +55,11 @@ def _calls(q: nn.Module, modules: list[QuantizedModule], call: Inputs) -> list[t
     """Return how the float model calls the modules that have graphs."""
     calls: list[tuple[QuantizedModule, Inputs]] = []
 
-    def noted(module: Any, args: Any, kwargs: Any) -> None:
-        calls.append((module, own_copy(Inputs(args, kwargs))))
+    def noted(owner: Any, args: Any, kwargs: Any) -> None:
+        calls.append((parts[owner], own_copy(Inputs(args, kwargs))))
 
-    handles = [module.register_forward_pre_hook(noted, with_kwargs=True) for module in modules]
+    parts = {module.owner: module for module in modules}
+    handles = [owner.register_forward_pre_hook(noted, with_kwargs=True) for owner in parts]
     try:
         with float_mode(q):
             run_once(q, *call)
@@ -72,13 +76,13 @@ def _first_layer(module: QuantizedModule, guarded: GuardedGraph, call: Inputs) -
     def noted(path: str, _: nn.Module, args: Any, result: Any) -> None:
         expected.setdefault(path, own_copy(result))
 
-    float_module = module.float_module()
     named = [
-        (path, m) for path, m in float_module.named_modules() if path and not isinstance(m, torch.jit.ScriptModule)
+        (path, m) for path, m in module.owner.named_modules() if path and not isinstance(m, torch.jit.ScriptModule)
     ]
-    handles = [m.register_forward_hook(functools.partial(noted, path)) for path, m in named]
+    with permitted():
+        handles = [m.register_forward_hook(functools.partial(noted, path)) for path, m in named]
     try:
-        run_once(module, *call, module.float_forward)
+        run_once(module.owner, *call, module.float_forward)
     finally:
         for handle in handles:
             handle.remove()
@@ -86,8 +90,8 @@ def _first_layer(module: QuantizedModule, guarded: GuardedGraph, call: Inputs) -
     inputs = [call.kwargs.get(str(n.target), n.args[0] if n.args else None) for n in _placeholders(guarded.graph)]
     for position, value in enumerate(call.args):
         inputs[position] = value
-    with without_quantizers(module):
-        run_once(module, tuple(inputs), {}, recorder.run)
+    with without_quantizers(module.owner):
+        run_once(module.owner, tuple(inputs), {}, recorder.run)
     for path, found in recorder.found.items():
         if path in expected and difference(expected[path], found) is not None:
             return path

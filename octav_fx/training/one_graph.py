@@ -2,9 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx, nn
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import QuantizedModule, graphs_of, make_whole, users_own
 from octav_fx.capture.rerun import (
     difference,
     has_data,
@@ -25,6 +25,7 @@ from octav_fx.capture.rerun import (
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
 from octav_fx.compat.graphs import replaced_graph
+from octav_fx.compat.modules import buffers_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.formats.granularity import Granularity
@@ -49,6 +50,8 @@ class Position:
     # Whether the first contraction of the model is in it, and the last.
     holds_first: bool = True
     holds_last: bool = True
+    # What operands (site, name) have in one graph of the whole model, if that is known.
+    settings: Mapping[tuple[str, str], Settings] = field(default_factory=dict)
 
     def named(self, site: str) -> str:
         """Return the name in the whole model of a node of the module."""
@@ -64,14 +67,23 @@ class Position:
 
 def prepare_module(
     module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
-) -> QuantizedModule:
-    """Turn a module into one rewritten graph for each mode that needs its own; the module becomes part of it.
+) -> nn.Module:
+    """Let the forward of a module be one rewritten graph for each mode that needs its own; return the module.
 
     Raises NotCaptured where no graph can hold it; with both_modes also where none can hold the mode it is not in,
     although it runs in it.
     """
     if "forward" in vars(module):
         raise NotCaptured(f"forward of {position.path or type(module).__name__} was replaced on the instance")
+    # A part of it may be quantized already, where it is reached by two ways.
+    with users_own(module):
+        quantized = _rewritten(module, example, config, position, user, both_modes)
+    return make_whole(quantized)
+
+
+def _rewritten(
+    module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
+) -> QuantizedModule:
     graphs, missing, notes = _graphs(module, example, user, both_modes)
     recipe = Recipe(config, position, user)
     quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
@@ -93,6 +105,31 @@ def prepare_module(
     return quantized
 
 
+def settings_of_whole(
+    model: nn.Module, example: Inputs, config: Config, user: UserRules
+) -> dict[tuple[str, str], Settings]:
+    """Return the Settings of each operand (site, name) in one graph of a model, which stays as it is.
+
+    Raises NotCaptured where no graph can hold the model.
+    """
+    held = [vars(model), buffers_of(model)]
+    before = [set(names) for names in held]
+    try:
+        quantized = _rewritten(model, example, config, Position(), user, both_modes=False)
+    finally:
+        # Constants that capture leaves for its graph.
+        for names, known in zip(held, before, strict=True):
+            for name in set(names) - known:
+                del names[name]
+    found: dict[tuple[str, str], Settings] = {}
+    for record in (record for rows in quantized.all_records.values() for record in rows):
+        if record.quantizer is not None and record.operand is not None:
+            quantizer = quantized.get_submodule(record.quantizer)
+            assert isinstance(quantizer, FakeQuantizer)
+            found[record.site, record.operand] = quantizer.settings
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What the graphs of a quantized module are made with."""
@@ -107,12 +144,14 @@ class Recipe:
         Raises NotCaptured where no graph can hold it.
         """
         mode = quantized.training
-        captured, notes = _captured(quantized.float_module(), call, mode, self.user)
-        with replaced_graph(quantized, captured.graph):
+        owner = quantized.owner
+        with users_own(owner):
+            captured, notes = _captured(owner, call, mode, self.user)
+        with users_own(owner, but=owner), replaced_graph(quantized, captured.graph):
             rows, told = self.rewrite(quantized)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards)
-        if has_data(quantized, call):
+        if has_data(owner, call):
             _check_graph(quantized, guarded, call)
         for held in (True, False):
             if held is mode or not captured.depends_on_training:
@@ -124,8 +163,10 @@ class Recipe:
         known = quantizers_by_operand(quantized)
 
         def choose(place: Place) -> Settings | str:
-            choice = choose_spec(self.config, self.position.placed(place))
-            there = known.get((self.position.named(place.site), place.operand))
+            placed = self.position.placed(place)
+            if (whole := self.position.settings.get((placed.site, placed.operand))) is not None:
+                return whole
+            choice, there = choose_spec(self.config, placed), known.get((placed.site, placed.operand))
             if isinstance(choice, str) or there is None or (choice.spec.format.signed and not there.spec.format.signed):
                 return choice
             # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
@@ -172,15 +213,17 @@ def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], 
     )
 
 
-def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
-    """Check that the graph for a call computes, without its quantizers, what the float module computes.
+def check_equal(module: nn.Module, call: Inputs) -> None:
+    """Check that the graph for a call computes, without its quantizers, what the user's own forward does.
 
     Where no graph of the module holds for the call, one more is captured. Raises NotCaptured where that cannot be done
     or something else is computed; does nothing without data (meta device).
     """
-    if not has_data(quantized, call):
+    quantized = graphs_of(module)
+    assert quantized is not None
+    if not has_data(module, call):
         return
-    holding = [g for g in quantized.graphs_of(quantized.training) if g.broken(quantized, *call) is None]
+    holding = [g for g in quantized.graphs_of(quantized.training) if g.broken(module, *call) is None]
     if not holding:
         quantized.recipe.add_graph(quantized, call)
         return
@@ -188,13 +231,14 @@ def check_equal(quantized: QuantizedModule, call: Inputs) -> None:
 
 
 def _check_graph(quantized: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> None:
-    gradients = guarded.asks_for_gradients and torch.is_grad_enabled()
-    expected = run_once(quantized, *call, quantized.float_forward, gradients=gradients)
-    try:
-        with without_quantizers(quantized):
-            found = run_once(quantized, *call, functools.partial(guarded.function(), quantized), gradients=gradients)
-    except Exception as error:
-        raise NotCaptured(f"the captured graph does not run on a call that the model makes: {error}") from error
+    gradients, owner = guarded.asks_for_gradients and torch.is_grad_enabled(), quantized.owner
+    with users_own(owner, but=owner):
+        expected = run_once(owner, *call, quantized.float_forward, gradients=gradients)
+        try:
+            with without_quantizers(owner):
+                found = run_once(owner, *call, functools.partial(guarded.function(), owner), gradients=gradients)
+        except Exception as error:
+            raise NotCaptured(f"the captured graph does not run on a call that the model makes: {error}") from error
     if detail := difference(expected, found):
         raise NotCaptured(
             f"the captured graph does not compute what the model's forward does: {detail}. Python code in forward may "

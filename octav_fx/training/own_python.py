@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.held import let_go
 from octav_fx.capture.inputs import Inputs, call_of
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
-from octav_fx.capture.partial import float_records
+from octav_fx.capture.modules import QuantizedModule, quantized_modules, users_own
+from octav_fx.capture.partial import ATTRIBUTES, float_records
 from octav_fx.capture.rerun import macs_by_module
 from octav_fx.compat.modules import HOOK_ATTRIBUTES, PART_ATTRIBUTES, children_of
 from octav_fx.compat.tensors import pytree
@@ -23,7 +24,7 @@ from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.training.by_parts import PartsQuantizer
 from octav_fx.training.one_graph import Recipe, quantizers_by_operand
 
-_PARTS = frozenset({*PART_ATTRIBUTES, *HOOK_ATTRIBUTES, "_non_persistent_buffers_set", "octav_partial"})
+_PARTS = frozenset({*PART_ATTRIBUTES, *HOOK_ATTRIBUTES, *ATTRIBUTES, "_non_persistent_buffers_set"})
 
 
 @dataclass(eq=False)
@@ -41,14 +42,14 @@ class OwnPython:
     @torch.compiler.disable(reason="octav_fx: no graph holds this call, the module runs its own Python")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward; attributes that were set on either tree since are those of both."""
-        self.quantized.float_module()
         for first, second in self.pairs:
             _copy_attributes(first, second)
         for part in self.parts:
-            part.training = part.float_module().training
+            part.follow(part.owner.training)
         try:
-            call = call_of(self.pairs[0][0], args, kwargs)
-            return self.pairs[0][1].forward(*call.args, **call.kwargs)
+            call = call_of(self.quantized.owner, args, kwargs)
+            forward = self.pairs[0][1].forward if self.pairs else self.quantized.float_forward
+            return forward(*call.args, **call.kwargs)
         finally:
             for first, second in self.pairs:
                 _copy_attributes(second, first)
@@ -59,20 +60,24 @@ def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason:
 
     reason: why no graph holds the call. Raises OctavError where none of what multiplies can be quantized.
     """
-    first = quantized.float_module()
-    work = macs_by_module(first, call)
-    if not work:
-        return OwnPython(quantized, [(first, first)], [], [])
-    second = _sharing_copy(first)
-    pairs = list(zip(first.modules(), second.modules(), strict=True))
+    first = quantized.owner
+    with users_own(first):
+        work = macs_by_module(first, call)
+        if not work:
+            return OwnPython(quantized, [], [], [])
+        second = _sharing_copy(first)
+        pairs = list(zip(first.modules(), second.modules(), strict=True))
+    for module in second.modules():
+        let_go(module)
     position = recipe.position
     # What lies outside of this module holds the first and the last layer, unless this one does.
     before, after = [] if position.holds_first else [("", 0)], [] if position.holds_last else [("", 0)]
     parts = PartsQuantizer(
         recipe.config,
         recipe.user,
-        [*before, *((_join(position.path, at), macs) for at, macs in work), *after],
-        {id(second.get_submodule(at)) for at, _ in work},
+        settings=position.settings,
+        macs_by_module=[*before, *((_join(position.path, at), macs) for at, macs in work), *after],
+        workers={id(second.get_submodule(at)) for at, _ in work},
     )
     parts.descend(second, [call], position.path, reason)
     graphs = quantized_modules(second)

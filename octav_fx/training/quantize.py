@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs
 from octav_fx.capture.module_state import without_history
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.modules import graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
@@ -22,6 +22,7 @@ from octav_fx.ir.ops import UserRules
 from octav_fx.ir.records import Record
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.again import capture_again
+from octav_fx.training.blocks import Blocks, find_blocks
 from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
 
@@ -37,6 +38,7 @@ def quantize(
     rules: Sequence[Op] = (),
     leaves: Sequence[type[nn.Module]] = (),
     recurrent: str = "float",
+    blocks: Blocks | None = None,
     examples: Sequence[Any] = (),
 ) -> nn.Module:
     """Copy the model, with a fake-quantizer before every matmul and convolution operand, ready to train.
@@ -47,11 +49,16 @@ def quantize(
     leaves: classes of modules to leave as they are, float.
     recurrent: "float" leaves LSTM, GRU, RNN and their cells as they are; "unrolled" writes them as linear layers, one
     for each step of the example, which are quantized like any others. Packed sequences stay float.
+    blocks: which modules are graphs of their own, called as modules by the Python around them: classes or names of
+    modules, or "auto", the repeated blocks of the model. Hooks on blocks fire, and they can be checkpointed, compiled
+    and sharded one by one. The default is "auto" for models of transformers and for those with activation
+    checkpointing, and () for all others: the whole model in one graph.
     examples: further calls of other kinds, each given as example_inputs is: other optional arguments, a sequence of
     one token. A graph for each is captured now, which is done anyhow when such a call comes.
-    Returns an fx.GraphModule in the same mode, on the same devices, with every float state_dict key and its value; or,
-    where no single graph holds the model's Python code, a module of the model's own class whose children are such
-    GraphModules. What stays float then is in table(q), with the file and line that stopped the capture.
+    Returns a module of the model's own class, in the same mode, on the same devices, with every float state_dict key
+    and its value. Its forward is a graph; or, with blocks and where no single graph holds the model's Python code, the
+    model's own over graphs below. What stays float is in table(q), with the file and line that stopped the capture.
+    Calling what a graph holds in another way, and hooks on it, raise OctavError.
     Raises OctavError for a model of which nothing can be captured, for operands that are not floating point, and with
     strict=True if anything that multiplies stays float in the present mode, or was not run.
     """
@@ -60,7 +67,10 @@ def quantize(
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
-    quantized = quantize_by_parts(_copy(model), example, config, _user_rules(rules, leaves, recurrent))
+    copied = _copy(model)
+    quantized = quantize_by_parts(
+        copied, example, config, _user_rules(rules, leaves, recurrent), find_blocks(copied, blocks).values()
+    )
     graphs = quantized_modules(quantized)
     for part in graphs:
         part.capture_again = capture_again
@@ -109,7 +119,7 @@ def _check_model(model: nn.Module) -> None:
         raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")
     if "forward" in vars(model):
         raise OctavError(f"forward of this {type(model).__name__} was replaced on the instance: define it in the class")
-    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if any(graphs_of(module) is not None for module in model.modules()):
         raise OctavError("the model, or a part of it, is quantized already")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):

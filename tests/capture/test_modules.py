@@ -1,6 +1,7 @@
 """module: the user's module tree seen through a graph; it copies, pickles, switches modes and stays in step."""
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
-from octav_fx.capture.modules import QuantizedModule
-from octav_fx.errors import NotCaptured
+from octav_fx.capture.modules import QuantizedModule, WholeModule
+from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from tests.support.graphs import model, run_alike
 
@@ -171,7 +172,7 @@ class TestFloatForward:
     def test_in_another_dtype(self) -> None:
         q = quantized().eval().to(torch.float64)
         x = X.double()
-        expected = q.bn(q.embed(x)) * q.scale + q.shift
+        expected = q.bn(F.linear(x, q.embed.weight)) * q.scale + q.shift
         assert expected.dtype is torch.float64 and torch.equal(q.float_forward(x), expected)
         assert q(x).dtype is torch.float64
 
@@ -187,7 +188,8 @@ class TestFloatForward:
             return x
 
         q = octav_fx.quantize(model(forward, a=nn.Linear(6, 6), b=nn.Linear(6, 2)), X)
-        assert torch.equal(q.float_forward(X), q.b(q.a(X)))
+        with octav_fx.float_mode(q):
+            assert torch.equal(q.float_forward(X), q.b(q.a(X)))
 
     def test_as_float_nests_and_ends_with_an_error(self) -> None:
         q = quantized().eval()
@@ -248,19 +250,19 @@ def test_a_child_or_parameter_of_a_reserved_name_cannot_be_in_a_graph_module(nam
             QuantizedModule(model(lambda self, x: x, **{name: part}), {}, {})
     float_module = model(lambda self, x: getattr(self, name)(x), **{name: nn.Linear(6, 2)})
     q = octav_fx.quantize(float_module, X, strict=True)
-    assert isinstance(getattr(q, name), QuantizedModule)
+    assert isinstance(getattr(q, name), WholeModule)
     with octav_fx.float_mode(q):
         assert torch.equal(q(X), float_module(X))
     assert not torch.equal(q(X), float_module(X))
 
 
-def test_plain_attributes_are_those_of_the_float_module_and_methods_are_not() -> None:
+def test_attributes_and_methods_are_those_of_the_users_class() -> None:
     q = quantized()
-    assert q.width == 4 and q.names == ["a", "b"]
-    # It would run in float without a word.
-    for name in ("helper", "nothing"):
-        with pytest.raises(AttributeError):
-            getattr(q, name)
+    assert isinstance(q, Net) and (type(q).__name__, type(q).__module__) == ("Net", __name__)
+    assert q.width == 4 and q.names == ["a", "b"] and q.helper() == 4
+    with pytest.raises(AttributeError, match="'Net' object has no attribute 'nothing'"):
+        _ = q.nothing
+    assert inspect.signature(q.forward) == inspect.signature(Net().forward)
     for again in (copy.deepcopy(q), round_trip(q)):
         assert again.width == 4 and again.names == q.names and again.names is not q.names
 
@@ -301,3 +303,70 @@ def test_a_root_that_is_a_layer_of_torch(root: nn.Module) -> None:
     with octav_fx.float_mode(q):
         assert run_alike(q, root, X)
     assert run_alike(q, round_trip(q), X)
+
+
+class Named(nn.Module):
+    """Names that a GraphModule has too, a property, and methods."""
+
+    kind = "named"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.graph, self.meta, self.code, self.records = "a graph", "data about data", 7, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).relu()
+
+    @property
+    def doubled(self) -> int:
+        return self.code * 2
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self(x).argmax(-1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("duplicate", [lambda q: q, *COPIES])
+def test_names_of_the_users_are_the_users(duplicate: Any) -> None:
+    q = duplicate(octav_fx.quantize(Named().eval(), X))
+    assert isinstance(q, Named) and q.kind == "named" and q.doubled == 14
+    assert (q.graph, q.meta, q.code, q.records) == ("a graph", "data about data", 7, [])
+    assert torch.equal(q.predict(X), q(X).argmax(-1))
+    q.code = 8
+    assert q.doubled == 16
+
+
+def test_a_method_that_would_compute_in_float_is_refused() -> None:
+    q = octav_fx.quantize(Named(), X)
+    with pytest.raises(OctavError, match=r"fc of Named would compute in float here: .*blocks=\[\.\.\.\]"):
+        q.features(X)
+    with pytest.raises(OctavError, match="fc of Named would compute in float here"):
+        q.fc(X)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q.features(X), F.linear(X, q.fc.weight, q.fc.bias))
+
+
+@pytest.mark.parametrize("duplicate", [lambda q: q, *COPIES])
+def test_hooks_on_what_a_graph_holds_fire_or_are_refused(duplicate: Any) -> None:
+    q, calls = duplicate(quantized().eval()), list[str]()
+    for module, name in ((q, "root"), (q.bn, "bn")):
+        module.register_forward_hook(lambda module, args, y, name=name: calls.append(name))
+    q(X)
+    assert calls == ["bn", "root"]
+    for register in ("forward_pre", "forward", "full_backward", "full_backward_pre"):
+        with pytest.raises(OctavError, match="embed of Net would never run this hook"):
+            getattr(q.embed, f"register_{register}_hook")(lambda *_: None)
+    assert torch.equal(q(X), q(X))
+
+
+def test_a_container_does_not_count_the_quantizers() -> None:
+    float_module = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    q = octav_fx.quantize(float_module, X)
+    assert isinstance(q, nn.Sequential) and len(q) == 3
+    assert [type(m) for m in q] == [nn.Linear, nn.ReLU, nn.Linear] and q[-1] is list(q)[2]
+    assert q[2] in q and q.quantizers not in q
+    assert "quantizers.0_weight" in dict(q.named_modules())
+    assert torch.equal(q(X), q(X)) and len(copy.deepcopy(q)) == 3

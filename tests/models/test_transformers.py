@@ -1,95 +1,23 @@
 """Architectures of transformers, tiny and of random weights: one graph each, and all that it multiplies quantized."""
 
-import contextlib
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from octav_fx import Config, OctavError, coverage, float_mode, quantize, zoo
+from octav_fx import Config, coverage, float_mode, quantize
+from octav_fx.capture.modules import WholeModule
 from tests.support.on_grid import OnGrid
+from tests.support.pretrained import MODELS, build, text, words
 
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.models
 
-WORDS = 50
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {
-    **SPECIAL,
-    "vocab_size": WORDS,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}
-GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 4}
-T5 = {**SPECIAL, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "vocab_size": WORDS}
-WHISPER = {
-    **SPECIAL,
-    **{f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("attention_heads", 4))},
-    "decoder_start_token_id": 2,
-    "vocab_size": WORDS,
-    "d_model": 16,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "num_mel_bins": 8,
-    "max_source_positions": 16,
-    "max_target_positions": 16,
-}
-
-
-def words(length: int = 8) -> Tensor:
-    return torch.randint(3, WORDS, (2, length))
-
-
-def text() -> dict[str, Tensor]:
-    """Two sequences, the second padded."""
-    ids, mask = words(), torch.ones(2, 8, dtype=torch.long)
-    ids[1, 6:], mask[1, 6:] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def translation() -> dict[str, Tensor]:
-    return {**text(), "decoder_input_ids": words(5)}
-
-
-def pixels() -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(2, 3, 16, 16)}
-
-
-def spectrum() -> dict[str, Tensor]:
-    return {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": words(5)}
-
-
-# Class -> what its configuration differs in, and its inputs.
-MODELS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
-    "BertForSequenceClassification": (SMALL, text),
-    "DistilBertForSequenceClassification": ({**SMALL, "hidden_dim": 24}, text),
-    "GPT2LMHeadModel": (SMALL, text),
-    "LlamaForCausalLM": (GROUPED, text),
-    "Qwen3ForCausalLM": (GROUPED, text),
-    "OPTForCausalLM": ({**SMALL, "ffn_dim": 24, "word_embed_proj_dim": 16}, text),
-    "T5ForConditionalGeneration": (T5, translation),
-    "ViTForImageClassification": ({**SMALL, "image_size": 16, "patch_size": 4}, pixels),
-    "WhisperForConditionalGeneration": (WHISPER, spectrum),
-    "MixtralForCausalLM": ({**GROUPED, "num_local_experts": 4}, text),
-}
 # Four levels: fewer than any row of a weight here has values.
 TWO_BITS = Config(weight_bits=2, activation_bits=2, edge_bits=None)
-
-
-def build(name: str) -> nn.Module:
-    with contextlib.suppress(OctavError):
-        # Transformers imports torchvision where it finds it, which fails beside a torch without CUDA's libraries.
-        zoo.torchvision()
-    kind = getattr(importlib.import_module("transformers"), name)
-    return kind(kind.config_class(**MODELS[name][0]))
 
 
 def leaves(out: Any) -> list[Tensor]:
@@ -102,8 +30,8 @@ def leaves(out: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_of_all_of_it_with_the_librarys_own_outputs(name: str) -> None:
     model, inputs = build(name).eval(), MODELS[name][1]()
-    q = quantize(model, inputs, TWO_BITS)
-    assert isinstance(q, fx.GraphModule)
+    q = quantize(model, inputs, TWO_BITS, blocks=())
+    assert isinstance(q, WholeModule)
     assert list(q.state_dict()) == list(model.state_dict())
     covered = coverage(q)
     assert covered.quantized_macs == covered.total_macs - sum(
@@ -129,7 +57,7 @@ def test_one_graph_of_all_of_it_with_the_librarys_own_outputs(name: str) -> None
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_is_finite_and_reaches_every_parameter_that_the_model_reaches(name: str) -> None:
     model, inputs = build(name).train(), MODELS[name][1]()
-    q = quantize(model, inputs)
+    q = quantize(model, inputs, blocks=())
     with float_mode(q):
         step(q, inputs)
     step(model, inputs)
@@ -150,7 +78,7 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 def test_a_cache_of_one_call_goes_into_none_of_the_next() -> None:
     model, inputs = build("LlamaForCausalLM").eval(), text()
-    q = quantize(model, inputs)
+    q = quantize(model, inputs, blocks=())
     first, second = q(**inputs).past_key_values, q(**inputs).past_key_values
     assert first is not second and first.get_seq_length() == second.get_seq_length() == 8
 
@@ -168,7 +96,7 @@ def test_a_cache_that_is_an_argument(length: int) -> None:
         return filled
 
     inputs, given = {"input_ids": words(3)}, cache()
-    q = quantize(model, {**inputs, "past_key_values": given})
+    q = quantize(model, {**inputs, "past_key_values": given}, blocks=())
     assert given.get_seq_length() == length
     expected = model(**inputs, past_key_values=cache())
     with float_mode(q):
@@ -180,7 +108,7 @@ def test_a_cache_that_is_an_argument(length: int) -> None:
 
 def test_labels_make_a_loss() -> None:
     model, inputs = build("BertForSequenceClassification").eval(), {**text(), "labels": torch.tensor([0, 1])}
-    q = quantize(model, inputs)
+    q = quantize(model, inputs, blocks=())
     with float_mode(q):
         assert torch.equal(q(**inputs).loss, model(**inputs).loss)
     q(**inputs).loss.backward()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import octav_fx
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.rerun import without_quantizers
 
 # Both run the same ops of torch on the same numbers; where a graph spells one otherwise (x @ w.T for inner), sums round
@@ -80,6 +80,6 @@ def quantized_alike(
     for training in (False, True):
         model = (copy.deepcopy(made) if isinstance(made, nn.Module) else made()).train(training)
         q = octav_fx.quantize(model, inputs[0], **options)
-        assert isinstance(q, QuantizedModule) is not parts, octav_fx.table(q)
+        assert isinstance(q, WholeModule) is not parts, octav_fx.table(q)
         assert_computes(q, model, *inputs)
     return q

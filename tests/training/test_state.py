@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
+from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.partial import PartialModule
 from octav_fx.capture.rerun import without_quantizers
 from tests.support.graphs import model
@@ -144,7 +145,7 @@ def test_the_gradient_mode_counts_where_forward_asks_for_it() -> None:
 
     float_module, x = model(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)), torch.randn(4, 8)
     q = octav_fx.quantize(float_module, x)
-    assert isinstance(q, fx.GraphModule)
+    assert isinstance(q, WholeModule)
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
             alike(q, float_module, x)
@@ -168,7 +169,7 @@ def logged(self: Any, x: Tensor) -> Tensor:
 def test_what_forward_stores_is_of_the_last_call_and_has_its_gradient(compiled: bool) -> None:
     float_module, x = model(auxiliary, a=nn.Linear(8, 8), b=nn.Linear(8, 8)), torch.randn(4, 8)
     q = octav_fx.quantize(float_module, x)
-    assert isinstance(q, fx.GraphModule) and not hasattr(q, "aux")
+    assert isinstance(q, WholeModule) and not hasattr(q, "aux")
     torch._dynamo.reset()
     run = torch.compile(q, backend="eager") if compiled else q
     for scale in (1, 10):
@@ -192,7 +193,7 @@ def test_a_log_keeps_what_else_is_in_it() -> None:
     kept = q.log
     q(x)
     assert q.log is kept and sorted(kept) == ["epoch", "mean"] and kept["mean"].requires_grad
-    assert isinstance(q, fx.GraphModule) and len(q.graphs_of(False)) == 1
+    assert isinstance(q, WholeModule) and len(q.graphs_of(False)) == 1
 
 
 def test_what_is_stored_is_no_part_of_a_converted_model() -> None:

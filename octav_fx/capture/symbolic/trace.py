@@ -84,7 +84,11 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             setattr(root, name, constant)
     modes = tuple(dict.fromkeys(tracer.branched_on))
     paths = {module: name for name, module in reversed(list(root.named_modules()))}
-    kept = tuple(f"{paths[module]}.{name}".lstrip(".") for module, name in remembered if module in paths)
+    kept = tuple(
+        f"{paths[module]}.{name}".lstrip(".")
+        for module, name in remembered
+        if module in paths and not _is_constant(name)
+    )
     attributes = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
     attributes += [
         (f"{paths[module] or FLOAT_MODULE}.{name}", kind)

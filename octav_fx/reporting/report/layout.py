@@ -23,7 +23,7 @@ def drawn(parts: Sequence[QuantizedModule], names: Mapping[nn.Module, str]) -> d
         places = placed(part.graph)
         number = {node: len(nodes) + i for i, node in enumerate(places)}
         nodes += [
-            {"node": _site(node), "op": _kind(node), "graph": names[part], "x": start + depth, "y": lane}
+            {"node": _site(node), "op": _kind(node), "graph": names[part.owner], "x": start + depth, "y": lane}
             for node, (depth, lane) in places.items()
         ]
         edges += [(number[source], number[node]) for node in places for source in sources_of(node) if source in number]

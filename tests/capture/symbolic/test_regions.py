@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
+from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.errors import OctavError
 from octav_fx.ir.printer import graph_text
@@ -106,7 +107,7 @@ def test_quantized_it_learns_what_the_float_model_learns(name: str) -> None:
     forward, learned = CUTS[name]
     x = torch.randn(3, 4)
     q = octav_fx.quantize(model(forward, **parts()), x)
-    assert isinstance(q, torch.fx.GraphModule)
+    assert isinstance(q, WholeModule)
     q(x).square().sum().backward()
     assert {name for name, p in q.named_parameters() if p.grad is not None} == learned
 
@@ -244,7 +245,7 @@ OUTER = {
 def test_regions_hold_inside_of_a_region_outside(name: str, outer: str) -> None:
     float_module, x = model(REGIONS[name], **parts()), torch.randn(4, 4)
     q = octav_fx.quantize(float_module, x)
-    assert isinstance(q, torch.fx.GraphModule)
+    assert isinstance(q, WholeModule)
     with OUTER[outer]():
         expected = float_module(x)
         with octav_fx.float_mode(q):
@@ -349,7 +350,7 @@ def test_a_decorator_with_keywords_keeps_the_signature() -> None:
     float_module, x = model(forward, **parts()), torch.randn(3, 4)
     for kwargs in ({}, {"scale": x}, {"shift": 1.0}, {"extra": x}, {"scale": x, "extra": x}):
         q = octav_fx.quantize(float_module, {"x": x, **kwargs})
-        assert isinstance(q, torch.fx.GraphModule)
+        assert isinstance(q, WholeModule)
         with octav_fx.float_mode(q):
             assert torch.equal(q(x, **kwargs), float_module(x, **kwargs))
         with without_quantizers(q):
@@ -380,12 +381,12 @@ def test_a_function_with_a_gradient_of_its_own_keeps_it() -> None:
         torch.randn(3, 4),
     )
     q = octav_fx.quantize(float_module, x)
-    assert isinstance(q, fx.GraphModule) and "apply_function" in q.code
+    assert isinstance(q, WholeModule) and "apply_function" in q.code
     torch.compiler.reset()
     results = []
     for module in (q, torch.compile(q, backend="eager"), copy.deepcopy(q)):
         q.zero_grad()
-        twin = module if isinstance(module, fx.GraphModule) else q
+        twin = module if isinstance(module, WholeModule) else q
         module(x).sum().backward()
         results.append(twin.a.weight.grad.clone())
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import octav_fx
+from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.symbolic.trace import capture
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.printer import graph_text
@@ -46,7 +47,7 @@ def test_attributes_are_what_they_were_after_an_error() -> None:
 def test_a_model_that_remembers_its_last_result_is_one_graph_that_stores_it() -> None:
     float_module, x = model(remembering, fc=nn.Linear(4, 4), inner=nn.Identity()), torch.randn(2, 4)
     q = octav_fx.quantize(float_module, x)
-    assert isinstance(q, fx.GraphModule)
+    assert isinstance(q, WholeModule)
     assert [str(node) for node in q.graph.nodes if node.name.startswith("store_")] == ["store_", "store__1"]
     with octav_fx.float_mode(q):
         assert run_alike(q, float_module, torch.randn(3, 4))
@@ -76,7 +77,7 @@ class Table(nn.Module):
 def test_a_table_that_is_made_once_is_read_by_the_graph(as_buffer: bool) -> None:
     float_module, x = Table(as_buffer), torch.randn(2, 4)
     q = octav_fx.quantize(float_module, x)
-    assert isinstance(q, fx.GraphModule)
+    assert isinstance(q, WholeModule)
     assert float_module.table is None and float_module.made == 0
     assert "cos" not in graph_text(q.graph)
     for module in (q, copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
@@ -96,7 +97,7 @@ def test_on_the_meta_device_the_table_is_made_in_each_call(as_buffer: bool) -> N
     with torch.device("meta"):
         float_module, x = Uncounted(as_buffer), torch.randn(2, 4)
     q = octav_fx.quantize(float_module, x)
-    assert isinstance(q, fx.GraphModule) and q(x).is_meta
+    assert isinstance(q, WholeModule) and q(x).is_meta
 
 
 def accumulating(self: nn.Module, x: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def test_quantized_it_still_remembers(as_buffer: bool) -> None:
     else:
         float_module.total = torch.zeros(4)
     q = octav_fx.quantize(float_module, x, strict=True)
-    assert isinstance(q.fc, fx.GraphModule) and "has no memory" in octav_fx.table(q)
+    assert isinstance(q.fc, WholeModule) and "has no memory" in octav_fx.table(q)
     assert torch.equal(float_module.total, torch.zeros(4))
     with octav_fx.float_mode(q):
         for values in (x, x + 1, x):

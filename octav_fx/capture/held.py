@@ -1,0 +1,102 @@
+"""Modules that a graph holds and does not call: what would reach them as modules is refused, not lost.
+
+A graph reads the weight of a layer and calls no layer: a hook on it would never run, and a method of the model that
+calls it would compute in float.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from torch import nn
+
+from octav_fx.compat.modules import RUNNING_HOOKS, hooks_of
+from octav_fx.errors import OctavError
+
+# The key of the refusal among the hooks: those of torch count from 0.
+_REFUSAL: Final = -1
+# How many permitted() are entered.
+_permits = 0
+
+
+class HeldCall(OctavError):
+    """A call of a module that a graph holds."""
+
+
+@contextmanager
+def permitted() -> Iterator[None]:
+    """Let held modules be called and hooked inside: the float model runs, or is captured."""
+    global _permits
+    _permits += 1
+    try:
+        yield
+    finally:
+        _permits -= 1
+
+
+class HeldHooks(OrderedDict[int, Any]):
+    """The hooks of one kind of a held module: those from before it was held, and a refusal of what comes now."""
+
+    def __init__(self, where: str, before: "OrderedDict[int, Any]", refuses_calls: bool) -> None:
+        super().__init__()
+        self.where, self.before, self.refuses_calls = where, before, refuses_calls
+        for key, hook in before.items():
+            super().__setitem__(key, hook)
+        if refuses_calls:
+            super().__setitem__(_REFUSAL, self._refuse)
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        if not _permits:
+            raise OctavError(
+                f"{self.where} would never run this hook: the graph around it calls no such module. Register it on the "
+                "whole model, before quantize, or on one of the blocks of octav_fx.quantize(..., blocks=[...])"
+            )
+        super().__setitem__(key, hook)
+
+    def __bool__(self) -> bool:
+        return any(key != _REFUSAL for key in self) or (self.refuses_calls and not _permits)
+
+    def __reduce__(self) -> Any:
+        own = OrderedDict((key, hook) for key, hook in self.items() if key != _REFUSAL)
+        return HeldHooks, (self.where, own, self.refuses_calls)
+
+    def _refuse(self, *_: Any) -> None:
+        if not _permits:
+            raise HeldCall(
+                f"{self.where} would compute in float here: it is part of a graph, which octav_fx.quantize made of the "
+                "forward around it. Call that, or make blocks of what you call: octav_fx.quantize(..., blocks=[...]); "
+                "octav_fx.float_mode(q) computes in float on purpose"
+            )
+
+
+def hold(root: nn.Module, called: Iterable[nn.Module], working: Iterable[nn.Module]) -> None:
+    """Refuse hooks on the modules below root, and calls of the working ones; called: what the graphs of root call."""
+    let_go(root)
+    own = {module for part in called for module in part.modules()} | {root}
+    working = set(working)
+    for path, module in root.named_modules():
+        if module in own or is_held(module):
+            continue
+        where = f"{path} of {type(root).__name__}"
+        for kind in RUNNING_HOOKS:
+            refuses = kind == "_forward_pre_hooks" and module in working
+            vars(module)[kind] = HeldHooks(where, hooks_of(module, kind), refuses)
+
+
+def let_go(module: nn.Module) -> None:
+    """Give a module the hooks back that it had before it was held."""
+    for kind in RUNNING_HOOKS:
+        if isinstance(hooks := hooks_of(module, kind), HeldHooks):
+            vars(module)[kind] = hooks.before
+
+
+def is_held(module: nn.Module) -> bool:
+    """Tell whether hooks on a module are refused."""
+    return isinstance(vars(module).get(RUNNING_HOOKS[0]), HeldHooks)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether calling a module runs hooks of the user's."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    return any(key != _REFUSAL for kind in kinds for key in hooks_of(module, kind))

@@ -1,0 +1,1 @@
+"""Models inside other people's training stacks; ./dev test stacks installs those."""

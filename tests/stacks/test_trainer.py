@@ -1,0 +1,126 @@
+"""transformers' own Trainer, generate and checkpointing on what quantize() returns, as a user writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import octav_fx
+from octav_fx.capture.rerun import without_quantizers
+from tests.support.blocks import saved_bytes
+from tests.support.pretrained import WORDS, build, text
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.stacks
+
+
+def rows(count: int = 8, length: int = 8) -> list[dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return [{"input_ids": torch.randint(3, WORDS, (length,)), "labels": torch.tensor(i % 2)} for i in range(count)]
+
+
+def texts(count: int = 8, length: int = 8) -> list[dict[str, Tensor]]:
+    return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(count, length)]
+
+
+# Class -> the rows of its data set.
+DATA: dict[str, Any] = {
+    "BertForSequenceClassification": rows,
+    "GPT2LMHeadModel": texts,
+    "LlamaForCausalLM": texts,
+}
+
+
+def trainer(q: nn.Module, data: list[dict[str, Tensor]], folder: Path, **settings: Any) -> Any:
+    pytest.importorskip("accelerate")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_steps": 1,
+            **settings,
+        },
+    )
+    return transformers.Trainer(model=q, args=arguments, train_dataset=data, eval_dataset=data)
+
+
+def quantized(name: str) -> nn.Module:
+    batch = {key: torch.stack([row[key] for row in DATA[name](4)]) for key in ("input_ids", "labels")}
+    return octav_fx.quantize(build(name), batch)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_train_evaluate_predict_save_resume_and_load(name: str, tmp_path: Path) -> None:
+    q, data = quantized(name), DATA[name]()
+    run = trainer(q, data, tmp_path)
+    before = {key: value.clone() for key, value in q.state_dict().items()}
+    assert run.train().training_loss > 0
+    assert any(not torch.equal(value, before[key]) for key, value in q.state_dict().items())
+    assert run.evaluate()["eval_loss"] > 0
+    without_labels = [{"input_ids": row["input_ids"]} for row in data]
+    assert len(run.predict(without_labels).predictions) == len(data)
+    run.save_model(str(tmp_path / "saved"))
+    loaded = type(build(name)).from_pretrained(tmp_path / "saved").eval()
+    with octav_fx.float_mode(q.eval()):
+        assert torch.equal(loaded(data[0]["input_ids"][None]).logits, q(data[0]["input_ids"][None]).logits)
+    again = trainer(quantized(name), data, tmp_path, max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 3
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "bf16": {"bf16": True},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_the_trainer(setting: str, name: str, tmp_path: Path) -> None:
+    run = trainer(quantized(name), DATA[name](), tmp_path, save_strategy="no", **SETTINGS[setting])
+    assert run.train().training_loss > 0
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_checkpointing_keeps_what_float_keeps(name: str) -> None:
+    model, inputs = build(name).train(), {"input_ids": torch.randint(3, WORDS, (4, 32)), "use_cache": False}
+    q = octav_fx.quantize(model, inputs)
+
+    def kept(m: nn.Module) -> int:
+        return saved_bytes(lambda x: m(**x).logits, inputs, m)
+
+    plain = kept(q)
+    q.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()
+    assert kept(q) < plain / 2
+    # Dropout draws the same numbers.
+    torch.manual_seed(1)
+    q(**inputs).logits.sum().backward()
+    recomputed = [p.grad.clone() for p in q.parameters()]
+    q.zero_grad()
+    q.gradient_checkpointing_disable()
+    torch.manual_seed(1)
+    q(**inputs).logits.sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(q.parameters(), recomputed, strict=True))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_generate_with_a_cache_is_floats_token_for_token(name: str) -> None:
+    model, inputs = build(name).eval(), text()
+    q = octav_fx.quantize(model, inputs)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**inputs, **settings)
+    with without_quantizers(q):
+        assert torch.equal(q.generate(**inputs, **settings), expected)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q.generate(**inputs, **settings), expected)
+    assert q.generate(**inputs, **settings).shape == expected.shape
