@@ -78,7 +78,7 @@ class QuantizedModule(GuardedModule):
         self.__dict__["owner"], self.__dict__["user_class"] = owner, type(owner)
         super().__init__(nn.Module(), fx.Graph(), type(owner).__name__)
         share_parts(owner, self)
-        quantizers = nn.Module() if quantizers is None else quantizers
+        quantizers = nn.Module().train(owner.training) if quantizers is None else quantizers
         replace_children(self, {**children_of(owner), QUANTIZERS: quantizers})
         self.training = owner.training
         # The inputs that quantize() was given, as (args, kwargs): what tables measure. Not pickled.
