@@ -111,3 +111,22 @@ def test_cached_anchors_are_those_of_each_image_size() -> None:
             q(x)
             with without_quantizers(q):
                 torch.testing.assert_close(q(x), float_model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.compile
+def test_a_cache_is_written_once_eager_and_compiled() -> None:
+    # Whether a block has more keys than queries is known when its cache is written, and only then.
+    transformers = pytest.importorskip("transformers")
+    zoo.torchvision()
+    config = transformers.LlamaConfig(
+        **{**SMALL, **LAYERS, "num_hidden_layers": 2}, hidden_size=16, intermediate_size=24, num_key_value_heads=1
+    )
+    q = octav_fx.quantize(transformers.LlamaForCausalLM(config).eval(), words(2, 7, None))
+    compiled = torch.compile(q, backend="octav")
+    with torch.no_grad():
+        for batch, length in ((2, 7), (2, 5), (3, 9), (1, 1)):
+            call = words(batch, length, None)
+            expected, found = q(**call), compiled(**call)
+            assert expected.past_key_values.get_seq_length() == found.past_key_values.get_seq_length() == length
+            # Sums in another order, over rows of 24 numbers at most, of values below 1.
+            torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=24 * 2**-24)

@@ -1,7 +1,8 @@
 """What a trace took for granted: checks in its graph, and the guards that are made of them."""
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import fake
+from octav_fx.ir.ops import in_place
 
 
 @fx.node.has_side_effect
@@ -43,8 +45,11 @@ def take_guards(
     if checks:
         near = _copied(graph, root)
         forward_sizes(near)
-        is_deep = [_computes_tensors(check) for check in near.find_nodes(op="call_function", target=guard_equal)]
-        deep = _checked(_copied(near, root), is_deep, True) if any(is_deep) else None
+        asked = near.find_nodes(op="call_function", target=guard_equal)
+        is_deep = [_computes_tensors(check) for check in asked]
+        # What writes into an argument must run once, in the graph, where the check stays.
+        is_known_before = [flag and not _writes(check) for check, flag in zip(asked, is_deep, strict=True)]
+        deep = _checked(_copied(near, root), is_known_before, True) if any(is_known_before) else None
         sizes = None if all(is_deep) else _checked(near, is_deep, False)
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
@@ -74,6 +79,21 @@ def _computes_tensors(check: fx.Node) -> bool:
         if node.op not in ("placeholder", "get_attr")
         for leaf in pytree.tree_leaves(fake(node))
     )
+
+
+def _writes(check: fx.Node) -> bool:
+    """Tell whether what is checked is computed by something that may write: into a tensor, or an object (a cache)."""
+    computed = [node for node in ancestors(check) if node.op in ("call_function", "call_method")]
+    return any(in_place(node) or (node.target not in _READS and _has_object(node)) for node in computed)
+
+
+_READS: Final = (getattr, operator.getitem, len)
+_VALUES: Final = (Tensor, int, float, str, slice, type(None), torch.Size, torch.dtype, torch.device, nn.Module)
+
+
+def _has_object(node: fx.Node) -> bool:
+    leaves = (leaf for source in node.all_input_nodes for leaf in pytree.tree_leaves(fake(source)))
+    return any(not isinstance(leaf, _VALUES) for leaf in leaves)
 
 
 def _arguments(graph: fx.Graph, kinds: Mapping[str, Any]) -> Facts:
