@@ -67,7 +67,8 @@ def _is_clip(node: fx.Node) -> bool:
     """Tell whether a node is a clip of ours: solved, or cut out of those of all weights."""
     if node.target is aten.slice.Tensor:
         parts = arguments_of(node)["self"]
-        return parts.target is operator.getitem and parts.args[0].target is octav.fake_quantize_weights.default
+        sources = [source.target for source in parts.all_input_nodes]
+        return parts.target is operator.getitem and sources == [octav.fake_quantize_weights.default]
     return node.target in (octav.optimal_clip.default, octav.synced_clip.default)
 
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from octav_fx.compat.graphs import inductor_decompositions
 from octav_fx.compat.tensors import detect_fake_mode
 from octav_fx.formats.spec import spec_of
-from octav_fx.ir.calls import arguments_of
+from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import replace
 from octav_fx.ir.meta import fake
@@ -95,9 +95,12 @@ def _asks_for_sizes(node: fx.Node) -> bool:
 
 def _divide_exactly(node: fx.Node) -> None:
     """Make a division, by a tensor or by a power of two, one that every device rounds to the nearest."""
-    x, y = node.args
-    if isinstance(y, fx.Node):
-        node.target = octav.divide.default
-    else:
-        assert isinstance(y, (int, float)) and math.frexp(y)[0] == 0.5
-        node.target, node.args = aten.mul.Tensor, (x, 1 / y)
+    call = arguments_of(node)
+    x, y = call["self"], call.other
+    with node.graph.inserting_before(node):
+        if isinstance(y, fx.Node):
+            exact = insert_call(node.graph, octav.divide.default, x=x, y=y)
+        else:
+            assert isinstance(y, (int, float)) and math.frexp(y)[0] == 0.5
+            exact = insert_call(node.graph, aten.mul.Tensor, {"self": x, "other": 1 / y})
+    replace(node, exact)

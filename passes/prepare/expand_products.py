@@ -169,10 +169,11 @@ def _best_order(sizes: list[int]) -> dict[tuple[int, int], int]:
 
 def _in_place(name: str) -> Callable[[fx.Node], fx.Node | None]:
     def expand(node: fx.Node) -> fx.Node | None:
-        target, *rest = node.args
+        # A method's own tensor comes first.
+        target = node.all_input_nodes[0]
         if _value(target) is None:
             return None
-        product = insert_captured(node.graph, OPS[name].target, target, *rest, **node.kwargs)
+        product = insert_captured(node.graph, OPS[name].target, *node.args, **node.kwargs)
         return insert_captured(node.graph, "copy_", target, product)
 
     return expand

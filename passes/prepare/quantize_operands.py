@@ -189,8 +189,8 @@ def add_quantizer(gm: fx.GraphModule, place: Place, settings: Settings, read: fx
 def _kind(node: fx.Node) -> str:
     if node.op == "call_module":
         return type(module_of(node)).__name__
-    if node.target is apply_function and isinstance(kept := fake(node.args[0]), Kept):  # type: ignore[arg-type]
-        return kept.function.__name__
+    if node.target is apply_function:
+        return next(kept.function.__name__ for kept in map(fake, node.all_input_nodes) if isinstance(kept, Kept))
     return str(getattr(node.target, "__name__", node.target))
 
 

@@ -52,8 +52,8 @@ def test_golden() -> None:
     ]
     text = graph_text(gm.graph)
     assert "_foreach_mul_scalar = _foreach_mul.Scalar([optimal_clip, optimal_clip_1, optimal_clip_2], 1.0)\n" in text
-    assert "_foreach_sub_list = _foreach_sub.List([optimal_clip, optimal_clip_1], [m1_1, m2_1])\n" in text
-    assert "_foreach_add_scalar = _foreach_add.Scalar([t1_1, t2_1], 1.0)\n" in text
+    assert "_foreach_sub_list = _foreach_sub.List([optimal_clip, optimal_clip_1], [arg3_1, arg6_1])\n" in text
+    assert "_foreach_add_scalar = _foreach_add.Scalar([arg4_1, arg7_1], 1.0)\n" in text
 
 
 @pytest.mark.parametrize("at_once", [2, 64])
