@@ -205,6 +205,7 @@ INVARIANTS: Final = (
     # A solve that nobody reads costs as much as one that somebody does.
     Invariant("what quantizers compute is read", Dialect.JOINT, _read, ("split_quantizers",)),
     # The partitioner obeys tags blindly: of anything else, a whole layer would be computed twice.
-    Invariant("only levels are recomputed", Dialect.JOINT, _recomputed),
+    # In the halves that it leaves the tags have had their say.
+    Invariant("only levels are recomputed", Dialect.JOINT, _recomputed, ("split_quantizers",)),
     Invariant("backward keeps no float copy", Dialect.JOINT, _no_float_copy, ("split_quantizers", "save_codes")),
 )

@@ -19,7 +19,7 @@ from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.ir.op import Op
 from octav_fx.ir.ops import UserRules
-from octav_fx.ir.records import Record
+from octav_fx.ir.records import NOT_CALLED, Record
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.again import capture_again
 from octav_fx.training.blocks import Blocks, find_blocks
@@ -60,7 +60,7 @@ def quantize(
     model's own over graphs below. What stays float is in table(q), with the file and line that stopped the capture.
     Calling what a graph holds in another way, and hooks on it, raise OctavError.
     Raises OctavError for a model of which nothing can be captured, for operands that are not floating point, and with
-    strict=True if anything that multiplies stays float in the present mode, or was not run.
+    strict=True if anything that multiplies stays float in the present mode, or, in a model in parts, was not run.
     """
     config = Config() if config is None else config
     _check_model(model)
@@ -89,7 +89,9 @@ def quantize(
             stacklevel=2,
         )
     if strict:
-        _check_strict([*float_records(quantized), *(row for part in graphs for row in part.records)])
+        # What no graph calls yet is quantized by the graph of the first call that leads there.
+        held = (row for part in graphs for row in part.records if row.reason != NOT_CALLED)
+        _check_strict([*float_records(quantized), *held])
     if has_data(quantized, example):
         run_once(quantized, *example)
         for further in map(as_inputs, examples):

@@ -52,8 +52,8 @@ def every_op(x: Tensor, hint: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, 
     dx = fake_quantize_backward(z, x, clip, integers(4, True, None), "mad")
     filters = w.neg()
     clips = filters.abs().amax((1, 2))
-    rows = fake_quantize_filters(filters, clips, 4, True)
-    dw = fake_quantize_filters_backward(grad, filters, clips, True, "mad")
+    rows = fake_quantize_filters(filters, clips, integers(4, True, 0))
+    dw = fake_quantize_filters_backward(grad, filters, clips, integers(4, True, 0), "mad")
     return codes, y, z, dx, rows, dw
 
 
@@ -108,7 +108,7 @@ def test_the_numbers_are_those_of_the_ops() -> None:
             clip,
             codes,
             dequantize(codes, clip, integers(4, True, None), torch.float32),
-            fake_quantize_filters(w, clips, 4, True),
+            fake_quantize_filters(w, clips, integers(4, True, 0)),
         )
 
     x, w = torch.randn(8, 3, 5, 5), torch.randn(5, 3, 9)

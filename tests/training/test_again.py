@@ -278,3 +278,22 @@ def test_compiled_a_new_graph_is_a_recompilation_and_nothing_else_is(name: str) 
     for call in (*calls, *reversed(calls)):
         compiled(*call)
     assert len(made) == before
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_asking_a_guard_moves_no_statistics(is_compiled: bool) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.norm(s.conv(x))
+        # How many channels there are is known behind the norm, and asked before it runs.
+        parts = y.split(y.shape[1] // 2, 1)
+        return torch.cat(parts[::-1] if len(parts) > 1 else parts, 1)
+
+    float_model = model(forward, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)).train()
+    other, x = copy.deepcopy(float_model), torch.randn(4, 3, 5, 5)
+    q = octav_fx.quantize(float_model, x)
+    run = torch.compile(q, backend="octav") if is_compiled else q
+    for size in (5, 5, 7):
+        run(torch.randn(2, 3, size, size))
+        other(torch.randn(2, 3, size, size))
+    assert q.norm.num_batches_tracked == other.norm.num_batches_tracked == 3

@@ -54,7 +54,16 @@ def take_guards(
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
-    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep)
+    moves = deep is not None and any(map(_moves_buffers, map(root.get_submodule, _called(deep.graph))))
+    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep, moves)
+
+
+def _called(graph: fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.find_nodes(op="call_module")]
+
+
+def _moves_buffers(module: nn.Module) -> bool:
+    return module.training and any(True for _ in module.buffers())
 
 
 def _is_number_of_axes(value: Any) -> bool:
