@@ -103,7 +103,7 @@ def deployment(
             export_onnx(q, example_inputs, path)
         onnx_outputs = list(run_onnx(path, example_inputs).values())
         onnx_bytes = Path(path).stat().st_size
-        measured = latencies(quantized, converted, path, call) if latency else {}
+        measured = latencies(q, converted, path, call) if latency else {}
     return Deployment(
         rows=_rows(quantized, levels, shares, dict(integer_layers(converted))),
         float_bytes=_float_bytes(quantized),

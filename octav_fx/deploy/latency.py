@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from octav_fx.capture.inputs import Inputs, tensors_of
-from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.modules import users_own
 from octav_fx.capture.rerun import in_eval_mode
 from octav_fx.deploy.runtimes import onnx_session, optional
 
@@ -21,33 +21,18 @@ _ROUNDS: Final = 10
 _Run = Callable[[], Any]
 
 
-class _Float(nn.Module):
-    """The float model that a quantized one was made of, as a module."""
-
-    def __init__(self, q: QuantizedModule) -> None:
-        super().__init__()
-        self.q = q
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.q.as_float():
-            return self.q(*args, **kwargs)
-
-
-def latencies(
-    q: QuantizedModule, converted: nn.Module, path: str | os.PathLike[str], call: Inputs
-) -> dict[str, float | str]:
+def latencies(q: nn.Module, converted: nn.Module, path: str | os.PathLike[str], call: Inputs) -> dict[str, float | str]:
     """Return the least milliseconds of ten calls of each, or why it does not run: float and ours, in each runtime.
 
     The variants take turns, as the load of a machine changes. Compiled ones are compiled first, which takes its time.
     """
     args, kwargs = call
-    plain = _Float(q)
-    with tempfile.TemporaryDirectory() as folder, in_eval_mode(q), torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, in_eval_mode(q), users_own(q), torch.no_grad():
         own = Path(folder) / "float.onnx"
         variants: dict[str, Callable[[], _Run]] = {
-            "float, PyTorch": lambda: lambda: plain(*args, **kwargs),
-            "float, compiled": lambda: _compiled(plain, call, "inductor"),
-            "float, onnxruntime": lambda: _in_onnxruntime(_float_file(plain, call, own), call),
+            "float, PyTorch": lambda: lambda: q(*args, **kwargs),
+            "float, compiled": lambda: _compiled(q, call, "inductor"),
+            "float, onnxruntime": lambda: _in_onnxruntime(_float_file(q, call, own), call),
             "float, OpenVINO": lambda: _in_openvino(own, call),
             "integers, PyTorch": lambda: lambda: converted(*args, **kwargs),
             "integers, compiled": lambda: _compiled(converted, call, "octav"),

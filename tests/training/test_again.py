@@ -225,6 +225,32 @@ def test_there_are_so_many_graphs_and_then_its_own_python() -> None:
     assert len(q.graphs_of(False)) == MOST_GRAPHS
 
 
+class Experts(nn.Module):
+    """Two experts, whose rows Python counts before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(2, 16, 16)) for _ in range(2))
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        rows = F.grouped_mm(rows, self.up, offs=ends)
+        rows = F.grouped_mm(rows * 2 if rows.size(0) > 4 else rows, self.down, offs=ends)
+        # No op that says where its sizes come from: found by running what precedes it on fake tensors.
+        rows = rows.repeat(1, 2)
+        return rows if rows.size(1) > 16 else rows.relu()
+
+
+def test_sizes_of_grouped_products_are_found_in_float32() -> None:
+    float_module, ends = Experts(), torch.tensor([3, 5], dtype=torch.int32)
+    q = octav_fx.quantize(float_module, (x(5, 16), ends))
+    check(q, float_module, x(5, 16), ends)
+    check(q, float_module, x(9, 16), ends + torch.tensor([0, 4], dtype=torch.int32))
+    assert len(q.graphs_of(True)) == 1
+    few = torch.tensor([1, 3], dtype=torch.int32)
+    check(q, float_module, x(3, 16), few)
+    assert len(q.graphs_of(True)) == 2
+
+
 def test_an_error_of_the_model_is_its_own() -> None:
     def forward(self: Any, q: Tensor) -> Tensor:
         assert q.shape[1] == 8, f"expected 8 columns, found {q.shape[1]}"

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.guards import Facts, Guards
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute
 from octav_fx.capture.symbolic.sizes import forward_sizes
+from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import ancestors
@@ -49,6 +50,7 @@ def take_guards(
         is_deep = [_computes_tensors(check) for check in asked]
         # What writes into an argument must run once, in the graph, where the check stays.
         is_known_before = [flag and not _writes(check) for check, flag in zip(asked, is_deep, strict=True)]
+        put_stand_ins(near)
         deep = _checked(_copied(near, root), is_known_before, True) if any(is_known_before) else None
         sizes = None if all(is_deep) else _checked(near, is_deep, False)
         for check, kept in zip(checks, is_deep, strict=True):

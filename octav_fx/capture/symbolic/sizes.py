@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from octav_fx.compat.tensors import TORCH_GROUPED_MM
 from octav_fx.ir.meta import fake, set_fake
 from octav_fx.ir.ops import in_place, module_of
 
@@ -144,6 +145,9 @@ def _earlier(node: fx.Node, axis: int) -> tuple[Any, int | None] | None:
     module = module_of(node) if node.op == "call_module" else None
     if node.target in (F.linear, F.embedding) or isinstance(module, (nn.Linear, nn.Embedding)):
         return (first, axis) if axis < last else None
+    if node.target in (F.grouped_mm, TORCH_GROUPED_MM):
+        # Two matrices give one for each group.
+        return (first, axis) if axis < last and fake(first).dim() == last + 1 else None
     if name in ("transpose", "swapaxes") and all(isinstance(a, int) for a in args[1:3]) and len(args) == 3:
         one, two = (int(a) % (last + 1) for a in args[1:3])  # type: ignore[arg-type]
         return first, {one: two, two: one}.get(axis, axis)

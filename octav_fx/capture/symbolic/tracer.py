@@ -27,10 +27,11 @@ from octav_fx.capture.symbolic.patches import PLAIN, plain_training
 from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
+from octav_fx.capture.symbolic.stand_ins import STAND_INS
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_forward_hooks
-from octav_fx.compat.tensors import NEEDS_DATA, TORCH_GROUPED_MM, FakeTensorMode, pytree, storage_id
+from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree, storage_id
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
@@ -481,7 +482,7 @@ class ValueTracer(fx.Tracer):
             case "call_function":
                 assert callable(node.target)
                 return (
-                    None if node.target in _NOT_EVALUATED else _STAND_INS.get(node.target, node.target)(*args, **kwargs)
+                    None if node.target in _NOT_EVALUATED else STAND_INS.get(node.target, node.target)(*args, **kwargs)
                 )
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -501,16 +502,8 @@ def is_torch_leaf(m: nn.Module) -> bool:
     return own and not is_altered(m)
 
 
-def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **_: Any) -> Tensor:
-    """Return a result of the shape and work of rows [S, I] times experts' weights [E, I, O], or of a batch of those."""
-    return torch.bmm(mat_a, mat_b) if mat_a.dim() == 3 else mat_a @ mat_b[0]
-
-
 # A check holds by construction, and regions have been entered by the code that is traced.
 _NOT_EVALUATED: Final = (guard_equal, ENTER_AUTOCAST, EXIT_AUTOCAST)
-
-# What evaluates a function on fake tensors in its place: torch's own for this one takes bfloat16 only, kernels do not.
-_STAND_INS: Final[dict[Any, Callable[..., Any]]] = {F.grouped_mm: _grouped_mm, TORCH_GROUPED_MM: _grouped_mm}
 
 
 def _mutable(argument: Any) -> Any:
