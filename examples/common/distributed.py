@@ -86,17 +86,14 @@ def parallelize(q: nn.Module, parallel: str, ranks: Ranks, *, compiled: bool = F
     what is returned. Buffers are not sent at each step, as DDP would: a batch norm in train mode does not read its own,
     and share_buffers() sends rank 0's before anything reads them.
 
-    FSDP2 takes the whole model as one unit. A graph reads the weights of all submodules as attributes and never calls
-    those submodules, so that a block sharded by itself would never be gathered: the quantizer would meet a DTensor.
-    Parameters, gradients and the optimizer's state are sharded between the steps; inside a step all parameters are
-    there at once.
+    FSDP2 takes the whole model as one unit. Parameters, gradients and the optimizer's state are sharded between the
+    steps; inside a step all parameters are there at once.
     """
     if parallel not in PARALLEL:
         raise OctavError(f"parallel={parallel!r}: one of {', '.join(PARALLEL)}")
     if sharded := [name for name, module in q.named_modules() if isinstance(module, FSDPModule)]:
         raise OctavError(
-            f"{sharded[0] or 'the model'} is sharded already: a graph reads the weights of its submodules and does not "
-            "call them, so FSDP2 gathers them only if the whole quantized model is one unit; leave out fully_shard"
+            f"{sharded[0] or 'the model'} is sharded already: rank 0 cannot send its parameters; leave out fully_shard"
         )
     scalars = [name for name, parameter in q.named_parameters() if not parameter.dim()]
     if parallel == "fsdp2" and scalars:

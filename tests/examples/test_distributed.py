@@ -12,6 +12,7 @@ from examples.imagenet.data import folders
 from octav_fx import OctavError, quantize
 from tests.examples import imagefolder, torchrun
 from tests.examples.imagefolder import SIZES, GroupNormNet, Remembers, arguments, curve, same, weights
+from tests.support.blocks import Net, batch
 
 pytestmark = pytest.mark.ranks
 
@@ -113,9 +114,12 @@ def test_fsdp2_computes_what_ddp_does_and_resumes(data, two_ranks):
 def test_what_fsdp2_cannot_shard():
     with process_group("cpu") as ranks:
         q = quantize(GroupNormNet(3), torch.randn(2, 3, 32, 32))
-        fully_shard(q.conv)
-        with pytest.raises(OctavError, match=r"conv is sharded already: .* leave out fully_shard"):
-            parallelize(q, "fsdp2", ranks)
+        with pytest.raises(OctavError, match=r"conv of GroupNormNet would never run this hook: .*blocks=\["):
+            fully_shard(q.conv)
+        of_blocks = quantize(Net(), batch(), blocks="auto")
+        fully_shard(of_blocks.blocks[1])
+        with pytest.raises(OctavError, match=r"blocks\.1 is sharded already: .* leave out fully_shard"):
+            parallelize(of_blocks, "fsdp2", ranks)
         with pytest.raises(OctavError, match="parallel='tensor': one of ddp, fsdp2"):
             parallelize(q, "tensor", ranks)
         scalar = nn.Linear(2, 2)

@@ -29,13 +29,15 @@ def torchrun(
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, "-m", "tests.examples.torchrun", module, *map(json.dumps, (runs, stop or {}, fails or {}))],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        # A rank that a signal ends says where it was.
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    # All of it: the first error is the cause, and torchrun's own summary is last.
+    assert done.returncode == 0, done.stderr
 
 
 class Stopped(BaseException):
