@@ -95,6 +95,7 @@ def test_every_layer_computes_on_codes_what_it_computes_on_levels(name, bits):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "encoder"])
+@pytest.mark.models
 def test_it_is_close_to_the_frozen_model(name):
     # Eight bits: a code that moves, as a bias is rounded, moves little.
     q, inputs = frozen(WHOLE[name], Config(8, 8, residual_bits=8))

@@ -212,6 +212,7 @@ def test_a_call_that_no_graph_can_hold_runs_the_models_python_over_quantized_chi
     assert all(p.grad is not None and p.grad.dtype is torch.float64 for p in q.parameters())
 
 
+@pytest.mark.slow
 def test_there_are_so_many_graphs_and_then_its_own_python() -> None:
     q = octav_fx.quantize(Steps().eval(), x(2, 1, 8))
     float_module = Steps().eval()
@@ -285,6 +286,7 @@ def test_a_converted_model_says_what_it_holds_for() -> None:
 
 
 @pytest.mark.parametrize("name", ["a mask that is added", "unbind", "a size", "a key"])
+@pytest.mark.compile
 def test_compiled_a_new_graph_is_a_recompilation_and_nothing_else_is(name: str) -> None:
     forward, example, others = CASES[name]
     float_module = model(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8))

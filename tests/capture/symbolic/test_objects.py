@@ -148,6 +148,7 @@ def test_a_tensor_that_an_object_holds_twice_is_one_hole() -> None:
 
 # Dynamo has its own way of copying each of them.
 @pytest.mark.parametrize("name", [name for name in OBJECTS if name != "an object that holds itself"])
+@pytest.mark.compile
 def test_compiled_it_comes_out_the_same(name: str) -> None:
     forward, kind, contents = OBJECTS[name]
     q, x = octav_fx.quantize(model(forward, fc=nn.Linear(4, 4)), torch.randn(2, 4)), torch.randn(2, 4)

@@ -29,6 +29,7 @@ def work(layer: Any, vectors: int) -> int:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.slow
 def test_unrolled_layers(name: str) -> None:
     layer = LAYERS[name]
     # Two inputs of the same number of steps: another number is another graph.
@@ -56,6 +57,7 @@ def test_a_state_and_no_batch(kind: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.slow
 def test_cells(kind: type[nn.Module]) -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         state = s.cell(x[:, 0])

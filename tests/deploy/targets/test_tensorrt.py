@@ -96,6 +96,7 @@ def test_the_rules_and_the_numbers(name, tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 4, 7])
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), nn.Tanh()])
+@pytest.mark.slow
 def test_codes_of_fewer_bits_saturate(bits, between, tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 5, 3), trained(nn.BatchNorm2d(5)), between, nn.Flatten(), nn.Linear(180, 4)).eval()
     q, x = ready(net, Config(bits, bits, edge_bits=None))
@@ -134,6 +135,7 @@ def test_weights_alone_are_int4(tmp_path):
         torch.testing.assert_close(run(model, (x,)), q(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_tensorrt_cannot_say(tmp_path):
     q, x = ready(config=Config(8, 8))
     with pytest.raises(OctavError, match=r"quantizers\.\S+: codes up to 255 .* Config\(signed_activations=True\)"):
