@@ -5,8 +5,7 @@ Facts are a graph of their own. It reads arguments, attributes and sizes, and re
     x, flag -> (kind_of(x), kind_of(flag), x.size(1) > 4, self.block.scale)    as expected: (..., True, 2.0)
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,7 +16,6 @@ from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.held import permitted
 from octav_fx.capture.module_state import own_copy
 from octav_fx.compat.graphs import function_of
-from octav_fx.compat.modules import buffers_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
 
 # So many kinds of sizes a graph remembers an answer for.
@@ -61,8 +59,6 @@ class Guards:
     sizes: Facts | None = None
     # Of what forward computes on its way: found without data, and remembered for each set of shapes.
     deep: Facts | None = None
-    # Whether finding those out moves buffers, as batch norm does in training mode.
-    deep_moves: bool = False
     _known: dict[Any, str | None] = field(default_factory=dict)
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -73,9 +69,6 @@ class Guards:
         if self.deep is None:
             return None
         if torch.compiler.is_compiling():
-            if self.deep_moves:
-                # They would be moved twice. The checks in the graph raise where one does not hold.
-                return None
             # Part of the compiled graph, where nobody reads the tensors: they are never computed.
             with torch.no_grad(), permitted():
                 return self.deep.broken(module, args, kwargs)
@@ -91,7 +84,7 @@ class Guards:
             mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
             mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
             # What forward computes is asked of the layers themselves.
-            with torch.no_grad(), permitted(), fake_buffers(module, mode):
+            with torch.no_grad(), permitted():
                 # Objects, a cache, are copied: what is computed here writes into them.
                 fakes = [mode.from_tensor(leaf) if _is_real(leaf) else own_copy(leaf) for leaf in leaves]
                 fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
@@ -110,7 +103,7 @@ class Guards:
         return Guards(self.arguments, None, None if asks_state else self.sizes)
 
     def __reduce__(self) -> Any:
-        return Guards, (self.arguments, self.attributes, self.sizes, self.deep, self.deep_moves)
+        return Guards, (self.arguments, self.attributes, self.sizes, self.deep)
 
 
 @dataclass(eq=False)
@@ -153,20 +146,6 @@ def _restored_graph(rows: list[Any], guards: Guards | None) -> GuardedGraph:
     restored = GuardedGraph(unflatten(rows), guards)
     restored.function()
     return restored
-
-
-@contextmanager
-def fake_buffers(root: Any, mode: FakeTensorMode) -> Iterator[None]:
-    """Let every buffer below root be a fake one inside, so that what moves them moves none."""
-    held = [(buffers_of(module), dict(buffers_of(module))) for module in root.modules()]
-    try:
-        for buffers, real in held:
-            fakes = {name: mode.from_tensor(b) for name, b in real.items() if b is not None and _is_real(b)}
-            buffers.update(fakes)
-        yield
-    finally:
-        for buffers, real in held:
-            buffers.update(real)
 
 
 def _is_real(value: Any) -> bool:

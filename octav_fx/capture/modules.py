@@ -143,9 +143,8 @@ class QuantizedModule(GuardedModule):
     def recompile(self) -> Any:
         """Generate the code of the graph, and share the class that holds it with all modules of the same code.
 
-        What was made of another graph is forgotten.
-
-        torch.compile asks for classes: a model of many equal blocks is compiled once.
+        torch.compile asks for classes: a model of many equal blocks is compiled once. What was made of another graph is
+        forgotten.
         """
         self.forget()
         self._simulates = False
@@ -174,15 +173,21 @@ class QuantizedModule(GuardedModule):
         return [guarded for graphs in self.__dict__.get("_graphs", {}).values() for guarded in graphs]
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        graphs, state = self._graphs[self.training], self._state_holder()
         if is_traced(args):
-            return graphs[0].function()(state, *args, **kwargs)
-        for guarded in graphs:
-            if guarded.broken(state, args, kwargs) is None:
-                return self._run(guarded, args, kwargs)
+            return self._graphs[self.training][0].function()(self._state_holder(), *args, **kwargs)
+        if (guarded := self.holding(args, kwargs)) is not None:
+            return self._run(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
         return self._run_new(args, kwargs)
+
+    def holding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedGraph | None:
+        """Return the first graph of the present mode that holds for a call; None where none does."""
+        state = self._state_holder()
+        for guarded in self._graphs[self.training]:
+            if guarded.broken(state, args, kwargs) is None:
+                return guarded
+        return None
 
     def _run(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
@@ -203,12 +208,9 @@ class QuantizedModule(GuardedModule):
     def _run_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.capture_again is None:
             raise OctavError(f"{type(self).__name__} has no graph for this call: {self.why_not(args, kwargs)}")
-        state = self._state_holder()
-        for guarded in self._graphs[self.training]:
-            # A compiled call may still lead here after the graph for it was made.
-            if guarded.broken(state, args, kwargs) is None:
-                return guarded.function()(state, *args, **kwargs)
-        self.capture_again(self, call_of(self.owner, args, kwargs))
+        # A compiled call may still lead here after the graph for it was made.
+        if self.holding(args, kwargs) is None:
+            self.capture_again(self, call_of(self.owner, args, kwargs))
         return self._dispatch(*args, **kwargs)
 
     def why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

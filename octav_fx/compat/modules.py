@@ -42,11 +42,6 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers
 
 
-def transient_buffers_of(module: nn.Module) -> set[str]:
-    """Return the names of the buffers that are not part of the state_dict: the set itself."""
-    return module._non_persistent_buffers_set
-
-
 def hooks_of(module: nn.Module, kind: str) -> Any:
     """Return the hooks of one kind by their ids: the dict itself."""
     return vars(module)[kind]

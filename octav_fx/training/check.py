@@ -33,9 +33,7 @@ def check(q: nn.Module, batches: Iterable[Any]) -> None:
         # The graphs for this batch, and the warm starts that belong to them.
         run_once(q, args, kwargs)
         for module, call in _calls(q, list(modules), Inputs(args, kwargs)):
-            guarded = next(
-                (g for g in module.graphs_of(module.training) if g.broken(module.owner, *call) is None), None
-            )
+            guarded = module.holding(*call)
             if guarded is None:
                 # It runs its own Python.
                 continue

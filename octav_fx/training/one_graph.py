@@ -223,11 +223,11 @@ def check_equal(module: nn.Module, call: Inputs) -> None:
     assert quantized is not None
     if not has_data(module, call):
         return
-    holding = [g for g in quantized.graphs_of(quantized.training) if g.broken(module, *call) is None]
-    if not holding:
+    guarded = quantized.holding(*call)
+    if guarded is None:
         quantized.recipe.add_graph(quantized, call)
         return
-    _check_graph(quantized, holding[0], call)
+    _check_graph(quantized, guarded, call)
 
 
 def _check_graph(quantized: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> None:

@@ -9,13 +9,13 @@ from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Facts, Guards
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute
-from octav_fx.capture.symbolic.sizes import forward_sizes
+from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import fake
-from octav_fx.ir.ops import in_place
+from octav_fx.ir.ops import in_place, module_of
 
 
 @fx.node.has_side_effect
@@ -45,6 +45,7 @@ def take_guards(
     deep: Facts | None = None
     if checks:
         near = _copied(graph, root)
+        _without_statistics(near)
         forward_sizes(near)
         asked = near.find_nodes(op="call_function", target=guard_equal)
         is_deep = [_computes_tensors(check) for check in asked]
@@ -56,15 +57,18 @@ def take_guards(
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
-    moves = deep is not None and any(map(_moves_buffers, map(root.get_submodule, _called(deep.graph))))
-    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep, moves)
+    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep)
 
 
-def _called(graph: fx.Graph) -> list[str]:
-    return [str(node.target) for node in graph.find_nodes(op="call_module")]
+def _without_statistics(graph: fx.Graph) -> None:
+    """Let what reads a batch norm read its input, which has its sizes: asking for one must not move statistics."""
+    for node in graph.find_nodes(op="call_module"):
+        if keeps_shape(node) and _moves_buffers(node) and node.args:
+            node.replace_all_uses_with(node.args[0])
 
 
-def _moves_buffers(module: nn.Module) -> bool:
+def _moves_buffers(node: fx.Node) -> bool:
+    module = module_of(node)
     return module.training and any(True for _ in module.buffers())
 
 
@@ -93,9 +97,12 @@ def _computes_tensors(check: fx.Node) -> bool:
 
 
 def _writes(check: fx.Node) -> bool:
-    """Tell whether what is checked is computed by something that may write: into a tensor, or an object (a cache)."""
-    computed = [node for node in ancestors(check) if node.op in ("call_function", "call_method")]
-    return any(in_place(node) or (node.target not in _READS and _has_object(node)) for node in computed)
+    """Tell whether what is checked is computed by what may write: into a tensor, an object (a cache), or buffers."""
+    computed = ancestors(check)
+    if any(node.op == "call_module" and _moves_buffers(node) for node in computed):
+        return True
+    calls = [node for node in computed if node.op in ("call_function", "call_method")]
+    return any(in_place(node) or (node.target not in _READS and _has_object(node)) for node in calls)
 
 
 _READS: Final = (getattr, operator.getitem, len)

@@ -59,12 +59,13 @@ def forward_sizes(graph: fx.Graph) -> None:
 
 def _same_shape(node: fx.Node) -> fx.Node:
     """Return the earliest value with the shape of a node, as far as ops say."""
-    while _keeps_shape(node) and node.args and isinstance(node.args[0], fx.Node):
+    while keeps_shape(node) and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
-def _keeps_shape(node: fx.Node) -> bool:
+def keeps_shape(node: fx.Node) -> bool:
+    """Tell whether a node has the shape of its first input."""
     if node.op == "call_module":
         return isinstance(module_of(node), _SAME_MODULES)
     name = _name(node)
