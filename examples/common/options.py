@@ -64,7 +64,7 @@ def quantized(model: nn.Module, examples: Any, options: argparse.Namespace, rank
         return model
     q = quantize(model, examples, config)
     found = coverage(q)
-    ranks.say(f"{found.quantized_macs / found.total_macs:.2%} of the multiply-accumulates are quantized")
+    ranks.say(f"{found.share:.2%} of the multiply-accumulates are quantized")
     return q
 
 

@@ -65,8 +65,7 @@ def run_quantize(options: argparse.Namespace) -> None:
             torch.save(q.state_dict(), options.state)
     with stage("comparing"):
         found = compared(subject.model, q, subject.inputs, seconds=0, quantized_file=options.onnx)
-    covered = coverage(q)
-    quantized = covered.quantized_macs / covered.total_macs if covered.total_macs else 0.0
+    quantized = coverage(q).share
     summary = {"quantized_macs": quantized, "onnx_bytes": Path(options.onnx).stat().st_size}
     if options.json:
         print(json.dumps({**summary, "runs": found}, indent=1))

@@ -4,7 +4,6 @@ import math
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
 from octav_fx.deploy.convert import bytes_of, convert, size_of
 from octav_fx.deploy.export import export_onnx
-from octav_fx.deploy.runtimes import onnx_session
-from octav_fx.deploy.translate import OPSET
+from octav_fx.deploy.runtimes import onnx_runner, write_float_onnx
 from octav_fx.errors import OctavError
 
 
@@ -77,16 +75,7 @@ def _converted(q: nn.Module, call: Inputs) -> tuple[Callable[[], list[Tensor]], 
 
 
 def _write_float(model: nn.Module, call: Inputs, path: Path) -> Path:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model, call.args, kwargs=call.kwargs, dynamo=True, opset_version=OPSET, verbose=False
-            )
-        assert program is not None
-        program.save(str(path))
-    except Exception as error:
-        raise OctavError(f"torch.onnx cannot write the float model: {str(error).splitlines()[0]}") from error
+    write_float_onnx(model, call, path)
     return path
 
 
@@ -96,13 +85,10 @@ def _write(q: nn.Module, example_inputs: Any, path: Path) -> Path:
 
 
 def _file(path: Path, call: Inputs) -> tuple[Callable[[], list[Tensor]], int]:
-    session = onnx_session(path, torch.get_num_threads())
-    names = [value.name for value in session.get_inputs()]
-    given = {**dict(zip(names, tensors_of(call.args), strict=False)), **call.kwargs}
-    feed = {name: given[name].numpy() for name in names}
+    run = onnx_runner(path, call)
     # Large weights of the exporter's lie in a file beside.
     size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
-    return lambda: [torch.from_numpy(value) for value in session.run(None, feed)], size
+    return lambda: list(run().values()), size
 
 
 def _least_ms(run: Callable[[], Any], seconds: float) -> float:

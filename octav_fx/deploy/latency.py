@@ -14,7 +14,7 @@ from torch import nn
 from octav_fx.capture.inputs import Inputs, tensors_of
 from octav_fx.capture.modules import users_own
 from octav_fx.capture.rerun import in_eval_mode
-from octav_fx.deploy.runtimes import onnx_session, optional
+from octav_fx.deploy.runtimes import onnx_runner, optional, write_float_onnx
 
 _ROUNDS: Final = 10
 
@@ -32,11 +32,11 @@ def latencies(q: nn.Module, converted: nn.Module, path: str | os.PathLike[str], 
         variants: dict[str, Callable[[], _Run]] = {
             "float, PyTorch": lambda: lambda: q(*args, **kwargs),
             "float, compiled": lambda: _compiled(q, call, "inductor"),
-            "float, onnxruntime": lambda: _in_onnxruntime(_float_file(q, call, own), call),
+            "float, onnxruntime": lambda: _float_in_onnxruntime(q, call, own),
             "float, OpenVINO": lambda: _in_openvino(own, call),
             "integers, PyTorch": lambda: lambda: converted(*args, **kwargs),
             "integers, compiled": lambda: _compiled(converted, call, "octav"),
-            "integers, onnxruntime": lambda: _in_onnxruntime(path, call),
+            "integers, onnxruntime": lambda: onnx_runner(path, call),
             "integers, OpenVINO": lambda: _in_openvino(path, call),
         }
         if importlib.util.find_spec("openvino") is None:
@@ -68,18 +68,9 @@ def _compiled(module: nn.Module, call: Inputs, backend: str) -> _Run:
     return lambda: compiled(*call.args, **call.kwargs)
 
 
-def _float_file(module: nn.Module, call: Inputs, path: Path) -> Path:
-    program = torch.onnx.export(module, call.args, kwargs=dict(call.kwargs), dynamo=True, verbose=False)
-    assert program is not None
-    program.save(str(path))
-    return path
-
-
-def _in_onnxruntime(path: str | os.PathLike[str], call: Inputs) -> _Run:
-    session = onnx_session(path, threads=torch.get_num_threads())
-    given = [tensor.numpy() for tensor in tensors_of(call)]
-    feed = dict(zip((value.name for value in session.get_inputs()), given, strict=True))
-    return lambda: session.run(None, feed)
+def _float_in_onnxruntime(module: nn.Module, call: Inputs, path: Path) -> _Run:
+    write_float_onnx(module, call, path)
+    return onnx_runner(path, call)
 
 
 def _in_openvino(path: str | os.PathLike[str], call: Inputs) -> _Run:

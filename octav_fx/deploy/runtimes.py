@@ -2,13 +2,17 @@
 
 import importlib
 import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from octav_fx.capture.inputs import as_inputs, tensors_of
+from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
 from octav_fx.compat.tensors import has_vnni
+from octav_fx.deploy.translate import OPSET
 from octav_fx.errors import OctavError
 
 
@@ -17,13 +21,33 @@ def run_onnx(model: str | os.PathLike[str] | bytes, example_inputs: Any) -> dict
 
     example_inputs: as for export_onnx, or a dict by the names of the file's inputs.
     """
+    return onnx_runner(model, as_inputs(example_inputs))()
+
+
+def onnx_runner(model: str | os.PathLike[str] | bytes, call: Inputs) -> Callable[[], dict[str, Tensor]]:
+    """Return what runs an ONNX file, or its bytes, for a call as often as it is called; see run_onnx."""
     session = onnx_session(model, threads=torch.get_num_threads())
-    args, kwargs = as_inputs(example_inputs)
+    args, kwargs = call
     names = [value.name for value in session.get_inputs()]
     # None is no input of the file.
     given = {**dict(zip(names, tensors_of(args), strict=False)), **kwargs}
-    outputs = session.run(None, {name: given[name].detach().cpu().numpy() for name in names})
-    return {value.name: torch.from_numpy(found) for value, found in zip(session.get_outputs(), outputs, strict=True)}
+    feed = {name: given[name].detach().cpu().numpy() for name in names}
+    results = [value.name for value in session.get_outputs()]
+    return lambda: {name: torch.from_numpy(found) for name, found in zip(results, session.run(None, feed), strict=True)}
+
+
+def write_float_onnx(model: nn.Module, call: Inputs, path: Path) -> None:
+    """Write a float model as ONNX, to be compared with. Raises OctavError where torch's exporter cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model, call.args, kwargs=dict(call.kwargs), dynamo=True, opset_version=OPSET, verbose=False
+            )
+        assert program is not None
+        program.save(str(path))
+    except Exception as error:
+        raise OctavError(f"torch.onnx cannot write the float model: {str(error).splitlines()[0]}") from error
 
 
 def onnx_session(

@@ -121,6 +121,11 @@ class Coverage:
     total_macs: int
     skipped: list[tuple[str, str, int]]
 
+    @property
+    def share(self) -> float:
+        """Return the share that is quantized; 0 where nothing multiplies."""
+        return self.quantized_macs / self.total_macs if self.total_macs else 0.0
+
 
 def rows(q: nn.Module, example_inputs: Any = None) -> Rows:
     """Return a Row for each operand of each matmul and convolution, and one for each node that no rule covers.

@@ -73,8 +73,7 @@ def table(
 
 
 def _covered(covered: Coverage) -> str:
-    share = covered.quantized_macs / covered.total_macs if covered.total_macs else 0.0
-    text = f"quantized: {share:.2%} of {si(covered.total_macs)} MACs"
+    text = f"quantized: {covered.share:.2%} of {si(covered.total_macs)} MACs"
     idle = sum(reason == NOT_CALLED for _, reason, _ in covered.skipped)
     if idle:
         text += f" of what ran; {idle} module{'s' if idle > 1 else ''} did not run"
