@@ -40,14 +40,19 @@ def test_the_file_needs_no_network_and_holds_its_data(tmp_path):
 
 
 @pytest.mark.models
-def test_resnet50_is_quick_and_small(tmp_path):
+@pytest.mark.parametrize("name", ["resnet50", "vit_b_16"])
+def test_large_models_are_quick_and_small_and_render(name, tmp_path):
     pytest.importorskip("plotly")
-    q = quantize(zoo.load("resnet50").eval(), torch.randn(1, 3, 224, 224))
+    q = quantize(zoo.load(name).eval(), torch.randn(1, 3, 224, 224))
     start = time.process_time()
     path = report(q, tmp_path / "report.html")
     # CPU time: the machine may be busy with other things.
     assert time.process_time() - start < 20
     assert path.stat().st_size < 8e6
+    with browser() as found:
+        found.open(path)
+        assert found.run("return document.body.dataset.ready") == "yes"
+        assert found.messages() == []
 
 
 @pytest.fixture(scope="module")
