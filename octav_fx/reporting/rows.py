@@ -83,7 +83,7 @@ class Rows(list[Row]):
 
     def to_json(self) -> str:
         """Return a JSON list of objects. JSON has no infinity: the SQNR of what is exact is null."""
-        values = [{name: _finite(value) for name, value in dataclasses.asdict(row).items()} for row in self]
+        values = [{name: finite(value) for name, value in dataclasses.asdict(row).items()} for row in self]
         return json.dumps(values, indent=1)
 
     def to_csv(self) -> str:
@@ -109,7 +109,8 @@ class Rows(list[Row]):
 _FIELDS = tuple(field.name for field in dataclasses.fields(Row))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a value as JSON can have it: None for inf and NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -69,7 +69,7 @@ def table(
         found += f"\n\nshown: {len(shown)} of {len(every)} rows"
     elif sort is None and (summary := blocks(every)):
         found += f"\n\n{_summary(summary, width, color)}"
-    return Table("\n".join([found, "", _covered(coverage(q)), *_notes(outermost(q))]))
+    return Table("\n".join([found, "", _covered(coverage(q)), *notes_of(outermost(q))]))
 
 
 def _covered(covered: Coverage) -> str:
@@ -82,7 +82,8 @@ def _covered(covered: Coverage) -> str:
     return text
 
 
-def _notes(quantized: nn.Module) -> list[str]:
+def notes_of(quantized: nn.Module) -> list[str]:
+    """Return why modules are in parts, and what passes declined without a loss: lines below a table."""
     own = [note for part in quantized_modules(quantized) for note in graph_info(part).notes]
     return [*partial_lines(quantized), *dict.fromkeys(own)]
 

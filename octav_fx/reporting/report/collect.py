@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.capture.modules import quantized_modules
-from octav_fx.capture.partial import outermost, partial_lines
+from octav_fx.capture.partial import outermost
 from octav_fx.clips.learned import LEARNED
 from octav_fx.formats.granularity import TENSOR, Granularity
 from octav_fx.formats.grid import Grid
@@ -19,8 +19,8 @@ from octav_fx.nn import FakeQuantizer
 from octav_fx.reporting.blocks import block_of
 from octav_fx.reporting.measure import measured, sqnr_of
 from octav_fx.reporting.report.layout import drawn
-from octav_fx.reporting.rows import Row, coverage, records_of, rows
-from octav_fx.reporting.table import format_name
+from octav_fx.reporting.rows import Row, coverage, finite, records_of, rows
+from octav_fx.reporting.table import format_name, notes_of
 
 # At how many bits the error of each operand is predicted.
 BITS: Final = (2, 3, 4, 5, 6, 7, 8)
@@ -56,7 +56,6 @@ def collected(q: nn.Module, example_inputs: Any) -> dict[str, Any]:
         by_row.append(_row(row, details.get(quantizer) if quantizer is not None else None))
     covered = coverage(q)
     parts = quantized_modules(quantized)
-    notes = [*partial_lines(quantized), *dict.fromkeys(note for part in parts for note in graph_info(part).notes)]
     return {
         "model": type(quantized).__name__,
         "rows": by_row,
@@ -64,7 +63,7 @@ def collected(q: nn.Module, example_inputs: Any) -> dict[str, Any]:
         "quantized_macs": covered.quantized_macs,
         "total_macs": covered.total_macs,
         "skipped": [{"node": node, "reason": reason, "macs": macs} for node, reason, macs in covered.skipped],
-        "notes": notes,
+        "notes": notes_of(quantized),
         "config": dict(graph_info(parts[0]).config),
         "graph": drawn(parts, {module: name for name, module in quantized.named_modules()}),
     }
@@ -115,14 +114,14 @@ def _predicted(quantizer: FakeQuantizer, x: Tensor) -> dict[int, float | None]:
         spec = str(Spec(Grid(bits, quantizer.spec.format.signed), of_sample))
         clip = torch.ops.octav.optimal_clip(sample, quantizer.used, spec, method)
         rounded = torch.ops.octav.fake_quantize(sample, clip, spec, "ste")
-        found[bits] = _finite(sqnr_of(sample, rounded))
+        found[bits] = finite(sqnr_of(sample, rounded))
     return found
 
 
 def _row(row: Row, detail: Detail | None) -> dict[str, Any]:
     count = math.prod(row.shape)
     return {
-        **{name: _finite(value) for name, value in dataclasses.asdict(row).items()},
+        **{name: finite(value) for name, value in dataclasses.asdict(row).items()},
         "exact": row.sqnr == math.inf,
         "format": format_name(row),
         "block": block_of(row.node),
@@ -131,10 +130,6 @@ def _row(row: Row, detail: Detail | None) -> dict[str, Any]:
         "bytes": math.ceil(count * (row.bits_per_element or 32) / 8) if row.operand == "weight" else None,
         "detail": None if detail is None else _rounded(dataclasses.asdict(detail)),
     }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rounded(value: Any) -> Any:
