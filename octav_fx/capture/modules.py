@@ -220,14 +220,8 @@ class QuantizedModule(GuardedModule):
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the owner's own forward: it may iterate over its children, and must not meet the quantizers."""
-        children = children_of(self.owner)
-        quantizers = children.pop(QUANTIZERS, None)
-        try:
-            with permitted():
-                return self.user_class.forward(self.owner, *args, **kwargs)
-        finally:
-            if quantizers is not None:
-                children[QUANTIZERS] = quantizers
+        with permitted(), _hidden_quantizers(self.owner):
+            return self.user_class.forward(self.owner, *args, **kwargs)
 
     def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the graph computes, frozen or not: levels, multiplied in float."""
@@ -428,6 +422,18 @@ def users_own(root: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
             vars(module)[GRAPHS] = graphs
 
 
+@contextmanager
+def _hidden_quantizers(owner: nn.Module) -> Iterator[None]:
+    """Let a module have the children inside that its class gave it."""
+    children = children_of(owner)
+    quantizers = children.pop(QUANTIZERS, None)
+    try:
+        yield
+    finally:
+        if quantizers is not None:
+            children[QUANTIZERS] = quantizers
+
+
 def graphs_of(module: nn.Module) -> QuantizedModule | None:
     """Return the graphs of a WholeModule; None for any other module."""
     return vars(module).get(GRAPHS)
@@ -463,14 +469,9 @@ def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: nn.Module, *args: Any) -> Any:
-        children = children_of(self)
-        quantizers = children.pop(QUANTIZERS, None)
-        try:
+        with _hidden_quantizers(self):
             found = method(self, *args)
             return iter(list(found)) if method.__name__ in ("__iter__", "__reversed__") else found
-        finally:
-            if quantizers is not None:
-                children[QUANTIZERS] = quantizers
 
     return call
 
