@@ -4,6 +4,8 @@ reference.py is the definition in pure torch, kernel.cpp the CPU passes, kernel.
 shapes and gradient.
 """
 
+import octav_fx.ops.code_mean.op
+import octav_fx.ops.code_sum.op
 import octav_fx.ops.dequantize.op
 import octav_fx.ops.divide.op
 import octav_fx.ops.dynamic_fake_quantize.op
