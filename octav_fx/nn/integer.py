@@ -6,18 +6,8 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.grid import Grid
-from octav_fx.ops import onednn
 from octav_fx.ops.integer_codes import reference
 from octav_fx.ops.integer_sum import reference as sums
-
-
-def bias_levels(codes: Tensor, step: Tensor, fraction: int) -> Tensor:
-    """Return the levels of an integer bias, codes int32 [C] and step float32 [C] -> float32 [C]: nn/static.py."""
-
-    def make() -> Tensor:
-        return codes.float() * (step / 2**fraction)
-
-    return make() if torch.compiler.is_compiling() else onednn.derived(codes, "levels", make)
 
 
 def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:

@@ -4,7 +4,7 @@
     linear(quantizer(x), weight(), bias())       ->  integer_linear(codes, s, bits, signed, w, sw, shape, b)
 
     codes = integer_codes(x, s, bits, signed)        uint8, one for each quantizer: on_codes.py
-    s, w, sw, b = quantizer.scale, weight.codes, weight.scale, the levels of bias
+    s, w, sw, b = quantizer.scale, weight.codes, weight.scale, bias.codes
 
 The sum of products of levels is s * sw times the sum of products of codes, which is exact. Codes are stored as they
 were, and packed by the op when it first runs.
@@ -22,7 +22,7 @@ from octav_fx.ir.op import Op
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
-from octav_fx.nn.integer import bias_levels, integer_conv, integer_linear
+from octav_fx.nn.integer import integer_conv, integer_linear
 from octav_fx.ops import onednn
 from octav_fx.passes.convert.on_codes import grid_of, on_codes
 
@@ -72,11 +72,11 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op) -> None:
     weight = module_of(stored)
     assert isinstance(weight, IntegerWeight)
     x = on_codes(argument(node, "input"))
-    levels = _levels(graph, bias)
+    codes, fraction = _bias(graph, bias)
     with graph.inserting_before(node):
         w, w_scale = (graph.get_attr(f"{stored.target}.{kind}") for kind in ("codes", "scale"))
-        operands = (x.codes, x.scale, x.bits, x.signed, w, w_scale, weight.shape, levels)
-        new = graph.call_function(_FUNCTIONS[op.name], (*operands, *_window(node, op)))
+        operands = (x.codes, x.scale, x.bits, x.signed, w, w_scale, weight.shape, codes)
+        new = graph.call_function(_FUNCTIONS[op.name], (*operands, *_window(node, op)), fraction)
     source = argument(node, "input")
     node.replace_all_uses_with(copy_meta(node, new))
     graph.erase_node(node)
@@ -85,14 +85,13 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op) -> None:
             graph.erase_node(unused)
 
 
-def _levels(graph: fx.Graph, bias: Any) -> Any:
-    """Return the node of a bias: of an integer one the levels, which float32 holds as they are."""
+def _bias(graph: fx.Graph, bias: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the node of a bias, of an integer one the codes, and what says where their point is."""
     module = called_module(bias)
     if not isinstance(module, IntegerBias):
-        return bias
+        return bias, {}
     with graph.inserting_before(bias):
-        codes, step = (graph.get_attr(f"{bias.target}.{kind}") for kind in ("codes", "step"))
-        return graph.call_function(bias_levels, (codes, step, module.fraction))
+        return graph.get_attr(f"{bias.target}.codes"), {"fraction": module.fraction}
 
 
 def _window(node: fx.Node, op: Op) -> tuple[Any, ...]:
