@@ -19,6 +19,7 @@ from octav_fx.passes.convert.make_activations_static import make_activations_sta
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
+from octav_fx.passes.convert.recode import recode
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
@@ -89,6 +90,7 @@ INTEGERS: Final[tuple[Any, ...]] = (
     integer_layers,  # the layers themselves, with float results
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
     codes_between_layers,  # the codes that one layer's result alone decides
+    recode,  # those that are read on another grid, too
     codes_of_sums,  # and those of two, where the sum is in float
     pools_of_layers,  # those that codes_between_layers left
 )
@@ -140,6 +142,7 @@ __all__ = [
     "prepare_passes",
     "quantize_operands",
     "quantize_residuals",
+    "recode",
     "round_biases",
     "saturate_codes",
     "save_codes",

@@ -20,11 +20,12 @@ from octav_fx.nn.integer import (
     integer_linear,
     integer_sum,
     max_pool,
+    recode,
 )
 from octav_fx.passes.convert.codes_between_layers import MOVING
 
 # Where the scale of the codes stands among the arguments.
-_SCALES: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2}
+_SCALES: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, recode: 2}
 
 
 def codes_of_quantizers(

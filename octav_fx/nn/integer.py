@@ -33,6 +33,11 @@ def code_mean(*args: Any) -> Tensor:
     return torch.ops.octav.code_mean.default(*args)
 
 
+def recode(*args: Any) -> Tensor:
+    """Return the codes of one grid of the levels that codes of another have, uint8 [...] -> uint8 [...]: ops/recode."""
+    return torch.ops.octav.recode.default(*args)
+
+
 def integer_conv(*args: Any, **kwargs: Any) -> Tensor:
     """Return codes uint8 [N, C, ...] -> float32, or the codes of a next layer, [N, O, ...]: ops/integer_conv."""
     return torch.ops.octav.integer_conv.default(*args, **kwargs)

@@ -15,7 +15,7 @@ from octav_fx.capture.modules import IntegerModule
 from octav_fx.deploy.convert import integer_layers, rewritten, size_of
 from octav_fx.formats.grid import Grid
 from octav_fx.nn import StaticQuantizer
-from octav_fx.nn.integer import code_mean, code_sum, integer_codes, integer_conv, integer_linear, integer_sum
+from octav_fx.nn.integer import code_mean, code_sum, integer_codes, integer_conv, integer_linear, integer_sum, recode
 from octav_fx.ops import onednn
 from octav_fx.passes import CONVERT
 from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, images, made, named, relative
@@ -61,7 +61,7 @@ class Codes(fx.Interpreter):
                 scale = node.args[3]
             case target if target is code_sum:
                 scale = node.args[4]
-            case target if target is code_mean:
+            case target if target in (code_mean, recode):
                 scale = node.args[2]
             case target if target in (integer_conv, integer_linear):
                 scale = node.kwargs.get("step")

@@ -91,7 +91,7 @@ def _fits_into_padding(call: Call) -> bool:
 
 
 def _leaves_one_column(call: Call, x: Tensor) -> bool:
-    """Tell whether strides leave one column: with groups of one input oneDNN reads beyond the rows then (torch 2.13)."""
+    """Tell whether strides leave one column: with groups of one input oneDNN then reads too far (torch 2.13)."""
     return (x.shape[-1] + 2 * call.padding[-1] - _extents(call)[-1]) // call.stride[-1] == 0
 
 
