@@ -18,7 +18,7 @@ extern "C" void octav_recode(const uint8_t* x, const float* x_scale, const float
     table[code] = saturated((float(code) + low) * *x_scale / *step);
     is_product = is_product && table[code] == multiplied(uint8_t(code));
   }
-  stretches(1, 1, n, threads, [&](int64_t at, int64_t count, int64_t) {
+  stretches(1, 1, n, threads, [=](int64_t at, int64_t count, int64_t) {
     const uint8_t* __restrict from = x + at;
     uint8_t* __restrict to = codes + at;
     if (is_product) {
