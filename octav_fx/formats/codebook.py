@@ -54,7 +54,7 @@ class Codebook(Format):
 
     def codes(self, ratio: Tensor) -> Tensor:
         """See Format."""
-        return torch.bucketize(ratio, self.edges(ratio.dtype).to(ratio.device)).to(ratio.dtype) + self.low
+        return torch.bucketize(ratio.contiguous(), self.edges(ratio.dtype).to(ratio.device)).to(ratio.dtype) + self.low
 
     def levels(self, codes: Tensor) -> Tensor:
         """See Format."""

@@ -38,14 +38,15 @@ inline T all(float x) {
   return T{} + x;
 }
 
+// The first of equal ones, and of zeros; NaN where a is.
 template <class T>
 inline T smaller(T a, T b) {
-  return a < b ? a : b;
+  return b < a ? b : a;
 }
 
 template <class T>
 inline T larger(T a, T b) {
-  return a > b ? a : b;
+  return a < b ? b : a;
 }
 
 template <class T>

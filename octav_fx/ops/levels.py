@@ -14,7 +14,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.formats.scales import SCALES
 
 # The codes of levels.h.
-EVEN, FLOATING_POINT, TABLE = range(3)
+EVEN, FLOATING_POINT, TABLE_OF_4, TABLE_OF_16 = range(4)
 SCALE_CODES: Final = {name: code for code, name in enumerate(SCALES)}
 
 _FLOATS: Final = ctypes.POINTER(ctypes.c_float)
@@ -28,9 +28,10 @@ class Levels(ctypes.Structure):
         ("least", ctypes.c_float),
         ("greatest", ctypes.c_float),
         ("steps", ctypes.c_float),
+        ("low", ctypes.c_int),
+        ("high", ctypes.c_int),
         ("mantissa_bits", ctypes.c_int),
         ("least_exponent", ctypes.c_int),
-        ("count", ctypes.c_int),
         ("levels", _FLOATS),
         ("edges", _FLOATS),
     )
@@ -44,13 +45,13 @@ def floats(values: Sequence[float]) -> Any:
 @functools.cache
 def levels_of(form: Format) -> Levels | None:
     """Return a format as the passes know it; None if they do not."""
-    shared = {"least": form.least, "greatest": form.greatest, "steps": form.steps}
+    shared = {"least": form.least, "greatest": form.greatest, "steps": form.steps, "low": form.low, "high": form.high}
     if isinstance(form, Grid):
         return Levels(kind=EVEN, **shared)
     if isinstance(form, FloatFormat):
         exponents = {"mantissa_bits": form.mantissa_bits, "least_exponent": form.least_exponent}
-        return Levels(kind=FLOATING_POINT, **shared, **exponents)
-    if isinstance(form, Codebook):
-        edges = form.edges(torch.float32).tolist()
-        return Levels(kind=TABLE, **shared, count=len(form.table), levels=floats(form.table), edges=floats(edges))
+        return Levels(kind=FLOATING_POINT, **shared, **exponents, levels=floats(form.table))
+    if isinstance(form, Codebook) and len(form.table) <= 16:
+        kind, edges = TABLE_OF_4 if len(form.table) <= 4 else TABLE_OF_16, form.edges(torch.float32).tolist()
+        return Levels(kind=kind, **shared, levels=floats(form.table), edges=floats(edges))
     return None
