@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.errors import OctavError
+from octav_fx.formats.granularity import Granularity
 
 # Named extensions, not -march=native: a cache folder shared by unlike machines must never hold what one cannot run.
 _ARCHITECTURE: Final = {
@@ -43,9 +45,10 @@ _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ct
 _SIGNATURES: Final = {
     "octav_optimal_clip": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
     "octav_percentile": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _LONG, _INT),
+    "octav_search": (*(_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _INT, _INT),),
     "octav_sweep": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT),
-    "octav_dequantize": (_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _INT),
-    "octav_fake_quantize": (*(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),),
+    "octav_dequantize": (_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
+    "octav_fake_quantize": (_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT),
     "octav_fake_quantize_backward": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),
     ),
@@ -61,7 +64,7 @@ _SIGNATURES: Final = {
     "octav_fake_quantize_filters_backward": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     ),
-    "octav_quantize": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT),
+    "octav_quantize": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _FLOAT, _INT, _INT),
 }
 
 
@@ -206,6 +209,33 @@ def channel_layout(x: Tensor, dim: int | None) -> tuple[int, int, int] | None:
     channels = x.shape[dim]
     inner = x.stride(dim) if channels > 1 else 1
     return (x.numel() // (channels * inner) if channels * inner else 0), channels, inner
+
+
+# Tensors and a clip, contiguous where the pass reads them; out; (outer, channels, inner), a clip for each channel.
+_Run = Callable[[list[Tensor], Tensor, Tensor, tuple[int, int, int]], None]
+
+
+def each_stretch(run: _Run, inputs: list[Tensor], clip: Tensor, shared: Granularity, out: Tensor) -> bool:
+    """Run an elementwise pass over stretches that share a clip; False where out has gaps.
+
+    An input that does not lie as out does (strided, expanded, permuted) is copied into that layout first. Rows have to
+    lie one behind the other: out is written by way of a copy where its reduction axis is not the last one in memory.
+    """
+    clip = checked(clip, shared.clip_shape(out.shape))
+    if not shared.is_short:
+        if (layout := channel_layout(out, shared.channel)) is None:
+            return False
+        run([lying_as(x, out) for x in inputs], clip, out, layout)
+        return True
+    axis = range(out.dim())[shared.axis or 0]
+    order = [*sorted(set(range(out.dim())) - {axis}, key=out.stride().__getitem__, reverse=True), axis]
+    to, clip = out.permute(order), clip.permute(order).contiguous()
+    written = to if to.is_contiguous() else torch.empty_like(to, memory_format=torch.contiguous_format)
+    size = out.numel() // max(clip.numel(), 1)
+    run([x.permute(order).contiguous() for x in inputs], clip, written, (1, clip.numel(), size))
+    if written is not to:
+        to.copy_(written)
+    return True
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
