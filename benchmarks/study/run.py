@@ -5,6 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final
 
+from benchmarks.study.data import TEST
 from octav_fx import Config
 
 FLOAT: Final = "float"
@@ -20,8 +21,13 @@ class Run:
     clip: str = FLOAT
     bits: int = 4
     seed: int = 0
+    # What clips belong to, as in Config.
+    weight_granularity: str = "channel"
+    activation_granularity: str = "tensor"
     # Bits of the first convolution and the last linear layer; 0: no exception for them.
     edge_bits: int = 8
+    # Bits of the inputs of sums and of the global pool; 0: they stay float.
+    residual_bits: int = 0
     weight_gradient: str = "mad"
     activation_gradient: str = "pwl"
     attention: str = "operands"
@@ -30,15 +36,16 @@ class Run:
     # "scratch", or "float": from the trained float net of the same seed, with the recipe's short schedule.
     start: str = "scratch"
     size: str = "small"
+    # "test", or "validation": benchmarks/study/data.py.
+    judged: str = TEST
 
     @property
     def name(self) -> str:
         """What differs from the defaults, as a file name: glyphs-resnet-octav-4bits-seed0, ..."""
         parts = [self.recipe, self.net, self.clip]
-        fields = ["start"]
         if self.clip != FLOAT:
             parts.append(f"{self.bits}bits")
-            fields = ["edge_bits", "weight_gradient", "activation_gradient", "attention", "clips", "start"]
+        fields = ("start", "judged") if self.clip == FLOAT else _NAMED
         parts += [f"{field}={getattr(self, field)}" for field in fields if getattr(self, field) != _DEFAULTS[field]]
         if self.size != _DEFAULTS["size"]:
             parts.append(self.size)
@@ -49,14 +56,17 @@ class Run:
         """The float run whose net this one starts from."""
         if self.start == "scratch":
             return None
-        return Run(self.recipe, self.net, seed=self.seed, size=self.size)
+        return Run(self.recipe, self.net, seed=self.seed, size=self.size, judged=self.judged)
 
     def config(self) -> Config:
         """Return how it is quantized."""
         return Config(
             weight_bits=self.bits,
             activation_bits=self.bits,
+            weight_granularity=self.weight_granularity,
+            activation_granularity=self.activation_granularity,
             edge_bits=self.edge_bits or None,
+            residual_bits=self.residual_bits or None,
             clip=self.clip,
             weight_gradient=self.weight_gradient,
             activation_gradient=self.activation_gradient,
@@ -87,3 +97,8 @@ def from_options(options: argparse.Namespace) -> Run:
 
 
 _DEFAULTS: Final = {field.name: field.default for field in dataclasses.fields(Run)}
+# Those that the name of a quantized run says where they are not the default, in this order.
+_NAMED: Final = (
+    *("weight_granularity", "activation_granularity", "edge_bits", "residual_bits", "weight_gradient"),
+    *("activation_gradient", "attention", "clips", "start", "judged"),
+)

@@ -117,6 +117,17 @@ TABLES: Final[dict[str, Table]] = {
             ("99.999", _run("percentile-99.999")),
         ),
     ),
+    "residual": Table(
+        "octav, 4 bits, inputs of sums and of the global pool in float or at 8 bits, three seeds",
+        _on(
+            NETS[:2],
+            *(
+                (f"residual_bits={bits or None}", _run("octav", residual_bits=bits, seed=seed))
+                for seed in range(3)
+                for bits in (0, 8)
+            ),
+        ),
+    ),
     # Seconds, not minutes: to try the study out.
     "digits": Table(
         "digits, 4 bits, one seed", _on((("digits", "resnet"),), (FLOAT, _run(FLOAT)), ("octav", _run("octav")))

@@ -104,7 +104,7 @@ def _train(
     recipe = recipes.of(run)
     if steps is not None:
         recipe = dataclasses.replace(recipe, steps=steps, warm_up=min(recipe.warm_up, steps // 4))
-    data = recipe.data(run.seed)
+    data = recipe.data(run.seed, run.judged)
     model = prepared(run, recipe, data, parent, device)
     optimizer = _optimizer(recipe, model)
     measured = 0 if run.clip == FLOAT else measured
