@@ -96,6 +96,14 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ("glyphs", "resnet", "small"): _RESNET,
     ("glyphs", "mobilenet", "small"): _MOBILENET,
     ("text", "transformer", "small"): _TEXT,
+    # A third of the time: for explanations, of which each takes several runs.
+    ("text", "transformer", "tiny"): replace(
+        _TEXT,
+        data=lambda seed, judged: Text(seed, judged=judged, batch=8, length=64, windows=512),
+        net=lambda: Transformer(SYMBOLS, width=64, depth=2, heads=2, length=64),
+        steps=800,
+        retrain_steps=240,
+    ),
     ("digits", "resnet", "small"): _DIGITS,
     ("digits", "mobilenet", "small"): replace(_DIGITS, net=lambda: MobileNet(10, width=4)),
     ("glyphs", "resnet", "large"): replace(

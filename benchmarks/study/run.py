@@ -36,6 +36,8 @@ class Run:
     # "scratch", or "float": from the trained float net of the same seed, with the recipe's short schedule.
     start: str = "scratch"
     size: str = "small"
+    # A row of benchmarks/study/experiments.py: what is done to the clips.
+    experiment: str = ""
     # "test", or "validation": benchmarks/study/data.py.
     judged: str = TEST
 
@@ -100,5 +102,5 @@ _DEFAULTS: Final = {field.name: field.default for field in dataclasses.fields(Ru
 # Those that the name of a quantized run says where they are not the default, in this order.
 _NAMED: Final = (
     *("weight_granularity", "activation_granularity", "edge_bits", "residual_bits", "weight_gradient"),
-    *("activation_gradient", "attention", "clips", "start", "judged"),
+    *("activation_gradient", "attention", "clips", "start", "experiment", "judged"),
 )

@@ -1,0 +1,71 @@
+"""What is done to the clips that a method found, to learn why a net trains with them as it does.
+
+Each experiment could refute an explanation: that clips jump from step to step, that what is clipped are the values that
+matter, of the weights or of the activations, or that an error should count as much as the loss depends on it.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from octav_fx.nn import FakeQuantizer
+
+# A quantizer, its finite rows [R, N] and the clips that were found [R] -> the clips that are used [R].
+Change = Callable[[FakeQuantizer, Tensor, Tensor], Tensor]
+
+# How far one step moves what is smoothed.
+_SMOOTHING: Final = 0.05
+
+
+def apply(model: nn.Module, experiment: str) -> None:
+    """Change the quantizers of a quantized model as a row of EXPERIMENTS says."""
+    of_weights, of_activations = EXPERIMENTS[experiment]
+    for quantizer in model.modules():
+        if isinstance(quantizer, FakeQuantizer):
+            change = of_activations if quantizer.running else of_weights
+            if change is not None:
+                install(quantizer, change)
+
+
+def install(quantizer: FakeQuantizer, change: Change) -> None:
+    """Let a quantizer use other clips than it finds."""
+    spec = quantizer.spec
+    # What smoothed() keeps: a part of the state, so that a run goes on where it was.
+    quantizer.register_buffer("smooth", torch.zeros(quantizer.hint.numel()))
+
+    def forward(x: Tensor) -> Tensor:
+        found = torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, str(spec), quantizer.settings.method)
+        used = change(quantizer, spec.granularity.rows(x.detach()), found.flatten())
+        used = spec.granularity.of_rows(used, x.shape)
+        return torch.ops.octav.fake_quantize(x, used, str(spec), quantizer.settings.gradient)
+
+    quantizer.forward = forward  # type: ignore[method-assign]
+
+
+def largest(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
+    """Return the largest magnitudes: nothing is clipped."""
+    return rows.abs().amax(-1) if quantizer.spec.format.signed else rows.clamp(min=0).amax(-1)
+
+
+def smoothed(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
+    """Return the running mean of the clips, which training moves."""
+    mean = quantizer.get_buffer("smooth")
+    if quantizer.training:
+        mean.lerp_(clips, _SMOOTHING if mean.any() else 1.0)
+    return mean.clone()
+
+
+def times(share: float) -> Change:
+    """Return the change to a share of each clip."""
+    return lambda quantizer, rows, clips: clips * share
+
+
+EXPERIMENTS: Final[dict[str, tuple[Change | None, Change | None]]] = {
+    "max-weights": (largest, None),
+    "max-activations": (None, largest),
+    "smoothed-weights": (smoothed, None),
+    **{f"{share}-weights": (times(share), None) for share in (0.8, 1.25, 1.5)},
+    **{f"{share}-activations": (None, times(share)) for share in (0.8, 1.25)},
+}
