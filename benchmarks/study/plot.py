@@ -1,7 +1,6 @@
 """Curves and errors as pictures, from the files that hold them."""
 
 import csv
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -98,8 +97,7 @@ def _panels(
     draw: Callable[[Any, list[tuple[str, Run]]], None],
 ) -> None:
     """Draw a figure with a panel for each net of a table that has a finished run; without any, none."""
-    sized = [(label, dataclasses.replace(run, size=size)) for label, run in table.runs]
-    there = [(label, run) for label, run in sized if run in found and found[run]["final"] is not None]
+    there = [(label, run) for label, run in table.sized(size) if run in found and found[run]["final"] is not None]
     nets = list(dict.fromkeys((run.recipe, run.net) for _, run in there))
     if not nets:
         return

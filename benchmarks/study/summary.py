@@ -47,7 +47,7 @@ def _picture(results: Path, name: str, size: str) -> Path:
 
 def markdown(results: Path) -> str:
     """Return what the README says of the study in its small size: nothing where nothing has been run."""
-    found = {run: values for run, values in found_in(results).items() if run.size == "small"}
+    found = {run: values for run, values in found_in(results).items() if run.size != "large"}
     if not found:
         return ""
     environments = [values["environment"] for values in found.values()]
@@ -76,15 +76,19 @@ def texts(found: Found, size: str = "small") -> list[str]:
 
 def text(table: Table, found: Found, size: str = "small") -> str:
     """Return a row for each label, a column for each net: mean and, of several seeds, least and greatest."""
-    sized = [(label, dataclasses.replace(run, size=size)) for label, run in table.runs]
+    sized = table.sized(size)
     columns = list(dict.fromkeys((run.recipe, run.net) for _, run in sized))
     titles = [f"{recipe}, {net} ({_unit(found, recipe)})" for recipe, net in columns]
     rows = []
     for label in dict.fromkeys(label for label, _ in sized):
         cells = []
         for column in columns:
-            runs = [run for name, run in sized if name == label and (run.recipe, run.net) == column]
-            cells.append(cell([found[run] for run in runs if run in found], len(runs)))
+            of_net = [(name, run) for name, run in sized if (run.recipe, run.net) == column]
+            runs = [run for name, run in of_net if name == label]
+            shown = cell([found[run] for run in runs if run in found], len(runs))
+            others = {run.seed: run for name, run in of_net if name == table.against}
+            pairs = [(run, others[run.seed]) for run in runs if label != table.against and run.seed in others]
+            cells.append(" ".join([shown, *difference(found, pairs)]))
         rows.append([label, *cells])
     return tabulate(rows, ["", *titles], "github", disable_numparse=True)
 
@@ -106,6 +110,20 @@ def cell(values: list[dict[str, Any]], wanted: int) -> str:
     if len(values) < wanted:
         parts.append(f"[{len(values)} of {wanted} seeds]")
     return " ".join(parts)
+
+
+def difference(found: Found, pairs: list[tuple[Run, Run]]) -> list[str]:
+    """Return by how much the first of each pair scores more, with the standard error of the mean; of no pair nothing."""
+    there = [[found[run]["final"] for run in pair] for pair in pairs if all(run in found for run in pair)]
+    differences = [first - second for first, second in there if first is not None and second is not None]
+    if not differences:
+        return []
+    form = "+.2f" if found[pairs[0][0]]["score"] == "accuracy" else "+.3f"
+    mean = format(statistics.mean(differences), form)
+    if len(differences) == 1:
+        return [f"[{mean}]"]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return [f"[{mean} ± {format(error, form[1:])}]"]
 
 
 def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
@@ -157,7 +175,8 @@ def _column(run: Run) -> str:
 def _present(table: Table, found: Found, size: str) -> bool:
     # What the main table has, too, says nothing of another.
     shared = set() if table is TABLES["main"] else {run for _, run in TABLES["main"].runs}
-    return any(dataclasses.replace(run, size=size) in found for _, run in table.runs if run not in shared)
+    own = [sized for (_, sized), (_, run) in zip(table.sized(size), table.runs, strict=True) if run not in shared]
+    return any(run in found for run in own)
 
 
 def _unit(found: Found, recipe: str) -> str:

@@ -25,6 +25,12 @@ class Table:
     runs: tuple[tuple[str, Run], ...]
     # Whether quantization errors are measured during the runs of seed 0.
     measured: bool = False
+    # The label from which the others are told apart, seed by seed; "": only scores are shown.
+    against: str = ""
+
+    def sized(self, size: str) -> tuple[tuple[str, Run], ...]:
+        """Return the runs in another size than small; those of a table with a size of its own as they are."""
+        return tuple((label, replace(run, size=size) if run.size == "small" else run) for label, run in self.runs)
 
 
 def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> tuple[tuple[str, Run], ...]:
