@@ -50,7 +50,7 @@ def install(quantizer: FakeQuantizer, change: Change) -> None:
 
 
 def by(method: str, fewer: int = 0) -> Change:
-    """Return the change to the clips of a method, for so many bits less; by "octav" those of eq. 6, without a search."""
+    """Return the change to the clips of a method for so many bits less; "octav" is eq. 6 without the search."""
 
     def change(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
         grid = quantizer.spec.format
@@ -70,8 +70,9 @@ def smoothed(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
 
 
 def jittered(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
-    """Return each clip times 1 +- 0.1, by its last digits: with a standard deviation of 0.07, as those of "octav" have
-    over the largest magnitudes of groups of 32.
+    """Return each clip times 1 +- 0.1, by its last digits.
+
+    The standard deviation is 0.07: that of "octav" over the largest magnitude, in groups of 32 normal values.
     """
     return clips * (1 + _JITTER * torch.sin(clips * _LAST_DIGITS))
 

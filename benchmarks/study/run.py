@@ -20,6 +20,8 @@ class Run:
     # "float", or what Config.clip can be.
     clip: str = FLOAT
     bits: int = 4
+    # 0: as many for activations.
+    activation_bits: int = 0
     seed: int = 0
     # What clips belong to, as in Config.
     weight_granularity: str = "channel"
@@ -64,7 +66,7 @@ class Run:
         """Return how it is quantized."""
         return Config(
             weight_bits=self.bits,
-            activation_bits=self.bits,
+            activation_bits=self.activation_bits or self.bits,
             weight_granularity=self.weight_granularity,
             activation_granularity=self.activation_granularity,
             edge_bits=self.edge_bits or None,
@@ -101,6 +103,13 @@ def from_options(options: argparse.Namespace) -> Run:
 _DEFAULTS: Final = {field.name: field.default for field in dataclasses.fields(Run)}
 # Those that the name of a quantized run says where they are not the default, in this order.
 _NAMED: Final = (
-    *("weight_granularity", "activation_granularity", "edge_bits", "residual_bits", "weight_gradient"),
+    *(
+        "activation_bits",
+        "weight_granularity",
+        "activation_granularity",
+        "edge_bits",
+        "residual_bits",
+        "weight_gradient",
+    ),
     *("activation_gradient", "attention", "clips", "start", "experiment", "judged"),
 )

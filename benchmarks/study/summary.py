@@ -113,7 +113,7 @@ def cell(values: list[dict[str, Any]], wanted: int) -> str:
 
 
 def difference(found: Found, pairs: list[tuple[Run, Run]]) -> list[str]:
-    """Return by how much the first of each pair scores more, with the standard error of the mean; of no pair nothing."""
+    """Return by how much the first of each pair scores more and the standard error of the mean; nothing of no pair."""
     there = [[found[run]["final"] for run in pair] for pair in pairs if all(run in found for run in pair)]
     differences = [first - second for first, second in there if first is not None and second is not None]
     if not differences:
