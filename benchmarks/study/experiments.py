@@ -5,48 +5,70 @@ matter, of the weights or of the activations, or that an error should count as m
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from octav_fx.formats.grid import Grid
-from octav_fx.formats.spec import integers
+from octav_fx.formats.spec import Spec, integers
 from octav_fx.nn import FakeQuantizer
 
-# A quantizer, its finite rows [R, N] and the clips that were found [R] -> the clips that are used [R].
+# A quantizer, its rows [R, N] and the clips that were found [R] -> the clips that are used [R].
 Change = Callable[[FakeQuantizer, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Other clips than those that a method finds."""
+
+    weights: Change | None = None
+    activations: Change | None = None
+    # "clipped": with so many levels that rounding does not count. "rounded": with the same step, and so many levels
+    # that nothing is clipped.
+    only: str = ""
+
 
 # How far one step moves what is smoothed.
 _SMOOTHING: Final = 0.05
 _JITTER: Final = 0.1
 # Of a clip near 1: a change of a hundred-thousandth turns the sine.
 _LAST_DIGITS: Final = 1e5
+_MANY_BITS: Final = 8
 
 
-def apply(model: nn.Module, experiment: str) -> None:
-    """Change the quantizers of a quantized model as a row of EXPERIMENTS says."""
-    of_weights, of_activations = EXPERIMENTS[experiment]
+def apply(model: nn.Module, name: str) -> None:
+    """Change the quantizers of a quantized model as a row of EXPERIMENTS says; not those of many bits."""
+    experiment = EXPERIMENTS[name]
     for quantizer in model.modules():
-        if isinstance(quantizer, FakeQuantizer):
-            change = of_activations if quantizer.running else of_weights
-            if change is not None:
-                install(quantizer, change)
+        if isinstance(quantizer, FakeQuantizer) and quantizer.spec.format.bits < _MANY_BITS:
+            change = experiment.activations if quantizer.running else experiment.weights
+            if change is not None or experiment.only:
+                install(quantizer, change or _as_found, experiment.only)
 
 
-def install(quantizer: FakeQuantizer, change: Change) -> None:
+def install(quantizer: FakeQuantizer, change: Change, only: str = "") -> None:
     """Let a quantizer use other clips than it finds."""
-    spec = quantizer.spec
+    granularity, grid = quantizer.spec.granularity, quantizer.spec.format
+    assert isinstance(grid, Grid)
+    fine = Grid(_MANY_BITS, grid.signed)
+    used = str(Spec(fine, granularity) if only else quantizer.spec)
+    # With this many clips the step is as before, and the clip far outside.
+    wider = fine.steps / grid.steps if only == "rounded" else 1.0
     # What smoothed() keeps: a part of the state, so that a run goes on where it was.
     quantizer.register_buffer("smooth", torch.zeros(quantizer.hint.numel()))
 
     def forward(x: Tensor) -> Tensor:
-        found = torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, str(spec), quantizer.settings.method)
-        used = change(quantizer, spec.granularity.rows(x.detach()), found.flatten())
-        used = spec.granularity.of_rows(used, x.shape)
-        return torch.ops.octav.fake_quantize(x, used, str(spec), quantizer.settings.gradient)
+        found = torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, str(quantizer.spec), quantizer.settings.method)
+        clips = change(quantizer, granularity.rows(x.detach()), found.flatten()) * wider
+        return torch.ops.octav.fake_quantize(x, granularity.of_rows(clips, x.shape), used, quantizer.settings.gradient)
 
     quantizer.forward = forward  # type: ignore[method-assign]
+
+
+def _as_found(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
+    return clips
 
 
 def by(method: str, fewer: int = 0) -> Change:
@@ -77,22 +99,17 @@ def jittered(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
     return clips * (1 + _JITTER * torch.sin(clips * _LAST_DIGITS))
 
 
-def times(share: float) -> Change:
-    """Return the change to a share of each clip."""
-    return lambda quantizer, rows, clips: clips * share
-
-
-_TIGHT: Final = by("octav-tight")
-EXPERIMENTS: Final[dict[str, tuple[Change | None, Change | None]]] = {
-    "max-weights": (by("max"), None),
-    "max-activations": (None, by("max")),
-    "tight-weights": (_TIGHT, None),
-    "tight-activations": (None, _TIGHT),
+_MAX, _TIGHT, _TIGHTER, _RECURSION = by("max"), by("octav-tight"), by("octav", fewer=2), by("octav")
+EXPERIMENTS: Final[dict[str, Experiment]] = {
+    "max-weights": Experiment(weights=_MAX),
+    "max-activations": Experiment(activations=_MAX),
+    "tight-weights": Experiment(weights=_TIGHT),
+    "tight-activations": Experiment(activations=_TIGHT),
     # Of one bit less than those of "octav-tight": rounding counts sixteen times what clipping does.
-    "tighter": (by("octav", fewer=2), by("octav", fewer=2)),
-    "recursion": (by("octav"), by("octav")),
-    "smoothed-weights": (smoothed, None),
-    "jittered": (jittered, jittered),
-    **{f"{share}-weights": (times(share), None) for share in (0.8, 0.9, 1.1, 1.25)},
-    **{f"{share}-activations": (None, times(share)) for share in (0.8, 0.9, 1.1, 1.25)},
+    "tighter": Experiment(_TIGHTER, _TIGHTER),
+    "recursion": Experiment(_RECURSION, _RECURSION),
+    "smoothed-weights": Experiment(weights=smoothed),
+    "jittered": Experiment(jittered, jittered),
+    "clipped": Experiment(only="clipped"),
+    "rounded": Experiment(only="rounded"),
 }
