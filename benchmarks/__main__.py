@@ -2,9 +2,24 @@
 
 import argparse
 
-from benchmarks import capture, compile, cost, demo, formats, graphs, inference, memory, pictures, readme, step, zoo
+from benchmarks import (
+    bytes,
+    capture,
+    compile,
+    cost,
+    demo,
+    formats,
+    graphs,
+    inference,
+    memory,
+    pictures,
+    readme,
+    step,
+    zoo,
+)
 
 _BENCHMARKS = {
+    "bytes": bytes.main,
     "capture": capture.main,
     "compile": compile.main,
     "cost": cost.main,
