@@ -98,12 +98,13 @@ def _panels(
 ) -> None:
     """Draw a figure with a panel for each net of a table that has a finished run; without any, none."""
     there = [(label, run) for label, run in table.sized(size) if run in found and found[run]["final"] is not None]
-    nets = list(dict.fromkeys((run.recipe, run.net) for _, run in there))
-    if not nets:
+    columns = list(dict.fromkeys(run.column for _, run in there))
+    if not columns:
         return
-    figure, grid = plt.subplots(1, len(nets), figsize=(4.5 * len(nets), 3.5), layout="constrained", squeeze=False)
-    for axes, net in zip(grid.flat, nets, strict=True):
-        draw(axes, [(label, run) for label, run in there if (run.recipe, run.net) == net])
-        axes.set_title(", ".join(net))
+    width = 4.5 * len(columns)
+    figure, grid = plt.subplots(1, len(columns), figsize=(width, 3.5), layout="constrained", squeeze=False)
+    for axes, column in zip(grid.flat, columns, strict=True):
+        draw(axes, [(label, run) for label, run in there if run.column == column])
+        axes.set_title(", ".join(column))
     figure.savefig(target, dpi=90)
     plt.close(figure)

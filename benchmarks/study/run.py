@@ -56,6 +56,13 @@ class Run:
         return "-".join([*parts, f"seed{self.seed}"])
 
     @property
+    def column(self) -> tuple[str, ...]:
+        """What tables have a column for: recipe and net, and what clips belong to where it is not the usual."""
+        granularities = (self.weight_granularity, self.activation_granularity)
+        is_usual = granularities == (_DEFAULTS["weight_granularity"], _DEFAULTS["activation_granularity"])
+        return (self.recipe, self.net, *(() if is_usual else granularities))
+
+    @property
     def parent(self) -> "Run | None":
         """The float run whose net this one starts from."""
         if self.start == "scratch":

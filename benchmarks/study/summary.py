@@ -77,13 +77,13 @@ def texts(found: Found, size: str = "small") -> list[str]:
 def text(table: Table, found: Found, size: str = "small") -> str:
     """Return a row for each label, a column for each net: mean and, of several seeds, least and greatest."""
     sized = table.sized(size)
-    columns = list(dict.fromkeys((run.recipe, run.net) for _, run in sized))
-    titles = [f"{recipe}, {net} ({_unit(found, recipe)})" for recipe, net in columns]
+    columns = list(dict.fromkeys(run.column for _, run in sized))
+    titles = [", ".join(column) + f" ({_unit(found, column[0])})" for column in columns]
     rows = []
     for label in dict.fromkeys(label for label, _ in sized):
         cells = []
         for column in columns:
-            of_net = [(name, run) for name, run in sized if (run.recipe, run.net) == column]
+            of_net = [(name, run) for name, run in sized if run.column == column]
             runs = [run for name, run in of_net if name == label]
             shown = cell([found[run] for run in runs if run in found], len(runs))
             others = {run.seed: run for name, run in of_net if name == table.against}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
+from benchmarks.study.data import VALIDATION
 from benchmarks.study.run import FLOAT, Run
 
 NETS: Final = (("glyphs", "resnet"), ("glyphs", "mobilenet"), ("text", "transformer"))
@@ -40,6 +41,25 @@ def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> tuple[
 
 def _run(clip: str, **fields: object) -> Run:
     return Run("", "", clip, **fields)  # type: ignore[arg-type]
+
+
+# No gradient is cut.
+_STE: Final = {"weight_gradient": "ste", "activation_gradient": "ste"}
+
+
+def _by_granularity(*labelled: tuple[str, Run]) -> tuple[tuple[str, Run], ...]:
+    """Return three seeds of each labelled run of the tiny text net, by groups of 32 and tokens, and as usual."""
+    tiny = [
+        (label, replace(run, recipe="text", net="transformer", size="tiny", judged=VALIDATION, seed=seed))
+        for label, run in labelled
+        for seed in range(3)
+    ]
+    short = [
+        (label, replace(run, weight_granularity="group-32", activation_granularity="token"))
+        for label, run in tiny
+        if run.clip != FLOAT
+    ]
+    return (*short, *tiny)
 
 
 TABLES: Final[dict[str, Table]] = {
@@ -133,6 +153,21 @@ TABLES: Final[dict[str, Table]] = {
                 for bits in (0, 8)
             ),
         ),
+    ),
+    # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
+    "clips": Table(
+        "text, 4 bits, tiny, judged by validation files, [difference from max ± its standard error]",
+        _by_granularity(
+            (FLOAT, _run(FLOAT)),
+            ("max", _run("max")),
+            ("octav", _run("octav")),
+            ("octav, STE", _run("octav", **_STE)),
+            ("octav-tight", _run("octav-tight")),
+            ("octav-tight, STE", _run("octav-tight", **_STE)),
+            ("octav-tight for weights, max for activations", _run("max", experiment="tight-weights")),
+            ("max for weights, octav-tight for activations", _run("max", experiment="tight-activations")),
+        ),
+        against="max",
     ),
     # Seconds, not minutes: to try the study out.
     "digits": Table(
