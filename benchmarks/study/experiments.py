@@ -11,11 +11,13 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from octav_fx.clips.search import candidates
+from octav_fx.formats.format import Format
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import Spec, integers
 from octav_fx.nn import FakeQuantizer
 
-# A quantizer, its rows [R, N] and the clips that were found [R] -> the clips that are used [R].
+# A quantizer, its operand x [...] and the clips that were found, one for each row, [R] -> the clips that are used [R].
 Change = Callable[[FakeQuantizer, Tensor, Tensor], Tensor]
 
 
@@ -36,6 +38,7 @@ _JITTER: Final = 0.1
 # Of a clip near 1: a change of a hundred-thousandth turns the sine.
 _LAST_DIGITS: Final = 1e5
 _MANY_BITS: Final = 8
+_TINY: Final = 1e-30
 
 
 def apply(model: nn.Module, name: str) -> None:
@@ -56,34 +59,36 @@ def install(quantizer: FakeQuantizer, change: Change, only: str = "") -> None:
     used = str(Spec(fine, granularity) if only else quantizer.spec)
     # With this many clips the step is as before, and the clip far outside.
     wider = fine.steps / grid.steps if only == "rounded" else 1.0
-    # What smoothed() keeps: a part of the state, so that a run goes on where it was.
+    # What smoothed() and weighted() keep: a part of the state, so that a run goes on where it was.
     quantizer.register_buffer("smooth", torch.zeros(quantizer.hint.numel()))
+    quantizer.register_buffer("squares", torch.zeros(quantizer.hint.numel(), granularity.size or 0))
 
     def forward(x: Tensor) -> Tensor:
         found = torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, str(quantizer.spec), quantizer.settings.method)
-        clips = change(quantizer, granularity.rows(x.detach()), found.flatten()) * wider
+        clips = change(quantizer, x, found.flatten()) * wider
         return torch.ops.octav.fake_quantize(x, granularity.of_rows(clips, x.shape), used, quantizer.settings.gradient)
 
     quantizer.forward = forward  # type: ignore[method-assign]
 
 
-def _as_found(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
+def _as_found(quantizer: FakeQuantizer, x: Tensor, clips: Tensor) -> Tensor:
     return clips
 
 
 def by(method: str, fewer: int = 0) -> Change:
     """Return the change to the clips of a method for so many bits less; "octav" is eq. 6 without the search."""
 
-    def change(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
+    def change(quantizer: FakeQuantizer, x: Tensor, clips: Tensor) -> Tensor:
         grid = quantizer.spec.format
         assert isinstance(grid, Grid)
         spec = integers(grid.bits - fewer, grid.signed, 0)
+        rows = quantizer.spec.granularity.rows(x.detach())
         return torch.ops.octav.optimal_clip(rows, torch.zeros_like(clips), spec, method)
 
     return change
 
 
-def smoothed(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
+def smoothed(quantizer: FakeQuantizer, x: Tensor, clips: Tensor) -> Tensor:
     """Return the running mean of the clips, which training moves."""
     mean = quantizer.get_buffer("smooth")
     if quantizer.training:
@@ -91,7 +96,30 @@ def smoothed(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
     return mean.clone()
 
 
-def jittered(quantizer: FakeQuantizer, rows: Tensor, clips: Tensor) -> Tensor:
+def weighted(quantizer: FakeQuantizer, x: Tensor, clips: Tensor) -> Tensor:
+    """Return the clips of groups of weights for which an error counts as much as the mean square of its gradient."""
+    rows_of, squares = quantizer.spec.granularity.rows, quantizer.get_buffer("squares")
+
+    def note(gradient: Tensor) -> None:
+        squares.lerp_(rows_of(gradient).square(), _SMOOTHING if squares.any() else 1.0)
+
+    if x.requires_grad and not x._backward_hooks:
+        x.register_hook(note)
+    return search_weighted(rows_of(x.detach()), squares, quantizer.spec.format) if squares.any() else clips
+
+
+def search_weighted(rows: Tensor, weights: Tensor, form: Format) -> Tensor:
+    """Return the clips [R] of rows [R, N], of the candidates of "octav", with the least weighted sum of squared errors.
+
+    The candidates are shares of what clips nothing, which is never worse: the first of them.
+    """
+    whole = torch.maximum(rows.amax(-1) / form.greatest, rows.amin(-1) / form.least).clamp(min=_TINY)
+    steps = torch.stack([whole * share for share in candidates(form)])
+    errors = [(form.round(rows / step) * step - rows).square().mul(weights).sum(-1) for step in steps.unsqueeze(-1)]
+    return steps.gather(0, torch.stack(errors).argmin(0, keepdim=True)).squeeze(0) * form.steps
+
+
+def jittered(quantizer: FakeQuantizer, x: Tensor, clips: Tensor) -> Tensor:
     """Return each clip times 1 +- 0.1, by its last digits.
 
     The standard deviation is 0.07: that of "octav" over the largest magnitude, in groups of 32 normal values.
@@ -109,6 +137,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "tighter": Experiment(_TIGHTER, _TIGHTER),
     "recursion": Experiment(_RECURSION, _RECURSION),
     "smoothed-weights": Experiment(weights=smoothed),
+    "weighted-weights": Experiment(weights=weighted),
     "jittered": Experiment(jittered, jittered),
     "clipped": Experiment(only="clipped"),
     "rounded": Experiment(only="rounded"),
