@@ -127,6 +127,11 @@ def jittered(quantizer: FakeQuantizer, x: Tensor, clips: Tensor) -> Tensor:
     return clips * (1 + _JITTER * torch.sin(clips * _LAST_DIGITS))
 
 
+def times(share: float) -> Change:
+    """Return the change to a share of each clip."""
+    return lambda quantizer, x, clips: clips * share
+
+
 _MAX, _TIGHT, _TIGHTER, _RECURSION = by("max"), by("octav-tight"), by("octav", fewer=2), by("octav")
 EXPERIMENTS: Final[dict[str, Experiment]] = {
     "max-weights": Experiment(weights=_MAX),
@@ -139,6 +144,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "smoothed-weights": Experiment(weights=smoothed),
     "weighted-weights": Experiment(weights=weighted),
     "jittered": Experiment(jittered, jittered),
+    **{f"times-{share}": Experiment(times(share), times(share)) for share in (0.8, 0.9, 1.1)},
     "clipped": Experiment(only="clipped"),
     "rounded": Experiment(only="rounded"),
 }
