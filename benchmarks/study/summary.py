@@ -75,7 +75,12 @@ def texts(found: Found, size: str = "small") -> list[str]:
 
 
 def text(table: Table, found: Found, size: str = "small") -> str:
-    """Return a row for each label, a column for each net: mean and, of several seeds, least and greatest."""
+    """Return a row for each label, a column for each net: mean and, of several seeds, least and greatest.
+
+    Of a table that tells labels apart from one of them, what compared() returns.
+    """
+    if table.against:
+        return compared(table, found, size)
     sized = table.sized(size)
     columns = list(dict.fromkeys(run.column for _, run in sized))
     titles = [", ".join(column) + f" ({_unit(found, column[0])})" for column in columns]
@@ -83,12 +88,8 @@ def text(table: Table, found: Found, size: str = "small") -> str:
     for label in dict.fromkeys(label for label, _ in sized):
         cells = []
         for column in columns:
-            of_net = [(name, run) for name, run in sized if run.column == column]
-            runs = [run for name, run in of_net if name == label]
-            shown = cell([found[run] for run in runs if run in found], len(runs))
-            others = {run.seed: run for name, run in of_net if name == table.against}
-            pairs = [(run, others[run.seed]) for run in runs if label != table.against and run.seed in others]
-            cells.append(" ".join([shown, *difference(found, pairs)]))
+            runs = [run for name, run in sized if name == label and run.column == column]
+            cells.append(cell([found[run] for run in runs if run in found], len(runs)))
         rows.append([label, *cells])
     return tabulate(rows, ["", *titles], "github", disable_numparse=True)
 
@@ -112,18 +113,41 @@ def cell(values: list[dict[str, Any]], wanted: int) -> str:
     return " ".join(parts)
 
 
-def difference(found: Found, pairs: list[tuple[Run, Run]]) -> list[str]:
-    """Return by how much the first of each pair scores more and the standard error of the mean; nothing of no pair."""
-    there = [[found[run]["final"] for run in pair] for pair in pairs if all(run in found for run in pair)]
-    differences = [first - second for first, second in there if first is not None and second is not None]
+def compared(table: Table, found: Found, size: str = "small") -> str:
+    """Return a row for each label: how many seeds, the mean score, and by how much it and the loss differ seed by seed.
+
+    The loss is that of the last quarter of the training: on text, of which little is read twice, it is a score, too,
+    and of many nets instead of one.
+    """
+    runs = {label: [run for name, run in table.sized(size) if name == label] for label, _ in table.runs}
+    others = {run.seed: found[run] for run in runs[table.against] if run in found}
+    rows = []
+    for label in runs:
+        values = [found[run] for run in runs[label] if run in found and found[run]["final"] is not None]
+        pairs = [(value, others[value["run"]["seed"]]) for value in values if value["run"]["seed"] in others]
+        scores = [value["final"] - other["final"] for value, other in pairs]
+        losses = [last_quarter(value) - last_quarter(other) for value, other in pairs]
+        shown = [_with_error(scores), _with_error(losses)] if label != table.against else ["", ""]
+        mean = f"{statistics.mean(value['final'] for value in values):.3f}" if values else "-"
+        rows.append([label, len(values), mean, *shown])
+    unit = _unit(found, table.runs[0][1].recipe)
+    return tabulate(rows, ["", "seeds", unit, "difference", "of the training loss"], "github", disable_numparse=True)
+
+
+def last_quarter(values: dict[str, Any]) -> float:
+    """Return the mean loss of the last quarter of a training."""
+    curve = values["curve"]
+    return statistics.mean(loss for _, loss in curve[-(len(curve) // 4) :])
+
+
+def _with_error(differences: list[float]) -> str:
+    """Return the mean and, of several seeds, its standard error."""
     if not differences:
-        return []
-    form = "+.2f" if found[pairs[0][0]]["score"] == "accuracy" else "+.3f"
-    mean = format(statistics.mean(differences), form)
+        return "-"
+    mean = f"{statistics.mean(differences):+.3f}"
     if len(differences) == 1:
-        return [f"[{mean}]"]
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return [f"[{mean} ± {format(error, form[1:])}]"]
+        return mean
+    return f"{mean} ± {statistics.stdev(differences) / len(differences) ** 0.5:.3f}"
 
 
 def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:

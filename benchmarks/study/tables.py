@@ -17,24 +17,26 @@ EVERY: Final = (*METHODS, *LATER)
 # Name -> gradients of weights and activations (arXiv 2206.06501, section 4.2).
 GRADIENTS: Final = {"STE": ("ste", "ste"), "PWL": ("pwl", "pwl"), "MAD": ("mad", "mad"), "MPH": ("mad", "pwl")}
 
+Labelled = tuple[tuple[str, Run], ...]
+
 
 @dataclass(frozen=True)
 class Table:
     """A row for each label, a column for each net; runs of one label and net differ in their seed."""
 
     title: str
-    runs: tuple[tuple[str, Run], ...]
+    runs: Labelled
     # Whether quantization errors are measured during the runs of seed 0.
     measured: bool = False
     # The label from which the others are told apart, seed by seed; "": only scores are shown.
     against: str = ""
 
-    def sized(self, size: str) -> tuple[tuple[str, Run], ...]:
+    def sized(self, size: str) -> Labelled:
         """Return the runs in another size than small; those of a table with a size of its own as they are."""
         return tuple((label, replace(run, size=size) if run.size == "small" else run) for label, run in self.runs)
 
 
-def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> tuple[tuple[str, Run], ...]:
+def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> Labelled:
     """Return each labelled run on each net."""
     return tuple((label, replace(run, recipe=recipe, net=net)) for label, run in labelled for recipe, net in nets)
 
@@ -47,19 +49,20 @@ def _run(clip: str, **fields: object) -> Run:
 _STE: Final = {"weight_gradient": "ste", "activation_gradient": "ste"}
 
 
-def _by_granularity(*labelled: tuple[str, Run]) -> tuple[tuple[str, Run], ...]:
-    """Return three seeds of each labelled run of the tiny text net, by groups of 32 and tokens, and as usual."""
-    tiny = [
+def _tiny(seeds: int, *labelled: tuple[str, Run]) -> Labelled:
+    """Return each labelled run on the tiny text net, judged by validation files."""
+    return tuple(
         (label, replace(run, recipe="text", net="transformer", size="tiny", judged=VALIDATION, seed=seed))
         for label, run in labelled
-        for seed in range(3)
-    ]
-    short = [
-        (label, replace(run, weight_granularity="group-32", activation_granularity="token"))
-        for label, run in tiny
-        if run.clip != FLOAT
-    ]
-    return (*short, *tiny)
+        for seed in range(seeds)
+    )
+
+
+def _short(labelled: Labelled) -> Labelled:
+    """Return labelled runs with a clip for each group of 32 weights and for each token."""
+    return tuple(
+        (label, replace(run, weight_granularity="group-32", activation_granularity="token")) for label, run in labelled
+    )
 
 
 TABLES: Final[dict[str, Table]] = {
@@ -155,17 +158,59 @@ TABLES: Final[dict[str, Table]] = {
         ),
     ),
     # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
-    "clips": Table(
-        "text, 4 bits, tiny, judged by validation files, [difference from max ± its standard error]",
-        _by_granularity(
-            (FLOAT, _run(FLOAT)),
-            ("max", _run("max")),
+    "clips, groups and tokens": Table(
+        "text, tiny, 4 bits, groups of 32 of weights and tokens of activations",
+        _short(
+            _tiny(
+                3,
+                ("max", _run("max")),
+                ("octav", _run("octav")),
+                ("octav, STE", _run("octav", **_STE)),
+                ("octav-tight", _run("octav-tight")),
+                ("octav-tight, STE", _run("octav-tight", **_STE)),
+                ("octav-tight for weights, max for activations", _run("max", experiment="tight-weights")),
+                ("max for weights, octav-tight for activations", _run("max", experiment="tight-activations")),
+            )
+        ),
+        against="max",
+    ),
+    "clips, channels and tensors": Table(
+        "text, tiny, 4 bits, channels of weights and whole activations",
+        _tiny(
+            3,
             ("octav", _run("octav")),
-            ("octav, STE", _run("octav", **_STE)),
+            ("max", _run("max")),
             ("octav-tight", _run("octav-tight")),
-            ("octav-tight, STE", _run("octav-tight", **_STE)),
-            ("octav-tight for weights, max for activations", _run("max", experiment="tight-weights")),
-            ("max for weights, octav-tight for activations", _run("max", experiment="tight-activations")),
+            ("octav-tight for weights, octav for activations", _run("octav", experiment="tight-weights")),
+            ("octav for weights, octav-tight for activations", _run("octav", experiment="tight-activations")),
+            (FLOAT, _run(FLOAT)),
+        ),
+        against="octav",
+    ),
+    "clips, 8-bit activations": Table(
+        "text, tiny, 4 bits in groups of 32 for weights and 8 for tokens of activations",
+        _short(_tiny(3, *((clip, _run(clip, activation_bits=8)) for clip in ("max", "octav", "octav-tight")))),
+        against="max",
+    ),
+    "experiments": Table(
+        "text, tiny, 4 bits, groups of 32 of weights and tokens of activations, experiments",
+        _short(
+            _tiny(
+                1,
+                ("max", _run("max")),
+                ("max, each clip 10 % less", _run("max", experiment="times-0.9")),
+                ("max, each clip 10 % more", _run("max", experiment="times-1.1")),
+                ("max, each clip up to 10 % more or less", _run("max", experiment="jittered")),
+                ("octav", _run("octav")),
+                ("octav by its recursion, without the search", _run("octav", experiment="recursion")),
+                ("octav, clips of weights smoothed over steps", _run("octav", experiment="smoothed-weights")),
+                ("octav, errors of weights weighted by gradients", _run("octav", experiment="weighted-weights")),
+                ("octav for activations, max for weights", _run("octav", experiment="max-weights")),
+                ("octav for weights, max for activations", _run("octav", experiment="max-activations")),
+                ("octav-tight", _run("octav-tight")),
+                ("octav-tight, clipped and not rounded", _run("octav-tight", experiment="clipped")),
+                ("octav-tight, rounded and not clipped", _run("octav-tight", experiment="rounded")),
+            )
         ),
         against="max",
     ),
