@@ -139,7 +139,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "tight-weights": Experiment(weights=_TIGHT),
     "tight-activations": Experiment(activations=_TIGHT),
     # Of one bit less than those of "octav-tight": rounding counts sixteen times what clipping does.
-    "tighter": Experiment(_TIGHTER, _TIGHTER),
+    "tighter-weights": Experiment(weights=_TIGHTER),
     "recursion": Experiment(_RECURSION, _RECURSION),
     "smoothed-weights": Experiment(weights=smoothed),
     "weighted-weights": Experiment(weights=weighted),

@@ -61,6 +61,35 @@ def losses(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size
     _panels(found, table, target, size, draw)
 
 
+def differences(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], target: Path) -> None:
+    """Plot by how much the runs of a label differ in score and training loss, a panel for each title."""
+    if not panels:
+        return
+    rows = [len(lines) for lines in panels.values()]
+    figure, grid = plt.subplots(
+        len(panels),
+        squeeze=False,
+        figsize=(9, 0.3 * sum(rows) + len(rows)),
+        height_ratios=[count + 1 for count in rows],
+        layout="constrained",
+    )
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=True):
+        for place, points in enumerate(lines.values()):
+            axes.plot([score for score, _ in points], [place] * len(points), "C0o", fillstyle="none")
+            axes.plot([loss for _, loss in points], [place] * len(points), "C1x")
+        axes.set_yticks(range(len(lines)), list(lines))
+        axes.invert_yaxis()
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_title(title, fontsize="small")
+    handles = [
+        Line2D([], [], color="C0", marker="o", fillstyle="none", linestyle="", label="bits per byte"),
+        Line2D([], [], color="C1", marker="x", linestyle="", label="training loss, last quarter"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small")
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
+
+
 def errors(found: Mapping[Run, dict[str, Any]], target: Path, size: str) -> None:
     """Plot SQNR over training, a panel for each net and kind of operand, a line for each method."""
     panels: dict[tuple[str, str, str], list[tuple[str, list[tuple[int, float]]]]] = {}

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from benchmarks.study import plot, tables
 from benchmarks.study.measure import MOST
-from benchmarks.study.run import Run
+from benchmarks.study.run import FLOAT, Run
 from benchmarks.study.tables import TABLES, Table
 from examples.common import files
 
@@ -38,6 +38,7 @@ def write(results: Path, size: str = "small") -> str:
     plot.scores(found, TABLES["main"], _picture(results, "main", size), size)
     plot.losses(found, TABLES["main"], _picture(results, "losses", size), size)
     plot.errors(found, _picture(results, "errors", size), size)
+    plot.differences(_shown(found, size), _picture(results, "clips", size))
     return "\n\n".join(texts(found, size))
 
 
@@ -119,25 +120,53 @@ def compared(table: Table, found: Found, size: str = "small") -> str:
     The loss is that of the last quarter of the training: on text, of which little is read twice, it is a score, too,
     and of many nets instead of one.
     """
-    runs = {label: [run for name, run in table.sized(size) if name == label] for label, _ in table.runs}
-    others = {run.seed: found[run] for run in runs[table.against] if run in found}
+    there = _finished(table, found, size)
+    differ = differences(table, found, size)
     rows = []
-    for label in runs:
-        values = [found[run] for run in runs[label] if run in found and found[run]["final"] is not None]
-        pairs = [(value, others[value["run"]["seed"]]) for value in values if value["run"]["seed"] in others]
-        scores = [value["final"] - other["final"] for value, other in pairs]
-        losses = [last_quarter(value) - last_quarter(other) for value, other in pairs]
-        shown = [_with_error(scores), _with_error(losses)] if label != table.against else ["", ""]
-        mean = f"{statistics.mean(value['final'] for value in values):.3f}" if values else "-"
-        rows.append([label, len(values), mean, *shown])
+    for label in differ:
+        finals = [found[run]["final"] for name, run in there if name == label]
+        mean = f"{statistics.mean(finals):.3f}" if finals else "-"
+        shown = [_with_error([pair[i] for pair in differ[label]]) for i in (0, 1)]
+        rows.append([label, len(finals), mean, *(shown if label != table.against else ("", ""))])
     unit = _unit(found, table.runs[0][1].recipe)
     return tabulate(rows, ["", "seeds", unit, "difference", "of the training loss"], "github", disable_numparse=True)
+
+
+def differences(table: Table, found: Found, size: str) -> dict[str, list[tuple[float, float]]]:
+    """Return label -> by how much score and training loss differ from those of the table's reference, seed by seed."""
+    there = _finished(table, found, size)
+    others = {run.seed: found[run] for label, run in there if label == table.against}
+    differ: dict[str, list[tuple[float, float]]] = {label: [] for label, _ in table.runs}
+    for label, run in there:
+        if run.seed in others:
+            one, other = found[run], others[run.seed]
+            differ[label].append((one["final"] - other["final"], last_quarter(one) - last_quarter(other)))
+    return differ
 
 
 def last_quarter(values: dict[str, Any]) -> float:
     """Return the mean loss of the last quarter of a training."""
     curve = values["curve"]
     return statistics.mean(loss for _, loss in curve[-(len(curve) // 4) :])
+
+
+def _finished(table: Table, found: Found, size: str) -> list[tuple[str, Run]]:
+    """Return the labelled runs that have a score."""
+    return [(label, run) for label, run in table.sized(size) if run in found and found[run]["final"] is not None]
+
+
+def _shown(found: Found, size: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return title -> differences, for each table that has them; without the reference, and float, which is far off."""
+    panels = {
+        f"{name}: against {table.against}": {
+            label: points
+            for label, points in differences(table, found, size).items()
+            if points and label not in (table.against, FLOAT)
+        }
+        for name, table in TABLES.items()
+        if table.against
+    }
+    return {title: lines for title, lines in panels.items() if lines}
 
 
 def _with_error(differences: list[float]) -> str:

@@ -207,6 +207,10 @@ TABLES: Final[dict[str, Table]] = {
                 ("octav, errors of weights weighted by gradients", _run("octav", experiment="weighted-weights")),
                 ("octav for activations, max for weights", _run("octav", experiment="max-weights")),
                 ("octav for weights, max for activations", _run("octav", experiment="max-activations")),
+                (
+                    "max for activations, tighter than octav-tight for weights",
+                    _run("max", experiment="tighter-weights"),
+                ),
                 ("octav-tight", _run("octav-tight")),
                 ("octav-tight, clipped and not rounded", _run("octav-tight", experiment="clipped")),
                 ("octav-tight, rounded and not clipped", _run("octav-tight", experiment="rounded")),
