@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
-from benchmarks.study.data import VALIDATION
+from benchmarks.study.data import TEST, VALIDATION
 from benchmarks.study.run import FLOAT, Run
 
 NETS: Final = (("glyphs", "resnet"), ("glyphs", "mobilenet"), ("text", "transformer"))
@@ -49,10 +49,10 @@ def _run(clip: str, **fields: object) -> Run:
 _STE: Final = {"weight_gradient": "ste", "activation_gradient": "ste"}
 
 
-def _tiny(seeds: int, *labelled: tuple[str, Run]) -> Labelled:
-    """Return each labelled run on the tiny text net, judged by validation files."""
+def _tiny(seeds: int, *labelled: tuple[str, Run], judged: str = VALIDATION) -> Labelled:
+    """Return each labelled run on the tiny text net."""
     return tuple(
-        (label, replace(run, recipe="text", net="transformer", size="tiny", judged=VALIDATION, seed=seed))
+        (label, replace(run, recipe="text", net="transformer", size="tiny", judged=judged, seed=seed))
         for label, run in labelled
         for seed in range(seeds)
     )
@@ -159,7 +159,7 @@ TABLES: Final[dict[str, Table]] = {
     ),
     # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
     "clips, groups and tokens": Table(
-        "text, tiny, 4 bits, groups of 32 of weights and tokens of activations",
+        "text, tiny, 4 bits, groups of 32 of weights and tokens of activations, judged by validation files",
         _short(
             _tiny(
                 3,
@@ -175,7 +175,7 @@ TABLES: Final[dict[str, Table]] = {
         against="max",
     ),
     "clips, channels and tensors": Table(
-        "text, tiny, 4 bits, channels of weights and whole activations",
+        "text, tiny, 4 bits, channels of weights and whole activations, judged by validation files",
         _tiny(
             3,
             ("octav", _run("octav")),
@@ -188,12 +188,12 @@ TABLES: Final[dict[str, Table]] = {
         against="octav",
     ),
     "clips, 8-bit activations": Table(
-        "text, tiny, 4 bits in groups of 32 for weights and 8 for tokens of activations",
-        _short(_tiny(3, *((clip, _run(clip, activation_bits=8)) for clip in ("max", "octav", "octav-tight")))),
+        "text, tiny, 4 bits in groups of 32 for weights and 8 for tokens of activations, judged by test files",
+        _short(_tiny(3, *((clip, _run(clip, activation_bits=8)) for clip in ("max", "octav-tight")), judged=TEST)),
         against="max",
     ),
     "experiments": Table(
-        "text, tiny, 4 bits, groups of 32 of weights and tokens of activations, experiments",
+        "experiments: text, tiny, 4 bits, groups of 32 of weights, tokens of activations, judged by validation files",
         _short(
             _tiny(
                 1,
