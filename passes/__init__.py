@@ -22,6 +22,7 @@ from octav_fx.passes.convert.pools_of_layers import pools_of_layers
 from octav_fx.passes.convert.recode import recode
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
+from octav_fx.passes.lower.codes_in_forward import codes_in_forward
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
 from octav_fx.passes.lower.integer_matmul import integer_matmul
@@ -108,6 +109,15 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
     return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
 
+def lower_passes(integer: str) -> tuple[Pass, ...]:
+    """Return LOWER, and codes_in_forward in it where integer, the option of the backend, is not "off"."""
+    if integer == "off":
+        return LOWER
+    # After levels_as_read, and before filters_channels_last: both ask who reads the levels of a weight.
+    at = LOWER.index(filters_channels_last)
+    return *LOWER[:at], codes_in_forward, *LOWER[at:]
+
+
 __all__ = [
     "COMPUTE",
     "CONVERT",
@@ -122,6 +132,7 @@ __all__ = [
     "choose_spec",
     "clamps_into_layers",
     "codes_between_layers",
+    "codes_in_forward",
     "codes_of_sums",
     "combine_codes",
     "decompose_attention",
@@ -134,6 +145,7 @@ __all__ = [
     "integer_layers",
     "integer_matmul",
     "levels_as_read",
+    "lower_passes",
     "make_activations_static",
     "mask_from_codes",
     "multiply_codes",

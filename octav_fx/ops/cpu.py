@@ -58,6 +58,12 @@ _SIGNATURES: Final = {
     "octav_max_pool": (_POINTER, _POINTER, _INT, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
     "octav_recode": (*(_POINTER,) * 4, _LONG, *(_INT,) * 5),
+    "octav_operand": (_POINTER, _INT, _POINTER, _LONG, _INT, _INT, _POINTER, _INT),
+    "octav_filter_codes": (
+        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _POINTER, _INT),
+    ),
+    "octav_windows": (_POINTER, _POINTER, _POINTER, _INT, _INT),
+    "octav_scaled": (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _INT),
     "octav_fake_quantize_filters": (
         *(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     ),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from octav_fx.compat.tensors import storage_id, version_of
+from octav_fx.compat.tensors import storage_id, version_of, without_modes
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.packing import unpack
 
@@ -37,6 +37,12 @@ def largest_product() -> int | None:
 
     Found by trying: what the CPU has is not what oneDNN uses where ONEDNN_MAX_CPU_ISA limits it.
     """
+    # A pass may ask while tensors are fake.
+    with without_modes():
+        return _largest_product()
+
+
+def _largest_product() -> int | None:
     x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
     expected, ones, zeros = 64 * 255 * 127, torch.ones(16), torch.zeros(16, dtype=torch.int32)
     try:
