@@ -182,7 +182,7 @@ TABLES: Final[dict[str, Table]] = {
         against="max",
     ),
     "experiments": Table(
-        "experiments, at most three seeds: text, tiny, 4 bits, groups of 32 of weights, tokens, judged by validation files",
+        "experiments, at most three seeds: text, tiny, 4 bits, groups of 32 and tokens, judged by validation files",
         _short(
             _tiny(
                 3,
