@@ -12,12 +12,14 @@ from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
 from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
 from octav_fx.passes.convert.codes_between_layers import codes_between_layers
 from octav_fx.passes.convert.codes_of_sums import codes_of_sums
+from octav_fx.passes.convert.combine_codes import combine_codes
 from octav_fx.passes.convert.fold_affine_into_scale import fold_affine_into_scale
 from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
+from octav_fx.passes.convert.recode import recode
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
@@ -84,10 +86,12 @@ COMPUTE: Final[tuple[Any, ...]] = (
 
 # What convert() runs instead: the same arithmetic by oneDNN, where the CPU has it.
 INTEGERS: Final[tuple[Any, ...]] = (
+    combine_codes,  # first: sums and means between quantizers, which layers read and write as codes
     integer_layers,  # the layers themselves, with float results
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
     codes_between_layers,  # the codes that one layer's result alone decides
-    codes_of_sums,  # and those of two
+    recode,  # those that are read on another grid, too
+    codes_of_sums,  # and those of two, where the sum is in float
     pools_of_layers,  # those that codes_between_layers left
 )
 
@@ -119,6 +123,7 @@ __all__ = [
     "clamps_into_layers",
     "codes_between_layers",
     "codes_of_sums",
+    "combine_codes",
     "decompose_attention",
     "deduplicate_quantizers",
     "expand_products",
@@ -137,6 +142,7 @@ __all__ = [
     "prepare_passes",
     "quantize_operands",
     "quantize_residuals",
+    "recode",
     "round_biases",
     "saturate_codes",
     "save_codes",
