@@ -160,18 +160,7 @@ TABLES: Final[dict[str, Table]] = {
     # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
     "clips, groups and tokens": Table(
         "text, tiny, 4 bits, groups of 32 of weights and tokens of activations, judged by validation files",
-        _short(
-            _tiny(
-                3,
-                ("max", _run("max")),
-                ("octav", _run("octav")),
-                ("octav, STE", _run("octav", **_STE)),
-                ("octav-tight", _run("octav-tight")),
-                ("octav-tight, STE", _run("octav-tight", **_STE)),
-                ("octav-tight for weights, max for activations", _run("max", experiment="tight-weights")),
-                ("max for weights, octav-tight for activations", _run("max", experiment="tight-activations")),
-            )
-        ),
+        _short(_tiny(6, *((clip, _run(clip)) for clip in ("max", "octav", "octav-tight")))),
         against="max",
     ),
     "clips, channels and tensors": Table(
@@ -193,25 +182,25 @@ TABLES: Final[dict[str, Table]] = {
         against="max",
     ),
     "experiments": Table(
-        "experiments: text, tiny, 4 bits, groups of 32 of weights, tokens of activations, judged by validation files",
+        "experiments, at most three seeds: text, tiny, 4 bits, groups of 32 and tokens, judged by validation files",
         _short(
             _tiny(
-                1,
+                3,
                 ("max", _run("max")),
                 ("max, each clip 10 % less", _run("max", experiment="times-0.9")),
                 ("max, each clip 10 % more", _run("max", experiment="times-1.1")),
                 ("max, each clip up to 10 % more or less", _run("max", experiment="jittered")),
                 ("octav", _run("octav")),
+                ("octav, STE", _run("octav", **_STE)),
                 ("octav by its recursion, without the search", _run("octav", experiment="recursion")),
                 ("octav, clips of weights smoothed over steps", _run("octav", experiment="smoothed-weights")),
                 ("octav, errors of weights weighted by gradients", _run("octav", experiment="weighted-weights")),
                 ("octav for activations, max for weights", _run("octav", experiment="max-weights")),
                 ("octav for weights, max for activations", _run("octav", experiment="max-activations")),
-                (
-                    "max for activations, tighter than octav-tight for weights",
-                    _run("max", experiment="tighter-weights"),
-                ),
                 ("octav-tight", _run("octav-tight")),
+                ("octav-tight, STE", _run("octav-tight", **_STE)),
+                ("octav-tight for weights, max for activations", _run("max", experiment="tight-weights")),
+                ("octav-tight for activations, max for weights", _run("max", experiment="tight-activations")),
                 ("octav-tight, clipped and not rounded", _run("octav-tight", experiment="clipped")),
                 ("octav-tight, rounded and not clipped", _run("octav-tight", experiment="rounded")),
             )
