@@ -128,7 +128,7 @@ def _strided(x: Tensor, strides: list[int]) -> Tensor:
 
 
 def _planar(call: Call) -> onednn.Run | None:
-    """A convolution along one axis as one over planes of height 1: oneDNN's own of rank 1 has no clamp."""
+    """Run a convolution along one axis as one over planes of height 1: oneDNN's own of rank 1 has no clamp."""
     rows, columns, length = call.shape
     run = _run(
         call._replace(
@@ -145,7 +145,7 @@ def _planar(call: Call) -> onednn.Run | None:
 
 
 def _ended(call: Call) -> onednn.Run | None:
-    """What follows apart from the convolution, which oneDNN is not given in three dimensions."""
+    """Run what follows apart from the convolution, which oneDNN is not given in three dimensions."""
     run = _by_onednn(call._replace(low=None, high=None, step=None))
     ending = call.low, call.high, call.step, call.bits, call.signed
     return None if run is None else lambda x: None if (y := run(x)) is None else reference.ended(y, *ending)
