@@ -132,6 +132,11 @@ class QuantizedModule(GuardedModule):
         """Return the paths of the modules that graphs call."""
         return [str(node.target) for guarded in self._captured() for node in guarded.graph.find_nodes(op="call_module")]
 
+    def written_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that a graph writes into: a teacher that follows, a weight that is masked."""
+        names = {name for guarded in self._captured() for name in guarded.written()}
+        return [p for name, p in self.owner.named_parameters(remove_duplicate=False) if name in names]
+
     def follow(self, mode: bool) -> None:
         """Show the first graph of a mode, which is that of the owner; its children have theirs."""
         self.training = mode
@@ -384,6 +389,8 @@ def make_whole(graphs: QuantizedModule) -> nn.Module:
     kind: Any = type(owner)
     owner.__class__ = _whole_class(kind)
     vars(owner)[GRAPHS] = graphs
+    for guarded in graphs._captured():
+        guarded.hold_structure(owner)
     return owner
 
 

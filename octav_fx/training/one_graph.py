@@ -17,8 +17,8 @@ from octav_fx.capture.modules import QuantizedModule, graphs_of, make_whole, use
 from octav_fx.capture.rerun import (
     difference,
     has_data,
-    preserved_buffers,
     preserved_modes,
+    preserved_tensors,
     run_keeping_state,
     run_once,
     without_quantizers,
@@ -151,6 +151,7 @@ class Recipe:
             rows, told = self.rewrite(quantized)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards)
+        guarded.hold_structure(owner)
         if has_data(owner, call):
             _check_graph(quantized, guarded, call)
         for held in (True, False):
@@ -299,7 +300,7 @@ def _check_memory(remembered: Iterable[str]) -> None:
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:
     """Run once and keep what forward stored; statistics and other buffers that were there stay as they were."""
-    with preserved_buffers(module):
+    with preserved_tensors(module):
         run_keeping_state(module, *own_copy(example))
 
 

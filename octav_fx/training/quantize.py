@@ -1,16 +1,17 @@
 """quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
 
 import contextlib
-import copy
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs
-from octav_fx.capture.module_state import without_history
+from octav_fx.capture.module_state import deep_copy
 from octav_fx.capture.modules import graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
@@ -98,7 +99,19 @@ def quantize(
             arguments_of(model, further)
             run_once(quantized, *further)
         _begin_learned(quantized, example)
+    _put_back(model, quantized)
     return quantized
+
+
+def _put_back(model: nn.Module, quantized: nn.Module) -> None:
+    """Give q the state of the model again, where a forward has written into parameters: a teacher that follows."""
+    with torch.no_grad():
+        for name, held in itertools.chain(model.named_parameters(), model.named_buffers()):
+            owner, _, last = name.rpartition(".")
+            own = getattr(quantized.get_submodule(owner), last)
+            is_dense = held.layout is torch.strided and not held.is_meta
+            if is_dense and isinstance(own, Tensor) and not torch.equal(own, held):
+                own.data.copy_(held)
 
 
 @contextmanager
@@ -156,7 +169,7 @@ def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]], recurren
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model, without_history(model))
+        return deep_copy(model)
     except Exception as error:
         raise OctavError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy), and quantize changes only a copy: {error}"
