@@ -127,7 +127,7 @@ class GuardedGraph:
     def written(self) -> set[str]:
         """Return the names of the parameters, buffers and attributes that the graph writes into."""
         if self._written is None:
-            self._written = {name for node in self.graph.nodes if in_place(node) and (name := _read_from(node))}
+            self._written = {name for node in self.graph.nodes if (name := _read_from(node)) and in_place(node)}
         return self._written
 
     @property
@@ -166,7 +166,7 @@ def _restored_graph(rows: list[Any], guards: Guards | None) -> GuardedGraph:
 
 def _read_from(node: fx.Node) -> str | None:
     """Return the name of the tensor that a write goes to, through views of it; None for no tensor of a module."""
-    target: Any = node
+    target: Any = node if node.op != "get_attr" else None
     while isinstance(target, fx.Node) and target.op in ("call_function", "call_method") and target.args:
         target = target.args[0]
     return str(target.target) if isinstance(target, fx.Node) and target.op == "get_attr" else None

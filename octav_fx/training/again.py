@@ -5,10 +5,11 @@ from typing import Final
 
 import torch
 
-from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.inputs import Inputs, tensors_of
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import has_data, run_once
 from octav_fx.clips.distributed import no_sync
+from octav_fx.compat.tensors import is_functorch_wrapped
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.one_graph import Recipe, add_records
@@ -24,6 +25,12 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     An error of the model's own on these inputs is raised as it is. Raises OctavError where no graph holds the call and
     nothing below the module can be quantized by itself.
     """
+    if any(map(is_functorch_wrapped, tensors_of((call, list(quantized.owner.parameters()))))):
+        raise OctavError(
+            f"{quantized.user_class.__name__}: no graph holds for this call ({quantized.why_not(*call)}), and none can "
+            "be captured inside of a transform of torch.func: call the model once outside with such inputs, or give "
+            "octav_fx.quantize an example of them (examples=[...])"
+        )
     recipe: Recipe = quantized.recipe
     mode, name = quantized.training, recipe.position.path or quantized.user_class.__name__
     graphs = quantized.graphs_of(mode)

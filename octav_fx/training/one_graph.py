@@ -38,6 +38,7 @@ from octav_fx.ir.records import NOT_CALLED, Record, graph_info, idle_records, re
 from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
+from octav_fx.training.progress import step
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ def _rewritten(
     found = {}
     for mode in quantized.modes:
         quantized.graph = graphs[mode].graph
+        step("rewriting", position.path)
         found[mode], told = recipe.rewrite(quantized)
         notes += told
     quantized.graph = graphs[module.training].graph
