@@ -69,13 +69,3 @@ def test_another_size_is_run_and_the_first_layer_that_differs_named() -> None:
 
 def _relu_of_four(x: Tensor) -> Tensor:
     return x.relu() if len(x) == 4 else x
-
-
-def test_a_size_looked_up_by_its_text_is_guarded() -> None:
-    def forward(self: Any, x: Tensor) -> Any:
-        return self.second(x) if f"{x.shape[0]}-{x.shape}" == "7-torch.Size([7, 8])" else self.first(x)
-
-    made = model(forward, first=nn.Linear(8, 8), second=nn.Linear(8, 8)).eval()
-    q = octav_fx.quantize(made, torch.randn(4, 8))
-    octav_fx.check(q, [torch.randn(7, 8), torch.randn(4, 8)])
-    assert len(q.graphs_of(False)) == 2

@@ -1,14 +1,13 @@
 """What user code holds while it is traced: proxies that know what the example inputs make of them."""
 
 import operator
-import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx
 
-from octav_fx.capture.user_stack import TORCH, caller, is_users, user_caller
+from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake
 
@@ -139,19 +138,6 @@ class ValueProxy(fx.Proxy):
 
     def __divmod__(self, divisor: Any) -> Any:
         return self.tracer.create_proxy("call_function", divmod, (self, divisor), {})
-
-    def __str__(self) -> str:
-        return str(self._as_text()) if is_users(sys._getframe(1)) else repr(self)
-
-    def __format__(self, spec: str) -> str:
-        return format(self._as_text() if is_users(sys._getframe(1)) else repr(self), spec)
-
-    def _as_text(self) -> Any:
-        """Return a number or sizes for what they are, since Python may look their text up; else how this is written."""
-        value = self.value
-        if isinstance(value, (int, float, str)):
-            return self.tracer.decide(self, type(value))
-        return torch.Size(map(int, self)) if isinstance(value, torch.Size) else repr(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.clone() if isinstance(self.value, Tensor) else self
