@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.held import permitted
+from octav_fx.capture.layer_settings import LayerSettings
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.structure import Structure
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
 from octav_fx.ir.ops import in_place
@@ -116,7 +116,7 @@ class GuardedGraph:
     guards: Guards | None = None
     _function: Callable[..., Any] | None = None
     _written: set[str] | None = None
-    _structure: Structure | None = None
+    _settings: LayerSettings | None = None
 
     def function(self) -> Callable[..., Any]:
         """Return the graph as a function of the module and the arguments of forward."""
@@ -142,13 +142,13 @@ class GuardedGraph:
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say why the graph does not hold for a call of the module, or return None."""
-        if self._structure is not None and not torch.compiler.is_compiling() and (change := self._structure.change()):
+        if self._settings is not None and not torch.compiler.is_compiling() and (change := self._settings.change()):
             return change
         return None if self.guards is None else self.guards.broken(module, args, kwargs)
 
-    def hold_structure(self, module: nn.Module) -> None:
-        """Let the graph hold for the modules that there are now."""
-        self._structure = Structure.of(module)
+    def hold_settings(self, module: nn.Module) -> None:
+        """Let the graph hold for layers as they are set now."""
+        self._settings = LayerSettings.of(module)
 
     def __reduce__(self) -> Any:
         return _restored_graph, (flatten(self.graph), self.guards)

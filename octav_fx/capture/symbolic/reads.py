@@ -97,9 +97,14 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
     original: Any = nn.Module.__setattr__
 
     def read(module: nn.Module, name: str) -> Any:
-        if name not in _INTERNAL and not tracer.evaluating and (value := _plain(module, name)) is not _COMPUTED:
+        if name in _INTERNAL or tracer.evaluating:
+            return object.__getattribute__(module, name)
+        key, value = (module, name), _plain(module, name)
+        if isinstance(value, Tensor) and key not in reads.written:
+            tracer.read_first.add(key)
+        if value is not _COMPUTED:
             # Modules and their parameters and buffers have nodes of their own.
-            key, is_part = (module, name), isinstance(value, nn.Module) or _is_registered(module, value)
+            is_part = isinstance(value, nn.Module) or _is_registered(module, value)
             # Tracers look for names that are free.
             is_probe = value is MISSING and not is_users(sys._getframe(1))
             if not is_part and not is_probe and key not in reads.attributes and key not in reads.written:

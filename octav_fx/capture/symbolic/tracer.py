@@ -94,6 +94,8 @@ class ValueTracer(fx.Tracer):
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.places: dict[int, Place] = {}
         self.attribute_nodes: dict[Place, fx.Node] = {}
+        # Tensors of modules that forward read before it set them, by module and name.
+        self.read_first: set[tuple[nn.Module, str]] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Learn first where the tensors of the modules are; readers of a tied one read one node."""
