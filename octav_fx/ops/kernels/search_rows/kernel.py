@@ -174,7 +174,9 @@ def search_rows_kernel(
                 x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
             )
             error = tl.where(step > 0, folded(off * off, ROWS, HALVINGS) * (step * step), float("inf"))
-            best, least = tl.where(error < least, step, best), tl.where(error < least, error, least)
+            # The first is taken whatever its error is: of scales too small for the row it is infinite.
+            better = (error < least) | (attempt == 0)
+            best, least = tl.where(better, step, best), tl.where(better, error, least)
         # The step of least squares.
         level, _ = levels_of(
             x, best, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
