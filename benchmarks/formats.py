@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks import result
 from octav_fx.formats.spec import spec_of
 
-ROWS, COLUMNS = 64, 512
+ROWS, COLUMNS = 512, 512
 SPECS: Final = (
     *("int8/channel.0", "int4/channel.0", "int3/channel.0", "int2/channel.0"),
     *("int8/token.1", "int4/group-128.1", "int4/group-32.1", "int4/group-32.1/float16", "int3/group-32.1"),
