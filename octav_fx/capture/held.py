@@ -35,6 +35,11 @@ def permitted() -> Iterator[None]:
         _permits -= 1
 
 
+def is_permitted() -> bool:
+    """Tell whether this runs inside of permitted()."""
+    return bool(_permits)
+
+
 class HeldHooks(OrderedDict[int, Any]):
     """The hooks of one kind of a held module: those from before it was held, and a refusal of what comes now."""
 

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -88,6 +89,10 @@ def own_copy(inputs: Any) -> Any:
             return leaf
         if isinstance(leaf, torch.Tensor):
             return memo.setdefault(id(leaf), leaf.clone())
+        # deepcopy refuses tensors with a history of gradients: a cache that earlier layers have filled.
+        for tensor in _tensors_within(leaf, set()):
+            if not tensor.is_leaf:
+                memo.setdefault(id(tensor), tensor.clone())
         try:
             return copy.deepcopy(leaf, memo)
         except Exception:
@@ -95,3 +100,16 @@ def own_copy(inputs: Any) -> Any:
             return leaf
 
     return pytree.tree_map(copied, inputs)
+
+
+def _tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a container or an object of the user's, however deep. seen: by identity, where it was."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, (nn.Module, type, types.ModuleType)):
+        return
+    seen.add(id(value))
+    parts: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    for part in (*parts, *getattr(value, "__dict__", {}).values()):
+        yield from _tensors_within(part, seen)

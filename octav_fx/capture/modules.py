@@ -15,9 +15,10 @@ from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
 from octav_fx.capture.guards import GuardedGraph, Guards
-from octav_fx.capture.held import hold, permitted
+from octav_fx.capture.held import hold, let_go, permitted
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
+from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, remember_structure
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.compat.modules import (
     buffers_of,
@@ -206,12 +207,16 @@ class QuantizedModule(GuardedModule):
 
     @torch.compiler.disable(reason="octav_fx captures a new graph for these inputs; the next such call is compiled")
     def _run_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.capture_again is None:
-            raise OctavError(f"{type(self).__name__} has no graph for this call: {self.why_not(args, kwargs)}")
         # A compiled call may still lead here after the graph for it was made.
         if self.holding(args, kwargs) is None:
-            self.capture_again(self, call_of(self.owner, args, kwargs))
+            self.run_capture_again(args, kwargs)
         return self._dispatch(*args, **kwargs)
+
+    def run_capture_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Get what is needed for a call. Raises OctavError where there is nothing to get it from."""
+        if self.capture_again is None:
+            raise OctavError(f"{type(self).__name__} has no graph for this call: {self.why_not(args, kwargs)}")
+        self.capture_again(self, call_of(self.owner, args, kwargs))
 
     def why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Say which guard of the first graph of the present mode does not hold for a call."""
@@ -219,8 +224,11 @@ class QuantizedModule(GuardedModule):
         return str(graphs[0].broken(self._state_holder(), args, kwargs)) if graphs else str(graph_info(self).missing)
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the owner's own forward: it may iterate over its children, and must not meet the quantizers."""
-        with permitted(), _hidden_quantizers(self.owner):
+        """Return the owner's own forward: it may iterate over its children, and must not meet the quantizers.
+
+        Where it calls itself, for the images of a batch with labels, that is float, too.
+        """
+        with self.as_float(), _hidden_quantizers(self.owner):
             return self.user_class.forward(self.owner, *args, **kwargs)
 
     def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -284,12 +292,9 @@ class QuantizedModule(GuardedModule):
     @property
     def plain_attributes(self) -> dict[str, Any]:
         """Return what the owner holds besides parts, tensors and what can be called, by name."""
-        held = vars(self.owner).items()
-        return {
-            name: value
-            for name, value in held
-            if name[:1] != "_" and name not in ("training", GRAPHS) and not callable(value) and not tensors_of(value)
-        }
+        ours = ("training", GRAPHS, STRUCTURE)
+        held = {name: value for name, value in vars(self.owner).items() if name[:1] != "_" and name not in ours}
+        return {name: value for name, value in held.items() if not callable(value) and not tensors_of(value)}
 
     def _parts(self) -> tuple[Any, ...]:
         """Return what this is made of besides the owner, as values that copy and pickle."""
@@ -313,7 +318,10 @@ class WholeModule:
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what a graph that holds for the call computes."""
+        """Return what a graph that holds for the call computes; after modules below were replaced, one of now."""
+        graphs: QuantizedModule = vars(self)[GRAPHS]
+        if not torch.compiler.is_compiling() and is_changed(graphs.owner):
+            graphs.run_capture_again(args, kwargs)
         return vars(self)[GRAPHS].forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
@@ -322,9 +330,10 @@ class WholeModule:
         vars(self)[GRAPHS].follow(mode)
         return self
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         vars(self)[GRAPHS].forget()
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        # A user's class may not take all that nn.Module's takes.
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         vars(self)[GRAPHS].forget()
@@ -384,7 +393,17 @@ def make_whole(graphs: QuantizedModule) -> nn.Module:
     kind: Any = type(owner)
     owner.__class__ = _whole_class(kind)
     vars(owner)[GRAPHS] = graphs
+    remember_structure(owner)
     return owner
+
+
+def make_users_own(owner: nn.Module) -> None:
+    """Take make_whole() back for good."""
+    graphs = vars(owner).pop(GRAPHS)
+    owner.__class__ = graphs.user_class
+    del children_of(owner)[QUANTIZERS]
+    for module, _ in vars(owner).pop(STRUCTURE).children:
+        let_go(module)
 
 
 def _whole_below(owner: nn.Module) -> list[nn.Module]:
@@ -440,11 +459,19 @@ def graphs_of(module: nn.Module) -> QuantizedModule | None:
 
 
 def quantized_modules(q: nn.Module) -> list[QuantizedModule]:
-    """Return the graphs in q, whose owners quantize() has made whole. Raises OctavError if there is none."""
-    found = [graphs for module in q.modules() if (graphs := graphs_of(module)) is not None]
-    if not found:
+    """Return the graphs in q, whose owners quantize() has made whole.
+
+    Raises OctavError if there is none, and where modules were replaced that no graph knows yet.
+    """
+    if not (found := graphs_in(q)):
         raise OctavError(f"{type(q).__name__} holds no module that octav_fx.quantize returned")
+    check_unchanged(q)
     return found
+
+
+def graphs_in(q: nn.Module) -> list[QuantizedModule]:
+    """Return the graphs in q, if there are any, and whatever became of their modules since."""
+    return [graphs for module in q.modules() if (graphs := graphs_of(module)) is not None]
 
 
 # Of a container, which must not count the quantizers among its children.

@@ -1,20 +1,25 @@
 """A module that runs its own Python, over children that are quantized."""
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.held import is_permitted
+from octav_fx.capture.inputs import Inputs, call_of
 from octav_fx.capture.modules import GRAPHS, graphs_of
+from octav_fx.capture.replaced import STRUCTURE, is_changed, remember_structure
 from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 
 _PARTIAL: Final = "octav_partial"
 # What octav_fx keeps on the user's modules.
-ATTRIBUTES: Final = (GRAPHS, _PARTIAL)
+ATTRIBUTES: Final = (GRAPHS, _PARTIAL, STRUCTURE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class PartialInfo:
     records: tuple[Record, ...]
     # Of the outermost one: what the whole model was quantized with. Not pickled.
     example: Inputs | None = None
+    # With what its children are quantized.
+    recipe: Any = None
 
 
 class PartialModule:
@@ -37,6 +44,9 @@ class PartialModule:
     """
 
     octav_partial: PartialInfo
+    # Quantizes what was put in the places of children since, for a call. It is a floor above, and
+    # training/again.py puts it here.
+    quantize_replaced: ClassVar[Callable[["PartialModule", Inputs], None]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass has no name to be pickled by.
@@ -92,9 +102,22 @@ def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
     """Mark a module as one that runs its own Python over quantized children; return the same module."""
     kind = type(module)
     if not isinstance(module, PartialModule):
-        module.__class__ = type(kind.__name__, (PartialModule, kind), {"__module__": kind.__module__})
+        module.__class__ = _partial_class(kind)
     module.__dict__[_PARTIAL] = descent
+    remember_structure(module)
     return module
+
+
+def _partial_class(kind: Any) -> type[nn.Module]:
+    """Return a subclass of a user's class for a module that runs its own Python."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and is_changed(self) and not is_permitted():
+            PartialModule.quantize_replaced(self, call_of(self, args, kwargs))
+        return kind.forward(self, *args, **kwargs)
+
+    return type(kind.__name__, (PartialModule, kind), {"__module__": kind.__module__, "forward": forward})
 
 
 def _restore(kind: type[nn.Module], state: Any, descent: PartialInfo) -> nn.Module:

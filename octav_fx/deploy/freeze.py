@@ -149,7 +149,5 @@ def _fixed_point(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
 
 
 def _named_quantizers(q: nn.Module) -> list[tuple[str, FakeQuantizer]]:
-    named = [(name, module) for name, module in q.named_modules() if isinstance(module, FakeQuantizer)]
-    if not named:
-        quantized_modules(q)
-    return named
+    quantized_modules(q)
+    return [(name, module) for name, module in q.named_modules() if isinstance(module, FakeQuantizer)]

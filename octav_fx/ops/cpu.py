@@ -7,6 +7,7 @@ for two kinds of CPU (setup.py). Without either the references run, three to ten
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -51,9 +52,18 @@ _SIGNATURES: Final = {
     "octav_fake_quantize_backward": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),
     ),
+    "octav_code_mean": (*(_POINTER,) * 4, *(_LONG,) * 3, *(_INT,) * 4, _FLOAT, _FLOAT),
+    "octav_code_sum": (*(_POINTER,) * 6, _LONG, *(_INT,) * 6, _FLOAT, _FLOAT, _INT),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
     "octav_max_pool": (_POINTER, _POINTER, _INT, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
+    "octav_recode": (*(_POINTER,) * 4, _LONG, *(_INT,) * 5),
+    "octav_operand": (_POINTER, _INT, _POINTER, _LONG, _INT, _INT, _POINTER, _INT),
+    "octav_filter_codes": (
+        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _POINTER, _INT),
+    ),
+    "octav_windows": (_POINTER, _POINTER, _POINTER, _INT, _INT),
+    "octav_scaled": (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _INT),
     "octav_fake_quantize_filters": (
         *(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     ),
@@ -153,6 +163,11 @@ def checked(clip: Tensor, shape: tuple[int, ...]) -> Tensor:
     if clip.shape != shape:
         raise OctavError(f"a clip or hint of shape {tuple(clip.shape)} where x and dim ask for {shape}")
     return clip.to(torch.float32).contiguous()
+
+
+def bounds(low: float | None, high: float | None) -> tuple[float, float]:
+    """Return the bounds of a clamp as the kernels take them."""
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def types_of(op: str, *tensors: Tensor) -> list[int] | None:

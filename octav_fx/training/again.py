@@ -1,17 +1,28 @@
-"""A call that no graph of a quantized module holds for: one graph more, or the module's own Python."""
+"""A call that no graph holds for: one graph more, the module's own Python, or all anew where modules were replaced."""
 
 import warnings
-from typing import Final
+from dataclasses import replace
+from typing import Final, cast
 
 import torch
+from torch import nn
 
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.modules import QuantizedModule
-from octav_fx.capture.rerun import has_data, run_once
+from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of, make_users_own, users_own
+from octav_fx.capture.partial import PartialModule, mark_partial
+from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
+from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
 from octav_fx.clips.distributed import no_sync
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
-from octav_fx.training.one_graph import Recipe, add_records
+from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
+from octav_fx.training.one_graph import (
+    Recipe,
+    add_records,
+    prepare_module,
+    quantizers_by_operand,
+    take_quantizers,
+)
 from octav_fx.training.own_python import own_python
 
 # So many graphs a module may have for each mode.
@@ -22,8 +33,12 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     """Capture a graph for a call, with the quantizers and parameters that are there; else prepare its own Python.
 
     An error of the model's own on these inputs is raised as it is. Raises OctavError where no graph holds the call and
-    nothing below the module can be quantized by itself.
+    nothing below the module can be quantized by itself, and where modules below were replaced and no graph holds the
+    new ones.
     """
+    if is_changed(quantized.owner):
+        _quantize_anew(quantized, call)
+        return
     recipe: Recipe = quantized.recipe
     mode, name = quantized.training, recipe.position.path or quantized.user_class.__name__
     graphs = quantized.graphs_of(mode)
@@ -46,7 +61,83 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
             note = f"{name}: calls unlike the example run its own Python, over quantized children: {reason}"
             add_records(quantized, mode, own.rows, [note])
             warnings.warn(note, stacklevel=2)
-    _tell_new(quantized, before, name)
+    _tell_new(quantized.owner, before, name)
+
+
+def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
+    """Make the graphs of a module of what it is made of now; quantizers of operands outside of what is new are kept."""
+    owner, recipe = quantized.owner, quantized.recipe
+    places = [recipe.position.named(path) for path in replaced(owner)]
+    before = {m for m in owner.modules() if isinstance(m, FakeQuantizer)}
+    known = {
+        (site, operand): quantizer
+        for (site, operand), quantizer in quantizers_by_operand(quantized).items()
+        if not any(is_at(site, place) for place in places)
+    }
+    tree = tree_of(owner)
+    make_users_own(owner)
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync():
+        try:
+            prepare_module(owner, call, recipe.config, recipe.position, recipe.user, both_modes=False)
+        except OctavError as error:
+            restore(tree)
+            raise OctavError(
+                f"{', '.join(places)}: another module than octav_fx.quantize saw, and no graph holds it: {error}; put "
+                "it there first, and quantize then"
+            ) from error
+    anew = graphs_of(owner)
+    assert anew is not None
+    anew.capture_again, anew.examples = capture_again, quantized.examples
+    take_quantizers(anew, known)
+    _tell_new(owner, before, recipe.position.path or quantized.user_class.__name__)
+
+
+def quantize_replaced(module: PartialModule, call: Inputs) -> None:
+    """Quantize what was put in the places of children of a module that runs its own Python.
+
+    Raises OctavError where that cannot be: it would compute in float.
+    """
+    info, owner = module.octav_partial, cast(nn.Module, module)
+    before = {m for m in owner.modules() if isinstance(m, FakeQuantizer)}
+    recipe: Recipe = info.recipe
+    path = recipe.position.path
+    with users_own(owner):
+        work = macs_by_module(owner, call)
+    parts = PartsQuantizer(
+        recipe.config,
+        recipe.user,
+        macs_by_module=[(f"{path}.{at}".strip("."), macs) for at, macs in work],
+        workers={id(owner.get_submodule(at)) for at, _ in work},
+    )
+    _quantize_below(owner, call)
+    structure = vars(owner).pop(STRUCTURE)
+    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()), no_sync():
+        try:
+            parts.descend(owner, [call], path, info.reason)
+        except OctavError:
+            vars(owner)[STRUCTURE] = structure
+            raise
+    mark_partial(owner, replace(module.octav_partial, example=info.example))
+    for graphs in graphs_in(owner):
+        graphs.capture_again = capture_again
+    _tell_new(owner, before, path or type(owner).__name__)
+
+
+def _quantize_below(owner: nn.Module, call: Inputs) -> None:
+    """Do the same in the modules below one that know what they were made of, the innermost first."""
+    changed = {path: module for path, module in owner.named_modules() if module is not owner and is_changed(module)}
+    with users_own(owner):
+        calls = record_calls(owner, call, changed)
+    for path, module in reversed(changed.items()):
+        for made in calls[path][:1]:
+            if (graphs := graphs_of(module)) is not None:
+                _quantize_anew(graphs, made)
+            elif is_changed(module) and isinstance(module, PartialModule):
+                quantize_replaced(module, made)
+
+
+PartialModule.quantize_replaced = staticmethod(quantize_replaced)
 
 
 def _too_many(quantized: QuantizedModule, call: Inputs, name: str) -> str:
@@ -56,9 +147,9 @@ def _too_many(quantized: QuantizedModule, call: Inputs, name: str) -> str:
     )
 
 
-def _tell_new(quantized: QuantizedModule, before: set[FakeQuantizer], name: str) -> None:
+def _tell_new(owner: nn.Module, before: set[FakeQuantizer], name: str) -> None:
     """Warn of quantizers that freezing or an optimizer could not know of."""
-    new = {path: m for path, m in quantized.named_modules() if isinstance(m, FakeQuantizer) and m not in before}
+    new = {path: m for path, m in owner.named_modules() if isinstance(m, FakeQuantizer) and m not in before}
     frozen = any(m.clip is not None for m in before)
     learned = [path for path, m in new.items() if m.learned is not None]
     if new and (frozen or learned):

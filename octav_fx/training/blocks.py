@@ -48,9 +48,13 @@ def _some_names(modules: dict[str, nn.Module]) -> str:
 
 
 def _wants_blocks(model: nn.Module) -> bool:
-    """Tell whether a model is one of transformers, whose Python a graph should not replace, or recomputes blocks."""
-    kinds = [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(model).__mro__]
-    return ("transformers", "PreTrainedModel") in kinds or any(map(_recomputes, model.modules()))
+    """Tell whether a model recomputes blocks, or is or wraps one of transformers, whose Python should go on running."""
+    return any(_is_of_transformers(module) or _recomputes(module) for module in model.modules())
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    kinds = [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__]
+    return ("transformers", "PreTrainedModel") in kinds
 
 
 def _recomputes(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.modules import graphs_of, quantized_modules
+from octav_fx.capture.modules import graphs_of, quantized_modules, users_own
 from octav_fx.capture.partial import ATTRIBUTES, PartialInfo, PartialModule, mark_partial
 from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
 from octav_fx.capture.symbolic.recurrent import is_recurrent
@@ -25,7 +25,7 @@ from octav_fx.ir.ops import UserRules, op_of_module
 from octav_fx.ir.records import NOT_CALLED, Record, update_graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer, Settings
-from octav_fx.training.one_graph import Position, check_equal, prepare_module, settings_of_whole
+from octav_fx.training.one_graph import Position, Recipe, check_equal, prepare_module, settings_of_whole
 
 # Modules with their classes, children, hooks, and what octav_fx keeps on them.
 _Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]]
@@ -54,14 +54,14 @@ class PartsQuantizer:
 
         Raises NotCaptured where not one multiplication below the module could be quantized.
         """
+        # One that is reached by two ways is quantized once.
+        if graphs_of(module) is not None or isinstance(module, PartialModule):
+            return module
         is_unrolled = self.user.unrolls and is_recurrent(module)
         has_no_rule = is_torch_leaf(module) and op_of_module(module) not in CONTRACTIONS and not is_unrolled
         if path and (has_no_rule or isinstance(module, self.user.leaves)):
             raise NotCaptured(f"no rule for {type(module).__name__}")
-        # One that is reached by two ways is quantized once.
-        if graphs_of(module) is None and not isinstance(module, PartialModule):
-            self._quantized(module, calls, path)
-        return module
+        return self._quantized(module, calls, path)
 
     def _quantized(self, module: nn.Module, calls: list[Inputs], path: str) -> nn.Module:
         if any(id(part) in self.blocks for part in module.modules() if part is not module):
@@ -83,14 +83,14 @@ class PartsQuantizer:
         position = Position(holds_first=is_network, holds_last=is_network)
         if self.macs_by_module:
             is_op, first, last = op_of_module(module) is not None, self.macs_by_module[0][0], self.macs_by_module[-1][0]
-            position = Position(path, is_op, _is_at(first, path), _is_at(last, path))
-        tree, position = _tree(module), replace(position, settings=self.settings)
+            position = Position(path, is_op, is_at(first, path), is_at(last, path))
+        tree, position = tree_of(module), replace(position, settings=self.settings)
         try:
             prepare_module(module, calls[0], self.config, position, self.user, both_modes)
             for call in calls:
                 check_equal(module, call)
         except NotCaptured:
-            _restore(tree)
+            restore(tree)
             raise
         return module
 
@@ -108,13 +108,15 @@ class PartsQuantizer:
             except Exception as error:
                 raise NotCaptured(f"{reason}; the model itself fails on these inputs, too: {error}") from error
         try:
-            expected = [run_once(module, *call) for call in calls]
-            children = self._children(module, calls[0], path)
+            # Where some are quantized already, all compute in float.
+            with users_own(module):
+                expected = [run_once(module, *call) for call in calls]
+                children = self._children(module, calls[0], path)
         except Exception as error:
             raise NotCaptured(f"{reason}; by itself the module does not run: {error}") from error
         float_records: list[Record] = []
         placed: list[str] = []
-        trees = {name: _tree(child) for name, (child, _) in children.items()}
+        trees = {name: tree_of(child) for name, (child, _) in children.items()}
         for name, (child, its_calls) in children.items():
             below = _join(path, name)
             try:
@@ -129,7 +131,7 @@ class PartsQuantizer:
             else:
                 # Captured, and nothing of it quantized: it has its reasons, an override among them.
                 float_records += [record for part in quantized_modules(child) for record in part.records]
-                _restore(trees[name])
+                restore(trees[name])
         if _fault(module, calls, expected) is not None:
             placed_children = {name: (*children[name], trees[name]) for name in placed}
             float_records += self._replace_misfits(module, placed_children, calls, expected, path)
@@ -139,7 +141,8 @@ class PartsQuantizer:
             raise NotCaptured(reason)
         if own := sum(macs for at, macs in self.macs_by_module if at == path):
             float_records.insert(0, Record(path or "forward", type(module).__name__, None, (), own, None, reason))
-        return mark_partial(module, PartialInfo(reason, tuple(float_records)))
+        recipe = Recipe(self.config, Position(path), self.user)
+        return mark_partial(module, PartialInfo(reason, tuple(float_records), recipe=recipe))
 
     def _replace_misfits(
         self,
@@ -153,17 +156,17 @@ class PartsQuantizer:
 
         Returns records of what stays float because of that.
         """
-        changed = {name: _tree(child) for name, (child, *_) in children.items()}
+        changed = {name: tree_of(child) for name, (child, *_) in children.items()}
         for _, _, tree in children.values():
-            _restore(tree)
+            restore(tree)
         float_records = []
         for name, (child, its_calls, tree) in children.items():
             below = _join(path, name)
-            _restore(changed[name])
+            restore(changed[name])
             if (fault := _fault(module, calls, expected)) is None:
                 continue
             is_whole = graphs_of(child) is not None
-            _restore(tree)
+            restore(tree)
             try:
                 if not is_whole:
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
@@ -171,7 +174,7 @@ class PartsQuantizer:
                 if fault := _fault(module, calls, expected):
                     raise NotCaptured(f"used by the code around it otherwise than by calling it: {fault}")
             except NotCaptured as why:
-                _restore(tree)
+                restore(tree)
                 float_records.append(self._float(below, child, str(why)))
         return float_records
 
@@ -211,7 +214,7 @@ class PartsQuantizer:
                 update_graph_info(part, records=found)
 
     def _macs(self, path: str) -> int:
-        return sum(macs for at, macs in self.macs_by_module if _is_at(at, path))
+        return sum(macs for at, macs in self.macs_by_module if is_at(at, path))
 
 
 def quantize_by_parts(
@@ -244,7 +247,7 @@ def quantize_by_parts(
         for path, module in _outside(quantized)
         if isinstance(module, torch.jit.ScriptModule)
     ]
-    return mark_partial(quantized, PartialInfo(descent.reason, (*descent.records, *idle), example))
+    return mark_partial(quantized, replace(descent, records=(*descent.records, *idle), example=example))
 
 
 def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -256,7 +259,7 @@ def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module
                 yield from _outside(child, _join(path, name))
 
 
-def _tree(root: nn.Module) -> _Tree:
+def tree_of(root: nn.Module) -> _Tree:
     """Return what quantizing changes: classes, children, hooks, and what octav_fx keeps on each module."""
     modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     return [(m, type(m), dict(children_of(m)), _kept(m)) for m in modules]
@@ -266,7 +269,8 @@ def _kept(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name in _KEPT}
 
 
-def _restore(tree: _Tree) -> None:
+def restore(tree: _Tree) -> None:
+    """Let modules be what they were when tree_of() was asked."""
     for module, kind, children, kept in tree:
         module.__class__ = kind
         children_of(module).clear()
@@ -293,5 +297,6 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _is_at(path: str, place: str) -> bool:
+def is_at(path: str, place: str) -> bool:
+    """Tell whether a path is that of a place, or of something in it; "" is the place of all."""
     return not place or path == place or path.startswith(place + ".")

@@ -25,7 +25,7 @@ from octav_fx.capture.rerun import (
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
 from octav_fx.compat.graphs import replaced_graph
-from octav_fx.compat.modules import buffers_of
+from octav_fx.compat.modules import buffers_of, children_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.formats.granularity import Granularity
@@ -36,6 +36,7 @@ from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.records import NOT_CALLED, Record, graph_info, idle_records, records, update_graph_info
 from octav_fx.nn import FakeQuantizer, Settings
+from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 
@@ -195,6 +196,27 @@ def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], F
     for row in rows:
         found.setdefault((row.site, str(row.operand)), quantized.get_submodule(str(row.quantizer)))
     return found
+
+
+def take_quantizers(
+    graph: QuantizedModule, known: Mapping[tuple[str, str], FakeQuantizer]
+) -> list[tuple[tuple[str, str], FakeQuantizer]]:
+    """Give a graph those of the known quantizers that fit its operands; return its own that stay, with theirs."""
+    held: Any = children_of(graph)[QUANTIZERS]
+    placed, left = set(), []
+    for operand, quantizer in quantizers_by_operand(graph).items():
+        # One that several operands share goes by the first.
+        if quantizer in placed:
+            continue
+        placed.add(quantizer)
+        taken = known.get(operand)
+        if taken is not None and taken.settings == quantizer.settings and taken.hint.shape == quantizer.hint.shape:
+            name = next(name for name, module in held.named_children() if module is quantizer)
+            held.add_module(name, taken)
+            placed.add(taken)
+        else:
+            left.append((operand, quantizer))
+    return left
 
 
 def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:

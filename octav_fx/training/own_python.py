@@ -22,7 +22,7 @@ from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.training.by_parts import PartsQuantizer
-from octav_fx.training.one_graph import Recipe, quantizers_by_operand
+from octav_fx.training.one_graph import Recipe, quantizers_by_operand, take_quantizers
 
 _PARTS = frozenset({*PART_ATTRIBUTES, *HOOK_ATTRIBUTES, *ATTRIBUTES, "_non_persistent_buffers_set"})
 
@@ -117,23 +117,7 @@ def _share_quantizers(quantized: QuantizedModule, graphs: list[QuantizedModule])
     own: Any = children_of(quantized)[QUANTIZERS]
     known = quantizers_by_operand(quantized)
     for graph in graphs:
-        held: Any = children_of(graph)[QUANTIZERS]
-        placed = set()
-        for operand, quantizer in quantizers_by_operand(graph).items():
-            # One that several operands share goes by the first.
-            if quantizer in placed:
-                continue
-            placed.add(quantizer)
-            shared = known.get(operand)
-            if (
-                shared is not None
-                and shared.settings == quantizer.settings
-                and shared.hint.shape == quantizer.hint.shape
-            ):
-                name = next(name for name, module in held.named_children() if module is quantizer)
-                held.add_module(name, shared)
-                placed.add(shared)
-                continue
+        for operand, quantizer in take_quantizers(graph, known):
             base = "_".join(operand).replace(".", "_").replace(":", "_")
             free = next(n for n in (base, *(f"{base}_{i}" for i in range(1, 1000))) if not hasattr(own, n))
             own.add_module(free, quantizer)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs
 from octav_fx.capture.module_state import without_history
-from octav_fx.capture.modules import graphs_of, quantized_modules
+from octav_fx.capture.modules import graphs_in, graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
@@ -105,7 +105,8 @@ def quantize(
 def float_mode(q: nn.Module) -> Iterator[None]:
     """Let q and every quantized module in it compute inside what the float model computes, bit for bit."""
     with ExitStack() as stack:
-        for module in quantized_modules(q):
+        # Float is what modules compute that were replaced since, too.
+        for module in graphs_in(q) or quantized_modules(q):
             stack.enter_context(module.as_float())
         yield
 

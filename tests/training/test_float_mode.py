@@ -48,6 +48,32 @@ def test_a_training_step_inside_is_a_float_step():
         assert torch.equal(ours, theirs)
 
 
+class Losing(nn.Module):
+    """Of a dict, as detectors do, the loss; of a tensor what a layer makes of it. Its _apply takes what it needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def _apply(self, fn):
+        return super()._apply(fn)
+
+    def forward(self, x):
+        if isinstance(x, dict):
+            return self.forward(x["x"]).square().sum() if x["x"].sum() > 0 else None
+        return self.fc(x)
+
+
+@pytest.mark.filterwarnings("ignore:Losing")
+def test_a_forward_that_calls_itself_computes_in_float_and_runs_its_own_python_else():
+    model, x = Losing(), torch.rand(4, 8)
+    q = quantize(model, x).to("cpu")
+    with float_mode(q):
+        assert torch.equal(q({"x": x}), model({"x": x}))
+    loss = q({"x": x})
+    assert not torch.equal(loss, model({"x": x})) and torch.allclose(loss, q(x).square().sum())
+
+
 def test_the_mode_can_change_inside():
     model, q, x = pair(training=True)
     with float_mode(q):

@@ -83,10 +83,13 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
     original: Any = nn.Module.__setattr__
 
     def read(module: nn.Module, name: str) -> Any:
+        key = (module, name)
+        value = MISSING if name in _INTERNAL or tracer.evaluating else _plain(module, name)
+        if isinstance(value, Tensor) and key not in reads.written:
+            tracer.read_first.add(key)
         if name not in _INTERNAL and not tracer.evaluating and not hasattr(type(module), name):
-            value = _plain(module, name)
             # Tensors and modules have nodes of their own.
-            key, is_part = (module, name), isinstance(value, (nn.Module, Tensor))
+            is_part = isinstance(value, (nn.Module, Tensor))
             # Tracers look for names that are free.
             is_probe = value is MISSING and not is_users(sys._getframe(1))
             if not is_part and not is_probe and key not in reads.attributes and key not in reads.written:

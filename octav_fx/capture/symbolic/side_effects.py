@@ -59,7 +59,8 @@ def _store(tracer: "ValueTracer", path: str, key: str, old: Any, new: Any, was_u
     if isinstance(old, Tensor) and len(proxies) == 1 and tracer.is_same_memory(proxies[0].node, old):
         # self.count += 1 assigns what it has written into.
         return
-    if isinstance(old, Tensor) and any(_reads(proxy.node, name) for proxy in proxies):
+    was_read = (tracer.root.get_submodule(path), key) in tracer.read_first
+    if isinstance(old, Tensor) and was_read and any(_reads(proxy.node, name) for proxy in proxies):
         raise NotCaptured(
             f"forward computes {name} from its own last value, and a graph has no memory: write into it in place"
         )

@@ -90,6 +90,8 @@ class ValueTracer(fx.Tracer):
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.attributes: dict[int, str] = {}
         self.attribute_nodes: dict[str, fx.Node] = {}
+        # Tensors of modules that forward read before it set them, by module and name.
+        self.read_first: set[tuple[nn.Module, str]] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Learn the names of parameters and buffers first."""

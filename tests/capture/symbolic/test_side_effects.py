@@ -113,6 +113,24 @@ def test_a_value_computed_from_its_own_last_value_is_no_graph() -> None:
     assert torch.equal(float_module.total, torch.zeros(4))
 
 
+def remaking(self: nn.Module, x: Tensor) -> Tensor:
+    # As the anchors of a detector: made again for another size, out of other tensors of the module.
+    if self.size != x.shape[0]:
+        self.size, self.steps = x.shape[0], self.stride * torch.ones(x.shape[0], 1)
+    return self.fc(x) * self.steps
+
+
+def test_a_value_that_is_made_anew_from_others_is_a_graph() -> None:
+    float_module, x = model(remaking, fc=nn.Linear(4, 4)), torch.randn(2, 4)
+    float_module.stride, float_module.steps, float_module.size = torch.full((1,), 8.0), torch.ones(3, 1), 3
+    q = octav_fx.quantize(float_module, x)
+    assert isinstance(q, WholeModule)
+    for size in (2, 5):
+        with octav_fx.float_mode(q):
+            assert torch.equal(q(torch.ones(size, 4)), float_module(torch.ones(size, 4)))
+        assert q(torch.ones(size, 4)).shape == (size, 4)
+
+
 @pytest.mark.parametrize("as_buffer", [True, False])
 def test_quantized_it_still_remembers(as_buffer: bool) -> None:
     float_module, x = model(accumulating, fc=nn.Linear(4, 4)), torch.randn(2, 4)

@@ -1,0 +1,71 @@
+"""Modules that were put in the places of others since quantize(), which no graph knows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import nn
+
+from octav_fx.compat.modules import children_of
+from octav_fx.errors import OctavError
+from octav_fx.nn.fake_quantizer import QUANTIZERS
+
+# Where a module keeps its Structure.
+STRUCTURE: Final = "octav_structure"
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The children of a module and of those below it; modules that keep their own are not looked into."""
+
+    children: list[tuple[nn.Module, dict[str, nn.Module | None]]]
+
+    def is_changed(self) -> bool:
+        """Tell whether any module has other children now."""
+        # A loop over many modules that runs in every call.
+        return any(children_of(module) != known for module, known in self.children)
+
+
+def remember_structure(root: nn.Module) -> None:
+    """Let a module know what it is made of, unless it does already."""
+    # Plain modules copy and pickle it with all else that they hold.
+    vars(root).setdefault(STRUCTURE, Structure([(m, dict(children_of(m))) for m in _own_modules(root)]))
+
+
+def is_changed(root: nn.Module) -> bool:
+    """Tell whether modules below one that knows what it was made of were replaced, added or removed."""
+    structure: Structure | None = vars(root).get(STRUCTURE)
+    return structure is not None and structure.is_changed()
+
+
+def replaced(root: nn.Module) -> list[str]:
+    """Return the names of the places where other modules are than were there."""
+    structure: Structure = vars(root)[STRUCTURE]
+    paths = {module: path for path, module in root.named_modules()}
+    found = []
+    for module, known in structure.children:
+        now = children_of(module)
+        names = [name for name in {**known, **now} if known.get(name) is not now.get(name)]
+        # What is below a replaced module is told by the name of that.
+        found += [f"{paths[module]}.{name}".lstrip(".") for name in names if module in paths]
+    return found
+
+
+def check_unchanged(q: nn.Module) -> None:
+    """Raise OctavError if modules in q were replaced, and q not called since."""
+    for module in q.modules():
+        if is_changed(module):
+            raise OctavError(
+                f"{', '.join(replaced(module))} of {type(module).__name__} is another module than octav_fx.quantize "
+                "saw: call the model with a batch, which quantizes what is there now"
+            )
+
+
+def _own_modules(module: nn.Module, is_root: bool = True) -> Iterator[nn.Module]:
+    if is_root or STRUCTURE not in vars(module):
+        yield module
+        for name, child in children_of(module).items():
+            # Further graphs bring further quantizers. Of a scripted module nothing can be replaced.
+            if child is not None and name != QUANTIZERS and not isinstance(child, torch.jit.ScriptModule):
+                yield from _own_modules(child, False)

@@ -1,0 +1,156 @@
+"""Modules that a user puts in the places of others after quantize(): heads, adapters, fused layers."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import octav_fx
+from octav_fx import OctavError
+from octav_fx.capture.held import HeldHooks
+from tests.support.blocks import Net as Blocks
+from tests.support.blocks import batch
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.act, self.head = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.body(x)))
+
+
+class Adapted(nn.Module):
+    """What adapters do: the layer that was there, and a product beside it; its weight is to be read here."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def _same(q: nn.Module) -> nn.Module:
+    return q
+
+
+def _pickled(q: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(q, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def x() -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("made", [_same, copy.deepcopy, _pickled])
+def test_a_new_head_is_quantized_and_the_other_quantizers_stay(made: Callable[[nn.Module], nn.Module]) -> None:
+    q = octav_fx.quantize(Net(), x())
+    q.head = nn.Linear(16, 7)
+    q = made(q)
+    kept = q.quantizers.body_weight
+    assert q(x()).shape == (4, 7)
+    assert q.quantizers.body_weight is kept
+    assert octav_fx.coverage(q) == octav_fx.Coverage(4 * 8 * 16 + 4 * 16 * 7, 4 * 8 * 16 + 4 * 16 * 7, [])
+    q(x()).sum().backward()
+    assert q.head.weight.grad is not None
+    with octav_fx.float_mode(q):
+        assert torch.equal(
+            q(x()), F.linear(F.linear(x(), q.body.weight, q.body.bias).relu(), q.head.weight, q.head.bias)
+        )
+
+
+def test_a_layer_without_weights_is_another_one_too() -> None:
+    q = octav_fx.quantize(Net(), x())
+    q.act = nn.Tanh()
+    expected = Net()
+    expected.act = nn.Tanh()
+    expected.load_state_dict(q.state_dict())
+    assert torch.equal(q(x()), octav_fx.quantize(expected, x())(x()))
+
+
+def test_an_adapter_put_around_a_layer_is_not_lost() -> None:
+    q = octav_fx.quantize(Net(), x())
+    q.body = Adapted(q.body)
+    assert octav_fx.coverage(octav_fx.quantize(Net(), x())).skipped == []
+    q(x()).sum().backward()
+    assert q.body.up.weight.grad is not None and q.body.base.weight.grad is not None
+    assert {row.node for row in octav_fx.rows(q)} == {"body.base", "body.down", "body.up", "head"}
+    # Back again: what was replaced takes hooks, as any module that no graph holds.
+    adapter, q.body = q.body, q.body.base
+    q(x())
+    assert not isinstance(adapter._forward_hooks, HeldHooks)
+    assert {row.node for row in octav_fx.rows(q)} == {"body", "head"}
+
+
+def test_a_graph_of_its_own_among_blocks_and_the_python_around_them() -> None:
+    q = octav_fx.quantize(Blocks(), batch(), blocks="auto")
+    q(batch())
+    block, graphs = q.blocks[0], [vars(part).get("octav_graphs") for part in q.blocks]
+    block.up = nn.Linear(16, 24)
+    block.down = nn.Linear(24, 16)
+    q.head = nn.Linear(16, 16)
+    assert torch.isfinite(q(batch())).all()
+    after = [vars(part).get("octav_graphs") for part in q.blocks]
+    assert after[0] is not graphs[0] and after[1:] == graphs[1:]
+    assert octav_fx.coverage(q).skipped == []
+    assert {"blocks.0.up", "head"} <= {row.node for row in octav_fx.rows(q) if row.bits}
+    with octav_fx.float_mode(q):
+        assert torch.equal(q.head(torch.ones(2, 16)), F.linear(torch.ones(2, 16), q.head.weight, q.head.bias))
+
+
+def test_what_asks_before_the_next_call_is_told() -> None:
+    q = octav_fx.quantize(Net(), x())
+    q.head = nn.Linear(16, 7)
+    words = r"head of Net is another module than octav_fx\.quantize saw: call the model with a batch"
+    for ask in (octav_fx.coverage, octav_fx.freeze, octav_fx.convert, lambda m: octav_fx.calibrate(m, [x()])):
+        with pytest.raises(OctavError, match=words):
+            ask(q)
+    with octav_fx.float_mode(q):
+        assert q(x()).shape == (4, 7)
+    q(x())
+    octav_fx.freeze(octav_fx.calibrate(q, [x()]))
+    assert octav_fx.convert(q.eval())(x()).shape == (4, 7)
+
+
+class Unheld(nn.Module):
+    """Decides by data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w.T if x.sum() > 0 else -(x @ self.w.T)
+
+
+def test_what_no_graph_holds_is_refused_and_nothing_is_changed() -> None:
+    q = octav_fx.quantize(Net(), x())
+    before, head = q(x()), q.head
+    q.head = Unheld()
+    for _ in range(2):
+        with pytest.raises(OctavError, match=r"head: another module than .*, and no graph holds it"):
+            q(x())
+    q.head = head
+    assert torch.equal(q(x()), before)
+
+
+def test_a_frozen_model_says_that_it_has_to_be_frozen_again() -> None:
+    q = octav_fx.quantize(Net(), x()).eval()
+    octav_fx.freeze(octav_fx.calibrate(q, [x()]))
+    q.head = nn.Linear(16, 7)
+    with pytest.warns(UserWarning, match="finds its clip anew in each call: calibrate and freeze again"):
+        q(x())
