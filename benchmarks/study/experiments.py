@@ -114,7 +114,7 @@ def search_weighted(rows: Tensor, weights: Tensor, form: Format) -> Tensor:
     The candidates are shares of what clips nothing, which is never worse: the first of them.
     """
     whole = torch.maximum(rows.amax(-1) / form.greatest, rows.amin(-1) / form.least).clamp(min=_TINY)
-    steps = torch.stack([whole * share for share in candidates(form)])
+    steps = torch.stack([whole * share for share in candidates(form, "float32")])
     errors = [(form.round(rows / step) * step - rows).square().mul(weights).sum(-1) for step in steps.unsqueeze(-1)]
     return steps.gather(0, torch.stack(errors).argmin(0, keepdim=True)).squeeze(0) * form.steps
 
