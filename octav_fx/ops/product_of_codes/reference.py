@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops.dequantize.reference import dequantize
-from octav_fx.ops.integer_conv.reference import scaled
+from octav_fx.ops.integer_conv.reference import per_channel
 from octav_fx.ops.quantize.reference import quantize
 
 
@@ -35,8 +35,9 @@ def product_of_codes(
     f32(sum) * (step * w_step) + bias, which is rounded to dtype. What is not finite is NaN, and so is what reads it.
     """
     x, v = integers(codes, spec), integers(quantize(w, w_clip, w_spec), w_spec)
-    total = product(x, v, stride, padding, dilation, groups)
-    return scaled(total, scale_of(clip, spec, w_clip, w_spec), bias, codes.dim() - 2).to(dtype)
+    total, trailing = product(x, v, stride, padding, dilation, groups), codes.dim() - 2
+    y = total.to(torch.float32) * per_channel(scale_of(clip, spec, w_clip, w_spec), trailing)
+    return (y if bias is None else y + per_channel(bias, trailing)).to(dtype)
 
 
 def product(x: Tensor, w: Tensor, *window: Any) -> Tensor:
