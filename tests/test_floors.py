@@ -29,7 +29,7 @@ ALLOWED = {
     "openvino": "octav_fx.deploy.latency",
     "torchvision": "octav_fx.zoo",
     "sklearn": "octav_fx.demo",
-    "tqdm": "octav_fx.demo",
+    "tqdm": "octav_fx.training.progress",
     "pandas": "octav_fx.reporting.rows",
     "plotly": "octav_fx.reporting.report.page",
     "timm": "octav_fx.zoo",

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.held import permitted
+from octav_fx.capture.layer_settings import LayerSettings
 from octav_fx.capture.module_state import own_copy
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
+from octav_fx.ir.ops import in_place
 
 # So many kinds of sizes a graph remembers an answer for.
 _REMEMBERED: Final = 1024
@@ -113,12 +115,20 @@ class GuardedGraph:
     graph: fx.Graph
     guards: Guards | None = None
     _function: Callable[..., Any] | None = None
+    _written: set[str] | None = None
+    _settings: LayerSettings | None = None
 
     def function(self) -> Callable[..., Any]:
         """Return the graph as a function of the module and the arguments of forward."""
         if self._function is None:
             self._function = function_of(self.graph)
         return self._function
+
+    def written(self) -> set[str]:
+        """Return the names of the parameters, buffers and attributes that the graph writes into."""
+        if self._written is None:
+            self._written = {name for node in self.graph.nodes if (name := _read_from(node)) and in_place(node)}
+        return self._written
 
     @property
     def asks_for_gradients(self) -> bool:
@@ -132,7 +142,13 @@ class GuardedGraph:
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say why the graph does not hold for a call of the module, or return None."""
+        if self._settings is not None and not torch.compiler.is_compiling() and (change := self._settings.change()):
+            return change
         return None if self.guards is None else self.guards.broken(module, args, kwargs)
+
+    def hold_settings(self, module: nn.Module) -> None:
+        """Let the graph hold for layers as they are set now."""
+        self._settings = LayerSettings.of(module)
 
     def __reduce__(self) -> Any:
         return _restored_graph, (flatten(self.graph), self.guards)
@@ -146,6 +162,14 @@ def _restored_graph(rows: list[Any], guards: Guards | None) -> GuardedGraph:
     restored = GuardedGraph(unflatten(rows), guards)
     restored.function()
     return restored
+
+
+def _read_from(node: fx.Node) -> str | None:
+    """Return the name of the tensor that a write goes to, through views of it; None for no tensor of a module."""
+    target: Any = node if node.op != "get_attr" else None
+    while isinstance(target, fx.Node) and target.op in ("call_function", "call_method") and target.args:
+        target = target.args[0]
+    return str(target.target) if isinstance(target, fx.Node) and target.op == "get_attr" else None
 
 
 def _is_real(value: Any) -> bool:

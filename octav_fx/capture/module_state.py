@@ -2,9 +2,11 @@
 
 import collections
 import copy
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -13,62 +15,112 @@ from torch import nn
 from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of
 from octav_fx.compat.tensors import pytree
 
-_CONTAINERS: Final = (list, dict, set, collections.OrderedDict)
+# So deep in objects of the user's own, whose parts may lead anywhere.
+_DEEP: Final = 4
+_CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
+# Libraries whose objects keep what they keep, whatever forward does.
+_CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
 
 
 @contextmanager
 def preserved_attributes(root: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, attributes and buffers that were set, and what lists, dicts and sets held.
+    """Put back, afterwards, attributes and buffers that were set, and what containers and objects in them held.
 
     What is written into tensors in place stays.
     """
-    before = _state(root)
+    before = _Before.of(root)
     try:
         yield
     finally:
-        _restore(before)
+        before.restore()
 
 
 @contextmanager
 def attributes_kept_on_success(root: nn.Module) -> Iterator[None]:
     """Like preserved_attributes, but only after an error."""
-    before = _state(root)
+    before = _Before.of(root)
     try:
         yield
     except BaseException:
-        _restore(before)
+        before.restore()
         raise
 
 
-def _state(root: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    return [(held, dict(held), _contents(held)) for _, held in attributes(root)]
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What modules hold, and what that holds: dicts by name, and the user's containers with a copy of each."""
 
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]]
+    containers: list[tuple[Any, Any]]
 
-def _restore(before: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
-    for held, old, contents in before:
-        for key in [key for key in held if key not in PART_ATTRIBUTES]:
-            if key not in old:
+    @classmethod
+    def of(cls, root: nn.Module) -> "_Before":
+        named = [(held, dict(held)) for _, held in attributes(root)]
+        return cls(named, [(container, copy.copy(container)) for container in containers_of(root)])
+
+    def restore(self) -> None:
+        for held, old in self.attributes:
+            for key in [key for key in held if key not in PART_ATTRIBUTES and key not in old]:
                 del held[key]
-        held.update(old)
-        for key, content in contents.items():
-            _refill(held[key], content)
+            held.update(old)
+        for container, content in self.containers:
+            _refill(container, content)
+
+
+def containers_of(root: nn.Module) -> list[Any]:
+    """Return the lists, dicts, sets and queues that modules hold, however deep, and the dicts of the user's objects."""
+    found: dict[int, Any] = {}
+
+    def visit(value: Any, depth: int) -> None:
+        if type(value) in _CONTAINERS:
+            if id(value) in found:
+                return
+            found[id(value)] = value
+            for item in list(value.values()) if isinstance(value, dict) else list(value):
+                visit(item, depth)
+        elif isinstance(value, tuple):
+            for item in value:
+                visit(item, depth)
+        elif depth and _is_users(value):
+            visit(vars(value), depth - 1)
+
+    for _, held in attributes(root):
+        for name, value in held.items():
+            if name not in PART_ATTRIBUTES:
+                visit(value, _DEEP)
+    return list(found.values())
+
+
+def _is_users(value: Any) -> bool:
+    """Tell whether a value is an object of some class of the user's, with attributes."""
+    is_closed = isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__")
+    if is_closed or isinstance(value, types.FunctionType):
+        return False
+    return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in _CLOSED
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, dict):
+        is_same = len(container) == len(content) and all(container.get(k, container) is v for k, v in content.items())
+    else:
+        is_same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
+    if not is_same:
+        container.clear()
+        getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(content)
+
+
+def state_tensors(root: nn.Module) -> list[torch.Tensor]:
+    """Return the buffers of modules and the tensors in their attributes, parameters aside."""
+    held = [value for _, values in attributes(root) for name, value in values.items() if name not in PART_ATTRIBUTES]
+    held += [item for c in containers_of(root) for item in (c.values() if isinstance(c, dict) else c)]
+    tensors = [leaf for value in held for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [t for t in {id(t): t for t in tensors}.values() if not isinstance(t, nn.Parameter)]
 
 
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     """Return (path, attributes by name) of each module, and of its buffers."""
     named = [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     return [(name, held) for name, module in named for held in (module.__dict__, buffers_of(module))]
-
-
-def _contents(held: dict[str, Any]) -> dict[str, Any]:
-    """Copy each container; hooks are in some, and libraries install theirs in the first call."""
-    return {k: copy.copy(v) for k, v in held.items() if type(v) in _CONTAINERS and k not in PART_ATTRIBUTES}
-
-
-def _refill(container: Any, content: Any) -> None:
-    if type(container) is type(content):
-        container.clear()
-        getattr(container, "extend" if isinstance(container, list) else "update")(content)
 
 
 def without_history(root: nn.Module) -> dict[int, Any]:
@@ -78,6 +130,37 @@ def without_history(root: nn.Module) -> dict[int, Any]:
     """
     kept = [leaf for _, held in attributes(root) for leaf in pytree.tree_leaves(held) if isinstance(leaf, torch.Tensor)]
     return {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """Copy a model, and let the functions on its modules (hooks, lambdas) that speak of modules speak of the copies."""
+    memo = without_history(model)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for held in (vars(module), *(v for v in vars(module).values() if type(v) in _CONTAINERS)):
+                items = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
+                for key, value in list(items):
+                    if isinstance(value, types.FunctionType) and (function := _speaking_of(value, memo)) is not None:
+                        held[key] = function
+    return copied
+
+
+def _speaking_of(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType | None:
+    """Return a function whose closure holds the copies of the modules in its closure; None where it holds none."""
+    contents = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    owned = [getattr(content, "__self__", content) for content in contents]
+    if not any(isinstance(owner, nn.Module) and id(owner) in memo for owner in owned):
+        return None
+    cells = tuple(types.CellType(_copied(content, memo)) for content in contents)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__, made.__dict__ = function.__kwdefaults__, dict(vars(function))
+    return made
+
+
+def _copied(content: Any, memo: dict[int, Any]) -> Any:
+    owner = getattr(content, "__self__", content)
+    return copy.deepcopy(content, memo) if isinstance(owner, nn.Module) and id(owner) in memo else content
 
 
 def own_copy(inputs: Any) -> Any:

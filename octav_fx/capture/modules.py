@@ -28,12 +28,12 @@ from octav_fx.compat.modules import (
     replace_children,
     share_parts,
 )
-from octav_fx.compat.tensors import pytree
+from octav_fx.compat.tensors import pytree, transform
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
-from octav_fx.nn.fake_quantizer import QUANTIZERS
+from octav_fx.nn.fake_quantizer import QUANTIZERS, FakeQuantizer
 
 # Gives a module what it needs for a call that no graph of it holds for: a graph more, or its own Python.
 CaptureAgain = Callable[["QuantizedModule", Inputs], None]
@@ -133,6 +133,11 @@ class QuantizedModule(GuardedModule):
         """Return the paths of the modules that graphs call."""
         return [str(node.target) for guarded in self._captured() for node in guarded.graph.find_nodes(op="call_module")]
 
+    def written_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that a graph writes into: a teacher that follows, a weight that is masked."""
+        names = {name for guarded in self._captured() for name in guarded.written()}
+        return [p for name, p in self.owner.named_parameters(remove_duplicate=False) if name in names]
+
     def follow(self, mode: bool) -> None:
         """Show the first graph of a mode, which is that of the owner; its children have theirs."""
         self.training = mode
@@ -176,11 +181,22 @@ class QuantizedModule(GuardedModule):
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced(args):
             return self._graphs[self.training][0].function()(self._state_holder(), *args, **kwargs)
+        if not torch.compiler.is_compiling() and (kind := transform()) is not None:
+            self._check_transform(kind)
         if (guarded := self.holding(args, kwargs)) is not None:
             return self._run(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
         return self._run_new(args, kwargs)
+
+    def _check_transform(self, kind: str) -> None:
+        """Raise OctavError for a transform of torch.func that quantizers have no rule for, and write no hint in."""
+        quantizers = [m for m in children_of(self)[QUANTIZERS].modules() if isinstance(m, FakeQuantizer)]  # type: ignore[union-attr]
+        if quantizers and not (kind == "Vmap" and all(m.clip is not None for m in quantizers)):
+            raise OctavError(
+                f"{self.user_class.__name__}: quantizers have no rule for the transform {kind} of torch.func: take "
+                "gradients by torch.autograd, or use octav_fx.float_mode(q); vmap takes a frozen model"
+            )
 
     def holding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedGraph | None:
         """Return the first graph of the present mode that holds for a call; None where none does."""
@@ -394,6 +410,8 @@ def make_whole(graphs: QuantizedModule) -> nn.Module:
     owner.__class__ = _whole_class(kind)
     vars(owner)[GRAPHS] = graphs
     remember_structure(owner)
+    for guarded in graphs._captured():
+        guarded.hold_settings(owner)
     return owner
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from octav_fx.capture.held import permitted
 from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
-from octav_fx.capture.module_state import own_copy, preserved_attributes
+from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
 from octav_fx.capture.modules import graphs_of
 from octav_fx.clips.distributed import no_sync
 from octav_fx.compat.tensors import is_functorch_wrapped, pytree
@@ -41,24 +41,29 @@ def run_once(
 
     Only the hints of quantizers change. forward: what to call in place of the module. gradients: the gradient mode.
     """
-    with preserved_buffers(module), preserved_attributes(module):
+    with preserved_tensors(module), preserved_attributes(module):
         own_args, own_kwargs = own_copy((args, dict(kwargs)))
         return run_keeping_state(module, own_args, own_kwargs, forward, gradients=gradients)
 
 
 @contextmanager
-def preserved_buffers(module: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, what the buffers held; the hints of quantizers may change."""
+def preserved_tensors(module: nn.Module) -> Iterator[None]:
+    """Put back, afterwards, what the tensors of modules held that forward may write into; hints may change.
+
+    Those are buffers, plain attributes, and the parameters that a graph writes into.
+    """
     hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
-    buffers = {b: b.clone() for b in module.buffers() if b not in hints}
+    written = [p for m in module.modules() if (graphs := graphs_of(m)) is not None for p in graphs.written_parameters()]
+    kept = [t for t in (*state_tensors(module), *written) if t not in hints and not t.is_inference()]
+    before = {t: t.detach().clone() for t in kept}
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers.items():
+            for tensor, old in before.items():
                 # An expanded one cannot be written, and nobody has. Sparse ones cannot be compared.
-                if buffer.is_meta or buffer.layout is not torch.strided or not torch.equal(buffer, before):
-                    buffer.copy_(before)
+                if tensor.is_meta or tensor.layout is not torch.strided or not torch.equal(tensor, old):
+                    tensor.copy_(old)
 
 
 def run_keeping_state(

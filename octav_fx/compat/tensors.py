@@ -37,6 +37,7 @@ __all__ = [
     "replace_extended_shape",
     "schema_of",
     "storage_id",
+    "transform",
     "validates_distributions",
     "version_of",
     "without_modes",
@@ -74,6 +75,12 @@ NEEDS_DATA: Final = (DataDependentOutputException, DynamicOutputShapeException)
 def storage_id(tensor: Tensor) -> int:
     """Return a number that two tensors share exactly where they share memory; fake tensors have one, too."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def transform() -> str | None:
+    """Return the name of the innermost transform of torch.func that runs (Grad, Jvp, Vmap), or None."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return None if interpreter is None else str(interpreter.key().name)
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:

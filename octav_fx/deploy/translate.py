@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from octav_fx.capture.inputs import as_inputs
 from octav_fx.compat.tensors import pytree
@@ -33,6 +33,7 @@ def translated(module: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -
     """
     parts = _stand_ins(module)
     args, kwargs = as_inputs(example_inputs)
+    kwargs = _in_order(module, kwargs)
     dynamic = None
     if dynamic_batch:
         args, kwargs, dynamic = _free_batch(args, kwargs)
@@ -98,6 +99,16 @@ def _stand_ins(module: nn.Module) -> dict[str, Part]:
         module.set_submodule(name, stand_in, strict=True)
         found[name] = part
     return found
+
+
+def _in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments in the order of the inputs of a graph, gaps filled: torch.export goes by position."""
+    if not isinstance(module, fx.GraphModule) or not kwargs:
+        return kwargs
+    inputs = {str(n.target): n.args[0] if n.args else None for n in module.graph.find_nodes(op="placeholder")}
+    names = list(inputs)
+    last = max((names.index(name) for name in kwargs if name in inputs), default=-1)
+    return {name: kwargs.get(name, inputs[name]) for name in names[: last + 1]} | kwargs
 
 
 def _free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -85,6 +85,9 @@ class MacCounter(TorchDispatchMode):
     Not torch's FlopCounterMode itself, which follows modules by gradient hooks that expanded parameters cannot have.
     """
 
+    # torch.cond and its like run one of their branches.
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self._operations = 0

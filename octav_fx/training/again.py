@@ -7,12 +7,13 @@ from typing import Final, cast
 import torch
 from torch import nn
 
-from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.inputs import Inputs, tensors_of
 from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of, make_users_own, users_own
 from octav_fx.capture.partial import PartialModule, mark_partial
 from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
 from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
 from octav_fx.clips.distributed import no_sync
+from octav_fx.compat.tensors import is_functorch_wrapped
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
@@ -36,6 +37,12 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     nothing below the module can be quantized by itself, and where modules below were replaced and no graph holds the
     new ones.
     """
+    if any(map(is_functorch_wrapped, tensors_of((call, list(quantized.owner.parameters()))))):
+        raise OctavError(
+            f"{quantized.user_class.__name__}: no graph holds for this call ({quantized.why_not(*call)}), and none can "
+            "be captured inside of a transform of torch.func: call the model once outside with such inputs, or give "
+            "octav_fx.quantize an example of them (examples=[...])"
+        )
     if is_changed(quantized.owner):
         _quantize_anew(quantized, call)
         return

@@ -4,18 +4,15 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from octav_fx.capture.guards import GuardedGraph
-from octav_fx.capture.held import permitted
 from octav_fx.capture.inputs import Inputs, as_inputs
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.rerun import difference, run_once, without_quantizers
 from octav_fx.errors import OctavError
-from octav_fx.ir.meta import info
 from octav_fx.training.quantize import float_mode
+from octav_fx.training.self_check import first_layer
 
 
 def check(q: nn.Module, batches: Iterable[Any]) -> None:
@@ -41,7 +38,7 @@ def check(q: nn.Module, batches: Iterable[Any]) -> None:
             with without_quantizers(module.owner):
                 found = run_once(module.owner, *call, functools.partial(guarded.function(), module.owner))
             if detail := difference(expected, found):
-                layer = _first_layer(module, guarded, call)
+                layer = first_layer(module, guarded, call)
                 where = f"; the first layer whose result differs is {layer}" if layer else ""
                 raise OctavError(
                     f"batch {index}: {modules[module] or 'the model'} computes something else than the float model, "
@@ -65,52 +62,3 @@ def _calls(q: nn.Module, modules: list[QuantizedModule], call: Inputs) -> list[t
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _first_layer(module: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> str | None:
-    """Return the path of the first layer whose result is another one in the graph than in the float module."""
-    expected: dict[str, Any] = {}
-
-    def noted(path: str, _: nn.Module, args: Any, result: Any) -> None:
-        expected.setdefault(path, own_copy(result))
-
-    named = [
-        (path, m) for path, m in module.owner.named_modules() if path and not isinstance(m, torch.jit.ScriptModule)
-    ]
-    with permitted():
-        handles = [m.register_forward_hook(functools.partial(noted, path)) for path, m in named]
-    try:
-        run_once(module.owner, *call, module.float_forward)
-    finally:
-        for handle in handles:
-            handle.remove()
-    recorder = _Recorder(module, guarded.graph)
-    inputs = [call.kwargs.get(str(n.target), n.args[0] if n.args else None) for n in _placeholders(guarded.graph)]
-    for position, value in enumerate(call.args):
-        inputs[position] = value
-    with without_quantizers(module.owner):
-        run_once(module.owner, tuple(inputs), {}, recorder.run)
-    for path, found in recorder.found.items():
-        if path in expected and difference(expected[path], found) is not None:
-            return path
-    return None
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return list(graph.find_nodes(op="placeholder"))
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the result of the first call at each site."""
-
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
-        super().__init__(module, graph=graph)
-        self.found: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node, and keep what it returns."""
-        result = super().run_node(n)
-        path = str(n.target) if n.op == "call_module" else info(n).site
-        if path is not None and isinstance(result, Tensor):
-            self.found.setdefault(path, result.detach().clone())
-        return result

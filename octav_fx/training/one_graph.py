@@ -17,8 +17,8 @@ from octav_fx.capture.modules import QuantizedModule, graphs_of, make_whole, use
 from octav_fx.capture.rerun import (
     difference,
     has_data,
-    preserved_buffers,
     preserved_modes,
+    preserved_tensors,
     run_keeping_state,
     run_once,
     without_quantizers,
@@ -39,6 +39,7 @@ from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
+from octav_fx.training.progress import step
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ def _rewritten(
     found = {}
     for mode in quantized.modes:
         quantized.graph = graphs[mode].graph
+        step("rewriting", position.path)
         found[mode], told = recipe.rewrite(quantized)
         notes += told
     quantized.graph = graphs[module.training].graph
@@ -152,6 +154,7 @@ class Recipe:
             rows, told = self.rewrite(quantized)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards)
+        guarded.hold_settings(owner)
         if has_data(owner, call):
             _check_graph(quantized, guarded, call)
         for held in (True, False):
@@ -321,7 +324,7 @@ def _check_memory(remembered: Iterable[str]) -> None:
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:
     """Run once and keep what forward stored; statistics and other buffers that were there stay as they were."""
-    with preserved_buffers(module):
+    with preserved_tensors(module):
         run_keeping_state(module, *own_copy(example))
 
 

@@ -1,16 +1,17 @@
 """quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
 
 import contextlib
-import copy
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs
-from octav_fx.capture.module_state import without_history
+from octav_fx.capture.module_state import deep_copy
 from octav_fx.capture.modules import graphs_in, graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
@@ -25,6 +26,7 @@ from octav_fx.training.again import capture_again
 from octav_fx.training.blocks import Blocks, find_blocks
 from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
+from octav_fx.training.progress import progress, step
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -67,10 +69,23 @@ def quantize(
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
-    copied = _copy(model)
-    quantized = quantize_by_parts(
-        copied, example, config, _user_rules(rules, leaves, recurrent), find_blocks(copied, blocks).values()
-    )
+    copied, user = _copy(model), _user_rules(rules, leaves, recurrent)
+    with progress("octav_fx.quantize"):
+        quantized = quantize_by_parts(copied, example, config, user, find_blocks(copied, blocks).values())
+        _check_choices(quantized, model, config, rules, strict)
+        if has_data(quantized, example):
+            step("filling hints of", "")
+            run_once(quantized, *example)
+            for further in map(as_inputs, examples):
+                arguments_of(model, further)
+                run_once(quantized, *further)
+            _begin_learned(quantized, example)
+    _put_back(model, quantized)
+    return quantized
+
+
+def _check_choices(quantized: nn.Module, model: nn.Module, config: Config, rules: Sequence[Op], strict: bool) -> None:
+    """Check that what the caller asked for is there: overrides, rules, and with strict that nothing stays float."""
     graphs = quantized_modules(quantized)
     for part in graphs:
         part.capture_again = capture_again
@@ -86,19 +101,23 @@ def quantize(
         why = dict.fromkeys(str(row.reason) for row in (*captured, *float_records(quantized)))
         warnings.warn(
             f"nothing of this {type(model).__name__} is quantized: {'; '.join(why) or 'it multiplies no matrices'}",
-            stacklevel=2,
+            stacklevel=3,
         )
     if strict:
         # What no graph calls yet is quantized by the graph of the first call that leads there.
         held = (row for part in graphs for row in part.records if row.reason != NOT_CALLED)
         _check_strict([*float_records(quantized), *held])
-    if has_data(quantized, example):
-        run_once(quantized, *example)
-        for further in map(as_inputs, examples):
-            arguments_of(model, further)
-            run_once(quantized, *further)
-        _begin_learned(quantized, example)
-    return quantized
+
+
+def _put_back(model: nn.Module, quantized: nn.Module) -> None:
+    """Give q the state of the model again, where a forward has written into parameters: a teacher that follows."""
+    with torch.no_grad():
+        for name, held in itertools.chain(model.named_parameters(), model.named_buffers()):
+            owner, _, last = name.rpartition(".")
+            own = getattr(quantized.get_submodule(owner), last)
+            is_dense = held.layout is torch.strided and not held.is_meta
+            if is_dense and isinstance(own, Tensor) and not torch.equal(own, held):
+                own.data.copy_(held)
 
 
 @contextmanager
@@ -157,7 +176,7 @@ def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]], recurren
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model, without_history(model))
+        return deep_copy(model)
     except Exception as error:
         raise OctavError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy), and quantize changes only a copy: {error}"

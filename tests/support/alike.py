@@ -1,7 +1,9 @@
 """A quantized model, its quantizers aside, beside the float one: results, gradients and state, on several inputs."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.utils import _pytree as pytree
 import octav_fx
 from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.rerun import without_quantizers
+from octav_fx.nn import FakeQuantizer
 
 # Both run the same ops of torch on the same numbers; where a graph spells one otherwise (x @ w.T for inner), sums round
 # in another order: so many units in the last place of float32, times the terms of the small sums here.
@@ -38,7 +41,7 @@ def gradients(module: nn.Module, results: list[Tensor]) -> dict[str, Tensor]:
 def assert_close(what: str, found: Tensor, expected: Tensor) -> None:
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
     if expected.is_floating_point() or expected.is_complex():
-        limit = TOLERANCE * (1 + float(expected.abs().max()) if expected.numel() else 1)
+        limit = TOLERANCE * (1 + float(expected.detach().abs().max()) if expected.numel() else 1)
         torch.testing.assert_close(found, expected, rtol=0, atol=limit, equal_nan=True, msg=lambda m: f"{what}: {m}")
     else:
         assert torch.equal(found, expected), what
@@ -83,3 +86,56 @@ def quantized_alike(
         assert isinstance(q, WholeModule) is not parts, octav_fx.table(q)
         assert_computes(q, model, *inputs)
     return q
+
+
+@contextlib.contextmanager
+def silent_quantizers() -> Iterator[None]:
+    """Let every quantizer return its input inside, those of graphs to come too."""
+    forward = FakeQuantizer.forward
+    FakeQuantizer.forward = lambda self, x: x  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FakeQuantizer.forward = forward  # type: ignore[method-assign]
+
+
+def assert_follows(made: Callable[[], nn.Module], steps: tuple[Any, ...], training: bool) -> nn.Module:
+    """Quantize for the first step and check each call against float, in turn, so that state goes on; return q.
+
+    steps: arguments of a call, or a function that changes a model.
+    """
+    torch.manual_seed(0)
+    model = made().train(training)
+    q = octav_fx.quantize(model, steps[0])
+    for at, step in enumerate(steps):
+        if callable(step):
+            for each in (model, q):
+                torch.manual_seed(2)
+                step(each)
+            continue
+        expected = _observed(model, step)
+        with silent_quantizers():
+            found = _observed(q, step)
+        for what, values in expected.items():
+            assert found[what].keys() >= values.keys(), f"{what} of step {at}"
+            for name, value in values.items():
+                assert_close(f"{what} {name} of step {at}", found[what][name], value)
+        assert found["gradient"].keys() == expected["gradient"].keys(), f"who gets a gradient in step {at}"
+    return q
+
+
+def _observed(model: nn.Module, args: tuple[Any, ...]) -> dict[str, dict[str, Tensor]]:
+    """Return the results of a call, the gradients, and the tensors that modules hold afterwards."""
+    result = run(model, args)
+    results = tensors(vars(result) if dataclasses.is_dataclass(result) else result)
+    attributes = {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    return {
+        "result": {str(i): value for i, value in enumerate(results)},
+        "gradient": gradients(model, results),
+        "state": {name: value.clone() for name, value in {**model.state_dict(), **attributes}.items()},
+    }

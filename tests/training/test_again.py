@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
+from octav_fx import OctavError
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.again import MOST_GRAPHS
@@ -325,3 +326,23 @@ def test_asking_a_guard_moves_no_statistics(is_compiled: bool) -> None:
         run(torch.randn(2, 3, size, size))
         other(torch.randn(2, 3, size, size))
     assert q.norm.num_batches_tracked == other.norm.num_batches_tracked == 3
+
+
+def test_transforms_of_torch_func() -> None:
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8)).eval(), x := torch.randn(4, 8))
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Any:
+        return torch.func.functional_call(q, parameters, (x,)).sum()
+
+    parameters = dict(q.named_parameters())
+    with pytest.raises(OctavError, match=r"no rule for the transform Grad of torch\.func"):
+        torch.func.grad(loss)(parameters, x)
+    with pytest.raises(OctavError, match="Vmap"):
+        torch.func.vmap(q)(x[None])
+    octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    # Without a rule of their own quantizers go sample by sample.
+    assert torch.equal(torch.func.vmap(q)(torch.stack([x, -x]))[1], q(-x))
+    with pytest.raises(OctavError, match="captured inside of a transform"):
+        torch.func.vmap(q)(x)
+    with octav_fx.float_mode(q):
+        assert torch.equal(torch.func.grad(loss)(parameters, x)["0.bias"], torch.full((8,), 4.0))

@@ -83,7 +83,8 @@ def proxies_in(a: Any, seen: set[int] | None = None) -> list[fx.Proxy]:
     if a is None or isinstance(a, _PLAIN) or id(a) in seen:
         return []
     seen.add(id(a))
-    held = list(a.values()) if isinstance(a, dict) else list(a) if isinstance(a, (tuple, list, set, frozenset)) else []
+    is_iterable = isinstance(a, (tuple, list, set, frozenset, collections.deque))
+    held = list(a.values()) if isinstance(a, dict) else list(a) if is_iterable else []
     held += vars(a).values() if hasattr(a, "__dict__") else []
     held += [getattr(a, name) for cls in type(a).__mro__ for name in _slots(cls) if hasattr(a, name)]
     return [proxy for item in held for proxy in proxies_in(item, seen)]

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
 
 # Facts about a tensor that no input of the same kind changes.
-_STATIC_ATTRIBUTES: Final = frozenset(
-    {"ndim", "layout", "requires_grad", "is_nested", "is_sparse", "is_cuda", "is_meta"}
+_STATIC_ATTRIBUTES: Final = frozenset({"ndim", "layout", "is_nested", "is_sparse", "is_cuda", "is_meta"})
+# Of the engine of gradients, which a trace does without: asked, or given work, by some forwards.
+_OF_AUTOGRAD: Final = frozenset(
+    {
+        *("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "register_hook", "retain_grad", "backward"),
+        *("register_post_accumulate_grad_hook", "_version", "_base", "_is_view"),
+    }
 )
 
 # What cuts a tensor into as many pieces as its size asks for.
@@ -60,12 +65,23 @@ class ValueProxy(fx.Proxy):
                     return lambda key, default=None: self[key] if key in value else default
         if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
             return getattr(value, name)
+        if isinstance(value, Tensor) and name in _OF_AUTOGRAD:
+            return self._of_autograd(name)
         if isinstance(value, torch.device) and name == "type":
             # Regions of autocast take nothing but a str.
             return self.tracer.decide(AttributeProxy(self, name), str)
         if value is not UNKNOWN and not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return AttributeProxy(self, name)
+
+    def _of_autograd(self, name: str) -> Any:
+        if caller().startswith(TORCH):
+            # torch's own modules ask only to choose an inference fast path, which hides the operands.
+            return getattr(self.value, name)
+        is_read = self._is_given() or self.node.op == "get_attr"
+        if name == "requires_grad" and is_read:
+            return self.tracer.decide(AttributeProxy(self, name), bool)
+        raise OctavError(f"{user_caller()}: forward asks for {name} of a tensor, which a graph does not know")
 
     def keys(self) -> Any:
         """Return the keys of a dict, which fx asks the tracer for."""

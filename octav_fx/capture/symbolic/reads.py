@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What nn.Module keeps for itself; the mode has a flag of its own.
 _INTERNAL: Final = frozenset({*vars(nn.Module()), "_is_hf_initialized"})
+# In place of an attribute that a class computes.
+_COMPUTED: Final = object()
 _CLOCKS: Final = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "process_time")
 
 
@@ -42,12 +44,24 @@ class Reads:
 
 
 def _plain(module: nn.Module, name: str) -> Any:
-    """Return a plain attribute, None for a parameter or buffer without a value, MISSING for none at all."""
+    """Return a plain attribute, of the class if need be, None for a parameter or buffer without a value.
+
+    MISSING stands for none at all, _COMPUTED for what the class makes of others: a method, a property.
+    """
     held = object.__getattribute__(module, "__dict__")
+    of_class = inspect.getattr_static(type(module), name, MISSING)
+    if hasattr(of_class, "__set__") or (of_class is not MISSING and hasattr(nn.Module, name)):
+        return _COMPUTED
     if name in held:
         return held[name]
-    parts = [held[kind] for kind in PART_ATTRIBUTES if name in held.get(kind, ())]
-    return MISSING if not parts else parts[0][name]
+    if parts := [held[kind] for kind in PART_ATTRIBUTES if name in held.get(kind, ())]:
+        return parts[0][name]
+    return _COMPUTED if hasattr(of_class, "__get__") else of_class
+
+
+def _is_registered(module: nn.Module, value: Any) -> bool:
+    held = object.__getattribute__(module, "__dict__")
+    return isinstance(value, Tensor) and any(value is part for kind in PART_ATTRIBUTES for part in held[kind].values())
 
 
 @contextmanager
@@ -83,13 +97,14 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
     original: Any = nn.Module.__setattr__
 
     def read(module: nn.Module, name: str) -> Any:
-        key = (module, name)
-        value = MISSING if name in _INTERNAL or tracer.evaluating else _plain(module, name)
+        if name in _INTERNAL or tracer.evaluating:
+            return object.__getattribute__(module, name)
+        key, value = (module, name), _plain(module, name)
         if isinstance(value, Tensor) and key not in reads.written:
             tracer.read_first.add(key)
-        if name not in _INTERNAL and not tracer.evaluating and not hasattr(type(module), name):
-            # Tensors and modules have nodes of their own.
-            is_part = isinstance(value, (nn.Module, Tensor))
+        if value is not _COMPUTED:
+            # Modules and their parameters and buffers have nodes of their own.
+            is_part = isinstance(value, nn.Module) or _is_registered(module, value)
             # Tracers look for names that are free.
             is_probe = value is MISSING and not is_users(sys._getframe(1))
             if not is_part and not is_probe and key not in reads.attributes and key not in reads.written:

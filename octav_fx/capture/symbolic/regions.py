@@ -46,12 +46,20 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
             return inherited.__get__(None, function)(*args, **kwargs)
         return tracer.create_proxy("call_function", apply_function, (tracer.constant(Kept(function)), *args), kwargs)
 
-    base.apply = classmethod(applied)
+    mode: Any = torch.set_grad_enabled
+    set_mode = mode.__init__
+
+    def decided(region: Any, on: Any) -> None:
+        # A proxy would become a node, and the mode of the trace would be the old one.
+        set_mode(region, bool(on))
+
+    base.apply, mode.__init__ = classmethod(applied), decided
     try:
         with torch.enable_grad(), _patched(entered, left):
             yield
     finally:
         del base.apply
+        mode.__init__ = set_mode
 
 
 @dataclass(frozen=True, slots=True)

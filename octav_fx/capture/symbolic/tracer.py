@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import operator
 import os
 import types
 from collections import OrderedDict
@@ -28,6 +29,7 @@ from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, Va
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.symbolic.stand_ins import STAND_INS
+from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, places_of_tensors
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_forward_hooks
@@ -51,6 +53,8 @@ _TRANSPARENT: Final = (
 )
 
 
+# Decides what is computed by what it is given.
+_AUTOCAST: Final = TORCH + os.path.join("amp", "autocast_mode.py")
 _DETECTS_CAUSAL: Final = TORCH + os.path.join("nn", "modules", "transformer.py")
 
 
@@ -88,18 +92,16 @@ class ValueTracer(fx.Tracer):
         self.rules = {rule.target: rule for rule in self.user.ops}
         super().__init__(autowrap_functions=tuple(f for f in self.rules if isinstance(f, types.FunctionType)))
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.attributes: dict[int, str] = {}
-        self.attribute_nodes: dict[str, fx.Node] = {}
+        self.places: dict[int, Place] = {}
+        self.attribute_nodes: dict[Place, fx.Node] = {}
         # Tensors of modules that forward read before it set them, by module and name.
         self.read_first: set[tuple[nn.Module, str]] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """Learn the names of parameters and buffers first."""
-        # The first name of a tied tensor is its name: readers of either read one node.
-        named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
-        for name, tensor in reversed(named):
-            self.attributes[id(tensor)] = name
-        return super().trace(root)
+        """Learn first where the tensors of the modules are; readers of a tied one read one node."""
+        self.places = places_of_tensors(root)
+        with StateTensors(self):
+            return super().trace(root)
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         """Make a proxy that has a value."""
@@ -135,7 +137,12 @@ class ValueTracer(fx.Tracer):
 
     def _placeholder(self, parameter: inspect.Parameter) -> Any:
         stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
-        default = () if stars or parameter.default is parameter.empty else (parameter.default,)
+        has_default = not stars and parameter.default is not parameter.empty
+        if has_default and not all(
+            isinstance(leaf, (*PLAIN, types.FunctionType)) for leaf in pytree.tree_leaves(parameter.default)
+        ):
+            raise OctavError(f"the default of {parameter.name} holds more than plain values: make it None")
+        default = (parameter.default,) if has_default else ()
         annotation = parameter.annotation
         # Written into the generated code, where only names of torch and of Python are sure to be found.
         is_known = isinstance(annotation, type) and annotation.__module__.partition(".")[0] in ("torch", "builtins")
@@ -166,7 +173,7 @@ class ValueTracer(fx.Tracer):
     @staticmethod
     def _concrete(given: Any) -> Any:
         """Return the Python value of an argument without tensors, since code branches on it, on None above all."""
-        return given.value if type(given) in PROXIES and isinstance(given.value, PLAIN) else given
+        return given.value if type(given) in PROXIES and _is_plain(given.value) else given
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -186,15 +193,15 @@ class ValueTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """Find parameters and buffers by identity, by their first name."""
+        """Find the tensors of modules by identity."""
         if type(a) in PROXIES:
             return self._latest(a.node)
         if type(a) is OrderedDict:
             # fx would make a plain dict of it.
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
-        if isinstance(a, Tensor) and id(a) in self.attributes:
-            return self._attribute(self.attributes[id(a)]).node
+        if self.is_state(a):
+            return self.proxy_of(a).node
         if is_built_around_proxies(a):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
         if is_of_numpy(a, "generic"):
@@ -294,11 +301,11 @@ class ValueTracer(fx.Tracer):
         return found
 
     def is_same_memory(self, node: fx.Node, tensor: Tensor | None) -> bool:
-        """Tell whether a node is a parameter or buffer of root, or is all of its memory."""
-        name, value = self.attributes.get(id(tensor)), fake(node)
-        if name is None or name not in self.attribute_nodes or not isinstance(value, Tensor):
+        """Tell whether a node is a tensor of a module, or is all of its memory."""
+        place, value = self.places.get(id(tensor)), fake(node)
+        if place is None or place not in self.attribute_nodes or not isinstance(value, Tensor):
             return False
-        own = fake(self.attribute_nodes[name])
+        own = fake(self.attribute_nodes[place])
         return bool(own.shape == value.shape and storage_id(own) == storage_id(value))
 
     def set_data(self, target: ValueProxy, value: Any) -> None:
@@ -335,14 +342,21 @@ class ValueTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Make a get_attr node of self.weight in forward, and of a buffer, which plain fx bakes into its readers."""
-        if not self.evaluating and isinstance(attr_val, Tensor) and id(attr_val) in self.attributes:
-            return self._attribute(self.attributes[id(attr_val)])
-        return attr_val
+        return self.proxy_of(attr_val) if not self.evaluating and self.is_state(attr_val) else attr_val
 
-    def _attribute(self, name: str) -> ValueProxy:
-        if name not in self.attribute_nodes:
-            self.attribute_nodes[name] = self.create_node("get_attr", name, (), {})
-        return self.proxy(self.attribute_nodes[name])
+    def is_state(self, value: Any) -> bool:
+        """Tell whether a value is a tensor that the modules have held since before the trace."""
+        return isinstance(value, Tensor) and id(value) in self.places
+
+    def proxy_of(self, tensor: Tensor) -> ValueProxy:
+        """Return a proxy for a tensor of a module, which the graph reads from there in each call."""
+        place = name, keys = self.places[id(tensor)]
+        if place not in self.attribute_nodes:
+            node = self.create_node("get_attr", name, (), {})
+            for key in keys:
+                node = self.create_node("call_function", operator.getitem, (node, key), {})
+            self.attribute_nodes[place] = node
+        return self.proxy(self.attribute_nodes[place])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is torch's, or a subclass that keeps its forward."""
@@ -417,7 +431,7 @@ class ValueTracer(fx.Tracer):
         nodes = self._since(mark)
         for node in reversed(nodes):
             self.graph.erase_node(node)
-        self.attribute_nodes = {name: node for name, node in self.attribute_nodes.items() if node not in set(nodes)}
+        self.attribute_nodes = {place: node for place, node in self.attribute_nodes.items() if node not in set(nodes)}
         self.latest = {node: new for node, new in self.latest.items() if new not in nodes}
         self.checked = {(node, expected) for node, expected in self.checked if node not in nodes}
         del self.branched_on[mark.branches :]
@@ -433,7 +447,7 @@ class ValueTracer(fx.Tracer):
                 f"{user_caller()}: forward needs {kind.__name__}({proxy.node.name}), which depends on the data in a "
                 "tensor; a graph cannot follow that. Compute it outside of forward, or quantize the modules around it"
             )
-        if kind is not bool or not where.startswith(TORCH):
+        if kind is not bool or not where.startswith(TORCH) or where.startswith(_AUTOCAST):
             # torch's own code branches to validate arguments or to choose a fast path: both stay right without a check.
             node = proxy.node if isinstance(value, kind) else self.create_node("call_function", kind, (proxy.node,), {})
             self._check(node, kind(value), where)
@@ -515,6 +529,10 @@ def _mutable(argument: Any) -> Any:
     if isinstance(argument, dict):
         return {key: _mutable(item) for key, item in argument.items()}
     return tuple(map(_mutable, argument)) if type(argument) is tuple else argument
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (*PLAIN, range)) or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _is_user_function(target: Any) -> bool:

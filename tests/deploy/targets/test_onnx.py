@@ -192,6 +192,26 @@ class Unsupported(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*dynamic axes will not be renamed:UserWarning")
+def test_keyword_inputs_in_another_order_than_that_of_forward(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x, bias=None, mask=None):
+            y = self.fc(x) if bias is None else self.fc(x) + bias
+            return y if mask is None else y * mask
+
+    example = {"mask": torch.rand(4, 8), "x": torch.randn(4, 8)}
+    q = freeze(calibrate(quantize(Masked().eval(), example), [example]))
+    export_onnx(q, example, tmp_path / "masked.onnx")
+    (found,) = run_onnx(tmp_path / "masked.onnx", example).values()
+    # Bound by position, the mask would be what the layer reads. Scales multiply in another order: a few units in the
+    # last place of numbers near one.
+    torch.testing.assert_close(found, convert(q)(**example), rtol=1e-6, atol=1e-6)
+
+
 def test_an_op_that_onnx_lacks(tmp_path):
     x = torch.randn(2, 4)
     q = freeze(calibrate(quantize(Unsupported().eval(), x), [x]))

@@ -1,0 +1,182 @@
+"""What quantize() makes sure of: a graph computes what the float module does, also in calls unlike the example.
+
+example, another batch of another length, example again    -> the same results, and the same state afterwards
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from octav_fx.capture.guards import GuardedGraph
+from octav_fx.capture.held import permitted
+from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
+from octav_fx.capture.modules import QuantizedModule, graphs_of, users_own
+from octav_fx.capture.rerun import (
+    difference,
+    has_data,
+    preserved_modes,
+    preserved_tensors,
+    run_keeping_state,
+    run_once,
+    without_quantizers,
+)
+from octav_fx.compat.tensors import pytree
+from octav_fx.errors import NotCaptured
+from octav_fx.ir.meta import info
+from octav_fx.nn import FakeQuantizer
+
+# An image is cut by so many pixels where it has twice as many: what halves it five times takes the rest.
+_PIXELS: Final = 32
+
+
+def check_in_turn(module: nn.Module, example: Inputs) -> None:
+    """Check graphs of a module on a call of another size that the module takes, and then on the example.
+
+    Where its Python branches on the mode, the other mode is checked on the example. What no graph holds for is left
+    out: a graph for it is compared when it is captured. Raises NotCaptured where something else is computed, with the
+    first layer whose result differs; does nothing without data (meta device).
+    """
+    quantized = graphs_of(module)
+    assert quantized is not None
+    if not has_data(module, example):
+        return
+    for variation in (*_variations(example), example):
+        if _is_compared(quantized, [variation, example]):
+            break
+    if len(quantized.modes) == 2:
+        with preserved_modes(module):
+            module.train(not quantized.training)
+            _is_compared(quantized, [example])
+
+
+class _NoGraph(Exception):
+    """What a call did to the state is beyond the graph of the next."""
+
+
+def _is_compared(quantized: QuantizedModule, calls: list[Inputs]) -> bool:
+    """Compare calls in turn; tell whether there are graphs for them and the float module takes them."""
+    owner = quantized.owner
+    graphs = [guarded for call in calls if (guarded := quantized.holding(*call)) is not None]
+    if len(graphs) < len(calls):
+        return False
+    gradients = any(guarded.asks_for_gradients for guarded in graphs) and torch.is_grad_enabled()
+
+    def run(guarded: GuardedGraph, *args: Any, **kwargs: Any) -> Any:
+        if guarded.broken(owner, args, kwargs) is not None:
+            raise _NoGraph
+        return guarded.function()(owner, *args, **kwargs)
+
+    # A part of it may be quantized already.
+    with users_own(owner, but=owner):
+        try:
+            expected = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients)
+        except Exception:
+            return False
+        try:
+            with without_quantizers(owner):
+                found = _results(quantized, calls, [functools.partial(run, guarded) for guarded in graphs], gradients)
+        except _NoGraph:
+            return True
+        except Exception as error:
+            raise NotCaptured(f"the captured graph does not run on a call that the model takes: {error}") from error
+        for call, guarded, one, other in zip([*calls, calls[-1]], [*graphs, graphs[-1]], expected, found, strict=True):
+            if (detail := difference(one, other)) is not None:
+                layer = first_layer(quantized, guarded, call)
+                where = f"; the first layer whose result differs is {layer}" if layer else ""
+                raise NotCaptured(
+                    f"in a call after another one the captured graph computes something else: {detail}{where}"
+                )
+    return True
+
+
+def _results(
+    quantized: QuantizedModule, calls: list[Inputs], forwards: list[Callable[..., Any]], gradients: bool
+) -> list[Any]:
+    """Return what each call in turn returns, and last what the tensors of the modules hold then."""
+    owner = quantized.owner
+    hints = {id(m.hint) for m in owner.modules() if isinstance(m, FakeQuantizer)}
+    found = []
+    with preserved_tensors(owner), preserved_attributes(owner):
+        for call, forward in zip(calls, forwards, strict=True):
+            args, kwargs = own_copy(call)
+            result = run_keeping_state(owner, args, kwargs, forward, gradients=gradients)
+            found.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), result))
+        return [*found, [t.detach().clone() for t in state_tensors(owner) if id(t) not in hints]]
+
+
+def _variations(example: Inputs) -> Iterator[Inputs]:
+    """Return calls of another batch and size, of another batch, of another size."""
+    tensors = [leaf for leaf in pytree.tree_leaves(tuple(example)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
+        return
+    batch = Counter(t.shape[0] for t in tensors).most_common(1)[0][0]
+    lengths = Counter(t.shape[1] for t in tensors if t.dim() in (2, 3)).most_common(1)
+    length = lengths[0][0] if lengths else 0
+
+    def larger(t: Tensor) -> Tensor:
+        return torch.cat([t, t[:1]]) if t.dim() > 0 and t.shape[0] == batch else t
+
+    def shorter(t: Tensor) -> Tensor:
+        if t.dim() in (2, 3) and t.shape[1] == length > 1:
+            return t[:, :-1]
+        if t.dim() < 4:
+            return t
+        cut = [size - _PIXELS if size >= 2 * _PIXELS else (size + 1) // 2 for size in t.shape[2:]]
+        return t[(slice(None), slice(None), *(slice(size) for size in cut))]
+
+    for change in (lambda t: shorter(larger(t)), larger, shorter):
+        yield Inputs(*pytree.tree_map_only(Tensor, change, tuple(example)))
+
+
+def first_layer(module: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> str | None:
+    """Return the path of the first layer whose result is another one in the graph than in the float module."""
+    expected: dict[str, Any] = {}
+
+    def noted(path: str, _: Any, args: Any, result: Any) -> None:
+        expected.setdefault(path, own_copy(result))
+
+    named = [
+        (path, m) for path, m in module.owner.named_modules() if path and not isinstance(m, torch.jit.ScriptModule)
+    ]
+    with permitted():
+        handles = [m.register_forward_hook(functools.partial(noted, path)) for path, m in named]
+    try:
+        run_once(module.owner, *call, module.float_forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    recorder = _Recorder(module, guarded.graph)
+    inputs = [call.kwargs.get(str(n.target), n.args[0] if n.args else None) for n in _placeholders(guarded.graph)]
+    for position, value in enumerate(call.args):
+        inputs[position] = value
+    with without_quantizers(module.owner):
+        run_once(module.owner, tuple(inputs), {}, recorder.run)
+    for path, found in recorder.found.items():
+        if path in expected and difference(expected[path], found) is not None:
+            return path
+    return None
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return list(graph.find_nodes(op="placeholder"))
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the result of the first call at each site."""
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and keep what it returns."""
+        result = super().run_node(n)
+        path = str(n.target) if n.op == "call_module" else info(n).site
+        if path is not None and isinstance(result, Tensor):
+            self.found.setdefault(path, result.detach().clone())
+        return result

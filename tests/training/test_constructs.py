@@ -1,0 +1,277 @@
+"""Python in forward that a graph could freeze: results, gradients and state of q, its quantizers aside, are float's."""
+
+import collections
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from tests.support.alike import assert_follows
+
+x, longer, one = (torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8))
+Step = Any
+
+
+class Net(nn.Module):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Step, ...], bool]] = {}
+
+
+def case(*steps: Step, training: bool = False, **attributes: Any) -> Callable[[Any], Any]:
+    """A model with this forward, quantized for the first of the steps: arguments of calls, changes of the model."""
+
+    def add(forward: Any) -> Any:
+        kind = forward if isinstance(forward, type) else type("Model", (Net,), {"forward": forward})
+        CASES[forward.__name__] = functools.partial(kind, **attributes), steps, training
+        return forward
+
+    return add
+
+
+def put(**values: Any) -> Callable[[nn.Module], None]:
+    return lambda model: [setattr(model, name, value) for name, value in values.items()] and None
+
+
+class Kind(enum.Enum):
+    SUM = "sum"
+
+
+class Memory:
+    def __init__(self) -> None:
+        self.last: Any = None
+
+
+@dataclasses.dataclass
+class Result:
+    y: Tensor
+    extra: Any = None
+
+
+class Thrice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+# What forward asks of gradients.
+
+
+@case((x,), (longer,))
+def asks_a_result_for_its_gradient(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    return self.b(y) * (3 if y.requires_grad else 1)
+
+
+@case((x,), lambda model: model.a.weight.requires_grad_(False), (x,), (longer,))
+def asks_a_parameter(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * (3 if self.a.weight.requires_grad else 1)
+
+
+@case((x,), (longer,))
+def hooks_a_gradient(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    if y.requires_grad:
+        y.register_hook(lambda g: g * 3)
+    return self.b(y)
+
+
+@case((x,), (longer,))
+def turns_gradients_off_by_size(self: Any, x: Tensor) -> Tensor:
+    with torch.set_grad_enabled(x.shape[1] > 6):
+        y = self.a(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.shape[1] > 6):
+        return self.b(x) + y
+
+
+@case((x,), (longer,))
+def asks_whether_a_result_is_a_leaf(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    return self.b(y) * (3 if y.is_leaf else 1) * (5 if x.is_leaf else 1)
+
+
+@case((x,), (longer,), functions=[Thrice.apply, F.relu])
+def takes_functions_from_a_list(self: Any, x: Tensor) -> Tensor:
+    for function in self.functions:
+        x = function(self.a(x))
+    return self.b(x)
+
+
+# State that is no parameter and no buffer.
+
+
+@case((x,), (longer,), (x,), training=True)
+class Teacher(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for own, its in zip(self.a.parameters(), self.teacher.parameters(), strict=True):
+            its.data.mul_(0.9).add_(own.data, alpha=0.1)
+        return self.b(self.a(x)) - self.teacher(x)
+
+
+@case((x,), (longer,))
+def sums_all_parameters(self: Any, x: Tensor) -> Any:
+    return self.b(self.a(x)), sum(p.square().sum() for p in self.parameters())
+
+
+@case((x,), put(table=torch.full((8,), 9.0)), (x,), put(table=torch.ones(5, 8)), (x,), table=torch.arange(8.0))
+def computes_from_a_plain_tensor(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * (self.table + 1) + self.table.sum()
+
+
+@case((x,), lambda model: model.tables.__setitem__(0, torch.zeros(8)), (x,), tables=[torch.arange(8.0), torch.ones(8)])
+def computes_from_tensors_in_a_list(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) + self.tables[0] * self.tables[1]
+
+
+@case((x,), (longer,), (x,), steps=torch.zeros(()))
+def counts_in_a_plain_tensor(self: Any, x: Tensor) -> Tensor:
+    self.steps += 1
+    return self.b(self.a(x)) * self.steps
+
+
+@case((x,), (longer,), (x,), steps=torch.zeros(()))
+def counts_by_a_new_tensor(self: Any, x: Tensor) -> Tensor:
+    self.steps = self.steps + 1
+    return self.b(self.a(x)) * self.steps
+
+
+@case((x,), (longer,), (x,))
+class RemembersInAQueue(Net):
+    def __init__(self) -> None:
+        super().__init__(queue=collections.deque(maxlen=2), memory=Memory())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x)) + (sum(self.queue) if self.queue else 0)
+        if self.memory.last is not None:
+            y = y * self.memory.last
+        self.queue.append(y.detach().mean((0, 1)))
+        self.memory.last = y.detach().mean()
+        return y
+
+
+@case((x,), (x,), (longer,), (x,), n=0)
+def counts_in_python(self: Any, x: Tensor) -> Tensor:
+    self.n += 1
+    return self.b(self.a(x)) * min(1.0, self.n / 3)
+
+
+@case((x,), (x,), (longer,))
+def remembers_in_a_default(self: Any, x: Tensor, memory: Any = {}) -> Tensor:  # noqa: B006
+    size = x.shape[1]
+    if size not in memory:
+        memory[size] = torch.arange(float(size))
+    return self.b(self.a(x)) + memory[size][:, None]
+
+
+# What users change later.
+
+
+@case((x,), put(gain=7.0), (x,), (longer,))
+class AttributeOfItsClass(Net):
+    gain: ClassVar[float] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * self.gain)
+
+
+@case((x,), put(gain=7.0), (x,), (longer,))
+class ClosureOverItself(Net):
+    def __init__(self) -> None:
+        super().__init__(gain=1.0, function=lambda x: self.a(x) * self.gain, functions=[lambda x: self.b(x)])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.functions[0](self.function(x))
+
+
+@case((x,), lambda model: setattr(model, "b", nn.Identity()), (x,), (longer,))
+def has_a_layer_taken_out(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x))
+
+
+@case((x,), lambda model: model.layers.append(nn.LayerNorm(8)), (x,), lambda model: model.layers.pop(0), (longer,))
+class GetsALayerMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers(x)
+
+
+@case((x.mT,), lambda model: setattr(model.conv, "stride", (2,)), (x.mT,))
+class GetsAnotherStride(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(x)
+
+
+@case((x,), lambda model: parametrizations.weight_norm(model.a) and None, (x,), (longer,))
+def has_a_layer_parametrized_later(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x))
+
+
+# Arguments and results.
+
+
+@case((x, "sum"), (longer, "mean"), (x, Kind.SUM), (x, ("cat", 2)), (one, 3))
+def matches_an_argument(self: Any, x: Tensor, kind: Any) -> Any:
+    match kind:
+        case "sum":
+            return self.a(x).sum(1)
+        case "mean":
+            return self.a(x).mean(1)
+        case Kind.SUM:
+            return self.b(self.a(x))
+        case ("cat", n):
+            return torch.cat([self.b(x)] * n, -1)
+        case int(n):
+            return self.b(x) * n
+
+
+@case((x, x), (longer, x), (x, longer))
+def asks_whether_arguments_are_one(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    return self.a(x) if x is y else self.b(x) + self.a(y).mean()
+
+
+@case((x,), (longer,), (one,))
+def returns_a_dataclass(self: Any, x: Tensor) -> Result:
+    result = Result(self.a(x))
+    result.extra = {"loss": self.b(result.y).mean(), "length": x.shape[1]}
+    return result
+
+
+@case((x, None), (x, (longer[:2], longer[:2])), (one, (one, one)))
+def keeps_a_cache(self: Any, x: Tensor, past: Any) -> Any:
+    k, v = self.a(x), self.b(x)
+    if past is not None:
+        k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+    return F.scaled_dot_product_attention(x, k, v, is_causal=past is None and x.shape[1] > 1), (k, v)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_q_computes_what_the_float_model_does(name: str) -> None:
+    made, steps, training = CASES[name]
+    assert_follows(made, steps, training)

@@ -1,0 +1,71 @@
+"""What quantize makes sure of by itself: calls of another size, and one after another."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import octav_fx
+from octav_fx.capture.inputs import Inputs
+from octav_fx.compat.tensors import FakeTensor, pytree
+from octav_fx.errors import NotCaptured
+from octav_fx.training.self_check import check_in_turn
+from tests.support.graphs import model
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.norm(self.first(x)).relu())
+
+
+class _Forwards(TorchDispatchMode):
+    """Counts what multiplies by a real weight of a layer, the first of which is called once in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_real = not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs)))
+        self.layers += is_real and func is torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_it_takes_no_more_than_ten_forwards(training: bool) -> None:
+    with _Forwards() as counted:
+        octav_fx.quantize(Net().train(training), torch.randn(4, 8))
+    assert 0 < counted.layers <= 2 * 10
+
+
+def test_what_a_second_call_changes_is_not_one_graph() -> None:
+    seen: list[int] = []
+
+    def forward(self: Any, x: Tensor) -> Any:
+        seen.append(1)
+        return self.second(self.first(x)) * len(seen)
+
+    q = octav_fx.quantize(model(forward, first=nn.Linear(8, 8), second=nn.Linear(8, 8)), torch.randn(4, 8))
+    assert "in parts, because" in octav_fx.table(q)
+    assert octav_fx.coverage(q).share == 1
+
+
+def test_another_size_is_run_and_the_first_layer_that_differs_named() -> None:
+    q = octav_fx.quantize(Net().eval(), torch.randn(4, 8))
+    relu = next(node for node in q.graph.nodes if "relu" in node.name)
+    # The same for the example alone.
+    relu.target, relu.args = _relu_of_four, tuple(relu.args)
+    relu.op = "call_function"
+    q.recompile()
+    with pytest.raises(NotCaptured, match=r"in a call after another one .* differs is second"):
+        check_in_turn(q, Inputs((torch.randn(4, 8),)))
+
+
+def _relu_of_four(x: Tensor) -> Tensor:
+    return x.relu() if len(x) == 4 else x
