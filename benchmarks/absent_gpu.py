@@ -5,8 +5,9 @@ to the GPU (autograd itself needs a build with CUDA); from there on passes, part
 """
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -123,8 +124,14 @@ class Generated:
     solved: int
 
 
-def generated(model: nn.Module, *inputs: Tensor, backend: Any = "octav", autocast: bool = False) -> list[Generated]:
-    """Return what Inductor generates for a training step: forward, and backward."""
+def generated(
+    model: nn.Module,
+    *inputs: Tensor,
+    backend: Any = "octav",
+    options: Mapping[str, Any] | None = None,
+    autocast: bool = False,
+) -> list[Generated]:
+    """Return what Inductor generates for a training step: forward, and backward. options are the backend's."""
     import torch._functorch.config as aot_config
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -180,7 +187,8 @@ def generated(model: nn.Module, *inputs: Tensor, backend: Any = "octav", autocas
         patch.object(entry, "compile_fx", compile_for_gpu),
         settings,
     ):
-        compiled = torch.compile(model, backend="octav" if backend == "octav" else compile_for_gpu)
+        of_ours = functools.partial(torch.compile, backend="octav", options=options)
+        compiled = (of_ours if backend == "octav" else functools.partial(torch.compile, backend=compile_for_gpu))(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             compiled(*inputs)
     torch._dynamo.reset()

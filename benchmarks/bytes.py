@@ -6,6 +6,7 @@ activation costs: what weights cost falls out. An op of octav's counts as if it 
 does in half precision.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -69,15 +70,16 @@ class Beyond:
     solves: int
 
 
-def beyond(net: str, depth: int) -> Beyond:
-    """Compile both steps for both batches, and count."""
+def beyond(net: str, depth: int, keep: str = "codes") -> Beyond:
+    """Compile both steps for both batches, and count. keep: the option of the backend."""
     layer, batch_of = NETS[net]
     counts = []
     for size in BATCHES:
         torch.manual_seed(0)
         model, batch = nn.Sequential(*(layer() for _ in range(depth))), batch_of(size)
         q = octav_fx.quantize(model, batch, CONFIG)
-        counts.append((generated(q, batch, autocast=True), generated(model, batch, backend=None, autocast=True)))
+        step = generated(q, batch, options={"keep": keep}, autocast=True)
+        counts.append((step, generated(model, batch, backend=None, autocast=True)))
     (small, small_float), (large, large_float) = counts
     elements = large[0].solved - small[0].solved
     forward, backward = (
@@ -92,11 +94,12 @@ def beyond(net: str, depth: int) -> Beyond:
 def main(rounds: int) -> None:
     """Count once (it does not vary), and write results/bytes.json."""
     rows: list[dict[str, Any]] = []
-    for net in NETS:
-        found = beyond(net, DEPTH)
+    for net, keep in itertools.product(NETS, ("codes", "levels")):
+        found = beyond(net, DEPTH, keep)
         rows.append(
             {
                 "net": net,
+                "kept": keep,
                 "forward": round(found.forward, 2),
                 "backward": round(found.backward, 2),
                 "sum": round(found.forward + found.backward, 2),

@@ -12,11 +12,18 @@ from torch.nn import functional as F
 from benchmarks import result
 from octav_fx.formats.spec import spec_of
 
-ROWS, COLUMNS = 64, 512
+ROWS, COLUMNS = 512, 512
 SPECS: Final = (
     *("int8/channel.0", "int4/channel.0", "int3/channel.0", "int2/channel.0"),
     *("int8/token.1", "int4/group-128.1", "int4/group-32.1", "int4/group-32.1/float16", "int3/group-32.1"),
-    *("ternary/channel.0", "zero-free/channel.0", "pow2/channel.0", "apot/channel.0", "nf4/group-64.1/float16"),
+    *(
+        "ternary/channel.0",
+        "zero-free/channel.0",
+        "pow2/channel.0",
+        "apot/channel.0",
+        "nf4/group-64.1/float16",
+        "nupes/channel.0",
+    ),
     *("e4m3/channel.0", "e5m2/channel.0", "e4m3/group-32.1/e8m0", "e2m1/group-32.1/e8m0", "e2m1/group-16.1/e4m3"),
 )
 METHODS: Final = ("octav", "max")

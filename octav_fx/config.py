@@ -38,7 +38,7 @@ class Config:
     # Integer runtimes are fast only with it: passes/prepare/quantize_residuals.py.
     residual_bits: int | None = None
     # "int", of so many bits, or a format with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2",
-    # "apot", "nf4" (octav_fx/formats/registry.py).
+    # "apot", "nf4", "nupes" (octav_fx/formats/registry.py).
     weight_format: str = "int"
     activation_format: str = "int"
     # What a clip belongs to. "tensor"; weights: "channel"; activations: "token", each row along the axis that is summed

@@ -26,8 +26,10 @@ from octav_fx.passes.lower.codes_in_forward import codes_in_forward
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
 from octav_fx.passes.lower.integer_matmul import integer_matmul
+from octav_fx.passes.lower.keep_levels import keep_levels
 from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
+from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.split_quantizers import split_quantizers
 from octav_fx.passes.lower.update_at_once import update_at_once
@@ -66,6 +68,7 @@ LOWER: Final[tuple[Pass, ...]] = (
 
 # What the backend runs on each half, when it is decided what is kept between them.
 FUSE: Final[tuple[Pass, ...]] = (
+    pool_gradients,  # any time
     update_at_once,  # before write_out: it looks for clips, not for what they are written out as
     write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
@@ -109,13 +112,13 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
     return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
 
-def lower_passes(integer: str) -> tuple[Pass, ...]:
-    """Return LOWER, and codes_in_forward in it where integer, the option of the backend, is not "off"."""
-    if integer == "off":
-        return LOWER
-    # After levels_as_read, and before filters_channels_last: both ask who reads the levels of a weight.
+def lower_passes(integer: str = "off", keep: str = "codes") -> tuple[Pass, ...]:
+    """Return LOWER with what these options of the backend add: "auto" codes_in_forward, "levels" keep_levels."""
+    # After levels_as_read, in whose dtype levels are kept and read, and before filters_channels_last, which asks who
+    # reads those of a weight.
     at = LOWER.index(filters_channels_last)
-    return *LOWER[:at], codes_in_forward, *LOWER[at:]
+    asked_for = {keep_levels: keep == "levels", codes_in_forward: integer == "auto"}
+    return *LOWER[:at], *(p for p, is_asked_for in asked_for.items() if is_asked_for), *LOWER[at:]
 
 
 __all__ = [
@@ -144,12 +147,14 @@ __all__ = [
     "fuse_weight_quantizers",
     "integer_layers",
     "integer_matmul",
+    "keep_levels",
     "levels_as_read",
     "lower_passes",
     "make_activations_static",
     "mask_from_codes",
     "multiply_codes",
     "pack_weights",
+    "pool_gradients",
     "pools_of_layers",
     "prepare_passes",
     "quantize_operands",

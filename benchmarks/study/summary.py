@@ -115,7 +115,7 @@ def cell(values: list[dict[str, Any]], wanted: int) -> str:
 
 
 def compared(table: Table, found: Found, size: str = "small") -> str:
-    """Return a row for each label: how many seeds, the mean score, and by how much it and the loss differ seed by seed.
+    """Return a row for each label that was run: its seeds, the mean score, by how much it and the loss differ in each.
 
     The loss is that of the last quarter of the training: on text, of which little is read twice, it is a score, too,
     and of many nets instead of one.
@@ -125,9 +125,12 @@ def compared(table: Table, found: Found, size: str = "small") -> str:
     rows = []
     for label in differ:
         finals = [found[run]["final"] for name, run in there if name == label]
-        mean = f"{statistics.mean(finals):.3f}" if finals else "-"
+        if not finals:
+            continue
         shown = [_with_error([pair[i] for pair in differ[label]]) for i in (0, 1)]
-        rows.append([label, len(finals), mean, *(shown if label != table.against else ("", ""))])
+        rows.append(
+            [label, len(finals), f"{statistics.mean(finals):.3f}", *(shown if label != table.against else ("", ""))]
+        )
     unit = _unit(found, table.runs[0][1].recipe)
     return tabulate(rows, ["", "seeds", unit, "difference", "of the training loss"], "github", disable_numparse=True)
 

@@ -30,10 +30,10 @@ from octav_fx.passes import FUSE, lower_passes, prepare_passes
 
 _log = logging.getLogger("octav_fx")
 
-# Options of the backend itself: the fields of Config, whether forward multiplies codes, and options of Inductor under
-# one key.
-_OPTIONS: Final = (*(field.name for field in dataclasses.fields(Config)), "integer", "inductor")
-_INTEGER: Final = ("off", "auto")
+# Options of lowering, with what each may be, the default first.
+_LOWERING: Final = {"integer": ("off", "auto"), "keep": ("codes", "levels")}
+# Options of the backend itself: the fields of Config, those of lowering, and options of Inductor under one key.
+_OPTIONS: Final = (*(field.name for field in dataclasses.fields(Config)), *_LOWERING, "inductor")
 
 
 class _Refusal(OctavError, ShortenTraceback):
@@ -53,8 +53,9 @@ def octav(
     """Return the backend. A graph with quantizers in it is lowered; any other is quantized first.
 
     options: the fields of octav_fx.Config, which say how a float model is quantized; "integer", "auto" to have forward
-    multiply integer codes on a CPU where that takes less time, or "off"; "inductor", a dict of options for Inductor.
-    mode: one of Inductor's. Raises OctavError for an option or a mode that does not exist.
+    multiply integer codes on a CPU where that takes less time, or "off"; "keep", "levels" to hold those of activations
+    for backward instead of writing them again from their "codes"; "inductor", a dict of options for Inductor. mode: one
+    of Inductor's. Raises OctavError for an option or a mode that does not exist.
     """
     try:
         config, lower, patches = _settings(options, mode)
@@ -86,12 +87,13 @@ def _settings(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Conf
     modes = list_mode_options()
     if mode is not None and mode not in modes:
         raise OctavError(f"mode={mode!r}: one of {', '.join(modes)}")
-    integer = options.pop("integer", "off")
-    if integer not in _INTEGER:
-        raise OctavError(f"options['integer']={integer!r}: one of {', '.join(map(repr, _INTEGER))}")
+    lowering = {name: options.pop(name, values[0]) for name, values in _LOWERING.items()}
+    for name, value in lowering.items():
+        if value not in _LOWERING[name]:
+            raise OctavError(f"options[{name!r}]={value!r}: one of {', '.join(map(repr, _LOWERING[name]))}")
     # No float keys or float mode have to be kept here, and training mode is compiled by itself.
     options.setdefault("fold_batchnorm", True)
-    return Config(**options), lower_passes(integer), {**modes.get(mode or "default", {}), **patches}
+    return Config(**options), lower_passes(**lowering), {**modes.get(mode or "default", {}), **patches}
 
 
 def _layouts(example_inputs: Sequence[Any]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from octav_fx.formats.floats import FLOATS
 from octav_fx.formats.format import Format
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.normal_float import NF4
+from octav_fx.formats.power_law import NUPES
 from octav_fx.formats.powers import POWERS
 
-CODEBOOKS: Final[dict[str, Codebook]] = {form.name: form for form in (*FLOATS, *FEW_LEVELS, *POWERS, NF4)}
+CODEBOOKS: Final[dict[str, Codebook]] = {form.name: form for form in (*FLOATS, *FEW_LEVELS, *POWERS, NF4, NUPES)}
 # What Config takes: "int" has as many bits as it is asked for.
 NAMES: Final = ("int", *CODEBOOKS)
 _INTEGERS: Final = re.compile(r"(u?)int([0-9]+)(-narrow)?")

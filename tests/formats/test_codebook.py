@@ -61,6 +61,7 @@ def test_levels_by_hand():
     assert CODEBOOKS["ternary"].table == (-1, 0, 1)
     assert CODEBOOKS["zero-free"].table == (-1.5, -0.5, 0.5, 1.5)
     assert CODEBOOKS["pow2"].table[7:] == (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+    assert CODEBOOKS["nupes"].table[7:] == tuple((i / 7) ** 2 for i in range(8))
     assert CODEBOOKS["apot"].table[7:] == (0, 0.125, 0.25, 0.375, 0.5, 0.625, 1, 1.125)
     # As published with QLoRA's code.
     published = (0, 0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1)

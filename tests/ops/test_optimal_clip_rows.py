@@ -16,7 +16,7 @@ from tests.support.pairwise import pairwise
 from tests.support.strategies import FORMS, NATIVE, filled_with_nan, specs, tensors
 
 # One vector and less, whole lines of sixteen columns and others, an odd number of lines, rows too long to lie abreast.
-LENGTHS = [1, 15, 16, 32, 48, 64, 96, 100, 128, 384, 511, 512, 768, 1030]
+LENGTHS = [1, 15, 16, 32, 48, 64, 96, 100, 128, 384, 511, 512, 768, 1030, 2048, 2050]
 
 
 def solve(x, spec, method):

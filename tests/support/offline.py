@@ -86,6 +86,18 @@ def _solve_rows(kind: str, method: int, block: int, fits: bool, contiguous: bool
     return Row("solve_rows_kernel", {**signature, "inner": "i32"}, constexprs, num_warps=warps)
 
 
+def _search_rows(of: str, halvings: int, kind: int, scale: int, search: bool = True) -> Row:
+    pointers = dict.fromkeys(("clip", "unit", "shares", "levels", "edges"), "*fp32")
+    signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in {"x": of, **pointers}.items()}
+    sizes = dict.fromkeys(("rows", "n", "shares", "edges"), "i32")
+    levels = {"KIND": kind, "LEAST": -8.0, "GREATEST": 7.0, "STEPS": 8.0, "MANTISSA": 1, "LEAST_EXPONENT": 0}
+    rows = max(2048 >> halvings, 1)
+    constexprs = {**levels, "SCALE": scale, "SEARCH": search, "ROWS": rows, "HALVINGS": halvings}
+    warps = min(max((rows << halvings) // 512, 1), 16)
+    options = (("enable_fp_fusion", False),)
+    return Row("search_rows_kernel", {**signature, **sizes}, constexprs, num_warps=warps, options=options)
+
+
 def _solve_pass(which: int, method: int) -> Row:
     pointers = {"x": "*bf16", "hint": "*fp32", "clip": "*fp32", "numbers": "*fp64", "counters": "*i64"}
     signature = {f"{name}_ptr": f"{kind}:16" for name, kind in {**pointers, "partials": "*fp64"}.items()}
@@ -148,6 +160,15 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _solve_rows("fp32", 1, 2**14, True),
         _solve_rows("bf16", 1, 2**14, False, contiguous=False),
         _solve_rows("fp32", 2, 4096, True),
+    ),
+    # Integers in groups of 32, MXFP4, NVFP4, NF4 in groups of 64 under float16, the longest token, and "max".
+    "kernels.search_rows": (
+        _search_rows("*fp32", 5, 0, 0),
+        _search_rows("*bf16", 5, 1, 3),
+        _search_rows("*bf16", 4, 1, 4),
+        _search_rows("*fp32", 6, 2, 2),
+        _search_rows("*fp32", 13, 0, 0),
+        _search_rows("*bf16", 10, 0, 0, search=False),
     ),
     "kernels.solve_passes": (
         *(_solve_pass(which, 0) for which in range(3)),

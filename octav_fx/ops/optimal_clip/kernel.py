@@ -6,6 +6,7 @@ from torch import Tensor
 
 from octav_fx.clips.newton import as_octav
 from octav_fx.formats.spec import spec_of
+from octav_fx.ops.kernels.search_rows.kernel import search_rows
 from octav_fx.ops.kernels.solve_passes.kernel import solve_passes
 from octav_fx.ops.kernels.solve_rows.kernel import LONGEST, solve_rows
 from octav_fx.ops.kernels.solve_tail.kernel import solve_tail
@@ -32,7 +33,7 @@ def optimal_clip(
     """Write the clips into out [] or [C]; False where only the reference will do."""
     # The solves know the lowest code as minus the steps.
     if (plain := spec_of(spec).plain) is None or plain[0].narrow:
-        return False
+        return search_rows(x, spec_of(spec), method, out=out)
     (grid, dim), signed = plain, plain[0].signed
     bits, method = as_octav(grid.bits, method)
     if dim is not None or x.numel() <= one_program:

@@ -11,8 +11,8 @@ namespace {
 
 // Of search.folded.
 constexpr int64_t COLUMNS = 16;
-// From here on lanes hold neighbours: so many rows side by side would leave the nearest cache.
-constexpr int64_t LONG = 512;
+// From here on lanes hold neighbours, which is as fast: so many rows side by side would leave the second cache.
+constexpr int64_t LONG = 2048;
 constexpr int64_t PARALLEL_FROM = 1 << 14;
 
 struct Candidates {

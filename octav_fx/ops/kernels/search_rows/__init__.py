@@ -1,0 +1,1 @@
+"""The search for the clips of rows in Triton."""

@@ -1,0 +1,246 @@
+"""clips/search.py in Triton, and the largest magnitude of rows: several rows for each program, which keeps them all.
+
+Sums are added up in the order of search.folded, so that clips are equal to the bit where the lines of sixteen columns
+are a power of two in number, as they are in groups; elsewhere sums may differ in their last place.
+"""
+
+import functools
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octav_fx.clips import search
+from octav_fx.clips.methods import searches
+from octav_fx.formats.codebook import Codebook
+from octav_fx.formats.floats import FloatFormat
+from octav_fx.formats.format import Format
+from octav_fx.formats.grid import Grid
+from octav_fx.formats.scales import SCALES, tensor_scale
+from octav_fx.formats.spec import Spec
+from octav_fx.ops.fake_quantize.kernel import FLOATS
+from octav_fx.ops.kernels.solve_rows.kernel import power_of_two
+
+# Elements that a program holds, 16 registers for each of 128 threads, and the longest row.
+ELEMENTS: Final = 2048
+LONGEST: Final = 2**13
+
+_COLUMNS = tl.constexpr(search.COLUMNS)
+EVEN, FLOATING_POINT, TABLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_BFLOAT16, _FLOAT16, _E8M0, _E4M3 = (tl.constexpr(list(SCALES).index(name)) for name in list(SCALES)[1:])
+
+
+@triton.jit
+def to_multiple(x, unit):
+    """Return the nearest multiple of unit, a power of two, ties to even, for |x| < 2**22 * unit."""
+    large = unit * 12582912.0
+    return (x + large) - large
+
+
+@triton.jit
+def to_mantissa(x, MANTISSA: tl.constexpr, LEAST_EXPONENT: tl.constexpr):
+    """Return the nearest number with so many bits of mantissa, ties to even; none overflows."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return to_multiple(x, tl.maximum(power, 2.0**LEAST_EXPONENT) * 2.0**-MANTISSA)
+
+
+@triton.jit
+def rounded(
+    ratio,
+    levels_ptr,
+    edges_ptr,
+    edges,
+    KIND: tl.constexpr,
+    LEAST: tl.constexpr,
+    GREATEST: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    LEAST_EXPONENT: tl.constexpr,
+):
+    """Return the nearest levels, in steps. Only a table has levels and edges."""
+    if KIND == TABLE:
+        level = ratio * 0.0 + tl.load(levels_ptr)
+        for i in range(edges):
+            level = tl.where(ratio > tl.load(edges_ptr + i), tl.load(levels_ptr + i + 1), level)
+    else:
+        level = tl.minimum(tl.maximum(ratio, LEAST), GREATEST)
+        level = to_multiple(level, 1.0) if KIND == EVEN else to_mantissa(level, MANTISSA, LEAST_EXPONENT)
+    return level
+
+
+@triton.jit
+def stored(step, unit, SCALE: tl.constexpr):
+    """Return the nearest number of a format of scales to a step that is not negative: formats/scales.py."""
+    if SCALE == _BFLOAT16:
+        bits = step.to(tl.int32, bitcast=True)
+        step = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    elif SCALE == _FLOAT16:
+        step = to_mantissa(tl.minimum(step, 65504.0), 10, -14)
+    elif SCALE == _E8M0:
+        power = ((step.to(tl.int32, bitcast=True) + 0x400000) & 0x7F800000).to(tl.float32, bitcast=True)
+        # Subnormal numbers by their bits: as literals they would be float64.
+        small = tl.where(step.to(tl.int32, bitcast=True) < 0x600000, 0x400000, 0x800000).to(tl.float32, bitcast=True)
+        power = tl.where(step < 2.0**-126, small, power)
+        step = tl.where(step > 0, tl.minimum(power, 2.0**127), 0.0)
+    elif SCALE == _E4M3:
+        ratio = tl.where(unit > 0, tl.div_rn(step, tl.where(unit > 0, unit, 1.0) + step * 0.0), 0.0)
+        number = tl.maximum(to_mantissa(tl.minimum(ratio, 448.0), 3, -6), 2.0**-9)
+        step = tl.where(step > 0, number * unit, 0.0)
+    return step
+
+
+@triton.jit
+def stored_in_units(step, up, down, unit, SCALE: tl.constexpr):
+    """Return the same for a step in the units of a row."""
+    return stored(step * up, unit, SCALE) * down if SCALE > 0 else step
+
+
+@triton.jit
+def folded(x, ROWS: tl.constexpr, HALVINGS: tl.constexpr):
+    """Return the sums of rows [ROWS, 2**HALVINGS] in the order of search.folded."""
+    for i in tl.static_range(HALVINGS):
+        x = tl.sum(tl.reshape(x, [ROWS, 2, 1 << (HALVINGS - 1 - i)]), 1)
+    return tl.reshape(x, [ROWS])
+
+
+@triton.jit
+def levels_of(
+    x,
+    step,
+    there,
+    levels_ptr,
+    edges_ptr,
+    edges,
+    KIND: tl.constexpr,
+    LEAST: tl.constexpr,
+    GREATEST: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    LEAST_EXPONENT: tl.constexpr,
+):
+    """Return the levels of rows with these steps, and how far off they are, in steps; 0 behind the end of rows."""
+    ratio = x * tl.div_rn(step * 0.0 + 1.0, tl.where(step > 0, step, 1.0))[:, None]
+    level = rounded(ratio, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT)
+    return tl.where(there, level, 0.0), tl.where(there, ratio - level, 0.0)
+
+
+@triton.jit
+def search_rows_kernel(
+    x_ptr,
+    clip_ptr,
+    unit_ptr,
+    shares_ptr,
+    levels_ptr,
+    edges_ptr,
+    rows,
+    n,
+    shares,
+    edges,
+    KIND: tl.constexpr,
+    LEAST: tl.constexpr,
+    GREATEST: tl.constexpr,
+    STEPS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    LEAST_EXPONENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALVINGS: tl.constexpr,
+):
+    """x: [rows, n] contiguous. clip: [rows] float32. SEARCH: else the largest magnitude."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i = tl.arange(0, 1 << HALVINGS)
+    there = i[None, :] < n
+    x = tl.load(x_ptr + row[:, None] * n + i[None, :], mask=(row[:, None] < rows) & there, other=0.0).to(tl.float32)
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    if LEAST >= 0:
+        x = tl.maximum(x, 0.0)
+    above, below = tl.max(tl.maximum(x, 0.0), 1), tl.min(tl.minimum(x, 0.0), 1)
+    largest = tl.maximum(above, -below)
+    unit = tl.load(unit_ptr)
+    if SEARCH:
+        down, up = power_of_two(largest)
+        x = x * down[:, None]
+        whole = tl.div_rn(above * down, above * 0.0 + GREATEST)
+        if LEAST < 0:
+            whole = tl.maximum(whole, tl.div_rn(below * down, below * 0.0 + LEAST))
+        best, least = largest * 0.0, largest * 0.0 + float("inf")
+        candidate = tl.div_rn(largest * down, largest * 0.0 + STEPS)
+        # The largest magnitude, and shares of what clips nothing.
+        for attempt in range(shares + 1):
+            share = tl.load(shares_ptr + tl.maximum(attempt - 1, 0))
+            step = stored_in_units(tl.where(attempt == 0, candidate, whole * share), up, down, unit, SCALE)
+            _, off = levels_of(
+                x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
+            )
+            error = tl.where(step > 0, folded(off * off, ROWS, HALVINGS) * (step * step), float("inf"))
+            # The first is taken whatever its error is: of scales too small for the row it is infinite.
+            better = (error < least) | (attempt == 0)
+            best, least = tl.where(better, step, best), tl.where(better, error, least)
+        # The step of least squares.
+        level, _ = levels_of(
+            x, best, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
+        )
+        product, square = folded(x * level, ROWS, HALVINGS), folded(level * level, ROWS, HALVINGS)
+        fits = (best > 0) & (product > 0) & (square > 0)
+        refined = tl.where(fits, tl.div_rn(product, tl.where(fits, square, 1.0)), best)
+        step = stored_in_units(refined, up, down, unit, SCALE)
+        _, off = levels_of(
+            x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
+        )
+        error = tl.where(step > 0, folded(off * off, ROWS, HALVINGS) * (step * step), float("inf"))
+        best = tl.where(error < least, step, best)
+        clip = best * STEPS * up
+    else:
+        clip = largest
+        if SCALE > 0:
+            clip = stored(tl.div_rn(largest, largest * 0.0 + STEPS), unit, SCALE) * STEPS
+    tl.store(clip_ptr + row, tl.minimum(clip, 3.4028234663852886e38), mask=row < rows)
+
+
+def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
+    """Write the clips of x into out; False where only the reference will do."""
+    form, shared = spec.format, spec.granularity
+    searched = searches(spec, method)
+    fits = out.shape == shared.clip_shape(x.shape) and out.dtype is torch.float32
+    if x.dtype not in FLOATS or not fits or not (searched or method == "max") or not x.numel():
+        return False
+    rows = shared.rows(x).contiguous()
+    count, n = rows.shape
+    columns = max(triton.next_power_of_2(n), search.COLUMNS)
+    if columns > LONGEST:
+        return False
+    clips = rows.new_empty(count, dtype=torch.float32)
+    unit = tensor_scale(rows.float(), form) if spec.scale == "e4m3" else clips.new_ones(())
+    shares, levels, edges = _tables(form, spec.scale, x.device)
+    per_program = max(ELEMENTS // columns, 1)
+    exponents = (form.mantissa_bits, form.least_exponent) if isinstance(form, FloatFormat) else (0, 0)
+    kind = EVEN if isinstance(form, Grid) else FLOATING_POINT if isinstance(form, FloatFormat) else TABLE
+    search_rows_kernel[(triton.cdiv(count, per_program),)](
+        *(rows, clips, unit, shares, levels, edges, count, n, len(shares), len(edges)),
+        KIND=kind.value,
+        LEAST=float(form.least),
+        GREATEST=float(form.greatest),
+        STEPS=float(form.steps),
+        MANTISSA=exponents[0],
+        LEAST_EXPONENT=exponents[1],
+        SCALE=list(SCALES).index(spec.scale),
+        SEARCH=searched,
+        ROWS=per_program,
+        HALVINGS=columns.bit_length() - 1,
+        num_warps=min(max(per_program * columns // 512, 1), 16),
+        # A product that is added would be rounded once instead of twice.
+        enable_fp_fusion=False,
+    )
+    out.copy_(shared.of_rows(clips, x.shape))
+    return True
+
+
+@functools.cache
+def _tables(form: Format, scale: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return shares of candidates, levels and edges on a device."""
+    shares = search.candidates(form, scale)
+    levels, edges = torch.zeros(1), torch.zeros(1)
+    if isinstance(form, Codebook) and not isinstance(form, FloatFormat):
+        levels, edges = torch.tensor(form.table), form.edges(torch.float32)
+    return torch.tensor(shares, device=device), levels.to(device), edges.to(device)
