@@ -145,7 +145,8 @@ class Config:
         """Return a configuration by its name, as it is often deployed; raise OctavError for an unknown one.
 
         "w4a8-g32-token" is 4 bits in groups of 32 for weights and 8 for each token of activations; "w4a16" leaves
-        activations float. Clips of groups are the largest magnitudes, with which transformers train best.
+        activations float. Clips of groups are the largest magnitudes, which are found soonest and train as well as
+        those of the least error (docs/study.md).
         """
         _check_choice("preset", name, PRESETS)
         return cls(**PRESETS[name])
