@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from octav_fx.capture.kinds import MISSING, kind_of
+from octav_fx.capture.kinds import MISSING, PLAIN, kind_of
 from octav_fx.capture.user_stack import caller, is_users
 from octav_fx.compat.modules import PART_ATTRIBUTES
 from octav_fx.errors import NotCaptured
@@ -32,6 +32,8 @@ class Reads:
     """Plain attributes by module and name, each with its kind before the trace; and the gradient mode if asked for."""
 
     attributes: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
+    # The same of values that the class of the module has, too: what sets them may be the user, on one module.
+    defaults: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
     # Set before it was read: what was there before does not matter.
     written: set[tuple[nn.Module, str]] = field(default_factory=set)
     gradient_mode: bool | None = None
@@ -40,14 +42,28 @@ class Reads:
         """Return the attributes that forward has both read and changed."""
         return [key for key, kind in self.attributes.items() if kind_of(_plain(*key)) != kind]
 
+    def settings(self) -> dict[tuple[nn.Module, str], Any]:
+        """Return the plain values that forward has read and not changed, those of classes too."""
+        return self.attributes | {key: kind for key, kind in self.defaults.items() if kind_of(_plain(*key)) == kind}
+
 
 def _plain(module: nn.Module, name: str) -> Any:
-    """Return a plain attribute, None for a parameter or buffer without a value, MISSING for none at all."""
+    """Return a plain attribute, of the module or its class, None for a parameter or buffer without a value, or MISSING.
+
+    MISSING also stands for what only a class has and is no plain value: methods and properties.
+    """
     held = object.__getattribute__(module, "__dict__")
     if name in held:
         return held[name]
     parts = [held[kind] for kind in PART_ATTRIBUTES if name in held.get(kind, ())]
-    return MISSING if not parts else parts[0][name]
+    return _of_class(module, name) if not parts else parts[0][name]
+
+
+def _of_class(module: nn.Module, name: str) -> Any:
+    """Return the plain value that a user's class gives its modules, MISSING for all else that a class has."""
+    kinds = type(module).__mro__
+    found = next((vars(kind)[name] for kind in kinds[: kinds.index(nn.Module)] if name in vars(kind)), MISSING)
+    return found if isinstance(found, PLAIN) else MISSING
 
 
 @contextmanager
@@ -87,7 +103,11 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
         value = MISSING if name in _INTERNAL or tracer.evaluating else _plain(module, name)
         if isinstance(value, Tensor) and key not in reads.written:
             tracer.read_first.add(key)
-        if name not in _INTERNAL and not tracer.evaluating and not hasattr(type(module), name):
+        # A value of the class that forward changes on the module is one that it makes anew, not one that it needs.
+        is_default = hasattr(type(module), name)
+        if is_default and value is not MISSING and isinstance(value, PLAIN) and key not in reads.written:
+            reads.defaults.setdefault(key, kind_of(value))
+        if name not in _INTERNAL and not tracer.evaluating and not is_default:
             # Tensors and modules have nodes of their own.
             is_part = isinstance(value, (nn.Module, Tensor))
             # Tracers look for names that are free.

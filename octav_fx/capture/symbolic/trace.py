@@ -70,7 +70,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             quiet(),
         ):
             graph = tracer.trace(root)
-            remembered = reads.remembered()
+            remembered, settings = reads.remembered(), reads.settings()
             # Also set on root, by the tracer: they are the graph's.
             constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
@@ -92,7 +92,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     attributes = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
     attributes += [
         (f"{paths[module] or FLOAT_MODULE}.{name}", kind)
-        for (module, name), kind in reads.attributes.items()
+        for (module, name), kind in settings.items()
         if module in paths and (module, name) not in remembered
     ]
     guards = take_guards(graph, root, kinds, attributes, reads.gradient_mode)
