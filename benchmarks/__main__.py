@@ -2,16 +2,30 @@
 
 import argparse
 
-from benchmarks import capture, compile, cost, demo, formats, graphs, inference, memory, pictures, readme, step, zoo
+from benchmarks import (
+    bytes,
+    capture,
+    compile,
+    cost,
+    demo,
+    formats,
+    graphs,
+    inference,
+    memory,
+    pictures,
+    readme,
+    step,
+    zoo,
+)
 
 _BENCHMARKS = {
+    "bytes": bytes.main,
     "capture": capture.main,
     "compile": compile.main,
     "cost": cost.main,
     "demo": demo.main,
     "formats": formats.main,
     "graphs": graphs.main,
-    "inference": inference.main,
     "memory": memory.main,
     "peers": step.peers,
     "pictures": pictures.main,
@@ -22,13 +36,17 @@ _BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev bench", description="Run a benchmark.")
-    parser.add_argument("name", choices=sorted([*_BENCHMARKS, "zoo"]))
+    parser.add_argument("name", choices=sorted([*_BENCHMARKS, "inference", "zoo"]))
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--limit", type=float, help="seconds of a batch of the zoo (default: all of it at once)")
     parser.add_argument("--only", default="*", help="glob of library/name in the zoo, such as 'timm/test_*'")
+    parser.add_argument("--nets", default="*", help="glob of the models of inference, such as 'resnet*'")
+    parser.add_argument("--batches", default="1,4,16", help="batches of inference (default 1,4,16)")
     arguments = parser.parse_args()
     if arguments.name == "zoo":
         zoo.main(arguments.limit, arguments.only)
+    elif arguments.name == "inference":
+        inference.main(arguments.rounds, arguments.nets, [int(batch) for batch in arguments.batches.split(",")])
     else:
         _BENCHMARKS[arguments.name](arguments.rounds)
 

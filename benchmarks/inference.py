@@ -1,16 +1,22 @@
-"""What inference costs: the float model, ours in each runtime, and what the runtime's own quantizer makes.
+"""What inference costs: the float model, ours in each runtime, and what other quantizers make.
 
 One process, one thread. Variants take turns; the least time of the calling thread counts, and ratios of it, because a
-shared machine only ever adds time. A variant is a row of VARIANTS: from a float model and a batch to a function that
-runs it. Models are untrained: time does not depend on the values.
+shared machine only ever adds time. A variant is a row of VARIANTS: from a case, a float model and a batch, to a
+function that runs it. Models are untrained: time does not depend on the values.
+
+A case is written to results/inference.json when it is done, and one that is there for the same sources is not measured
+again: so it can run in pieces, by --nets and --batches, and be broken off.
 """
 
 import copy
+import fnmatch
 import importlib
 import importlib.metadata
+import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,23 +29,66 @@ from benchmarks import models, result
 from octav_fx import Config
 from octav_fx.deploy.runtimes import onnx_session
 
-MODELS: Final = ("resnet18", "mobilenet_v2", "encoder")
-BATCH: Final = 4
+MODELS: Final = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "vit_b_16", "encoder", "gpt")
+BATCHES: Final = (1, 4, 16)
 # Runs of each variant in a round.
 _RUNS: Final = 4
 # What the others are compared with, in their own runtime.
 FLOAT: Final = "float onnxruntime"
 EAGER: Final = "float PyTorch eager"
 COMPILED: Final = "float PyTorch Inductor"
+OPENVINO: Final = "float OpenVINO"
 
 Run = Callable[[], Any]
-Make = Callable[[nn.Module, Tensor, Path], Run]
 
 
-def _load(name: str) -> tuple[nn.Module, Tensor]:
-    """The model in eval mode, and 4 images of 224 px or 4 sequences of 128 tokens."""
+@dataclass(frozen=True)
+class Case:
+    """A float model in eval mode, a batch for it, and a folder for files."""
+
+    model: nn.Module
+    x: Tensor
+    folder: Path
+    _made: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what make() returns, made once for each name: variants share what takes long."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
+    def last(self) -> Tensor:
+        """Return the batch, images channels last, as convolutions on a CPU want them."""
+        return self.x.contiguous(memory_format=torch.channels_last) if self.x.dim() == 4 else self.x
+
+
+Make = Callable[[Case], Run]
+
+
+class GPT(nn.Module):
+    """Four pre-norm transformer layers, 256 wide with 4 heads, causal, and the next of 1000 tokens at each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 4, nn.LayerNorm(256), enable_nested_tensor=False)
+        self.tokens, self.head = nn.Embedding(1000, 256), nn.Linear(256, 1000)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(128), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [batch, 128] -> logits [batch, 128, 1000]."""
+        logits: Tensor = self.head(self.blocks(self.tokens(tokens), self.mask))
+        return logits
+
+
+def load(name: str, batch: int) -> tuple[nn.Module, Tensor]:
+    """The model in eval mode, and images of 224 px or sequences of 128 tokens."""
+    torch.manual_seed(0)
+    if name == "gpt":
+        return GPT().eval(), torch.randint(0, 1000, (batch, 128))
     model, x, _ = models.load(name)
-    return model.eval(), x[:BATCH] if x.dim() == 3 else torch.randn(BATCH, 3, 224, 224)
+    return model.eval(), torch.randn(batch, *(x.shape[1:] if x.dim() == 3 else (3, 224, 224)))
 
 
 def _session(path: Path, x: Tensor) -> Run:
@@ -48,60 +97,104 @@ def _session(path: Path, x: Tensor) -> Run:
     return lambda: session.run(None, feed)
 
 
-def _float_file(model: nn.Module, x: Tensor, path: Path) -> Path:
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    program.save(str(path))
-    return path
+def _float_file(case: Case) -> Path:
+    def write() -> Path:
+        program = torch.onnx.export(case.model, (case.x,), dynamo=True, verbose=False)
+        assert program is not None
+        program.save(str(case.folder / "float.onnx"))
+        return case.folder / "float.onnx"
+
+    return Path(case.once("float file", write))
 
 
-def _float_onnx(model: nn.Module, x: Tensor, folder: Path) -> Run:
-    return _session(_float_file(model, x, folder / "float.onnx"), x)
+def _float_onnx(case: Case) -> Run:
+    return _session(_float_file(case), case.x)
 
 
-def _static(model: nn.Module, x: Tensor, folder: Path) -> Run:
+def _static(case: Case) -> Run:
     """Onnxruntime's own: unsigned activations, signed weights for each channel, calibrated on the batch."""
     tools: Any = importlib.import_module("onnxruntime.quantization")
-    source, prepared, target = (folder / f"{name}.onnx" for name in ("source", "prepared", "static"))
-    _float_file(model, x, source)
+    source = _float_file(case)
+    prepared, target = (case.folder / f"{name}.onnx" for name in ("prepared", "static"))
     tools.shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-    batches = iter([{onnx_session(source, 1).get_inputs()[0].name: x.numpy()}])
+    batches = iter([{onnx_session(source, 1).get_inputs()[0].name: case.x.numpy()}])
     reader = type("Reader", (tools.CalibrationDataReader,), {"get_next": lambda self: next(batches, None)})
     kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
     tools.quantize_static(str(prepared), str(target), reader(), per_channel=True, **kinds)
-    return _session(target, x)
+    return _session(target, case.x)
 
 
-def _ours(model: nn.Module, x: Tensor, config: Config) -> nn.Module:
-    q = octav_fx.quantize(model, x, config)
-    return octav_fx.freeze(octav_fx.calibrate(q, [x]))
+def _ours(case: Case, config: Config) -> nn.Module:
+    def make() -> nn.Module:
+        q = octav_fx.quantize(case.model, case.x[:1], config)
+        return octav_fx.freeze(octav_fx.calibrate(q, [case.x[:1]]))
+
+    made: nn.Module = case.once(repr(config), make)
+    return made
 
 
-def _our_onnx(weight_bits: int, activation_bits: int, residual_bits: int | None = 8) -> Make:
-    config = Config(weight_bits, activation_bits, residual_bits=residual_bits)
+def _our_file(case: Case, config: Config) -> Path:
+    def write() -> Path:
+        path = case.folder / f"ours-{config.weight_bits}-{config.activation_bits}-{config.residual_bits}.onnx"
+        octav_fx.export_onnx(_ours(case, config), case.x, path)
+        return path
 
-    def make(model: nn.Module, x: Tensor, folder: Path) -> Run:
-        path = folder / "ours.onnx"
-        octav_fx.export_onnx(_ours(model, x, config), x, path)
-        return _session(path, x)
-
-    return make
+    return Path(case.once(f"file {config!r}", write))
 
 
-def _last(x: Tensor) -> Tensor:
-    """Return images channels last, as convolutions on a CPU want them."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+def _our_onnx(config: Config) -> Make:
+    return lambda case: _session(_our_file(case, config), case.x)
 
 
-def _eager(model: nn.Module, x: Tensor, folder: Path) -> Run:
-    own: Any = copy.deepcopy(model)
-    return _warm(own.to(memory_format=torch.channels_last), _last(x))
+def _in_openvino(path: Path, x: Tensor) -> Run:
+    core = importlib.import_module("openvino").Core()
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    return _openvino_run(core.compile_model(str(path), "CPU", options), x)
 
 
-def _compiled(model: nn.Module, x: Tensor, folder: Path) -> Run:
+def _openvino_run(model: Any, x: Tensor) -> Run:
+    request, given = model.create_infer_request(), [x.numpy()]
+    return lambda: request.infer(given)
+
+
+def _nncf(case: Case) -> Run:
+    """NNCF's post-training quantization of the float file, calibrated on the batch."""
+    nncf: Any = importlib.import_module("nncf")
+    core = importlib.import_module("openvino").Core()
+    quantized = nncf.quantize(core.read_model(str(_float_file(case))), nncf.Dataset([case.x.numpy()]))
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    return _openvino_run(core.compile_model(quantized, "CPU", options), case.x)
+
+
+def _torchao(case: Case) -> Run:
+    """The x86 flow of torchao through Inductor: export, prepare, calibrate, convert, compile with frozen weights."""
+    flow: Any = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
+    x86: Any = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    exported = torch.export.export(copy.deepcopy(case.model), (case.last,)).module()
+    prepared = flow.prepare_pt2e(exported, quantizer)
+    prepared(case.last)
+    return _frozen(flow.convert_pt2e(prepared), case.last)
+
+
+def _float_in(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    own: Any = copy.deepcopy(case.model)
+    x = case.last.to(dtype) if case.x.is_floating_point() else case.x
+    return own.to(dtype).to(memory_format=torch.channels_last), x
+
+
+def _eager(dtype: torch.dtype) -> Make:
+    return lambda case: _warm(*_float_in(case, dtype))
+
+
+def _compiled(dtype: torch.dtype) -> Make:
+    return lambda case: _frozen(*_float_in(case, dtype))
+
+
+def _frozen(model: Any, x: Tensor) -> Run:
     # Freezing: weights are constants, and laid out beforehand.
     with torch._inductor.config.patch(freezing=True):
-        return _warm(torch.compile(copy.deepcopy(model)), _last(x))
+        return _warm(torch.compile(model), x)
 
 
 def _warm(function: Callable[[Tensor], Any], x: Tensor) -> Run:
@@ -109,74 +202,118 @@ def _warm(function: Callable[[Tensor], Any], x: Tensor) -> Run:
     return lambda: function(x)
 
 
-def _our_torch(bits: int, *, is_compiled: bool) -> Make:
-    config = Config(bits, bits)
-
-    def make(model: nn.Module, x: Tensor, folder: Path) -> Run:
-        converted = octav_fx.convert(_ours(model, x, config))
-        return _warm(torch.compile(converted, backend="octav") if is_compiled else converted, _last(x))
+def _our_torch(config: Config, *, is_compiled: bool) -> Make:
+    def make(case: Case) -> Run:
+        converted = case.once(f"converted {config!r}", lambda: octav_fx.convert(_ours(case, config)))
+        return _warm(torch.compile(converted, backend="octav") if is_compiled else converted, case.last)
 
     return make
+
+
+def _bits(weight_bits: int, activation_bits: int, residual_bits: int | None = 8) -> Config:
+    return Config(weight_bits, activation_bits, residual_bits=residual_bits)
 
 
 # Variant -> how it is made, and what it is compared with.
 VARIANTS: Final[dict[str, tuple[Make, str]]] = {
     FLOAT: (_float_onnx, FLOAT),
     "onnxruntime's quantize_static": (_static, FLOAT),
-    "octav_fx W8A8 onnxruntime": (_our_onnx(8, 8), FLOAT),
-    "octav_fx W4A8 onnxruntime": (_our_onnx(4, 8), FLOAT),
-    "octav_fx W4A4 onnxruntime": (_our_onnx(4, 4), FLOAT),
-    "octav_fx W8A8 onnxruntime, residual_bits=None": (_our_onnx(8, 8, residual_bits=None), FLOAT),
-    EAGER: (_eager, EAGER),
-    "octav_fx W8A8 eager": (_our_torch(8, is_compiled=False), EAGER),
-    "octav_fx W4A4 eager": (_our_torch(4, is_compiled=False), EAGER),
-    COMPILED: (_compiled, COMPILED),
-    "octav_fx W8A8 compiled": (_our_torch(8, is_compiled=True), COMPILED),
-    "octav_fx W4A4 compiled": (_our_torch(4, is_compiled=True), COMPILED),
+    "octav_fx W8A8 onnxruntime": (_our_onnx(_bits(8, 8)), FLOAT),
+    "octav_fx W4A8 onnxruntime": (_our_onnx(_bits(4, 8)), FLOAT),
+    "octav_fx W4A4 onnxruntime": (_our_onnx(_bits(4, 4)), FLOAT),
+    "octav_fx W8A8 onnxruntime, residual_bits=None": (_our_onnx(_bits(8, 8, None)), FLOAT),
+    OPENVINO: (lambda case: _in_openvino(_float_file(case), case.x), OPENVINO),
+    "NNCF on OpenVINO": (_nncf, OPENVINO),
+    "octav_fx W8A8 OpenVINO": (lambda case: _in_openvino(_our_file(case, _bits(8, 8)), case.x), OPENVINO),
+    EAGER: (_eager(torch.float32), EAGER),
+    "bfloat16 PyTorch eager": (_eager(torch.bfloat16), EAGER),
+    "octav_fx W8A8 eager": (_our_torch(_bits(8, 8), is_compiled=False), EAGER),
+    "octav_fx W4A4 eager": (_our_torch(_bits(4, 4), is_compiled=False), EAGER),
+    COMPILED: (_compiled(torch.float32), COMPILED),
+    "bfloat16 PyTorch Inductor": (_compiled(torch.bfloat16), COMPILED),
+    "torchao's x86 flow, Inductor": (_torchao, COMPILED),
+    "octav_fx W8A8 compiled": (_our_torch(_bits(8, 8), is_compiled=True), COMPILED),
+    "octav_fx W4A4 compiled": (_our_torch(_bits(4, 4), is_compiled=True), COMPILED),
+    "octav_fx W8A8 compiled, residual_bits=None": (_our_torch(_bits(8, 8, None), is_compiled=True), COMPILED),
+}
+
+# What a variant needs that may not be there.
+_NEEDS: Final = {
+    OPENVINO: ("openvino",),
+    "NNCF on OpenVINO": ("nncf", "openvino"),
+    "octav_fx W8A8 OpenVINO": ("openvino",),
+    "torchao's x86 flow, Inductor": ("torchao",),
 }
 
 
-def main(rounds: int) -> None:
-    """Measure all variants and write results/inference.json."""
+def main(rounds: int, nets: str = "*", batches: Sequence[int] = BATCHES) -> None:
+    """Measure the cases that a glob of models and some batches name, and keep each when it is done."""
     torch.set_num_threads(1)
-    rows = [row for name in MODELS for row in measured(name, rounds)]
-    ratio = "the float variant it is compared with over the variant"
-    setting = {"threads": 1, "rounds": rounds, "runs": _RUNS, "batch": BATCH, "ratio": ratio}
-    result.write("inference", {"setting": setting, "versions": _versions(), "rows": rows})
+    rows = _known()
+    for name, batch in ((name, batch) for name in MODELS if fnmatch.fnmatch(name, nets) for batch in batches):
+        if not any(row["model"] == name and row["batch"] == batch for row in rows):
+            rows += measured(name, batch, rounds)
+            _keep(rows, rounds)
     print(tabulate(rows, headers="keys"))
 
 
-def measured(name: str, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each variant of a model."""
-    model, x = _load(name)
+def _known() -> list[dict[str, Any]]:
+    """Return the rows that are kept of these very sources."""
+    try:
+        kept = result.read("inference")
+    except FileNotFoundError:
+        return []
+    return list(kept["rows"]) if kept["setting"].get("sources") == result.sources() else []
+
+
+def _keep(rows: list[dict[str, Any]], rounds: int) -> None:
+    places = {(name, batch): (i, j) for i, name in enumerate(MODELS) for j, batch in enumerate(BATCHES)}
+    rows.sort(key=lambda row: places.get((row["model"], row["batch"]), (len(MODELS), row["batch"])))
+    ratio = "the float variant it is compared with over the variant"
+    setting = {"threads": 1, "rounds": rounds, "runs": _RUNS, "ratio": ratio, "sources": result.sources()}
+    result.write("inference", {"setting": setting, "versions": _versions(), "rows": rows})
+
+
+def measured(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each variant of a model at a batch."""
     runs: dict[str, Run] = {}
     notes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        case = Case(*load(name, batch), Path(folder))
         for variant, (make, _) in VARIANTS.items():
-            own = Path(folder) / str(len(runs) + len(notes))
-            own.mkdir()
+            if absent := [part for part in _NEEDS.get(variant, ()) if importlib.util.find_spec(part) is None]:
+                notes[variant] = f"not installed: {', '.join(absent)}"
+                continue
             try:
-                runs[variant] = make(model, x, own)
+                runs[variant] = make(case)
                 runs[variant]()
             except Exception as error:
-                notes[variant] = str(error).strip().splitlines()[-1][:200]
+                notes[variant] = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
                 runs.pop(variant, None)
-        least = dict.fromkeys(runs, float("inf"))
-        for _ in range(rounds):
-            for variant, run in runs.items():
-                for _ in range(_RUNS):
-                    start = time.thread_time()
-                    run()
-                    least[variant] = min(least[variant], time.thread_time() - start)
+        least = _least(runs, rounds)
     rows: list[dict[str, Any]] = []
     for variant, (_, base) in VARIANTS.items():
         t, known = least.get(variant), least.get(base)
         ms = None if t is None else round(1000 * t, 2)
         ratio = None if t is None or known is None else round(known / t, 2)
-        row = {"model": name, "variant": variant, "ms": ms, "compared with": base, "ratio": ratio}
+        row = {"model": name, "batch": batch, "variant": variant, "ms": ms, "compared with": base, "ratio": ratio}
         rows.append({**row, "note": notes.get(variant, "")})
+    torch._dynamo.reset()
     return rows
 
 
+def _least(runs: dict[str, Run], rounds: int) -> dict[str, float]:
+    """Return the least seconds of a run of each; all take turns."""
+    least = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for variant, run in runs.items():
+            for _ in range(_RUNS):
+                start = time.thread_time()
+                run()
+                least[variant] = min(least[variant], time.thread_time() - start)
+    return least
+
+
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("onnxruntime",)}
+    names = ("onnxruntime", "openvino", "nncf", "torchao")
+    return {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name) is not None}

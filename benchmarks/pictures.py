@@ -84,8 +84,9 @@ def _measured(path: Path) -> None:
 
 
 def values_of(name: str, field: str) -> dict[tuple[str, str], float | None]:
-    """Return a field of a committed result by variant and model."""
-    return {(row["variant"], row["model"]): row[field] for row in result.read(name)["rows"]}
+    """Return a field of a committed result by variant and model; of a batch of 4, where there are several."""
+    rows = [row for row in result.read(name)["rows"] if row.get("batch", 4) == 4]
+    return {(row["variant"], row["model"]): row[field] for row in rows}
 
 
 def _bars(

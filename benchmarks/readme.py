@@ -79,16 +79,24 @@ def _compile(found: dict[str, Any]) -> str:
 
 
 def _inference(found: dict[str, Any]) -> str:
-    """Return a row for each variant and a column for each model: milliseconds, and how many times as fast as float."""
-    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
-    variants = list(dict.fromkeys(row["variant"] for row in found["rows"]))
-    cells = {(row["variant"], row["model"]): _times(row) for row in found["rows"]}
-    rows = [[variant, *(cells[variant, model] for model in models)] for variant in variants]
-    title = "ms of one batch (times as fast as float in the same runtime)"
-    return f"{_where(found)}.\n\n{tabulate(rows, [title, *models], 'github', disable_numparse=True)}"
+    """Return a table for each batch, a row for each variant and a column for each model: milliseconds, and a ratio."""
+    tables = [_of_batch(found["rows"], batch) for batch in dict.fromkeys(row["batch"] for row in found["rows"])]
+    return "\n\n".join([f"{_where(found)}.", *tables])
+
+
+def _of_batch(rows: list[dict[str, Any]], batch: int) -> str:
+    rows = [row for row in rows if row["batch"] == batch]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    cells = {(row["variant"], row["model"]): _times(row) for row in rows}
+    lines = [[variant, *(cells.get((variant, model), "") for model in models)] for variant in variants]
+    title = f"ms of a batch of {batch} (times as fast as float in the same runtime)"
+    return tabulate(lines, [title, *models], "github", disable_numparse=True)
 
 
 def _times(row: dict[str, Any]) -> str:
+    if row["note"].startswith("not installed"):
+        return "not installed"
     return "fails" if row["ms"] is None or row["ratio"] is None else f"{row['ms']:.1f} ({row['ratio']:.2f})"
 
 

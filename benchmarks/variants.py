@@ -21,6 +21,8 @@ class Variant:
     prepare: Callable[[nn.Module, Tensor], nn.Module]
     # A torch.compile backend, or None: eager.
     backend: str | None = None
+    # What the backend is asked for besides.
+    options: dict[str, Any] | None = None
     note: str = ""
     # Forward runs under torch.autocast in bfloat16.
     autocast: bool = False
@@ -73,10 +75,12 @@ def _as_is(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
+_INTEGER = {"integer": "auto"}
 OWN = {
     "float eager": Variant(_as_is),
     "float Inductor": Variant(_as_is, "inductor"),
     "octav compiled": Variant(octav_fx.quantize, "octav"),
+    "octav compiled, integer": Variant(octav_fx.quantize, "octav", _INTEGER),
     "octav eager": Variant(octav_fx.quantize),
     "ten cold Newton steps, plain PyTorch eager": Variant(_plain),
 }
@@ -84,6 +88,7 @@ OWN = {
 AUTOCAST = {
     "float Inductor, bf16 autocast": Variant(_as_is, "inductor", autocast=True),
     "octav compiled, bf16 autocast": Variant(octav_fx.quantize, "octav", autocast=True),
+    "octav compiled, integer, bf16 autocast": Variant(octav_fx.quantize, "octav", _INTEGER, autocast=True),
 }
 VARIANTS = {
     **OWN,

@@ -37,7 +37,9 @@ def _prepare(model_name: str, variant_name: str) -> tuple[nn.Module, Callable[..
     model, x, target = models.load(model_name)
     variant = VARIANTS[variant_name]
     prepared = variant.prepare(model, x)
-    forward: Any = prepared if variant.backend is None else torch.compile(prepared, backend=variant.backend)
+    forward: Any = prepared
+    if variant.backend is not None:
+        forward = torch.compile(prepared, backend=variant.backend, options=variant.options)
     if variant.autocast:
         forward = torch.autocast("cpu", torch.bfloat16)(forward)
     return prepared, forward, x, target

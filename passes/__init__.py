@@ -12,14 +12,17 @@ from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
 from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
 from octav_fx.passes.convert.codes_between_layers import codes_between_layers
 from octav_fx.passes.convert.codes_of_sums import codes_of_sums
+from octav_fx.passes.convert.combine_codes import combine_codes
 from octav_fx.passes.convert.fold_affine_into_scale import fold_affine_into_scale
 from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
+from octav_fx.passes.convert.recode import recode
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
+from octav_fx.passes.lower.codes_in_forward import codes_in_forward
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
 from octav_fx.passes.lower.integer_matmul import integer_matmul
@@ -84,10 +87,12 @@ COMPUTE: Final[tuple[Any, ...]] = (
 
 # What convert() runs instead: the same arithmetic by oneDNN, where the CPU has it.
 INTEGERS: Final[tuple[Any, ...]] = (
+    combine_codes,  # first: sums and means between quantizers, which layers read and write as codes
     integer_layers,  # the layers themselves, with float results
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
     codes_between_layers,  # the codes that one layer's result alone decides
-    codes_of_sums,  # and those of two
+    recode,  # those that are read on another grid, too
+    codes_of_sums,  # and those of two, where the sum is in float
     pools_of_layers,  # those that codes_between_layers left
 )
 
@@ -104,6 +109,15 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
     return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
 
+def lower_passes(integer: str) -> tuple[Pass, ...]:
+    """Return LOWER, and codes_in_forward in it where integer, the option of the backend, is not "off"."""
+    if integer == "off":
+        return LOWER
+    # After levels_as_read, and before filters_channels_last: both ask who reads the levels of a weight.
+    at = LOWER.index(filters_channels_last)
+    return *LOWER[:at], codes_in_forward, *LOWER[at:]
+
+
 __all__ = [
     "COMPUTE",
     "CONVERT",
@@ -118,7 +132,9 @@ __all__ = [
     "choose_spec",
     "clamps_into_layers",
     "codes_between_layers",
+    "codes_in_forward",
     "codes_of_sums",
+    "combine_codes",
     "decompose_attention",
     "deduplicate_quantizers",
     "expand_products",
@@ -129,6 +145,7 @@ __all__ = [
     "integer_layers",
     "integer_matmul",
     "levels_as_read",
+    "lower_passes",
     "make_activations_static",
     "mask_from_codes",
     "multiply_codes",
@@ -137,6 +154,7 @@ __all__ = [
     "prepare_passes",
     "quantize_operands",
     "quantize_residuals",
+    "recode",
     "round_biases",
     "saturate_codes",
     "save_codes",

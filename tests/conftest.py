@@ -11,15 +11,17 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU Triton's kernels run interpreted, the same source on tensors of a CPU. Triton reads it when it is
+# imported, which torch does as soon as somebody counts floating point operations.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from octav_fx import zoo
 from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu
 from tests.support.examples import PROFILES
 
 torch.set_num_threads(1)
-# Read when triton is first imported. Without a GPU its kernels run interpreted, the same source on CPU tensors.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Sums of products are compared to the last bits of float32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 # Passes are checked after each other's work (octav_fx/ir/verify.py).

@@ -1,12 +1,17 @@
 """What every recipe's data has: batches that depend on the seed and the step alone, so that a run can be resumed."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
+
+# What a net is judged by: files for testing, for what is reported; or a part of the training files, which is then left
+# out of the training, for what is chosen.
+TEST: Final = "test"
+VALIDATION: Final = "validation"
 
 
 class Data(Protocol):
@@ -17,7 +22,7 @@ class Data(Protocol):
         ...
 
     def test(self) -> Iterator[Batch]:
-        """Return the whole test set, the same for every seed."""
+        """Return all that a net is judged by, the same for every seed."""
         ...
 
 

@@ -13,24 +13,24 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.study.data import Batch, generator
+from benchmarks.study.data import TEST, Batch, generator
 
 CHARACTERS: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
 PIXELS: Final = 32
 # Glyphs are kept at this size, and each use of one is a distorted view of it.
 _CANVAS: Final = 64
 _BASELINE: Final = 47
-# Of so many fonts one is for testing.
-_TEST_EVERY: Final = 4
+# Of so many fonts one is for testing, and of as many of the others one for validation.
+_EVERY: Final = 4
 _TEST_BATCH: Final = 310
 
 
-def fonts() -> tuple[list[Path], list[Path]]:
-    """Return the fonts for training and those for testing, by name; each has a glyph for every character."""
+def fonts(judged: str = TEST) -> tuple[list[Path], list[Path]]:
+    """Return the fonts for training and those to judge by, by name; each has a glyph for every character."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     usable = [path for path in sorted(folder.glob("*.ttf")) if _has_all(path)]
-    test = usable[_TEST_EVERY // 2 :: _TEST_EVERY]
-    return [path for path in usable if path not in test], test
+    train, test = _apart(usable)
+    return (train, test) if judged == TEST else _apart(train)
 
 
 @functools.cache
@@ -42,9 +42,9 @@ def rendered(paths: tuple[Path, ...]) -> Tensor:
 class Glyphs:
     """Images [N, 1, 32, 32] with about mean 0 and variance 1, labels [N] into CHARACTERS."""
 
-    def __init__(self, seed: int, batch: int, views: int) -> None:
-        """views: how many test images are made of each glyph of each test font."""
-        train, test = fonts()
+    def __init__(self, seed: int, batch: int, views: int, judged: str = TEST) -> None:
+        """views: how many images to judge by are made of each glyph of each font."""
+        train, test = fonts(judged)
         self.seed, self.size = seed, batch
         self.glyphs, test_glyphs = rendered(tuple(train)), rendered(tuple(test))
         labels = torch.arange(len(CHARACTERS)).repeat(len(test) * views)
@@ -79,6 +79,12 @@ def distorted(glyphs: Tensor, random: torch.Generator) -> Tensor:
     contrast = uniform(0.6, 1.0).view(-1, 1, 1, 1)
     noise = torch.randn(views.shape, generator=random)
     return (contrast * views + 0.1 * noise - 0.08) / 0.25
+
+
+def _apart(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Return all but every fourth, and every fourth."""
+    fourth = paths[_EVERY // 2 :: _EVERY]
+    return [path for path in paths if path not in fourth], fourth
 
 
 def _has_all(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """Curves and errors as pictures, from the files that hold them."""
 
 import csv
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -62,6 +61,35 @@ def losses(found: Mapping[Run, dict[str, Any]], table: Table, target: Path, size
     _panels(found, table, target, size, draw)
 
 
+def differences(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], target: Path) -> None:
+    """Plot by how much the runs of a label differ in score and training loss, a panel for each title."""
+    if not panels:
+        return
+    rows = [len(lines) for lines in panels.values()]
+    figure, grid = plt.subplots(
+        len(panels),
+        squeeze=False,
+        figsize=(9, 0.3 * sum(rows) + len(rows)),
+        height_ratios=[count + 1 for count in rows],
+        layout="constrained",
+    )
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=True):
+        for place, points in enumerate(lines.values()):
+            axes.plot([score for score, _ in points], [place] * len(points), "C0o", fillstyle="none")
+            axes.plot([loss for _, loss in points], [place] * len(points), "C1x")
+        axes.set_yticks(range(len(lines)), list(lines))
+        axes.invert_yaxis()
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_title(title, fontsize="small")
+    handles = [
+        Line2D([], [], color="C0", marker="o", fillstyle="none", linestyle="", label="bits per byte"),
+        Line2D([], [], color="C1", marker="x", linestyle="", label="training loss, last quarter"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small")
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
+
+
 def errors(found: Mapping[Run, dict[str, Any]], target: Path, size: str) -> None:
     """Plot SQNR over training, a panel for each net and kind of operand, a line for each method."""
     panels: dict[tuple[str, str, str], list[tuple[str, list[tuple[int, float]]]]] = {}
@@ -98,14 +126,14 @@ def _panels(
     draw: Callable[[Any, list[tuple[str, Run]]], None],
 ) -> None:
     """Draw a figure with a panel for each net of a table that has a finished run; without any, none."""
-    sized = [(label, dataclasses.replace(run, size=size)) for label, run in table.runs]
-    there = [(label, run) for label, run in sized if run in found and found[run]["final"] is not None]
-    nets = list(dict.fromkeys((run.recipe, run.net) for _, run in there))
-    if not nets:
+    there = [(label, run) for label, run in table.sized(size) if run in found and found[run]["final"] is not None]
+    columns = list(dict.fromkeys(run.column for _, run in there))
+    if not columns:
         return
-    figure, grid = plt.subplots(1, len(nets), figsize=(4.5 * len(nets), 3.5), layout="constrained", squeeze=False)
-    for axes, net in zip(grid.flat, nets, strict=True):
-        draw(axes, [(label, run) for label, run in there if (run.recipe, run.net) == net])
-        axes.set_title(", ".join(net))
+    width = 4.5 * len(columns)
+    figure, grid = plt.subplots(1, len(columns), figsize=(width, 3.5), layout="constrained", squeeze=False)
+    for axes, column in zip(grid.flat, columns, strict=True):
+        draw(axes, [(label, run) for label, run in there if run.column == column])
+        axes.set_title(", ".join(column))
     figure.savefig(target, dpi=90)
     plt.close(figure)

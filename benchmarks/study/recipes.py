@@ -19,8 +19,8 @@ from octav_fx import OctavError
 class Recipe:
     """One data set, one net and the schedule for both."""
 
-    # Of a seed; the test set is the same for all.
-    data: Callable[[int], Data]
+    # Of a seed and what it is judged by, which is the same for all seeds.
+    data: Callable[[int, str], Data]
     net: Callable[[], nn.Module]
     # "accuracy" in percent, more is better; "bits per byte", less is better.
     score: str
@@ -35,7 +35,7 @@ class Recipe:
     retrain_steps: int
     retrain_learning_rate: float
     label_smoothing: float = 0.0
-    # How often the test set is read, the last time after the last step.
+    # How often that is read, the last time after the last step.
     evaluations: int = 4
 
     def schedule(self, run: Run) -> "Recipe":
@@ -48,7 +48,7 @@ class Recipe:
 
 
 _RESNET: Final = Recipe(
-    data=lambda seed: Glyphs(seed, batch=128, views=12),
+    data=lambda seed, judged: Glyphs(seed, judged=judged, batch=128, views=12),
     net=lambda: ResNet(len(CHARACTERS), width=16, stride=2),
     score="accuracy",
     steps=320,
@@ -63,7 +63,7 @@ _RESNET: Final = Recipe(
 # Little weight decay, as in the paper (appendix E.1): depthwise filters have nine weights.
 _MOBILENET: Final = replace(
     _RESNET,
-    data=lambda seed: Glyphs(seed, batch=32, views=12),
+    data=lambda seed, judged: Glyphs(seed, judged=judged, batch=32, views=12),
     net=lambda: MobileNet(len(CHARACTERS), width=16, stride=2),
     steps=1200,
     warm_up=100,
@@ -71,7 +71,7 @@ _MOBILENET: Final = replace(
     retrain_steps=400,
 )
 _TEXT: Final = Recipe(
-    data=lambda seed: Text(seed, batch=8, length=128, windows=256),
+    data=lambda seed, judged: Text(seed, judged=judged, batch=8, length=128, windows=256),
     net=lambda: Transformer(SYMBOLS, width=128, depth=2, heads=4, length=128),
     score="bits per byte",
     steps=1000,
@@ -84,7 +84,7 @@ _TEXT: Final = Recipe(
 )
 _DIGITS: Final = replace(
     _RESNET,
-    data=lambda seed: Digits(seed, batch=32),
+    data=lambda seed, judged: Digits(seed, judged=judged, batch=32),
     net=lambda: ResNet(10, width=4, stride=2),
     steps=60,
     warm_up=6,
@@ -96,11 +96,19 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ("glyphs", "resnet", "small"): _RESNET,
     ("glyphs", "mobilenet", "small"): _MOBILENET,
     ("text", "transformer", "small"): _TEXT,
+    # A third of the time: for explanations, of which each takes several runs.
+    ("text", "transformer", "tiny"): replace(
+        _TEXT,
+        data=lambda seed, judged: Text(seed, judged=judged, batch=8, length=64, windows=512),
+        net=lambda: Transformer(SYMBOLS, width=64, depth=2, heads=2, length=64),
+        steps=800,
+        retrain_steps=240,
+    ),
     ("digits", "resnet", "small"): _DIGITS,
     ("digits", "mobilenet", "small"): replace(_DIGITS, net=lambda: MobileNet(10, width=4)),
     ("glyphs", "resnet", "large"): replace(
         _RESNET,
-        data=lambda seed: Glyphs(seed, batch=512, views=100),
+        data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
         net=lambda: ResNet(len(CHARACTERS), width=64),
         steps=20_000,
         warm_up=1_000,
@@ -110,7 +118,7 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ),
     ("glyphs", "mobilenet", "large"): replace(
         _MOBILENET,
-        data=lambda seed: Glyphs(seed, batch=512, views=100),
+        data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
         net=lambda: MobileNet(len(CHARACTERS), width=48),
         steps=20_000,
         warm_up=1_000,
@@ -120,7 +128,7 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ),
     ("text", "transformer", "large"): replace(
         _TEXT,
-        data=lambda seed: Text(seed, batch=64, length=1024, windows=512),
+        data=lambda seed, judged: Text(seed, judged=judged, batch=64, length=1024, windows=512),
         net=lambda: Transformer(SYMBOLS, width=768, depth=12, heads=12, length=1024),
         steps=20_000,
         warm_up=1_000,

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from benchmarks.study import plot, tables
 from benchmarks.study.measure import MOST
-from benchmarks.study.run import Run
+from benchmarks.study.run import FLOAT, Run
 from benchmarks.study.tables import TABLES, Table
 from examples.common import files
 
@@ -38,6 +38,7 @@ def write(results: Path, size: str = "small") -> str:
     plot.scores(found, TABLES["main"], _picture(results, "main", size), size)
     plot.losses(found, TABLES["main"], _picture(results, "losses", size), size)
     plot.errors(found, _picture(results, "errors", size), size)
+    plot.differences(_shown(found, size), _picture(results, "clips", size))
     return "\n\n".join(texts(found, size))
 
 
@@ -47,7 +48,7 @@ def _picture(results: Path, name: str, size: str) -> Path:
 
 def markdown(results: Path) -> str:
     """Return what the README says of the study in its small size: nothing where nothing has been run."""
-    found = {run: values for run, values in found_in(results).items() if run.size == "small"}
+    found = {run: values for run, values in found_in(results).items() if run.size != "large"}
     if not found:
         return ""
     environments = [values["environment"] for values in found.values()]
@@ -75,15 +76,20 @@ def texts(found: Found, size: str = "small") -> list[str]:
 
 
 def text(table: Table, found: Found, size: str = "small") -> str:
-    """Return a row for each label, a column for each net: mean and, of several seeds, least and greatest."""
-    sized = [(label, dataclasses.replace(run, size=size)) for label, run in table.runs]
-    columns = list(dict.fromkeys((run.recipe, run.net) for _, run in sized))
-    titles = [f"{recipe}, {net} ({_unit(found, recipe)})" for recipe, net in columns]
+    """Return a row for each label, a column for each net: mean and, of several seeds, least and greatest.
+
+    Of a table that tells labels apart from one of them, what compared() returns.
+    """
+    if table.against:
+        return compared(table, found, size)
+    sized = table.sized(size)
+    columns = list(dict.fromkeys(run.column for _, run in sized))
+    titles = [", ".join(column) + f" ({_unit(found, column[0])})" for column in columns]
     rows = []
     for label in dict.fromkeys(label for label, _ in sized):
         cells = []
         for column in columns:
-            runs = [run for name, run in sized if name == label and (run.recipe, run.net) == column]
+            runs = [run for name, run in sized if name == label and run.column == column]
             cells.append(cell([found[run] for run in runs if run in found], len(runs)))
         rows.append([label, *cells])
     return tabulate(rows, ["", *titles], "github", disable_numparse=True)
@@ -106,6 +112,71 @@ def cell(values: list[dict[str, Any]], wanted: int) -> str:
     if len(values) < wanted:
         parts.append(f"[{len(values)} of {wanted} seeds]")
     return " ".join(parts)
+
+
+def compared(table: Table, found: Found, size: str = "small") -> str:
+    """Return a row for each label: how many seeds, the mean score, and by how much it and the loss differ seed by seed.
+
+    The loss is that of the last quarter of the training: on text, of which little is read twice, it is a score, too,
+    and of many nets instead of one.
+    """
+    there = _finished(table, found, size)
+    differ = differences(table, found, size)
+    rows = []
+    for label in differ:
+        finals = [found[run]["final"] for name, run in there if name == label]
+        mean = f"{statistics.mean(finals):.3f}" if finals else "-"
+        shown = [_with_error([pair[i] for pair in differ[label]]) for i in (0, 1)]
+        rows.append([label, len(finals), mean, *(shown if label != table.against else ("", ""))])
+    unit = _unit(found, table.runs[0][1].recipe)
+    return tabulate(rows, ["", "seeds", unit, "difference", "of the training loss"], "github", disable_numparse=True)
+
+
+def differences(table: Table, found: Found, size: str) -> dict[str, list[tuple[float, float]]]:
+    """Return label -> by how much score and training loss differ from those of the table's reference, seed by seed."""
+    there = _finished(table, found, size)
+    others = {run.seed: found[run] for label, run in there if label == table.against}
+    differ: dict[str, list[tuple[float, float]]] = {label: [] for label, _ in table.runs}
+    for label, run in there:
+        if run.seed in others:
+            one, other = found[run], others[run.seed]
+            differ[label].append((one["final"] - other["final"], last_quarter(one) - last_quarter(other)))
+    return differ
+
+
+def last_quarter(values: dict[str, Any]) -> float:
+    """Return the mean loss of the last quarter of a training."""
+    curve = values["curve"]
+    return statistics.mean(loss for _, loss in curve[-(len(curve) // 4) :])
+
+
+def _finished(table: Table, found: Found, size: str) -> list[tuple[str, Run]]:
+    """Return the labelled runs that have a score."""
+    return [(label, run) for label, run in table.sized(size) if run in found and found[run]["final"] is not None]
+
+
+def _shown(found: Found, size: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return title -> differences, for each table that has them; without the reference, and float, which is far off."""
+    panels = {
+        f"{name}: against {table.against}": {
+            label: points
+            for label, points in differences(table, found, size).items()
+            if points and label not in (table.against, FLOAT)
+        }
+        for name, table in TABLES.items()
+        if table.against
+    }
+    return {title: lines for title, lines in panels.items() if lines}
+
+
+def _with_error(differences: list[float]) -> str:
+    """Return the mean and, of several seeds, its standard error."""
+    if not differences:
+        return "-"
+    mean = f"{statistics.mean(differences):+.3f}"
+    if len(differences) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(differences) / len(differences) ** 0.5:.3f}"
 
 
 def error_rows(found: Found, size: str = "small") -> list[dict[str, str]]:
@@ -157,7 +228,8 @@ def _column(run: Run) -> str:
 def _present(table: Table, found: Found, size: str) -> bool:
     # What the main table has, too, says nothing of another.
     shared = set() if table is TABLES["main"] else {run for _, run in TABLES["main"].runs}
-    return any(dataclasses.replace(run, size=size) in found for _, run in table.runs if run not in shared)
+    own = [sized for (_, sized), (_, run) in zip(table.sized(size), table.runs, strict=True) if run not in shared]
+    return any(run in found for run in own)
 
 
 def _unit(found: Found, recipe: str) -> str:

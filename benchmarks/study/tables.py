@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
+from benchmarks.study.data import TEST, VALIDATION
 from benchmarks.study.run import FLOAT, Run
 
 NETS: Final = (("glyphs", "resnet"), ("glyphs", "mobilenet"), ("text", "transformer"))
@@ -16,24 +17,52 @@ EVERY: Final = (*METHODS, *LATER)
 # Name -> gradients of weights and activations (arXiv 2206.06501, section 4.2).
 GRADIENTS: Final = {"STE": ("ste", "ste"), "PWL": ("pwl", "pwl"), "MAD": ("mad", "mad"), "MPH": ("mad", "pwl")}
 
+Labelled = tuple[tuple[str, Run], ...]
+
 
 @dataclass(frozen=True)
 class Table:
     """A row for each label, a column for each net; runs of one label and net differ in their seed."""
 
     title: str
-    runs: tuple[tuple[str, Run], ...]
+    runs: Labelled
     # Whether quantization errors are measured during the runs of seed 0.
     measured: bool = False
+    # The label from which the others are told apart, seed by seed; "": only scores are shown.
+    against: str = ""
+
+    def sized(self, size: str) -> Labelled:
+        """Return the runs in another size than small; those of a table with a size of its own as they are."""
+        return tuple((label, replace(run, size=size) if run.size == "small" else run) for label, run in self.runs)
 
 
-def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> tuple[tuple[str, Run], ...]:
+def _on(nets: tuple[tuple[str, str], ...], *labelled: tuple[str, Run]) -> Labelled:
     """Return each labelled run on each net."""
     return tuple((label, replace(run, recipe=recipe, net=net)) for label, run in labelled for recipe, net in nets)
 
 
 def _run(clip: str, **fields: object) -> Run:
     return Run("", "", clip, **fields)  # type: ignore[arg-type]
+
+
+# No gradient is cut.
+_STE: Final = {"weight_gradient": "ste", "activation_gradient": "ste"}
+
+
+def _tiny(seeds: int, *labelled: tuple[str, Run], judged: str = VALIDATION) -> Labelled:
+    """Return each labelled run on the tiny text net."""
+    return tuple(
+        (label, replace(run, recipe="text", net="transformer", size="tiny", judged=judged, seed=seed))
+        for label, run in labelled
+        for seed in range(seeds)
+    )
+
+
+def _short(labelled: Labelled) -> Labelled:
+    """Return labelled runs with a clip for each group of 32 weights and for each token."""
+    return tuple(
+        (label, replace(run, weight_granularity="group-32", activation_granularity="token")) for label, run in labelled
+    )
 
 
 TABLES: Final[dict[str, Table]] = {
@@ -116,6 +145,67 @@ TABLES: Final[dict[str, Table]] = {
             ("99.99", _run("percentile-99.99")),
             ("99.999", _run("percentile-99.999")),
         ),
+    ),
+    "residual": Table(
+        "octav, 4 bits, inputs of sums and of the global pool in float or at 8 bits, three seeds",
+        _on(
+            NETS[:2],
+            *(
+                (f"residual_bits={bits or None}", _run("octav", residual_bits=bits, seed=seed))
+                for seed in range(3)
+                for bits in (0, 8)
+            ),
+        ),
+    ),
+    # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
+    "clips, groups and tokens": Table(
+        "text, tiny, 4 bits, groups of 32 of weights and tokens of activations, judged by validation files",
+        _short(_tiny(6, *((clip, _run(clip)) for clip in ("max", "octav", "octav-tight")))),
+        against="max",
+    ),
+    "clips, channels and tensors": Table(
+        "text, tiny, 4 bits, channels of weights and whole activations, judged by validation files",
+        _tiny(
+            3,
+            ("octav", _run("octav")),
+            ("max", _run("max")),
+            ("octav-tight", _run("octav-tight")),
+            ("octav-tight for weights, octav for activations", _run("octav", experiment="tight-weights")),
+            ("octav for weights, octav-tight for activations", _run("octav", experiment="tight-activations")),
+            (FLOAT, _run(FLOAT)),
+        ),
+        against="octav",
+    ),
+    "clips, 8-bit activations": Table(
+        "text, tiny, 4 bits in groups of 32 for weights and 8 for tokens of activations, judged by test files",
+        _short(_tiny(3, *((clip, _run(clip, activation_bits=8)) for clip in ("max", "octav-tight")), judged=TEST)),
+        against="max",
+    ),
+    "experiments": Table(
+        "experiments, at most three seeds: text, tiny, 4 bits, groups of 32 and tokens, judged by validation files",
+        _short(
+            _tiny(
+                3,
+                ("max", _run("max")),
+                ("max, each clip 10 % less", _run("max", experiment="times-0.9")),
+                ("max, each clip 10 % more", _run("max", experiment="times-1.1")),
+                ("max, each clip up to 10 % more or less", _run("max", experiment="jittered")),
+                ("octav", _run("octav")),
+                ("octav, STE", _run("octav", **_STE)),
+                ("octav by its recursion, without the search", _run("octav", experiment="recursion")),
+                ("octav, clips of weights smoothed over steps", _run("octav", experiment="smoothed-weights")),
+                ("octav, errors of weights weighted by gradients", _run("octav", experiment="weighted-weights")),
+                ("octav for activations, max for weights", _run("octav", experiment="max-weights")),
+                ("octav for weights, max for activations", _run("octav", experiment="max-activations")),
+                ("octav-tight", _run("octav-tight")),
+                ("octav-tight, STE", _run("octav-tight", **_STE)),
+                ("octav-tight for weights, max for activations", _run("max", experiment="tight-weights")),
+                ("octav-tight for activations, max for weights", _run("max", experiment="tight-activations")),
+                ("octav-tight, clipped and not rounded", _run("octav-tight", experiment="clipped")),
+                ("octav-tight, rounded and not clipped", _run("octav-tight", experiment="rounded")),
+            )
+        ),
+        against="max",
     ),
     # Seconds, not minutes: to try the study out.
     "digits": Table(

@@ -3,53 +3,62 @@
 import functools
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from benchmarks.study.data import Batch, generator
+from benchmarks.study.data import TEST, Batch, generator
 
 SYMBOLS: Final = 256
 # Folders that are not the library itself, or that are tests of it.
 _LEFT_OUT: Final = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-# One file in so many is for testing.
-_TEST_SHARE: Final = 10
+# One file in so many is for testing, and one for validation.
+_SHARE: Final = 10
 _TEST_BATCH: Final = 32
 
 
-def files() -> tuple[list[Path], list[Path]]:
-    """Return the files for training and those for testing, chosen by a hash of the relative path alone."""
+def files(judged: str = TEST) -> tuple[list[Path], list[Path]]:
+    """Return the files for training and those to judge by, chosen by a hash of the relative path alone."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT & set(path.relative_to(root).parts)]
-    train: list[Path] = []
-    test: list[Path] = []
-    for path in paths:
-        (test if is_test(path.relative_to(root).as_posix()) else train).append(path)
-    return train, test
+    train, test = _apart(paths, lambda path: is_test(path.relative_to(root).as_posix()))
+    if judged == TEST:
+        return train, test
+    return _apart(train, lambda path: is_validation(path.relative_to(root).as_posix()))
 
 
 def is_test(relative: str) -> bool:
     """Return whether a file is for testing."""
-    return hashlib.sha256(relative.encode()).digest()[0] * _TEST_SHARE < 256
+    return hashlib.sha256(relative.encode()).digest()[0] * _SHARE < 256
+
+
+def is_validation(relative: str) -> bool:
+    """Return whether a file that is not for testing is for validation."""
+    return hashlib.sha256(relative.encode()).digest()[1] * _SHARE < 256
 
 
 @functools.cache
-def joined() -> tuple[Tensor, Tensor]:
-    """Return the bytes of the training files one after another, and of the test files; uint8."""
-    train, test = (b"\0".join(path.read_bytes() for path in paths) for paths in files())
+def joined(judged: str = TEST) -> tuple[Tensor, Tensor]:
+    """Return the bytes of the training files one after another, and of those to judge by; uint8."""
+    train, test = (b"\0".join(path.read_bytes() for path in paths) for paths in files(judged))
     return torch.frombuffer(bytearray(train), dtype=torch.uint8), torch.frombuffer(bytearray(test), dtype=torch.uint8)
+
+
+def _apart(paths: list[Path], chosen: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
+    """Return those that are not chosen, and those that are."""
+    return [path for path in paths if not chosen(path)], [path for path in paths if chosen(path)]
 
 
 class Text:
     """Bytes [N, length] and the bytes that follow each of them [N, length], as int64."""
 
-    def __init__(self, seed: int, batch: int, length: int, windows: int) -> None:
-        """windows: how many stretches of the test files are read, evenly spaced."""
+    def __init__(self, seed: int, batch: int, length: int, windows: int, judged: str = TEST) -> None:
+        """windows: how many stretches of the files to judge by are read, evenly spaced."""
         self.seed, self.size, self.length = seed, batch, length
-        self.train_bytes, test_bytes = joined()
+        self.train_bytes, test_bytes = joined(judged)
         starts = torch.linspace(0, len(test_bytes) - length - 1, windows).long()
         self.windows = _stretches(test_bytes, starts, length)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import octav_fx
 from benchmarks import result
-from benchmarks.study import measure, plot, recipes, run
+from benchmarks.study import experiments, measure, plot, recipes, run
 from benchmarks.study.data import Data
 from benchmarks.study.recipes import Recipe
 from benchmarks.study.run import FLOAT, Run
@@ -104,7 +104,7 @@ def _train(
     recipe = recipes.of(run)
     if steps is not None:
         recipe = dataclasses.replace(recipe, steps=steps, warm_up=min(recipe.warm_up, steps // 4))
-    data = recipe.data(run.seed)
+    data = recipe.data(run.seed, run.judged)
     model = prepared(run, recipe, data, parent, device)
     optimizer = _optimizer(recipe, model)
     measured = 0 if run.clip == FLOAT else measured
@@ -157,6 +157,8 @@ def prepared(run: Run, recipe: Recipe, data: Data, parent: Path | None, device: 
         return net.train()
     batches = [data.batch(step)[0].to(device) for step in range(CALIBRATION_BATCHES)]
     q = octav_fx.quantize(net.train(), batches[0], run.config(), strict=run.attention == "full")
+    if run.experiment:
+        experiments.apply(q, run.experiment)
     if run.clips == "static":
         octav_fx.freeze(octav_fx.calibrate(q, batches))
     return q

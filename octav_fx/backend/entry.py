@@ -26,12 +26,14 @@ from octav_fx.config import Config
 from octav_fx.errors import OctavError
 from octav_fx.ir.edits import Edit, Kind
 from octav_fx.ir.pipeline import Pass, run
-from octav_fx.passes import FUSE, LOWER, prepare_passes
+from octav_fx.passes import FUSE, lower_passes, prepare_passes
 
 _log = logging.getLogger("octav_fx")
 
-# Options of the backend itself: the fields of Config, and options of Inductor under one key.
-_OPTIONS: Final = (*(field.name for field in dataclasses.fields(Config)), "inductor")
+# Options of the backend itself: the fields of Config, whether forward multiplies codes, and options of Inductor under
+# one key.
+_OPTIONS: Final = (*(field.name for field in dataclasses.fields(Config)), "integer", "inductor")
+_INTEGER: Final = ("off", "auto")
 
 
 class _Refusal(OctavError, ShortenTraceback):
@@ -50,18 +52,19 @@ def octav(
 ) -> Callable[..., Any]:
     """Return the backend. A graph with quantizers in it is lowered; any other is quantized first.
 
-    options: the fields of octav_fx.Config, which say how a float model is quantized, and "inductor", a dict of options
-    for Inductor. mode: one of Inductor's. Raises OctavError for an option or a mode that does not exist.
+    options: the fields of octav_fx.Config, which say how a float model is quantized; "integer", "auto" to have forward
+    multiply integer codes on a CPU where that takes less time, or "off"; "inductor", a dict of options for Inductor.
+    mode: one of Inductor's. Raises OctavError for an option or a mode that does not exist.
     """
     try:
-        config, patches = _settings(options, mode)
+        config, lower, patches = _settings(options, mode)
         is_quantized = has_quantizers(gm) or is_within_quantized()
         gm, hints = (gm, []) if is_quantized else _quantize(gm, list(example_inputs), config)
     except OctavError as error:
         raise _Refusal(str(error)) from error
     inductor.register()
     patches = _layouts(example_inputs) | patches
-    patches |= {"joint_custom_pre_pass": _Stage(LOWER), "post_grad_custom_post_pass": _Stage(FUSE)}
+    patches |= {"joint_custom_pre_pass": _Stage(lower), "post_grad_custom_post_pass": _Stage(FUSE)}
     compiled: Any = compile_fx(gm, [*example_inputs, *hints], config_patches=patches)
     return functools.partial(_with_hints, compiled, hints) if hints else compiled
 
@@ -70,8 +73,8 @@ def _with_hints(compiled: Callable[..., Any], hints: list[Tensor], *args: Any) -
     return compiled(*args, *hints)
 
 
-def _settings(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Config, dict[str, Any]]:
-    """Return what to quantize with, and what to tell Inductor."""
+def _settings(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Config, tuple[Pass, ...], dict[str, Any]]:
+    """Return what to quantize with, what to lower with, and what to tell Inductor."""
     options = dict(options or {})
     if unknown := sorted(set(options) - set(_OPTIONS)):
         raise OctavError(f"options has no {', '.join(unknown)}; backend 'octav' takes {', '.join(_OPTIONS)}")
@@ -83,9 +86,12 @@ def _settings(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Conf
     modes = list_mode_options()
     if mode is not None and mode not in modes:
         raise OctavError(f"mode={mode!r}: one of {', '.join(modes)}")
+    integer = options.pop("integer", "off")
+    if integer not in _INTEGER:
+        raise OctavError(f"options['integer']={integer!r}: one of {', '.join(map(repr, _INTEGER))}")
     # No float keys or float mode have to be kept here, and training mode is compiled by itself.
     options.setdefault("fold_batchnorm", True)
-    return Config(**options), {**modes.get(mode or "default", {}), **patches}
+    return Config(**options), lower_passes(integer), {**modes.get(mode or "default", {}), **patches}
 
 
 def _layouts(example_inputs: Sequence[Any]) -> dict[str, Any]:
@@ -152,8 +158,8 @@ class _Stage(CustomGraphPass):
         run(graph.owning_module, self._passes)
 
     def uuid(self) -> Any:
-        """Return the key of Inductor's cache of compiled graphs: the sources of everything that decides the code."""
+        """Return the key of Inductor's cache of compiled graphs: the passes, and the sources of all that they ask."""
         # passes/ by itself: in a checkout it is a link, which rglob does not follow.
         folders = [Path(str(package.__file__)).parent for package in (octav_fx, octav_fx.passes)]
         files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
-        return get_hash_for_files(tuple(map(str, sorted(files))))
+        return get_hash_for_files(tuple(map(str, sorted(files))), " ".join(p.__name__ for p in self._passes))

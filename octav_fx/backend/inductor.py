@@ -2,14 +2,23 @@
 
 By itself Inductor would let each op allocate its result. Written into planned buffers instead, results reuse memory
 that is warm and mapped already; on a CPU fresh pages cost more than the passes that fill them. One op, divide, is code
-that Inductor generates.
+that Inductor generates; another, product_of_codes, allocates by itself.
 """
 
 from typing import Any, Final
 
 import torch
 
-from octav_fx.compat.inductor import ir, lowerings, make_pointwise, ops, planned_fake_mode, register_lowering
+from octav_fx.compat.inductor import (
+    fallback_handler,
+    ir,
+    lowerings,
+    make_pointwise,
+    ops,
+    planned_fake_mode,
+    register_lowering,
+)
+from octav_fx.ops.product_of_codes.op import product_of_codes
 from octav_fx.ops.register import REGISTERED
 
 
@@ -22,6 +31,8 @@ def register() -> None:
             register_lowering(packet.default, broadcast=True)(_divide)
         else:
             _register(name, packet)
+    if product_of_codes.default not in lowerings:
+        _register_channels_last(product_of_codes.default)
 
 
 # In inline assembly: tl's own division is exact in some versions of Triton, and in the settings of some users.
@@ -54,3 +65,13 @@ def _register(name: str, packet: Any) -> None:
             op_overload=packet.out,
         )
         return ir.TensorBox.create(call)
+
+
+def _register_channels_last(op: Any) -> None:
+    """Have a layer, whose result lies as its codes do, run with channels last."""
+
+    @register_lowering(op, type_promotion_kind=None)
+    def lower(codes: Any, *args: Any) -> Any:
+        if len(codes.get_size()) == 4:
+            codes = ir.ExternKernel.require_channels_last(codes)
+        return fallback_handler(op, add_to_fallback_set=False)(codes, *args)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.clips.mse import mse_search
-from octav_fx.clips.newton import max_abs, octav, octav_grid, octav_tight
+from octav_fx.clips.newton import max_abs, octav, octav_grid, octav_tight, power_of_two
 from octav_fx.clips.percentile import ONE_IN, percentile
 from octav_fx.clips.search import Store, search
 from octav_fx.formats.grid import Grid
@@ -45,9 +45,14 @@ SYNCED: Final = (*(name for name, method in METHODS.items() if method.by_sums), 
 def _store(spec: Spec, rows: Tensor) -> Store:
     """Return what rounds a step to the format of scales of a tensor."""
     if spec.scale == "float32":
-        return lambda step: step
+        return None
     unit, rounded = tensor_scale(rows, spec.format), SCALES[spec.scale]
     return lambda step: rounded(step, unit)
+
+
+def searches(spec: Spec, method: str) -> bool:
+    """Tell whether a method finds the clip of a spec by search.py."""
+    return METHODS[method].searches and (spec.granularity.is_short or not isinstance(spec.format, Grid))
 
 
 def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
@@ -55,10 +60,18 @@ def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
 
     Where the scale has a format of its own, clip / steps is a number of it.
     """
-    form, row = spec.format, METHODS[method]
-    store = _store(spec, rows)
-    is_usual = isinstance(form, Grid) and not spec.granularity.is_short
-    if row.searches and not is_usual:
-        return search(rows, form, store)
-    clip = row.solve(rows, torch.zeros_like(hint) if spec.granularity.is_short else hint, form)
-    return clip if spec.scale == "float32" else store(clip / form.steps) * form.steps
+    form, store = spec.format, _store(spec, rows)
+    if searches(spec, method):
+        return search(rows, form, spec.scale, store)
+    # Numbers of a format for scales are what they are only in the units of x.
+    scale = _scale(rows) if store is None else rows.new_ones(len(rows), 1)
+    known = torch.zeros_like(hint) if spec.granularity.is_short else hint / scale.squeeze(-1)
+    clip = METHODS[method].solve(rows / scale, known, form) * scale.squeeze(-1)
+    return clip if store is None else store(clip / form.steps) * form.steps
+
+
+def _scale(rows: Tensor) -> Tensor:
+    """Return what to divide rows [R, N] by, [R, 1], so that no sum overflows."""
+    if rows.shape[-1] == 0:
+        return rows.new_ones(rows.shape[0], 1)
+    return power_of_two(torch.where(rows.isfinite(), rows.abs(), 0).amax(-1, keepdim=True))

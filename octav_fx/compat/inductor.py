@@ -6,13 +6,14 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._inductor import ir, list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.lowering import lowerings, make_pointwise, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, make_pointwise, register_lowering
 from torch._inductor.virtualized import V, ops
 
 __all__ = [
     "CustomGraphPass",
     "ShortenTraceback",
     "compile_fx",
+    "fallback_handler",
     "get_hash_for_files",
     "ir",
     "list_mode_options",

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
     "CHECKS",
@@ -38,6 +39,7 @@ __all__ = [
     "storage_id",
     "validates_distributions",
     "version_of",
+    "without_modes",
 ]
 
 # F.grouped_mm under its older name.

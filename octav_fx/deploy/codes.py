@@ -12,11 +12,20 @@ from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn import StaticQuantizer
-from octav_fx.nn.integer import integer_codes, integer_conv, integer_linear, integer_sum, max_pool
+from octav_fx.nn.integer import (
+    code_mean,
+    code_sum,
+    integer_codes,
+    integer_conv,
+    integer_linear,
+    integer_sum,
+    max_pool,
+    recode,
+)
 from octav_fx.passes.convert.codes_between_layers import MOVING
 
 # Where the scale of the codes stands among the arguments.
-_SCALES: Final = {integer_codes: 1, integer_sum: 3}
+_SCALES: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, recode: 2}
 
 
 def codes_of_quantizers(
@@ -45,12 +54,8 @@ class _Run(fx.Interpreter):
     def __init__(self, module: IntegerModule) -> None:
         super().__init__(module)
         self.found: dict[str, list[Tensor]] = {}
-        # A quantizer that floats are read from, too, is called besides its codes.
-        called = {str(node.target) for node in module.graph.find_nodes(op="call_module")}
         scales = {node: _scale(node) for node in module.graph.nodes}
-        self.places = {
-            _last(node): scale for node, scale in scales.items() if scale is not None and scale not in called
-        }
+        self.places = {_last(node): scale for node, scale in scales.items() if scale is not None}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

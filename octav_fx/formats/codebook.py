@@ -54,7 +54,7 @@ class Codebook(Format):
 
     def codes(self, ratio: Tensor) -> Tensor:
         """See Format."""
-        return torch.bucketize(ratio, self._edges(ratio)).to(ratio.dtype) + self.low
+        return torch.bucketize(ratio.contiguous(), self.edges(ratio.dtype).to(ratio.device)).to(ratio.dtype) + self.low
 
     def levels(self, codes: Tensor) -> Tensor:
         """See Format."""
@@ -62,14 +62,14 @@ class Codebook(Format):
         # What is not finite has no code.
         return table[(codes.nan_to_num() - self.low).long().clamp(0, len(self.table) - 1)]
 
-    def _edges(self, ratio: Tensor) -> Tensor:
-        """Return the greatest number that belongs to each level but the highest, in the dtype of ratio."""
+    def edges(self, dtype: torch.dtype) -> Tensor:
+        """Return the greatest number of a dtype that belongs to each level but the highest, ascending."""
         levels = torch.tensor(self.table, dtype=torch.float64)
-        middles = ((levels[:-1] + levels[1:]) / 2).to(ratio.dtype)
+        middles = ((levels[:-1] + levels[1:]) / 2).to(dtype)
         above = torch.arange(self.low + 1, self.high + 1)
         # A tie at the middle goes up where the code above is even.
         down = middles.nextafter(torch.full_like(middles, -math.inf))
-        return torch.where(above % 2 == 0, down, middles).to(ratio.device)
+        return torch.where(above % 2 == 0, down, middles)
 
 
 def symmetric(magnitudes: list[float]) -> tuple[float, ...]:

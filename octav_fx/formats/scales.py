@@ -17,7 +17,11 @@ _SMALLEST: Final = 2.0**-9
 
 def tensor_scale(x: Tensor, form: Format) -> Tensor:
     """Return the float32 scale [] above the scales of groups: the group with the largest magnitude gets the largest."""
-    largest = torch.where(x.isfinite(), x.abs(), 0).amax() if x.numel() else x.new_zeros(())
+    return scale_for(torch.where(x.isfinite(), x.abs(), 0).amax() if x.numel() else x.new_zeros(()), form)
+
+
+def scale_for(largest: Tensor, form: Format) -> Tensor:
+    """Return the float32 scale [] of a tensor with this largest magnitude []."""
     fraction, exponent = torch.frexp(largest / (form.steps * E4M3.steps))
     return torch.ldexp((fraction * 2**_KEPT).ceil(), exponent - _KEPT)
 

@@ -5,18 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.ops import onednn
+from octav_fx.formats.grid import Grid
 from octav_fx.ops.integer_codes import reference
 from octav_fx.ops.integer_sum import reference as sums
-
-
-def bias_levels(codes: Tensor, step: Tensor, fraction: int) -> Tensor:
-    """Return the levels of an integer bias, codes int32 [C] and step float32 [C] -> float32 [C]: nn/static.py."""
-
-    def make() -> Tensor:
-        return codes.float() * (step / 2**fraction)
-
-    return make() if torch.compiler.is_compiling() else onednn.derived(codes, "levels", make)
 
 
 def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
@@ -25,6 +16,26 @@ def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
     if torch.compiler.is_compiling():
         return reference.integer_codes(x, scale, bits, signed)
     return torch.ops.octav.integer_codes.default(x, scale, bits, signed)
+
+
+def levels(codes: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """Return the levels of codes that count from the lowest, uint8 [...] -> float32 [...]: those of StaticQuantizer."""
+    return (codes.to(torch.float32) + Grid(bits, signed).low) * scale
+
+
+def code_sum(*args: Any) -> Tensor:
+    """Return the codes of the sum of two tensors of codes, uint8 [...] -> uint8 [...]: ops/code_sum."""
+    return torch.ops.octav.code_sum.default(*args)
+
+
+def code_mean(*args: Any) -> Tensor:
+    """Return the codes of the mean of codes over positions, uint8 [N, C, H, W] -> uint8 [N, C, ...]: ops/code_mean."""
+    return torch.ops.octav.code_mean.default(*args)
+
+
+def recode(*args: Any) -> Tensor:
+    """Return the codes of one grid of the levels that codes of another have, uint8 [...] -> uint8 [...]: ops/recode."""
+    return torch.ops.octav.recode.default(*args)
 
 
 def integer_conv(*args: Any, **kwargs: Any) -> Tensor:

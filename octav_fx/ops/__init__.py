@@ -4,6 +4,8 @@ reference.py is the definition in pure torch, kernel.cpp the CPU passes, kernel.
 shapes and gradient.
 """
 
+import octav_fx.ops.code_mean.op
+import octav_fx.ops.code_sum.op
 import octav_fx.ops.dequantize.op
 import octav_fx.ops.divide.op
 import octav_fx.ops.dynamic_fake_quantize.op
@@ -18,5 +20,7 @@ import octav_fx.ops.integer_sum.op
 import octav_fx.ops.learned_fake_quantize.op
 import octav_fx.ops.max_pool.op
 import octav_fx.ops.optimal_clip.op
+import octav_fx.ops.product_of_codes.op
 import octav_fx.ops.quantize.op
+import octav_fx.ops.recode.op
 import octav_fx.ops.synced_clip.op  # noqa: F401

@@ -7,12 +7,14 @@ for two kinds of CPU (setup.py). Without either the references run, three to ten
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.errors import OctavError
+from octav_fx.formats.granularity import Granularity
 
 # Named extensions, not -march=native: a cache folder shared by unlike machines must never hold what one cannot run.
 _ARCHITECTURE: Final = {
@@ -42,22 +45,32 @@ _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ct
 _SIGNATURES: Final = {
     "octav_optimal_clip": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
     "octav_percentile": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _LONG, _INT),
+    "octav_search": (*(_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _INT, _INT),),
     "octav_sweep": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT),
-    "octav_dequantize": (_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _INT),
-    "octav_fake_quantize": (*(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),),
+    "octav_dequantize": (_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
+    "octav_fake_quantize": (_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT),
     "octav_fake_quantize_backward": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT),
     ),
+    "octav_code_mean": (*(_POINTER,) * 4, *(_LONG,) * 3, *(_INT,) * 4, _FLOAT, _FLOAT),
+    "octav_code_sum": (*(_POINTER,) * 6, _LONG, *(_INT,) * 6, _FLOAT, _FLOAT, _INT),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
     "octav_max_pool": (_POINTER, _POINTER, _INT, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
+    "octav_recode": (*(_POINTER,) * 4, _LONG, *(_INT,) * 5),
+    "octav_operand": (_POINTER, _INT, _POINTER, _LONG, _INT, _INT, _POINTER, _INT),
+    "octav_filter_codes": (
+        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _POINTER, _INT),
+    ),
+    "octav_windows": (_POINTER, _POINTER, _POINTER, _INT, _INT),
+    "octav_scaled": (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _INT),
     "octav_fake_quantize_filters": (
         *(_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     ),
     "octav_fake_quantize_filters_backward": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     ),
-    "octav_quantize": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT),
+    "octav_quantize": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _FLOAT, _INT, _INT),
 }
 
 
@@ -152,6 +165,11 @@ def checked(clip: Tensor, shape: tuple[int, ...]) -> Tensor:
     return clip.to(torch.float32).contiguous()
 
 
+def bounds(low: float | None, high: float | None) -> tuple[float, float]:
+    """Return the bounds of a clamp as the kernels take them."""
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
 def types_of(op: str, *tensors: Tensor) -> list[int] | None:
     """Return the codes of the dtypes for the kernels of an op, or None, and warn where its reference takes long."""
     types = [TYPES[tensor.dtype] for tensor in tensors if tensor.dtype in TYPES]
@@ -197,6 +215,33 @@ def channel_layout(x: Tensor, dim: int | None) -> tuple[int, int, int] | None:
     channels = x.shape[dim]
     inner = x.stride(dim) if channels > 1 else 1
     return (x.numel() // (channels * inner) if channels * inner else 0), channels, inner
+
+
+# Tensors and a clip, contiguous where the pass reads them; out; (outer, channels, inner), a clip for each channel.
+_Run = Callable[[list[Tensor], Tensor, Tensor, tuple[int, int, int]], None]
+
+
+def each_stretch(run: _Run, inputs: list[Tensor], clip: Tensor, shared: Granularity, out: Tensor) -> bool:
+    """Run an elementwise pass over stretches that share a clip; False where out has gaps.
+
+    An input that does not lie as out does (strided, expanded, permuted) is copied into that layout first. Rows have to
+    lie one behind the other: out is written by way of a copy where its reduction axis is not the last one in memory.
+    """
+    clip = checked(clip, shared.clip_shape(out.shape))
+    if not shared.is_short:
+        if (layout := channel_layout(out, shared.channel)) is None:
+            return False
+        run([lying_as(x, out) for x in inputs], clip, out, layout)
+        return True
+    axis = range(out.dim())[shared.axis or 0]
+    order = [*sorted(set(range(out.dim())) - {axis}, key=out.stride().__getitem__, reverse=True), axis]
+    to, clip = out.permute(order), clip.permute(order).contiguous()
+    written = to if to.is_contiguous() else torch.empty_like(to, memory_format=torch.contiguous_format)
+    size = out.numel() // max(clip.numel(), 1)
+    run([x.permute(order).contiguous() for x in inputs], clip, written, (1, clip.numel(), size))
+    if written is not to:
+        to.copy_(written)
+    return True
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

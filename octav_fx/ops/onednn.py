@@ -5,7 +5,7 @@ slower) and compute f32(sum) * scale + bias, clamp, then rne(value * f32(1 / ste
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from octav_fx.compat.tensors import storage_id, version_of
+from octav_fx.compat.tensors import storage_id, version_of, without_modes
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.packing import unpack
 
@@ -37,6 +37,12 @@ def largest_product() -> int | None:
 
     Found by trying: what the CPU has is not what oneDNN uses where ONEDNN_MAX_CPU_ISA limits it.
     """
+    # A pass may ask while tensors are fake.
+    with without_modes():
+        return _largest_product()
+
+
+def _largest_product() -> int | None:
     x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
     expected, ones, zeros = 64 * 255 * 127, torch.ones(16), torch.zeros(16, dtype=torch.int32)
     try:
@@ -57,32 +63,48 @@ def largest_product() -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Derived:
-    codes: StorageWeakRef
-    version: int
+    storages: list[StorageWeakRef]
+    state: list[tuple[int, int, int]]
     value: Any
 
 
 _DERIVED: Final[dict[Hashable, _Derived]] = {}
 
 
-def derived(codes: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
-    """Return what make() returns, made once for the present values of the codes of a weight and each key.
+def derived(tensors: Sequence[Tensor | None], key: Hashable, make: Callable[[], Any]) -> Any:
+    """Return what make() returns, made once for the present values of some tensors and each key.
 
-    A write into codes, as by load_state_dict, makes it anew; it goes with the memory of the codes. So a packed weight
-    is part of no state. (A write through .data leaves no trace: copy the model after one.)
+    A write into one of them, as by load_state_dict, makes it anew; it goes with the memory of the first. So a packed
+    weight is part of no state. (A write through .data leaves no trace: copy the model after one.)
     """
-    storage = codes.untyped_storage()
-    # An address is taken by no other storage while a weak reference holds it.
-    place = (storage_id(codes), codes.data_ptr(), key)
-    version = version_of(codes)
+    # The address of a storage is taken by no other while a weak reference holds it.
+    state = [(storage_id(t), t.data_ptr(), version_of(t)) for t in tensors if t is not None]
+    place = (*state[0][:2], key)
     known = _DERIVED.get(place)
-    if known is not None and known.version == version:
+    if known is not None and known.state == state:
         return known.value
-    for gone in [other for other, entry in list(_DERIVED.items()) if entry.codes.expired()]:
+    for gone in [other for other, entry in list(_DERIVED.items()) if entry.storages[0].expired()]:
         _DERIVED.pop(gone, None)
-    made = _Derived(StorageWeakRef(storage), version, make())
+    made = _Derived([StorageWeakRef(t.untyped_storage()) for t in tensors if t is not None], state, make())
     _DERIVED[place] = made
     return made.value
+
+
+Run = Callable[[Tensor], Tensor | None]
+
+
+def planned(args: Sequence[Any], make: Callable[[], Run | None]) -> Run | None:
+    """Return make() for the arguments of integer_conv or integer_linear, made once for all inputs of a layer.
+
+    args: codes of the input, four others of its scale and grid, the codes of the weight, and so on, as the ops take
+    them. A network has many layers, and the Python of a call takes as long as a small one.
+    """
+    weight = args[4]
+    others = [value for value in args[1:] if isinstance(value, Tensor) and value is not weight]
+    rest = (tuple(value) if isinstance(value, (list, tuple)) else value for value in args[1:])
+    key = (args[0].dim(), *(value for value in rest if not isinstance(value, Tensor)))
+    made: Run | None = derived((weight, *others), key, make)
+    return made
 
 
 def integers(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -95,23 +117,17 @@ def largest_code(codes: Tensor) -> int:
     return int(codes.to(torch.int16).abs().amax()) if codes.numel() else 0
 
 
-def packed(
-    codes: Tensor, shape: tuple[int, ...], x_bits: int, key: Hashable, pack: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """Return the codes of a weight as pack(int8 of a shape) lays them out; None where oneDNN's sums are not exact."""
-
-    def make() -> Tensor | None:
-        w = integers(codes, shape)
-        return None if refusal(x_bits, largest_code(w)) else pack(w)
-
-    made: Tensor | None = derived(codes, (x_bits, key), make)
-    return made
-
-
 def channel_scale(x_scale: Tensor, w_scale: Tensor, channels: int) -> Tensor:
     """Return the product of the scales, [channels]."""
     scale = x_scale * w_scale
     return scale if scale.dim() else scale.expand(channels).contiguous()
+
+
+def bias_levels(bias: Tensor | None, scale: Tensor, fraction: int) -> Tensor | None:
+    """Return a bias [O] as float32: of an integer one, in 2**-fraction of a sum that counts scale [O], the levels."""
+    if bias is None or bias.dtype is not torch.int32:
+        return None if bias is None else bias.to(torch.float32)
+    return bias.float() * (scale / 2**fraction)
 
 
 @functools.cache
@@ -126,22 +142,16 @@ def zero_point(bits: int, signed: bool) -> int:
     return -Grid(bits, signed).low
 
 
-def epilogue(low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> "Epilogue":
-    """Return the last arguments of oneDNN's calls: clamp to low .. high, then to codes where there is a step."""
-    return _epilogue(low, high, None if step is None else float(step), bits, signed)
-
-
 # Scale and zero point of the result, its dtype, the name of the clamp, its bounds, and no algorithm.
 Epilogue = tuple[float, int, torch.dtype, str, list[float], str]
 
 
-# Scales change when a state is loaded; a few models' worth of them.
-@functools.lru_cache(4096)
-def _epilogue(low: float | None, high: float | None, step: float | None, bits: int, signed: bool) -> Epilogue:
+def epilogue(low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> Epilogue:
+    """Return the last arguments of oneDNN's calls: clamp to low .. high, then to codes where there is a step."""
     scale, zero, dtype = 1.0, 0, torch.float32
     if step is not None:
-        scale, zero, dtype = step, zero_point(bits, signed), torch.uint8
-        low, high = clamped(low, high, Grid(bits, signed), step)
+        scale, zero, dtype = float(step), zero_point(bits, signed), torch.uint8
+        low, high = clamped(low, high, Grid(bits, signed), scale)
     if low is None and high is None:
         return scale, zero, dtype, "none", [], ""
     if low == 0 and high is None:

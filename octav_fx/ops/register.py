@@ -83,6 +83,7 @@ def register_allocating(
     empty: Callable[..., Any],
     reference: Callable[..., Any],
     cpu: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = AS_TRACED,
 ) -> Any:
     """Register octav::name(arguments) -> returns, whose CPU kernel allocates its results itself; return the op.
 
@@ -97,7 +98,7 @@ def register_allocating(
         found = cpu(*args)
         return run_reference(*args) if found is None else found
 
-    torch.library.define(f"octav::{name}", f"({arguments}) -> {returns}", tags=AS_TRACED)
+    torch.library.define(f"octav::{name}", f"({arguments}) -> {returns}", tags=tags)
     for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu}.items():
         torch.library.impl(f"octav::{name}", key, run)
     torch.library.register_fake(f"octav::{name}", empty)

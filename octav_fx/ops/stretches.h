@@ -11,7 +11,8 @@ void stretches(int64_t outer, int64_t channels, int64_t inner, int threads, Pass
   const int64_t blocks = (inner + BLOCK - 1) / BLOCK, total = outer * channels * blocks;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && outer * channels * inner >= 4 * BLOCK)
   for (int64_t i = 0; i < total; i++) {
-    const int64_t stretch = i / blocks, at = (i % blocks) * BLOCK;
-    pass(stretch * inner + at, std::min(BLOCK, inner - at), stretch % channels);
+    // Rows are short and many: for them no division.
+    const int64_t stretch = blocks == 1 ? i : i / blocks, at = (i - stretch * blocks) * BLOCK;
+    pass(stretch * inner + at, std::min(BLOCK, inner - at), outer == 1 ? stretch : stretch % channels);
   }
 }

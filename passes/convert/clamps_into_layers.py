@@ -13,10 +13,9 @@ from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import op_of
 from octav_fx.nn.integer import integer_conv, integer_linear
+from octav_fx.passes.convert.multiply_codes import SAME
 
 LAYERS: Final = (integer_conv, integer_linear)
-# Modules that return their input in eval mode.
-_SAME: Final = ("dropout", "identity")
 
 
 def clamps_into_layers(gm: fx.GraphModule) -> list[Edit]:
@@ -43,7 +42,7 @@ def is_layer(node: fx.Node) -> bool:
 def _bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
     """Return the bounds of a node that clamps its one input, or returns it as it is; None for any other node."""
     op = op_of(node)
-    is_same = op is not None and op.name in _SAME and node.op == "call_module" and len(node.all_input_nodes) == 1
+    is_same = op is not None and op.name in SAME and node.op == "call_module" and len(node.all_input_nodes) == 1
     return (None, None) if is_same else clamp_bounds(node)
 
 

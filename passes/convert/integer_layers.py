@@ -3,11 +3,11 @@
     conv2d(quantizer(x), weight(), bias(), ...)  ->  integer_conv(codes, s, bits, signed, w, sw, shape, b, ...)
     linear(quantizer(x), weight(), bias())       ->  integer_linear(codes, s, bits, signed, w, sw, shape, b)
 
-    codes = integer_codes(x, s, bits, signed)        uint8, one for each quantizer
-    s, w, sw, b = quantizer.scale, weight.codes, weight.scale, the levels of bias
+    codes = integer_codes(x, s, bits, signed)        uint8, one for each quantizer: on_codes.py
+    s, w, sw, b = quantizer.scale, weight.codes, weight.scale, bias.codes
 
 The sum of products of levels is s * sw times the sum of products of codes, which is exact. Codes are stored as they
-were, and packed by the op when it first runs. A clamp that saturate_codes took away comes back, for a layer to do.
+were, and packed by the op when it first runs.
 """
 
 from typing import Any
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from octav_fx.formats.grid import Grid
-from octav_fx.ir.arguments import argument, called_module, module_input
+from octav_fx.ir.arguments import argument, called_module
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import copy_meta
 from octav_fx.ir.op import Op
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
-from octav_fx.nn.integer import bias_levels, integer_codes, integer_conv, integer_linear
+from octav_fx.nn.integer import integer_conv, integer_linear
 from octav_fx.ops import onednn
+from octav_fx.passes.convert.on_codes import grid_of, on_codes
 
 _FUNCTIONS = {"linear": integer_linear, **dict.fromkeys(("conv1d", "conv2d", "conv3d"), integer_conv)}
 # How the filters move.
@@ -34,7 +34,6 @@ _WINDOW = ("stride", "padding", "dilation")
 def integer_layers(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring. One edit for each matmul and convolution, done or declined."""
     edits: list[Edit] = []
-    codes: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in list(gm.graph.nodes):
         op = op_of(node)
         if op is None or op not in CONTRACTIONS:
@@ -43,7 +42,7 @@ def integer_layers(gm: fx.GraphModule) -> list[Edit]:
             edits.append(Edit.unsupported(node, reason))
             continue
         edits.append(Edit(site_of(node), "multiply", "integers"))
-        _rewrite(gm.graph, node, op, codes)
+        _rewrite(gm.graph, node, op)
     return edits
 
 
@@ -51,10 +50,13 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
     """Return why a layer cannot multiply codes, or None."""
     if op.name not in _FUNCTIONS:
         return f"oneDNN has no {op.name} of two quantized operands"
-    quantizer, weight = (called_module(argument(node, name)) for name in ("input", "weight"))
-    if not isinstance(quantizer, StaticQuantizer) or not isinstance(weight, IntegerWeight):
+    quantizer, weight = called_module(argument(node, "input")), called_module(argument(node, "weight"))
+    if isinstance(quantizer, StaticQuantizer) and quantizer.dim is not None:
+        return "a scale along an axis that is summed over"
+    grid = grid_of(argument(node, "input"))
+    if grid is None or not isinstance(weight, IntegerWeight):
         return "an operand is float"
-    if quantizer.dim is not None or weight.dim not in (None, 0):
+    if weight.dim not in (None, 0):
         return "a scale along an axis that is summed over"
     if weight.dtype is not torch.float32:
         return f"computes in {weight.dtype}"
@@ -62,21 +64,20 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
         return f"on {weight.codes.device}"
     if op.spatial and isinstance(padding := argument(node, "padding"), str):
         return f"padding {padding!r}"
-    return onednn.refusal(quantizer.bits, onednn.largest_code(weight.integers()))
+    return onednn.refusal(grid[0], onednn.largest_code(weight.integers()))
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, codes: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> None:
-    source, stored, bias = (argument(node, name) for name in ("input", "weight", "bias"))
-    quantizer, weight = module_of(source), module_of(stored)
-    assert isinstance(quantizer, StaticQuantizer) and isinstance(weight, IntegerWeight)
-    if source not in codes:
-        codes[source] = _codes(graph, source, quantizer)
-    x, scale = codes[source]
-    levels = _levels(graph, bias)
+def _rewrite(graph: fx.Graph, node: fx.Node, op: Op) -> None:
+    stored, bias = argument(node, "weight"), argument(node, "bias")
+    weight = module_of(stored)
+    assert isinstance(weight, IntegerWeight)
+    x = on_codes(argument(node, "input"))
+    codes, fraction = _bias(graph, bias)
     with graph.inserting_before(node):
         w, w_scale = (graph.get_attr(f"{stored.target}.{kind}") for kind in ("codes", "scale"))
-        operands = (x, scale, quantizer.bits, quantizer.signed, w, w_scale, weight.shape, levels)
-        new = graph.call_function(_FUNCTIONS[op.name], (*operands, *_window(node, op)))
+        operands = (x.codes, x.scale, x.bits, x.signed, w, w_scale, weight.shape, codes)
+        new = graph.call_function(_FUNCTIONS[op.name], (*operands, *_window(node, op)), fraction)
+    source = argument(node, "input")
     node.replace_all_uses_with(copy_meta(node, new))
     graph.erase_node(node)
     for unused in (source, stored, bias):
@@ -84,24 +85,13 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, codes: dict[fx.Node, tuple[
             graph.erase_node(unused)
 
 
-def _codes(graph: fx.Graph, source: fx.Node, quantizer: StaticQuantizer) -> tuple[fx.Node, fx.Node]:
-    """Insert the codes of a quantizer's input, clamped where its range is a part of its grid; and its scale."""
-    x, grid = module_input(source), Grid(quantizer.bits, quantizer.signed)
-    with graph.inserting_before(source):
-        if quantizer.range != (grid.low, grid.high):
-            x = graph.call_function(torch.clamp, (x, quantizer.floor, quantizer.ceiling))
-        scale = graph.get_attr(f"{source.target}.scale")
-        return graph.call_function(integer_codes, (x, scale, quantizer.bits, quantizer.signed)), scale
-
-
-def _levels(graph: fx.Graph, bias: Any) -> Any:
-    """Return the node of a bias: of an integer one the levels, which float32 holds as they are."""
+def _bias(graph: fx.Graph, bias: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the node of a bias, of an integer one the codes, and what says where their point is."""
     module = called_module(bias)
     if not isinstance(module, IntegerBias):
-        return bias
+        return bias, {}
     with graph.inserting_before(bias):
-        codes, step = (graph.get_attr(f"{bias.target}.{kind}") for kind in ("codes", "step"))
-        return graph.call_function(bias_levels, (codes, step, module.fraction))
+        return graph.get_attr(f"{bias.target}.codes"), {"fraction": module.fraction}
 
 
 def _window(node: fx.Node, op: Op) -> tuple[Any, ...]:

@@ -24,6 +24,8 @@ from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer_rule import EXACT, CodeMean, CodeSum, Rescale, codes_of
 from octav_fx.passes.convert.saturate_codes import SELECTING
 
+# Modules that return their input in eval mode.
+SAME: Final = frozenset({"dropout", "identity"})
 _SUMS: Final = "sums"
 _MEANS: Final = "means"
 
@@ -35,14 +37,15 @@ def multiply_codes(gm: fx.GraphModule) -> list[Edit]:
         if isinstance(called_module(node), IntegerBias):
             (layer,) = node.users
             edits.append(_layer(gm, layer, node))
-        elif len(sources := _sources(node)) == 2 and _is_op(node, "add") and _is_plain_sum(node):
+        elif len(sources := _sources(node)) == 2 and is_plain_sum(node):
             edits += _combined(gm, node, sources, _SUMS)
         elif len(sources) == 1 and is_global_mean(node):
             edits += _combined(gm, node, sources, _MEANS)
     return edits
 
 
-def _is_op(node: fx.Node, *names: str) -> bool:
+def is_op(node: fx.Node, *names: str) -> bool:
+    """Tell whether a node is a call of one of these ops."""
     op = op_of(node)
     return op is not None and op.name in names
 
@@ -57,8 +60,10 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if quantizer_of(source) is not None]
 
 
-def _is_plain_sum(node: fx.Node) -> bool:
-    return len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+def is_plain_sum(node: fx.Node) -> bool:
+    """Tell whether a node adds two values of the model and does nothing else."""
+    is_sum = is_op(node, "add") and len(node.args) == 2 and not node.kwargs
+    return is_sum and all(isinstance(a, fx.Node) for a in node.args)
 
 
 def result_of(node: fx.Node) -> tuple[fx.Node, StaticQuantizer] | None:
@@ -68,7 +73,7 @@ def result_of(node: fx.Node) -> tuple[fx.Node, StaticQuantizer] | None:
         if (quantizer := quantizer_of(reader)) is not None:
             called = node.graph.find_nodes(op="call_module", target=reader.target)
             return (reader, quantizer) if len(called) == 1 else None
-        if not _is_op(reader, *SELECTING):
+        if not is_op(reader, *SELECTING, *SAME):
             return None
         node = reader
     return None

@@ -14,19 +14,28 @@ value that has reached the ceiling of a clamp is raised by grid.ceiling_flag.
 
 Two masks in a row, that of the quantizer and that of the activation before it, become one: pass where the code is one
 of the grid's.
+
+    reshape(permute(where(outside(codes), 0, g)))  ->  where(outside(reshape(permute(codes))), 0, reshape(permute(g)))
+
+Gradients of the heads of attention are put together again behind their masks. There Inductor would write the mask's
+result in one order, and copy it into the other for the matmul that reads it: views of codes and g are free.
 """
 
 import torch
 from torch import fx
 
+from octav_fx.compat.tensors import OpOverload
 from octav_fx.formats.format import Format
 from octav_fx.formats.spec import spec_of
-from octav_fx.ir.calls import Arguments, arguments_of, update_arguments
+from octav_fx.ir.calls import Arguments, arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
 from octav_fx.ir.joint import CONVERT, COPIES, backward_of, closure, gradients_of, origin, replace
 from octav_fx.ir.meta import fake
 
 octav, aten = torch.ops.octav, torch.ops.aten
+
+_PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int, aten.t.default})
+_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
 def mask_from_codes(gm: fx.GraphModule) -> list[Edit]:
@@ -41,8 +50,8 @@ def mask_from_codes(gm: fx.GraphModule) -> list[Edit]:
         gradients = [node for node in gradients_of(codes) if arguments_of(node).gradient == "pwl"]
         masked = [_mask(gradient, codes) for gradient in gradients]
         answers = set() if _grid(call).signed else _answer(codes, backward)
-        for mask in masked:
-            _merge(mask, codes, answers)
+        for mask, read in masked:
+            _merge(mask, read, call, answers)
         if masked or answers:
             edits.append(Edit(str(call.x), "mask from codes", f"{len(masked)} of the clip, {len(answers)} of relu"))
     return edits
@@ -52,12 +61,19 @@ def _grid(call: Arguments) -> Format:
     return spec_of(call.spec).format
 
 
-def _mask(gradient: fx.Node, codes: fx.Node) -> fx.Node:
-    """Replace the gradient of a fake-quantizer by one that reads its codes; Inductor fuses it with its neighbours."""
+def _mask(gradient: fx.Node, codes: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Replace the gradient of a fake-quantizer by one that reads its codes; Inductor fuses it with its neighbours.
+
+    Return it, and the codes as it reads them.
+    """
     graph, call = gradient.graph, arguments_of(codes)
     grid, grad = _grid(call), arguments_of(gradient).grad
-    value = fake(grad)
-    with graph.inserting_before(gradient):
+    views = _order_behind(gradient)
+    *between, last = gradient, *views
+    with graph.inserting_before(last):
+        for view in views:
+            grad, codes = (_viewed(node, view) for node in (grad, codes))
+        value = fake(grad)
         code = _number(codes)
         outside = _outside(code, grid.low if grid.signed else grid.low - 1, grid.high)
         if call.ceiling is not None:
@@ -65,8 +81,19 @@ def _mask(gradient: fx.Node, codes: fx.Node) -> fx.Node:
             outside = insert_aten(graph, aten.bitwise_and.Tensor, outside, beyond)
         zero = insert_aten(graph, aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
         masked = insert_aten(graph, aten.where.self, outside, zero, grad)
-    replace(gradient, masked)
-    return masked
+    replace(last, masked)
+    for node in reversed(between):
+        graph.erase_node(node)
+    return masked, codes
+
+
+def _order_behind(node: fx.Node) -> list[fx.Node]:
+    """Return the views behind a node, each read by the next one alone, if they put its elements in another order."""
+    views: list[fx.Node] = []
+    while len(node.users) == 1 and (reader := next(iter(node.users))).target in _PERMUTATIONS | _RESHAPES:
+        views.append(reader)
+        node = reader
+    return views if any(view.target in _PERMUTATIONS for view in views) else []
 
 
 def _answer(codes: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
@@ -99,9 +126,9 @@ def _is_for_backward(question: fx.Node, backward: set[fx.Node]) -> bool:
     return backward.issuperset(readers)
 
 
-def _merge(masked: fx.Node, codes: fx.Node, answers: set[fx.Node]) -> None:
+def _merge(masked: fx.Node, codes: fx.Node, call: Arguments, answers: set[fx.Node]) -> None:
     """Make one mask of two in a row, of the activation after that of its quantizer: pass where 0 <= code <= high."""
-    graph, call = masked.graph, arguments_of(codes)
+    graph = masked.graph
     reader = next(iter(masked.users), None)
     if reader is None or len(masked.users) > 1 or reader.target is not aten.where.self:
         return
@@ -116,6 +143,16 @@ def _merge(masked: fx.Node, codes: fx.Node, answers: set[fx.Node]) -> None:
         outside = _outside(_number(codes), 0, _grid(call).high)
     update_arguments(reader, condition=outside, other=arguments_of(masked).other)
     graph.erase_node(masked)
+
+
+def _viewed(node: fx.Node, view: fx.Node) -> fx.Node:
+    """Return what a view makes of another node of the same shape."""
+    call, target = arguments_of(view), view.target
+    if isinstance(target, OpOverload) and target in _PERMUTATIONS:
+        return insert_call(node.graph, target, call, self=node)
+    # The other node may lie in memory in an order of which this is no view.
+    shape = call["shape" if target is aten.reshape.default else "size"]
+    return insert_aten(node.graph, aten.reshape.default, node, shape)
 
 
 def _outside(code: fx.Node, low: int, high: int) -> fx.Node:

@@ -25,7 +25,7 @@ def test_ratios_are_to_the_fastest_float_of_the_same_precision(monkeypatch) -> N
 
 def test_the_forward_of_a_variant_under_autocast_computes_in_bfloat16(monkeypatch) -> None:
     monkeypatch.setattr(models, "load", lambda name: (nn.Linear(3, 2), torch.randn(4, 3), torch.zeros(4).long()))
-    monkeypatch.setattr(torch, "compile", lambda model, backend: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
     for name in ("float Inductor", *AUTOCAST):
         _, forward, x, _ = worker._prepare("tiny", name)
         assert forward(x).dtype is (torch.bfloat16 if name in AUTOCAST else torch.float32)

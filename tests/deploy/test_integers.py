@@ -15,7 +15,7 @@ from octav_fx.capture.modules import IntegerModule
 from octav_fx.deploy.convert import integer_layers, rewritten, size_of
 from octav_fx.formats.grid import Grid
 from octav_fx.nn import StaticQuantizer
-from octav_fx.nn.integer import integer_codes, integer_conv, integer_linear, integer_sum
+from octav_fx.nn.integer import code_mean, code_sum, integer_codes, integer_conv, integer_linear, integer_sum, recode
 from octav_fx.ops import onednn
 from octav_fx.passes import CONVERT
 from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, images, made, named, relative
@@ -59,6 +59,10 @@ class Codes(fx.Interpreter):
                 scale = node.args[1]
             case target if target is integer_sum:
                 scale = node.args[3]
+            case target if target is code_sum:
+                scale = node.args[4]
+            case target if target in (code_mean, recode):
+                scale = node.args[2]
             case target if target in (integer_conv, integer_linear):
                 scale = node.kwargs.get("step")
         # Codes behind a pool or a flatten are compared where the quantizer was: after it.
@@ -72,7 +76,7 @@ class Codes(fx.Interpreter):
 
 
 def _moves(user: fx.Node) -> bool:
-    return getattr(user.target, "__name__", "") == "max_pool" or user.op == "call_module"
+    return getattr(user.target, "__name__", user.target) in ("max_pool", "flatten") or user.op == "call_module"
 
 
 def codes_on_levels(levels: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Tensor]]:
@@ -92,9 +96,10 @@ def codes_on_levels(levels: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("residual_bits", [None, 8])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "encoder", "gpt"])
-def test_codes_are_those_of_the_definition(name, bits):
-    q, _ = frozen(WHOLE[name], Config(*bits))
+def test_codes_are_those_of_the_definition(name, bits, residual_bits):
+    q, _ = frozen(WHOLE[name], Config(*bits, residual_bits=residual_bits))
     c, levels = convert(q), convert(q, integers=False)
     inputs = WHOLE[name].inputs(32)
     run = Codes(c, codes_on_levels(levels, inputs))
@@ -124,6 +129,16 @@ def test_the_graph_of_a_residual_block():
     # 20 convolutions; the image, behind the first pool and before the last layer; 7 sums that are read as codes.
     assert counts == {"integer_conv": 20, "integer_codes": 3, "integer_sum": 7, "integer_linear": 1}
     assert not [name for name in names if "quantizers" in name and not name.endswith((".codes", ".scale", ".step"))]
+
+
+def test_residuals_of_a_block_are_codes():
+    q, _ = frozen(named("resnet18"), Config(8, 8, residual_bits=8))
+    names = [getattr(node.target, "__name__", str(node.target)) for node in convert(q).graph.nodes]
+    found = {name: names.count(name) for name in dict.fromkeys(names) if "quantizers" not in name}
+    # Nothing is float between the image and the last layer.
+    layers = {"integer_codes": 1, "integer_conv": 20, "max_pool": 1, "code_sum": 8, "code_mean": 1, "integer_linear": 1}
+    ends = {"x": 1, "flatten": 1, "output": 1}
+    assert found == layers | ends
 
 
 def test_it_takes_no_more_memory_in_its_state():

@@ -199,3 +199,21 @@ def test_a_stride_over_positions_of_one_row():
     w = torch.randint(-128, 128, (8, 16, 1, 1)).to(torch.int8)
     given = (x, torch.tensor(1.0), 8, True, w, torch.ones(8), list(w.shape), None, [2, 2], [0, 0], [1, 1], 1)
     assert torch.equal(integer_conv(*given), reference.integer_conv(*given))
+
+
+def test_an_integer_bias_counts_parts_of_a_product():
+    given = arguments()
+    codes, scale = torch.randint(-(2**20), 2**20, (5,), dtype=torch.int32), given[1] * given[5]
+    expected = integer_conv(*given[:7], codes.float() * (scale / 16), *given[8:], step=torch.tensor(0.3))
+    args = (*given[:7], codes, *given[8:], None, None, torch.tensor(0.3), 8, False, 4)
+    assert torch.equal(integer_conv(*args), expected)
+    assert torch.equal(reference.integer_conv(*args), expected)
+
+
+def test_another_value_of_any_operand_counts():
+    given = (*arguments(), None, None, torch.tensor(0.3))
+    for position in (1, 5, 7, 14):
+        before = integer_conv(*given)
+        given[position].mul_(1.7)
+        assert torch.equal(integer_conv(*given), reference.integer_conv(*given))
+        assert not torch.equal(integer_conv(*given), before)

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from benchmarks.study.data import TEST, VALIDATION
 from benchmarks.study.digits import Digits
 from benchmarks.study.glyphs import CHARACTERS, Glyphs, fonts, rendered
 from benchmarks.study.text import Text, files, is_test, joined
 
 MAKE = {
-    "glyphs": lambda seed: Glyphs(seed, batch=310, views=1),
-    "text": lambda seed: Text(seed, batch=4, length=32, windows=8),
-    "digits": lambda seed: Digits(seed, batch=16),
+    "glyphs": lambda seed, judged=TEST: Glyphs(seed, 310, 1, judged),
+    "text": lambda seed, judged=TEST: Text(seed, 4, 32, 8, judged),
+    "digits": lambda seed, judged=TEST: Digits(seed, 16, judged),
 }
 
 
@@ -31,11 +32,20 @@ def test_a_batch_depends_on_seed_and_step_alone(name):
     assert not same(first, MAKE[name](1).batch(3))
 
 
+@pytest.mark.parametrize("judged", [TEST, VALIDATION])
 @pytest.mark.parametrize("name", MAKE)
-def test_the_test_set_is_the_same_for_every_seed(name):
-    first, second = list(MAKE[name](0).test()), list(MAKE[name](1).test())
+def test_what_a_net_is_judged_by_is_the_same_for_every_seed(name, judged):
+    first, second = list(MAKE[name](0, judged).test()), list(MAKE[name](1, judged).test())
     assert len(first) == len(second) > 0
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("of", [fonts, files])
+def test_validation_is_a_part_of_the_training_files(of):
+    (train, test), (fewer, validation) = of(), of(VALIDATION)
+    assert set(train) == {*fewer, *validation} and len(train) == len(fewer) + len(validation)
+    assert 0.05 < len(validation) / len(train) < 0.3
+    assert not set(validation) & set(test)
 
 
 def test_fonts_are_apart_and_have_every_glyph():
@@ -82,6 +92,12 @@ def test_targets_are_the_bytes_that_follow():
 
 
 def test_digits_are_apart():
-    data = Digits(0, batch=16)
-    ((test_images, _),) = data.test()
-    assert len(data.images) + len(test_images) == 1797
+    parts = []
+    for judged in (TEST, VALIDATION):
+        data = Digits(0, 16, judged)
+        ((images, labels),) = data.test()
+        assert len(data.images) == len(data.labels) and len(images) == len(labels)
+        parts.append((data.images, images))
+    (train, test), (fewer, validation) = parts
+    assert len(train) + len(test) == 1797
+    assert torch.equal(torch.cat([validation, fewer]), train)

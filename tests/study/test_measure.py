@@ -7,6 +7,7 @@ import torch
 
 import octav_fx
 from benchmarks.study import measure, recipes
+from benchmarks.study.data import TEST
 from benchmarks.study.nets import MobileNet, ResNet, Transformer
 from octav_fx.clips import newton
 from octav_fx.formats.grid import Grid
@@ -35,7 +36,7 @@ def test_kinds_of_operands():
 @pytest.mark.slow
 def test_sqnr_is_that_of_the_operand():
     recipe = recipes.RECIPES["digits", "resnet", "small"]
-    x = recipe.data(0).batch(0)[0]
+    x = recipe.data(0, TEST).batch(0)[0]
     q = octav_fx.quantize(recipe.net(), x)
     (row,) = [r for r in measure.operands(q, x) if (r["node"], r["operand"]) == ("blocks.0.first.0", "weight")]
     weight = q.get_parameter("blocks.0.first.0.weight").detach()

@@ -115,6 +115,20 @@ def test_a_cell_is_the_mean_of_its_seeds():
     assert summary.cell([], 1) == "-"
 
 
+def test_labels_are_told_apart_seed_by_seed():
+    labelled = [(clip, Run("text", "transformer", clip, seed=seed)) for clip in ("max", "octav") for seed in range(3)]
+    table = tables.Table("", tuple(labelled), against="max")
+    finals = {("max", 0): 3.0, ("max", 1): 3.5, ("octav", 0): 3.1, ("octav", 1): 3.7, ("octav", 2): 9.9}
+    curve = [[step, float(step)] for step in range(8)]
+    found = {run: result(run, finals[run.clip, run.seed]) for _, run in labelled if (run.clip, run.seed) in finals}
+    found = {run: {**values, "run": vars(run), "curve": curve} for run, values in found.items()}
+    found[labelled[3][1]]["curve"] = [*curve[:-1], [7, 8.0]]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in summary.text(table, found).splitlines()]
+    # Of the third seed there is nothing to compare with; the last quarter has two points.
+    assert rows[2] == ["max", "2", "3.250", "", ""]
+    assert rows[3] == ["octav", "3", "5.567", "+0.150 ± 0.050", "+0.250 ± 0.250"]
+
+
 def test_plots_and_errors_of_measured_runs(tmp_path):
     run = Run("glyphs", "resnet", "octav")
     row = {"kind": "3x3", "bits": 4, "operands": 3, "sqnr": 20.0, "cold": 7, "hinted": 2}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.study import recipes, tables, train
+from benchmarks.study.data import TEST
 from benchmarks.study.run import FLOAT, Run
 from examples.common import checkpoint, loop
 from octav_fx import OctavError
@@ -46,7 +47,7 @@ class Stopped(Exception):
 def test_the_loss_falls(tmp_path, monkeypatch, recipe, net, clip):
     key = (recipe, net, "small")
     row = recipes.RECIPES[key]
-    few = dataclasses.replace(row, data=lambda seed: First(row.data(seed), 16), evaluations=1)
+    few = dataclasses.replace(row, data=lambda *key: First(row.data(*key), 16), evaluations=1)
     monkeypatch.setitem(recipes.RECIPES, key, few)
     found = train.train(Run(recipe, net, clip), tmp_path, steps=8)
     losses = [point["loss"] for point in found["curve"]]
@@ -61,8 +62,8 @@ def test_a_stopped_run_goes_on_to_the_same_curve(tmp_path, monkeypatch, clip):
     train.train(run, tmp_path / "whole", steps=12)
     row = recipes.RECIPES["digits", "resnet", "small"]
 
-    def stopping(seed):
-        data = row.data(seed)
+    def stopping(*key):
+        data = row.data(*key)
         batch = data.batch
         # Between two checkpoints: steps 6 and 7 are done again.
         data.batch = lambda step: batch(step) if step != 8 else (_ for _ in ()).throw(Stopped)
@@ -133,7 +134,7 @@ def test_retraining_starts_from_the_float_net(tmp_path):
 def test_static_clips_stay(tmp_path):
     run = dataclasses.replace(DIGITS, clips="static")
     recipe = recipes.of(run)
-    model = train.prepared(run, recipe, recipe.data(0), None)
+    model = train.prepared(run, recipe, recipe.data(0, TEST), None)
     before = {name: value.clone() for name, value in model.named_buffers() if name.endswith(".clip")}
     assert len(before) > 20
     train.train(run, tmp_path, steps=3)
@@ -162,7 +163,7 @@ def curve(folder):
 @pytest.mark.parametrize("key", [key for key in recipes.RECIPES if key[2] == "large"])
 def test_large_nets_take_the_large_data(key):
     recipe, small = recipes.RECIPES[key], recipes.RECIPES[*key[:2], "small"]
-    x, _ = recipe.data(0).batch(0)
+    x, _ = recipe.data(0, TEST).batch(0)
     with torch.device("meta"):
         net, smaller = recipe.net(), small.net()
         assert net(x.to("meta")).shape[0] == len(x)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,13 +93,20 @@ def _solve_pass(which: int, method: int) -> Row:
     return Row("solve_pass_kernel", {**signature, "n": "i32:16"}, constexprs, num_warps=8)
 
 
-def _solve_tail(stage: int, kind: str, bins: str, infinite: int, shift: int, is_half: bool = False, **ones) -> Row:
-    pointers = {"x": kind, "hint": "*fp32", "clip": "*fp32", "bins": bins, "counters": "*i64", "numbers": "*fp64"}
+def _solve_tail(stage: int, dtype: int, pairs: bool = True, **ones) -> Row:
+    """A launch for bfloat16, float16 or float32; ones: what is 1 at a launch."""
+    infinite, shift, span = [(0x7F80, 0, 3072), (0x7C00, 0, 9216), (0x7F800000, 16, 3072)][dtype]
+    bins = "*i64" if shift and stage < 2 else "*i32"
+    pointers = {"x": "*i32" if pairs or shift else "*i16", "hint": "*fp32", "clip": "*fp32", "bins": bins}
+    pointers |= {"every_bin": "*i64" if shift else "*i32", "counters": "*i64", "numbers": "*fp64"}
     signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in pointers.items()}
-    constexprs = {"STAGE": stage, "SIGNED": True, "NOISE": 1 / 768, "INFINITE": infinite, "SHIFT": shift}
-    constexprs |= {"IS_HALF": is_half, "BLOCK": 2048, "CHUNK": 1024}
-    sizes = {"n": "i32:16", "keep": "fp32", **({} if ones else {"replicas": "i32"})}
-    return Row("solve_tail_kernel", {**signature, **sizes}, {**constexprs, **ones}, num_warps=8)
+    constexprs = {"STAGE": stage, "SPAN": [span, 2**15, 2**16][stage], "UNKNOWN": 14720, "SIGNED": True}
+    constexprs |= {"NOISE": 1 / 768, "INFINITE": infinite, "SHIFT": shift, "DTYPE": dtype}
+    constexprs |= {"PAIRS": pairs and not shift, "BLOCK": 2048, "CHUNK": 1024}
+    sizes = {"n": "i32:16", "keep": "fp32", "unit": "i32", **({} if ones else {"replicas": "i32"})}
+    # As solve_tail launches it on NVIDIA's.
+    registers = (("maxnreg", 96),)
+    return Row("solve_tail_kernel", {**signature, **sizes}, {**constexprs, **ones}, num_warps=8, options=registers)
 
 
 def _weights(kind: str, method: int, block: int, warps: int, fits: bool = True, count: int = 32) -> Row:
@@ -148,11 +156,11 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
     # bfloat16, float16 and float32.
     "kernels.solve_tail": (
-        *(_solve_tail(stage, "*i16", "*i32", 0x7F80, 0) for stage in range(2)),
-        _solve_tail(0, "*i16", "*i32", 0x7C00, 0, is_half=True),
-        _solve_tail(0, "*i32", "*i64", 0x7F800000, 16),
-        _solve_tail(2, "*i32", "*i32", 0x7F800000, 16),
-        _solve_tail(2, "*i32", "*i32", 0x7F800000, 16, replicas=1),
+        *(_solve_tail(stage, 0) for stage in range(2)),
+        _solve_tail(0, 0, pairs=False),
+        _solve_tail(0, 1),
+        *(_solve_tail(stage, 2) for stage in range(3)),
+        _solve_tail(2, 2, replicas=1),
     ),
     "int_matmul": (
         *_int_matmul(16, 3, 128, 256, 128, "sm_90"),
@@ -180,6 +188,8 @@ class Compiled:
     local: int | None = None
     # Shared memory of one program, in bytes.
     shared: int | None = None
+    # What sm_90 executes: the instructions in their order, each with its address.
+    machine: tuple[tuple[int, str], ...] = ()
 
 
 @functools.cache
@@ -224,7 +234,9 @@ def _compile(function, index: int, row: Row, target: str) -> Compiled:
     if target.startswith("sm_"):
         kernel = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
         registers, local = _usage(kernel.asm["cubin"])
-        return Compiled(index, row.kernel, target, kernel.asm["ptx"], registers, local, kernel.metadata.shared)
+        machine = _machine(kernel.asm["cubin"]) if target == "sm_90" else ()
+        return Compiled(index, row.kernel, target, kernel.asm["ptx"], registers, local, kernel.metadata.shared, machine)
+    options.pop("maxnreg", None)
     kernel = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
     return Compiled(index, row.kernel, target, kernel.asm["amdgcn"])
 
@@ -238,17 +250,39 @@ def _paths(position: int, kind: str | tuple[str, ...]) -> list[tuple[tuple[int, 
     return [((position,), kind)] if isinstance(kind, str) else [((position, i), one) for i, one in enumerate(kind)]
 
 
+def loops_with(machine: Sequence[tuple[int, str]], mnemonic: str) -> list[list[str]]:
+    """Return the instructions of each loop that has one of this name in it, innermost loops alone."""
+    jumps = [(int(m[1], 16), at) for at, text in machine if (m := re.search(r"\bBRA\b.* (?:0x)([0-9a-f]+)$", text))]
+    loops = [(begin, end) for begin, end in jumps if begin < end]
+    inner = [
+        (b, e) for b, e in loops if not any((b, e) != other and b <= other[0] and other[1] <= e for other in loops)
+    ]
+    found = [[text for at, text in machine if begin <= at <= end] for begin, end in inner]
+    return [texts for texts in found if any(mnemonic in text for text in texts)]
+
+
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory per thread, as cuobjdump, which Triton brings along, reads them."""
+    """Registers and bytes of local memory per thread."""
+    printed = _dumped(cubin, "-res-usage")
+    registers, stack, local = (int(_only(rf"\b{name}:(\d+)", printed)) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _machine(cubin: bytes) -> tuple[tuple[int, str], ...]:
+    """Return what the GPU executes."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) ;", _dumped(cubin, "-sass"))
+    return tuple((int(at, 16), text) for at, text in found)
+
+
+def _dumped(cubin: bytes, what: str) -> str:
+    """Return what cuobjdump, which Triton brings along, prints."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(_only(rf"\b{name}:(\d+)", printed)) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _only(pattern: str, text: str) -> str:

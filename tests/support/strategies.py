@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octav_fx.clips import methods
+from octav_fx.formats.granularity import TENSOR, Granularity
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.registry import format_of
+from octav_fx.formats.spec import Spec
 
 # "percentile" is another name of one of the others, as tests/clips/test_percentile.py asserts.
 METHODS = [name for name in methods.METHODS if name != "percentile"]
@@ -18,6 +21,8 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # What the C++ kernels take.
 NATIVE = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [0, 1, 2, 3, 5, 8, 17, 33]
+# One of each way to round, and grids of all kinds.
+FORMS = ["int4", "uint3", "int8-narrow", "e2m1", "e4m3", "ternary", "zero-free", "nf4"]
 # 1 / 512 is half of the smallest step for a clip of 1: multiples of it hit every tie of every grid.
 TIE = 1 / 512
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 1e30, -1e-40]
@@ -115,3 +120,16 @@ def laid_out(dtype: torch.dtype) -> list[torch.Tensor]:
         torch.empty(2, 3, 4, 10, dtype=dtype)[..., ::2],
         torch.empty(5, 3, 4, 2, dtype=dtype).transpose(0, 3),
     ]
+
+
+@st.composite
+def specs(draw: st.DrawFn, x: Tensor, forms: list[str], scales: list[str]) -> str:
+    """A spec of any granularity that x has; the axis of rows is counted from the front."""
+    axis = draw(st.integers(0, x.dim() - 1)) if x.dim() else None
+    shared = [TENSOR]
+    if axis is not None:
+        sizes = [size for size in (1, 2, 8, 16, 17, 32) if x.shape[axis] % size == 0]
+        groups = [Granularity("group", axis, size) for size in sizes]
+        shared += [Granularity("channel", axis), Granularity("token", axis), *groups]
+    form, scale = draw(st.sampled_from(forms)), draw(st.sampled_from(scales))
+    return str(Spec(format_of(form), draw(st.sampled_from(shared)), scale))

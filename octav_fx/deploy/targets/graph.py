@@ -1,6 +1,6 @@
 """Graph: an ONNX graph while a target rewrites it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from octav_fx.formats.packing import pack
 class Graph:
     """The graph of an onnx.ModelProto: who makes and who reads each value, and what a node is replaced by.
 
-    rewrite() goes over the nodes in their order; what it makes lies where the node was.
+    rewrite() goes over the nodes in their order; what it makes lies where the node was. parts: what the nodes of octav
+    stand for, by their keys.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, parts: Mapping[str, Any]) -> None:
         self.onnx = optional("onnx")
-        self.model, self.proto = model, model.graph
+        self.model, self.proto, self.parts = model, model.graph, parts
         self.constants = {tensor.name: tensor for tensor in self.proto.initializer}
         self._index(self.proto.node)
 
@@ -78,6 +79,12 @@ class Graph:
             data = value.to(_DTYPES[kind]).contiguous().numpy().tobytes()
         number = getattr(self.onnx.TensorProto, kind)
         self.constants[name] = self.onnx.helper.make_tensor(name, number, list(value.shape), data, raw=True)
+        return name
+
+    def domain(self, name: str) -> str:
+        """Let nodes be of a domain beside ONNX's own, in its first version, and return its name."""
+        if all(entry.domain != name for entry in self.model.opset_import):
+            self.model.opset_import.append(self.onnx.helper.make_opsetid(name, 1))
         return name
 
     def value(self, name: str) -> Tensor | None:

@@ -21,7 +21,7 @@ from octav_fx.formats.grid import Grid
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer, StoredWeight
 
 # In place of a scale of zero: far below every result, far above the subnormal numbers.
-_NOTHING: Final = 2.0**-100
+NOTHING: Final = 2.0**-100
 _BYTE: Final = 8
 _NIBBLE: Final = 4
 
@@ -43,7 +43,7 @@ class Target:
 
 def write(target: Target, model: Any, parts: Mapping[str, Part]) -> Any:
     """Return a translated model with the nodes of octav replaced by those of the target."""
-    graph = Graph(model)
+    graph = Graph(model, parts)
     for table in target.translations:
         graph.rewrite(functools.partial(_translation, graph, table))
     graph.rewrite(lambda node: _operand(target, graph, node, parts) if node.domain == DOMAIN else None)
@@ -76,6 +76,15 @@ def is_operand(graph: Graph, name: str, kind: str) -> bool:
     return maker is not None and maker.domain == DOMAIN and maker.op_type == kind
 
 
+def grouped_weight(graph: Graph, name: str) -> tuple[str, StoredWeight] | None:
+    """Return the key and the module of a weight in groups, by the name of its levels; None for any other value."""
+    if not is_operand(graph, name, "Weight"):
+        return None
+    key = attribute(graph.makers[name], "key").decode()
+    part = graph.parts[key]
+    return (key, part) if isinstance(part, StoredWeight) else None
+
+
 def weight_levels(graph: Graph, key: str, weight: IntegerWeight, output: str) -> list[Any]:
     """Return DequantizeLinear of int4 codes, or int8 above 4 bits."""
     kind = "INT4" if weight.bits <= _NIBBLE else "INT8"
@@ -95,7 +104,7 @@ def dequantized(
 ) -> Any:
     """Return DequantizeLinear of constant codes, with a zero point of zero."""
     # Zero where a channel is all zeros; runtimes want a scale to be none.
-    scales = graph.constant(f"{key}.scale", "FLOAT", torch.where(scale == 0, _NOTHING, scale))
+    scales = graph.constant(f"{key}.scale", "FLOAT", torch.where(scale == 0, NOTHING, scale))
     # Optional in the standard; onnxruntime wants it.
     zeros = graph.constant(f"{key}.zero", kind, torch.zeros_like(scale, dtype=torch.int8))
     axis = {} if dim is None else {"axis": dim}

@@ -6,10 +6,12 @@
     Add(MatMul(x, Transpose(w)), b)    Reshape(Gemm(Reshape(x), w, b))               QGemm
     LayerNormalization(Add(x, y))      LayerNormalization(Sum(x, y))
     ReduceMean(x, spatial axes)        GlobalAveragePool(x)                          QLinearGlobalAveragePool
+    Gemm(x, w of int4 in groups, b)    Add(MatMulNBits(x, codes, scales), b)         MatMulNBits
 
 What is in the right column, nn/integer_rule.py defines: the result is that of convert(q), to the bit. In float stay
 (onnxruntime 1.31) a convolution that anything else than one QuantizeLinear reads, a sum one of whose operands is float,
-and everything that is no contraction, sum, pool or move.
+and everything that is no contraction, sum, pool or move. MatMulNBits makes levels of a weight in groups as it goes, so
+that codes are all that is read; other weights in groups are blocks of DequantizeLinear.
 The codes of narrow weights are multiplied by 2**fraction when the file is loaded: see passes/convert/round_biases.py.
 """
 
@@ -19,17 +21,23 @@ import torch
 
 from octav_fx.deploy.targets.graph import Graph, attribute
 from octav_fx.deploy.targets.onnx import (
+    NOTHING,
     Target,
     activation_in_bytes,
     bias_apart,
     bias_of_rank_three,
     dequantized,
+    grouped_weight,
     is_operand,
     product_and_bias,
 )
+from octav_fx.formats.packing import pack
 from octav_fx.nn import IntegerBias, IntegerWeight
 
 _NIBBLE: Final = 4
+# Of MatMulNBits: the smallest block, and to compute with the floats of the input as they are.
+_LEAST_BLOCK: Final = 16
+_FLOAT32: Final = 1
 
 
 def _weight(graph: Graph, key: str, weight: IntegerWeight, output: str) -> list[Any]:
@@ -89,6 +97,45 @@ def _linear(graph: Graph, node: Any) -> list[Any] | None:
     return [flat, gemm, graph.node("Reshape", [gemm.output[0], sizes], output)]
 
 
+def _gemm(graph: Graph, node: Any) -> list[Any] | None:
+    if not attribute(node, "transB", 0) or any(attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return None
+    blocks = _blocks(graph, node, node.input[1])
+    if blocks is None or len(node.input) < 3 or not node.input[2]:
+        return blocks
+    output = blocks[0].output[0]
+    blocks[0].output[0] = f"{output}.product"
+    return [*blocks, graph.node("Add", [f"{output}.product", node.input[2]], output, f"{output}.add")]
+
+
+def _matmul(graph: Graph, node: Any) -> list[Any] | None:
+    transpose = graph.makers.get(node.input[1])
+    if transpose is None or transpose.op_type != "Transpose" or attribute(transpose, "perm", [1, 0]) != [1, 0]:
+        return None
+    return _blocks(graph, node, transpose.input[0])
+
+
+def _blocks(graph: Graph, node: Any, name: str) -> list[Any] | None:
+    """Return the product of floats and a weight [N, K] in groups along K, where onnxruntime has a kernel for it."""
+    if (found := grouped_weight(graph, name)) is None:
+        return None
+    key, weight = found
+    (rows, columns), size = weight.shape, weight.spec.granularity.size
+    is_power = size is not None and size >= _LEAST_BLOCK and size & (size - 1) == 0
+    if weight.spec.format.bits > _NIBBLE or weight.spec.granularity.axis != 1 or size is None or not is_power:
+        return None
+    # Nibbles count from the lowest code: the sign bit is turned.
+    codes = (pack(weight.integers()) ^ 0x88).reshape(rows, columns // size, size // 2)
+    scale = weight.scale.reshape(-1)
+    given = [
+        graph.constant(f"{key}.nibbles", "UINT8", codes),
+        graph.constant(f"{key}.scales", "FLOAT", torch.where(scale == 0, NOTHING, scale)),
+    ]
+    sizes = {"K": columns, "N": rows, "bits": _NIBBLE, "block_size": size, "accuracy_level": _FLOAT32}
+    domain = graph.domain("com.microsoft")
+    return [graph.node("MatMulNBits", [node.input[0], *given], node.output[0], node.name, domain=domain, **sizes)]
+
+
 def _mean(graph: Graph, node: Any) -> list[Any] | None:
     """Return the mean over the two spatial axes of quantized images as GlobalAveragePool."""
     axes = graph.value(node.input[1]) if len(node.input) > 1 else None
@@ -109,5 +156,8 @@ ONNXRUNTIME: Final = Target(
     _weight,
     activation_in_bytes,
     _bias,
-    ({"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _add, "ReduceMean": _mean},),
+    (
+        {"Gemm": _gemm, "MatMul": _matmul},
+        {"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _add, "ReduceMean": _mean},
+    ),
 )

@@ -3,31 +3,32 @@
 #include <cstdint>
 #include <limits>
 
-#include "../elements.h"
+#include "../levels.h"
 #include "../stretches.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 1024;
 
-template <class Code>
-void dequantize(const Code* __restrict codes, float step, float* __restrict out, int64_t n, int low, int high) {
+template <class Code, class Round>
+void dequantize(const Code* __restrict codes, float step, float* __restrict out, int64_t n, int low, int high,
+                Round round) {
   const int not_finite = std::numeric_limits<Code>::min(), saturated = 2 * (high + 1);
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const int code = low == 0 && codes[i] >= saturated ? codes[i] - saturated : codes[i];
-    const float level = float(std::min(std::max(code, low), high)) * step;
+    const float level = round.level(std::min(std::max(code, low), high)) * step;
     out[i] = codes[i] == not_finite ? std::numeric_limits<float>::quiet_NaN() : level;
   }
 }
 
 // Through floats in the nearest cache: a loop over bytes, floats and halves at once takes half as long again.
-template <class Code, class Y>
-void dequantize(const Code* codes, float step, Y* __restrict out, int64_t n, int low, int high) {
+template <class Code, class Y, class Round>
+void dequantize(const Code* codes, float step, Y* __restrict out, int64_t n, int low, int high, Round round) {
   float levels[CHUNK];
   for (int64_t at = 0; at < n; at += CHUNK) {
     const int64_t count = std::min(CHUNK, n - at);
-    dequantize(codes + at, step, levels, count, low, high);
+    dequantize(codes + at, step, levels, count, low, high, round);
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) out[at + i] = from_float<Y>(levels[i]);
   }
@@ -38,16 +39,17 @@ void dequantize(const Code* codes, float step, Y* __restrict out, int64_t n, int
 // codes, out: dense, [outer, channels, inner] in memory order, out of a type. clip: [channels]. bytes: those of one
 // code, 1 or 2.
 extern "C" void octav_dequantize(const void* codes, const float* clip, void* out, int type, int64_t outer,
-                                 int64_t channels, int64_t inner, int steps, int low, int high, int bytes,
-                                 int threads) {
+                                 int64_t channels, int64_t inner, const Levels* of, int bytes, int threads) {
   with_element(type, [=](auto element) {
     auto* to = static_cast<decltype(element)*>(out);
-    stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
-      const float step = clip[channel] / float(steps);
-      if (bytes == 1)
-        dequantize(static_cast<const int8_t*>(codes) + at, step, to + at, count, low, high);
-      else
-        dequantize(static_cast<const int16_t*>(codes) + at, step, to + at, count, low, high);
+    with_levels(*of, [=](auto round) {
+      stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
+        const float step = clip[channel] / of->steps;
+        if (bytes == 1)
+          dequantize(static_cast<const int8_t*>(codes) + at, step, to + at, count, of->low, of->high, round);
+        else
+          dequantize(static_cast<const int16_t*>(codes) + at, step, to + at, count, of->low, of->high, round);
+      });
     });
   });
 }

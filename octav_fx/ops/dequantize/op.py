@@ -1,14 +1,15 @@
 """torch.ops.octav.dequantize: the levels that codes stand for."""
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from octav_fx.formats.granularity import clip_shape
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.dequantize import reference
+from octav_fx.ops.levels import levels_of
 from octav_fx.ops.register import register_op
 
 
@@ -17,27 +18,18 @@ def _empty(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Tensor
 
 
 def _cpu(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype, out: Tensor) -> bool:
-    if (plain := spec_of(spec).plain) is None:
+    represented, library = spec_of(spec), cpu.library()
+    levels = levels_of(represented.format)
+    fits = out.shape == codes.shape and codes.dtype is represented.format.codes_dtype and out.dtype is dtype
+    if library is None or levels is None or not fits or (types := cpu.types_of("dequantize", out)) is None:
         return False
-    grid, dim = plain
-    layout, library = cpu.channel_layout(out, dim), cpu.library()
-    fits = out.shape == codes.shape and codes.dtype is grid.codes_dtype and out.dtype is dtype
-    if library is None or layout is None or not fits or (types := cpu.types_of("dequantize", out)) is None:
-        return False
-    codes, clip = cpu.lying_as(codes, out), cpu.checked(clip, clip_shape(codes, dim))
-    library.octav_dequantize(
-        codes.data_ptr(),
-        clip.data_ptr(),
-        out.data_ptr(),
-        *types,
-        *layout,
-        grid.steps,
-        grid.low,
-        grid.high,
-        codes.element_size(),
-        torch.get_num_threads(),
-    )
-    return True
+
+    def run(inputs: list[Tensor], clip: Tensor, out: Tensor, layout: tuple[int, int, int]) -> None:
+        pointers = (inputs[0].data_ptr(), clip.data_ptr(), out.data_ptr(), *types)
+        rest = (ctypes.byref(levels), codes.element_size(), torch.get_num_threads())
+        library.octav_dequantize(*pointers, *layout, *rest)
+
+    return cpu.each_stretch(run, [codes], clip, represented.granularity, out)
 
 
 def _cuda(*args: Any, out: Tensor) -> bool:

@@ -1,20 +1,20 @@
-// Rounding to a grid and its gradient, one pass each. reference.py is the definition, equal bit for bit.
+// Rounding to levels and its gradient, one pass each. reference.py is the definition, equal bit for bit.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 
-#include "../elements.h"
+#include "../levels.h"
 #include "../stretches.h"
 
 namespace {
 
-template <class X, class Y>
-void fake_quantize(const X* __restrict x, float step, Y* __restrict out, int64_t n, float bottom, float top) {
+template <class X, class Y, class Round>
+void fake_quantize(const X* __restrict x, float step, Y* __restrict out, int64_t n, Round round) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    const float value = to_float(x[i]), code = std::min(std::max(std::nearbyint(value / step), bottom), top);
-    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? code * step : value);
+    const float value = to_float(x[i]), level = round(value / step);
+    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? level * step : value);
   }
 }
 
@@ -42,16 +42,18 @@ void backward(const G* __restrict grad, const X* __restrict x, float bound, X* _
 
 // x, out: dense, [outer, channels, inner] in memory order, each of a type. clip: [channels].
 extern "C" void octav_fake_quantize(const void* x, int x_type, const float* clip, void* out, int out_type, int64_t outer,
-                                    int64_t channels, int64_t inner, int steps, int low, int high, int threads) {
+                                    int64_t channels, int64_t inner, const Levels* of, int threads) {
   with_elements(x_type, out_type, [=](auto of_x, auto of_out) {
     const auto* from = static_cast<const decltype(of_x)*>(x);
     auto* to = static_cast<decltype(of_out)*>(out);
-    stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
-      const float step = clip[channel] / float(steps);
-      if (step > 0)
-        fake_quantize(from + at, step, to + at, count, float(low), float(high));
-      else
-        clear(from + at, to + at, count);
+    with_levels(*of, [=](auto round) {
+      stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
+        const float step = clip[channel] / of->steps;
+        if (step > 0)
+          fake_quantize(from + at, step, to + at, count, round);
+        else
+          clear(from + at, to + at, count);
+      });
     });
   });
 }

@@ -1,14 +1,15 @@
 """torch.ops.octav.fake_quantize: round to the grid of a given clip, with a gradient of our own."""
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from octav_fx.formats.granularity import clip_shape
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
 from octav_fx.ops.fake_quantize import reference
+from octav_fx.ops.levels import levels_of
 from octav_fx.ops.register import register_op
 
 
@@ -25,28 +26,18 @@ def _cpu(
     *,
     out: Tensor,
 ) -> bool:
-    if (plain := spec_of(spec).plain) is None:
-        return False
-    grid, dim = plain
-    layout, library = cpu.channel_layout(out, dim), cpu.library()
+    represented, library = spec_of(spec), cpu.library()
+    levels = levels_of(represented.format)
     fits = out.shape == x.shape and out.dtype is (dtype or x.dtype)
-    if library is None or layout is None or not fits or (types := cpu.types_of("fake_quantize", x, out)) is None:
+    if library is None or levels is None or not fits or (types := cpu.types_of("fake_quantize", x, out)) is None:
         return False
     x_type, out_type = types
-    x, clip = cpu.lying_as(x, out), cpu.checked(clip, clip_shape(x, dim))
-    library.octav_fake_quantize(
-        x.data_ptr(),
-        x_type,
-        clip.data_ptr(),
-        out.data_ptr(),
-        out_type,
-        *layout,
-        grid.steps,
-        grid.low,
-        grid.high,
-        torch.get_num_threads(),
-    )
-    return True
+
+    def run(inputs: list[Tensor], clip: Tensor, out: Tensor, layout: tuple[int, int, int]) -> None:
+        pointers = (inputs[0].data_ptr(), x_type, clip.data_ptr(), out.data_ptr(), out_type)
+        library.octav_fake_quantize(*pointers, *layout, ctypes.byref(levels), torch.get_num_threads())
+
+    return cpu.each_stretch(run, [x], clip, represented.granularity, out)
 
 
 def _cuda(*args: Any, out: Tensor) -> bool:
@@ -70,30 +61,19 @@ def _empty_gradient(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: 
 
 
 def _cpu_gradient(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: str, out: Tensor) -> bool:
-    if (plain := spec_of(spec).plain) is None:
-        return False
-    grid, dim = plain
-    layout, library = cpu.channel_layout(out, dim), cpu.library()
+    represented, library = spec_of(spec), cpu.library()
     fits = out.shape == x.shape == grad.shape and out.dtype is x.dtype and gradient != "ste"
-    if library is None or layout is None or not fits:
-        return False
-    if (types := cpu.types_of("fake_quantize_backward", grad, x)) is None:
+    if library is None or not fits or (types := cpu.types_of("fake_quantize_backward", grad, x)) is None:
         return False
     grad_type, x_type = types
-    grad, x, clip = cpu.lying_as(grad, out), cpu.lying_as(x, out), cpu.checked(clip, clip_shape(x, dim))
-    library.octav_fake_quantize_backward(
-        grad.data_ptr(),
-        grad_type,
-        x.data_ptr(),
-        x_type,
-        clip.data_ptr(),
-        out.data_ptr(),
-        *layout,
-        grid.signed,
-        gradient == "mad",
-        torch.get_num_threads(),
-    )
-    return True
+    kind = (represented.format.signed, gradient == "mad")
+
+    def run(inputs: list[Tensor], clip: Tensor, out: Tensor, layout: tuple[int, int, int]) -> None:
+        grad, x = (given.data_ptr() for given in inputs)
+        pointers = (grad, grad_type, x, x_type, clip.data_ptr(), out.data_ptr())
+        library.octav_fake_quantize_backward(*pointers, *layout, *kind, torch.get_num_threads())
+
+    return cpu.each_stretch(run, [grad, x], clip, represented.granularity, out)
 
 
 def _cuda_gradient(*args: Any, out: Tensor) -> bool:

@@ -33,6 +33,7 @@ class Call(NamedTuple):
     step: Tensor | None = None
     bits: int = 8
     signed: bool = False
+    fraction: int = 0
 
     @property
     def window(self) -> tuple[list[int], list[int], list[int], int]:
@@ -52,84 +53,109 @@ def _empty(*args: Any) -> Tensor:
 
 
 def _cpu(*args: Any) -> Tensor | None:
-    call = Call(*args)
+    run, x = onednn.planned(args, lambda: _run(Call(*args))), args[0]
+    return run(x) if run is not None and x.numel() and x.dtype is torch.uint8 else None
+
+
+def _run(call: Call) -> onednn.Run | None:
+    """Return what convolves codes with a weight; None, as its result, too, where only the reference will do."""
     reference.check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
-    if not call.x.numel() or _is_wrong(call):
-        return None
     if call.groups == 1 and not any(call.padding) and all(size == 1 for size in call.shape[2:]):
         return _pointwise(call)
     if call.x.dim() == 3:
-        y = _cpu(*_planar(call))
-        return None if y is None else y.squeeze(2)
-    last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
-    if call.x.dim() == 5 and last[3] != "none":
-        # Which oneDNN is not given in three dimensions.
-        y = _cpu(*call._replace(low=None, high=None, step=None))
-        return None if y is None else reference.ended(y, call.low, call.high, call.step, call.bits, call.signed)
-    zero, window = onednn.zero_point(call.x_bits, call.x_signed), call.window
-    scale = onednn.channel_scale(call.x_scale, call.w_scale, call.shape[0])
+        return _planar(call)
+    if call.x.dim() == 5 and onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)[3] != "none":
+        return _ended(call)
+    return _by_onednn(call)
 
-    def pack(w: Tensor) -> Tensor:
-        made: Tensor = torch.ops.onednn.qconv_prepack(w, scale, 1.0, zero, *window, None)
-        return made
 
-    key = zero, *map(tuple, window[:3]), call.groups
-    w = onednn.packed(call.w, tuple(call.shape), call.x_bits, key, pack)
-    if w is None:
+def _by_onednn(call: Call) -> onednn.Run | None:
+    w, window = onednn.integers(call.w, tuple(call.shape)), call.window
+    if onednn.refusal(call.x_bits, onednn.largest_code(w)) or _fits_into_padding(call):
         return None
-    bias = None if call.bias is None else call.bias.to(torch.float32)
-    operands = call.x, 1.0, zero, w, scale, onednn.zeros(call.shape[0]), bias
-    return torch.ops.onednn.qconv_pointwise.default(*operands, *window, *last)
+    zero = onednn.zero_point(call.x_bits, call.x_signed)
+    scale = onednn.channel_scale(call.x_scale, call.w_scale, call.shape[0])
+    packed = torch.ops.onednn.qconv_prepack(w, scale, 1.0, zero, *window, None)
+    bias = onednn.bias_levels(call.bias, scale, call.fraction)
+    operands = 1.0, zero, packed, scale, onednn.zeros(call.shape[0]), bias, *window
+    last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
+    convolve = torch.ops.onednn.qconv_pointwise.default
+    if call.shape[1] > 1 or call.stride[-1] == 1:
+        return lambda x: convolve(x, *operands, *last)
+    return lambda x: None if _leaves_one_column(call, x) else convolve(x, *operands, *last)
 
 
-def _is_wrong(call: Call) -> bool:
-    """Tell whether oneDNN computes a convolution wrongly (torch 2.13; found by comparing with the reference).
-
-    Where a filter fits into the padding, its compensation for the zero point is that of another place. Where each
-    group has one input and strides leave one column, it reads beyond the rows.
-    """
-    extents = [d * (k - 1) + 1 for d, k in zip(call.dilation, call.shape[2:], strict=True)]
-    if any(p >= extent for p, extent in zip(call.padding, extents, strict=True)):
-        return True
-    columns = (call.x.shape[-1] + 2 * call.padding[-1] - extents[-1]) // call.stride[-1] + 1
-    return call.shape[1] == 1 and call.stride[-1] > 1 and columns == 1
+def _fits_into_padding(call: Call) -> bool:
+    """Tell whether a filter fits into the padding: oneDNN takes the compensation of another place then (torch 2.13)."""
+    return any(p >= extent for p, extent in zip(call.padding, _extents(call), strict=True))
 
 
-def _pointwise(call: Call) -> Tensor | None:
+def _leaves_one_column(call: Call, x: Tensor) -> bool:
+    """Tell whether strides leave one column: with groups of one input oneDNN then reads too far (torch 2.13)."""
+    return (x.shape[-1] + 2 * call.padding[-1] - _extents(call)[-1]) // call.stride[-1] == 0
+
+
+def _extents(call: Call) -> list[int]:
+    return [d * (k - 1) + 1 for d, k in zip(call.dilation, call.shape[2:], strict=True)]
+
+
+def _pointwise(call: Call) -> onednn.Run | None:
     """Filters of one element: a matmul at each position; as a convolution oneDNN can take ten times as long."""
-    x, rows = call.x.movedim(1, -1), call.shape[:2]
-    if any(step > 1 for step in call.stride):
-        # Codes of eight channels are copied as one number. An axis of one element may have any stride.
-        places = (rows[1], x.storage_offset(), *x.stride()[:-1])
-        by_eight = x.is_contiguous() and not any(place % 8 for place in places)
-        x = x.view(torch.int64) if by_eight else x
-        for axis, step in enumerate(call.stride, 1):
-            x = torch.ops.aten.slice.Tensor(x, axis, 0, None, step)
-        x = x.contiguous().view(torch.uint8)
-    y = linear_op.linear(
-        *(x.reshape(-1, rows[1]), call.x_scale, call.x_bits, call.x_signed, call.w, call.w_scale, rows, call.bias),
-        *(call.low, call.high, call.step, call.bits, call.signed),
-    )
-    return None if y is None else y.reshape(*x.shape[:-1], rows[0]).movedim(-1, 1)
+    rows, columns = call.shape[:2]
+    ending = call.low, call.high, call.step, call.bits, call.signed, call.fraction
+    multiply = linear_op.rows_run(linear_op.Call(*call[:6], [rows, columns], call.bias, *ending))
+    if multiply is None:
+        return None
+
+    def run(x: Tensor) -> Tensor | None:
+        x = x.movedim(1, -1)
+        x = _strided(x, call.stride) if any(step > 1 for step in call.stride) else x
+        y = multiply(x.reshape(-1, columns))
+        return None if y is None else y.view(*x.shape[:-1], rows).movedim(-1, 1)
+
+    return run
 
 
-def _planar(call: Call) -> Call:
-    """Return a convolution along one axis as one over planes of height 1: oneDNN's own of rank 1 has no clamp."""
+def _strided(x: Tensor, strides: list[int]) -> Tensor:
+    """Return every so many positions of codes [N, ..., C]."""
+    # Codes of eight channels are copied as one number. An axis of one element may have any stride.
+    places = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    by_eight = x.is_contiguous() and not any(place % 8 for place in places)
+    x = x.view(torch.int64) if by_eight else x
+    for axis, step in enumerate(strides, 1):
+        x = torch.ops.aten.slice.Tensor(x, axis, 0, None, step)
+    return x.contiguous().view(torch.uint8)
+
+
+def _planar(call: Call) -> onednn.Run | None:
+    """Run a convolution along one axis as one over planes of height 1: oneDNN's own of rank 1 has no clamp."""
     rows, columns, length = call.shape
-    return call._replace(
-        x=call.x.unsqueeze(2),
-        shape=[rows, columns, 1, length],
-        stride=[1, *call.stride],
-        padding=[0, *call.padding],
-        dilation=[1, *call.dilation],
+    run = _run(
+        call._replace(
+            x=call.x.unsqueeze(2),
+            shape=[rows, columns, 1, length],
+            stride=[1, *call.stride],
+            padding=[0, *call.padding],
+            dilation=[1, *call.dilation],
+        )
     )
+    if run is None:
+        return None
+    return lambda x: None if (y := run(x.unsqueeze(2))) is None else y.squeeze(2)
+
+
+def _ended(call: Call) -> onednn.Run | None:
+    """Run what follows apart from the convolution, which oneDNN is not given in three dimensions."""
+    run = _by_onednn(call._replace(low=None, high=None, step=None))
+    ending = call.low, call.high, call.step, call.bits, call.signed
+    return None if run is None else lambda x: None if (y := run(x)) is None else reference.ended(y, *ending)
 
 
 integer_conv = register_allocating(
     "integer_conv",
     "Tensor x, Tensor x_scale, int x_bits, bool x_signed, Tensor w, Tensor w_scale, int[] shape, Tensor? bias, "
     "int[] stride, int[] padding, int[] dilation, int groups, "
-    "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False",
+    "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False, int fraction=0",
     empty=_empty,
     reference=reference.integer_conv,
     cpu=_cpu,

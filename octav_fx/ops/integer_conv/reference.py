@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
-from octav_fx.ops.onednn import clamped, integers
+from octav_fx.ops.onednn import bias_levels, clamped, integers
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -29,13 +29,14 @@ def integer_conv(
     step: Tensor | None = None,
     bits: int = 8,
     signed: bool = False,
+    fraction: int = 0,
 ) -> Tensor:
     """Return codes x uint8 [N, C, ...] and w of a shape [O, C / groups, ...] -> float32, or codes uint8 [N, O, ...].
 
     x counts from the lowest level of its grid (integer_codes), w is as IntegerWeight stores it. x_scale [], w_scale []
     or [O], bias [O], step [] float32. The sum of products of codes is exact; then, in float32 and in this order,
     f32(sum) * (x_scale * w_scale) + bias, clamp to low .. high, and with a step the nearest code of the grid of bits
-    and signed: rne(value * f32(1 / step) + zero).
+    and signed: rne(value * f32(1 / step) + zero). A bias of int32 counts 2**-fraction of a product of codes.
     """
     check(x, w, x_scale, w_scale, shape, bias)
     zero, rank = -Grid(x_bits, x_signed).low, x.dim()
@@ -43,13 +44,14 @@ def integer_conv(
     codes = x.to(torch.float64) - zero
     weight = integers(w, tuple(shape)).to(torch.float64)
     total = CONVOLUTIONS[rank](codes, weight, None, stride, padding, dilation, groups)
-    return ended(scaled(total, x_scale * w_scale, bias, rank - 2), low, high, step, bits, signed)
+    return ended(scaled(total, x_scale * w_scale, bias, fraction, rank - 2), low, high, step, bits, signed)
 
 
-def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, trailing: int) -> Tensor:
+def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, fraction: int, trailing: int) -> Tensor:
     """Return sums of integers [..., O, *trailing axes] -> f32(total) * scale + bias."""
     y = total.to(torch.float32) * per_channel(scale, trailing)
-    return y if bias is None else y + per_channel(bias.to(torch.float32), trailing)
+    levels = bias_levels(bias, scale, fraction)
+    return y if levels is None else y + per_channel(levels, trailing)
 
 
 def ended(y: Tensor, low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> Tensor:

@@ -27,6 +27,7 @@ class Call(NamedTuple):
     step: Tensor | None = None
     bits: int = 8
     signed: bool = False
+    fraction: int = 0
 
 
 def _empty(*args: Any) -> Tensor:
@@ -35,33 +36,36 @@ def _empty(*args: Any) -> Tensor:
     return call.x.new_empty((*call.x.shape[:-1], call.shape[0]), dtype=dtype)
 
 
-def linear(*args: Any) -> Tensor | None:
-    """Run oneDNN's matmul; None where only the reference will do."""
-    call = Call(*args)
+def _cpu(*args: Any) -> Tensor | None:
+    run = onednn.planned(args, lambda: rows_run(Call(*args)))
+    x, (rows, columns) = args[0], args[6]
+    if run is None or not x.numel() or x.dtype is not torch.uint8:
+        return None
+    y = run(x.reshape(-1, columns))
+    return None if y is None else y.reshape(*x.shape[:-1], rows)
+
+
+def rows_run(call: Call) -> onednn.Run | None:
+    """Return what multiplies rows of codes [M, K] by a weight, with oneDNN; None where only the reference will do."""
     check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
     rows, columns = call.shape
-    w = onednn.packed(call.w, (rows, columns), call.x_bits, "linear", _pack) if call.x.numel() else None
-    if w is None:
+    w = onednn.integers(call.w, (rows, columns))
+    if onednn.refusal(call.x_bits, onednn.largest_code(w)):
         return None
-    y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        *(call.x.reshape(-1, columns), 1.0, onednn.zero_point(call.x_bits, call.x_signed), w),
-        *(onednn.channel_scale(call.x_scale, call.w_scale, rows), onednn.zeros(rows)),
-        None if call.bias is None else call.bias.to(torch.float32),
-        *onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed),
-    )
-    return y.reshape(*call.x.shape[:-1], rows)
-
-
-def _pack(w: Tensor) -> Tensor:
-    made: Tensor = torch.ops.onednn.qlinear_prepack(w, None)
-    return made
+    scale = onednn.channel_scale(call.x_scale, call.w_scale, rows)
+    operands = 1.0, onednn.zero_point(call.x_bits, call.x_signed), torch.ops.onednn.qlinear_prepack(w, None)
+    bias = onednn.bias_levels(call.bias, scale, call.fraction)
+    last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
+    multiply, zeros = torch.ops.onednn.qlinear_pointwise.default, onednn.zeros(rows)
+    return lambda x: multiply(x, *operands, scale, zeros, bias, *last)
 
 
 integer_linear = register_allocating(
     "integer_linear",
     "Tensor x, Tensor x_scale, int x_bits, bool x_signed, Tensor w, Tensor w_scale, int[] shape, Tensor? bias, "
-    "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False",
+    "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False, "
+    "int fraction=0",
     empty=_empty,
     reference=reference.integer_linear,
-    cpu=linear,
+    cpu=_cpu,
 )

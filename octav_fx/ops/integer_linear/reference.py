@@ -22,9 +22,10 @@ def integer_linear(
     step: Tensor | None = None,
     bits: int = 8,
     signed: bool = False,
+    fraction: int = 0,
 ) -> Tensor:
     """Return codes x uint8 [..., K] and w of a shape [O, K] -> float32, or codes uint8 [..., O]: as integer_conv."""
     check(x, w, x_scale, w_scale, shape, bias)
     codes = x.to(torch.float64) + Grid(x_bits, x_signed).low
     total = codes @ integers(w, tuple(shape)).to(torch.float64).t()
-    return ended(scaled(total, x_scale * w_scale, bias, 0), low, high, step, bits, signed)
+    return ended(scaled(total, x_scale * w_scale, bias, fraction, 0), low, high, step, bits, signed)

@@ -5,15 +5,37 @@
 
 namespace {
 
-void raise(uint8_t* __restrict largest, const uint8_t* __restrict x, int64_t n) {
+// So many channels of codes or floats are held in registers while a window goes by.
+constexpr int CHANNELS = 64;
+
+inline void raise(uint8_t& largest, uint8_t x) { largest = std::max(largest, x); }
+
+// What is no number stays, as in torch.
+inline void raise(float& largest, float x) { largest = x > largest || x != x ? x : largest; }
+
+struct Window {
+  int64_t channels, width, top, left, first_row, last_row, first_column, last_column, dilation_h, dilation_w;
+};
+
+// The largest of `count` channels of a window of an image; a constant count is a few registers.
+template <typename T>
+inline void largest(const T* x, T* out, T least, const Window& window, int count) {
+  T found[CHANNELS];
+  std::fill(found, found + count, least);
+  for (int64_t i = window.first_row; i < window.last_row; i++)
+    for (int64_t j = window.first_column; j < window.last_column; j++) {
+      const int64_t h = window.top + i * window.dilation_h, w = window.left + j * window.dilation_w;
+      const T* __restrict from = x + (h * window.width + w) * window.channels;
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) largest[i] = std::max(largest[i], x[i]);
+      for (int k = 0; k < count; k++) raise(found[k], from[k]);
+    }
+  std::copy(found, found + count, out);
 }
 
-void raise(float* __restrict largest, const float* __restrict x, int64_t n) {
-#pragma omp simd
-  // What is no number stays, as in torch.
-  for (int64_t i = 0; i < n; i++) largest[i] = x[i] > largest[i] || x[i] != x[i] ? x[i] : largest[i];
+// The first and the last + 1 of the steps of a window, each dilation apart, that lie in 0 .. size.
+inline void inside(int64_t start, int64_t dilation, int64_t kernel, int64_t size, int64_t& first, int64_t& last) {
+  first = start < 0 ? (-start + dilation - 1) / dilation : 0;
+  last = std::min(kernel, start < size ? (size - start + dilation - 1) / dilation : 0);
 }
 
 template <typename T>
@@ -22,18 +44,17 @@ void pool(const T* x, T* out, T least, int64_t images, int64_t channels, int64_t
           int dilation_h, int dilation_w, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && images * rows > 1)
   for (int64_t row = 0; row < images * rows; row++) {
-    const int64_t image = row / rows, top = row % rows * stride_h - padding_h;
+    const int64_t image = row / rows;
+    Window window{channels, width, row % rows * stride_h - padding_h, 0, 0, 0, 0, 0, dilation_h, dilation_w};
+    inside(window.top, dilation_h, kernel_h, height, window.first_row, window.last_row);
     for (int64_t column = 0; column < columns; column++) {
-      T* largest = out + (row * columns + column) * channels;
-      std::fill(largest, largest + channels, least);
-      for (int64_t i = 0; i < kernel_h; i++) {
-        const int64_t h = top + i * dilation_h;
-        if (h < 0 || h >= height) continue;
-        for (int64_t j = 0; j < kernel_w; j++) {
-          const int64_t w = column * stride_w - padding_w + j * dilation_w;
-          if (w >= 0 && w < width) raise(largest, x + ((image * height + h) * width + w) * channels, channels);
-        }
-      }
+      window.left = column * stride_w - padding_w;
+      inside(window.left, dilation_w, kernel_w, width, window.first_column, window.last_column);
+      const T* from = x + image * height * width * channels;
+      T* to = out + (row * columns + column) * channels;
+      int64_t c = 0;
+      for (; c + CHANNELS <= channels; c += CHANNELS) largest(from + c, to + c, least, window, CHANNELS);
+      if (c < channels) largest(from + c, to + c, least, window, int(channels - c));
     }
   }
 }

@@ -3,6 +3,9 @@
 torch's own finds indices, too, and takes three times as long.
 """
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,13 +24,21 @@ def _empty(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
 
 
+@functools.lru_cache(1024)
+def _shape(x: torch.Size, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> torch.Size:
+    """Return the shape of the result; torch takes longer to find it than a small pool takes."""
+    kernel, stride, padding, dilation = map(list, (kernel, stride, padding, dilation))
+    return _empty(torch.empty(x, device="meta"), kernel, stride, padding, dilation, ceil_mode).shape
+
+
 def _cpu(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor | None:
     library = cpu.library()
     if library is None or x.dtype not in (torch.uint8, torch.float32) or x.dim() != 4:
         return None
-    out = _empty(x, kernel_size, stride, padding, dilation, ceil_mode)
+    window = (*map(tuple, (kernel_size, stride, padding, dilation)), ceil_mode)
+    out = torch.empty(_shape(x.shape, *window), dtype=x.dtype, memory_format=_LAST)
     x = x.contiguous(memory_format=_LAST)
     library.octav_max_pool(
         *(x.data_ptr(), out.data_ptr(), x.dtype is torch.float32, *x.shape, *out.shape[2:]),

@@ -1,15 +1,23 @@
 """torch.ops.octav.optimal_clip: the clip of a tensor, or of each of its channels."""
 
+import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from octav_fx.clips.methods import searches
 from octav_fx.clips.newton import as_octav
 from octav_fx.clips.percentile import ONE_IN
-from octav_fx.formats.granularity import clip_shape, to_rows
-from octav_fx.formats.spec import spec_of
+from octav_fx.clips.search import candidates
+from octav_fx.formats.format import Format
+from octav_fx.formats.granularity import Granularity
+from octav_fx.formats.grid import Grid
+from octav_fx.formats.scales import SCALES, scale_for
+from octav_fx.formats.spec import Spec, spec_of
 from octav_fx.ops import cpu
+from octav_fx.ops.levels import SCALE_CODES, floats, levels_of
 from octav_fx.ops.optimal_clip import reference
 from octav_fx.ops.register import register_op
 
@@ -22,28 +30,87 @@ def _empty(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
 
 
 def _cpu(x: Tensor, hint: Tensor, spec: str, method: str, out: Tensor) -> bool:
-    # The solves know the lowest code as minus the steps.
-    if (plain := spec_of(spec).plain) is None or plain[0].narrow:
+    represented, library = spec_of(spec), cpu.library()
+    fits = out.shape == represented.granularity.clip_shape(x.shape) and out.dtype is torch.float32
+    if library is None or not fits or not out.is_contiguous() or (types := cpu.types_of("optimal_clip", x)) is None:
         return False
-    (grid, dim), signed, library = plain, plain[0].signed, cpu.library()
-    bits, method = as_octav(grid.bits, method)
-    fits = out.shape == clip_shape(x, dim) and out.dtype is torch.float32 and out.is_contiguous()
-    if library is None or not fits or (types := cpu.types_of("optimal_clip", x)) is None:
+    rows = _rows(x, represented.granularity)
+    passes = _Passes(library, rows, *types)
+    if not rows.numel():
         return False
-    # The order of the elements does not matter: a dense tensor is one row, as it lies in memory.
-    flat = dim is None and cpu.is_dense(x)
-    rows = x.as_strided((1, x.numel()), (x.numel(), 1)) if flat else to_rows(x, dim)
-    rows = rows.contiguous()
-    hint = cpu.checked(hint, clip_shape(x, dim))
-    data, threads = (rows.data_ptr(), *types, *rows.shape, hint.data_ptr(), out.data_ptr()), torch.get_num_threads()
-    if method in _NEWTON:
-        library.octav_optimal_clip(*data, bits, signed, _NEWTON.index(method), threads)
-    elif method == "mse":
-        library.octav_sweep(*data, bits, signed, threads)
+    if searches(represented, method):
+        clips = passes.search(represented)
     else:
-        # "max": no value lies beyond.
-        library.octav_percentile(*data, signed, ONE_IN.get(method, 0), threads)
+        is_short = represented.granularity.is_short
+        known = out.new_zeros(len(rows)) if is_short else cpu.checked(hint, out.shape)
+        clips = passes.solve(known, represented.format, method)
+        if clips is not None and represented.scale != "float32":
+            stored, steps = SCALES[represented.scale], represented.format.steps
+            clips = stored(clips / steps, passes.unit(represented)) * steps
+    if clips is None:
+        return False
+    out.copy_(represented.granularity.of_rows(clips.clamp(max=torch.finfo(torch.float32).max), x.shape))
     return True
+
+
+def _rows(x: Tensor, shared: Granularity) -> Tensor:
+    """Return the rows of x that have a clip each, contiguous: [R, N]."""
+    # The order of the elements does not matter to these: a dense tensor is one row, as it lies in memory.
+    if shared.axis is None and cpu.is_dense(x):
+        return x.as_strided((1, x.numel()), (x.numel(), 1))
+    return shared.rows(x).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """The passes over rows [R, N] of an element type of theirs; each returns clips [R], or None if it cannot."""
+
+    library: ctypes.CDLL
+    rows: Tensor
+    element: int
+
+    def search(self, spec: Spec) -> Tensor | None:
+        """Search for the least error."""
+        if (levels := levels_of(spec.format)) is None:
+            return None
+        clips, shares = self._clips(), floats(candidates(spec.format, spec.scale))
+        scale = (SCALE_CODES[spec.scale], float(self.unit(spec)))
+        self.library.octav_search(
+            *self._data(clips), ctypes.byref(levels), *scale, shares, len(shares), torch.get_num_threads()
+        )
+        return clips
+
+    def solve(self, hint: Tensor, form: Format, method: str) -> Tensor | None:
+        """Find what Newton's steps, a percentile or a sweep give."""
+        clips, threads = self._clips(), torch.get_num_threads()
+        data = self._data(hint, clips)
+        if method == "max" or method in ONE_IN:
+            # "max": no value lies beyond.
+            self.library.octav_percentile(*data, form.signed, ONE_IN.get(method, 0), threads)
+        # The solves know the lowest code as minus the steps.
+        elif not isinstance(form, Grid) or form.narrow:
+            return None
+        elif method == "mse":
+            self.library.octav_sweep(*data, form.bits, form.signed, threads)
+        else:
+            bits, method = as_octav(form.bits, method)
+            self.library.octav_optimal_clip(*data, bits, form.signed, _NEWTON.index(method), threads)
+        return clips
+
+    def unit(self, spec: Spec) -> Tensor:
+        """Return the float32 scale of the tensor; 1 where scales have none above them."""
+        if spec.scale != "e4m3":
+            return torch.ones(())
+        whole, none = _Passes(self.library, self.rows.reshape(1, -1), self.element), torch.zeros(1)
+        largest = whole.solve(none, Grid(8, True), "max")
+        assert largest is not None
+        return scale_for(largest.squeeze(0), spec.format)
+
+    def _clips(self) -> Tensor:
+        return self.rows.new_empty(len(self.rows), dtype=torch.float32)
+
+    def _data(self, *tensors: Tensor) -> tuple[int, ...]:
+        return (self.rows.data_ptr(), self.element, *self.rows.shape, *(tensor.data_ptr() for tensor in tensors))
 
 
 def _cuda(*args: Any, out: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize
+from octav_fx.deploy.runtimes import onnx_session, run_onnx
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +24,14 @@ def frozen(config: Config) -> tuple[nn.Module, torch.Tensor]:
     return octav_fx.freeze(q).eval(), x
 
 
-@pytest.mark.parametrize("target", ["exact", "onnxruntime"])
-@pytest.mark.parametrize(("bits", "kind"), [(4, onnx.TensorProto.INT4), (8, onnx.TensorProto.INT8)])
+@pytest.mark.parametrize(
+    ("target", "bits", "kind"),
+    [
+        ("exact", 4, onnx.TensorProto.INT4),
+        ("exact", 8, onnx.TensorProto.INT8),
+        ("onnxruntime", 8, onnx.TensorProto.INT8),
+    ],
+)
 @pytest.mark.parametrize("activation_bits", [None, 8])
 def test_weights_in_groups_are_blocks(target: str, bits: int, kind: int, activation_bits: int | None, tmp_path: Path):
     path = tmp_path / "model.onnx"
@@ -43,6 +50,35 @@ def test_weights_in_groups_are_blocks(target: str, bits: int, kind: int, activat
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     # The same levels; 64 products of magnitude one are summed in another order.
     torch.testing.assert_close(torch.from_numpy(found), q(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, None), (3, None), (4, 8)])
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_onnxruntime_reads_groups_of_four_bits(bits, activation_bits, rank, dynamic_batch, tmp_path: Path):
+    path, optimized = tmp_path / "model.onnx", tmp_path / "optimized.onnx"
+    torch.manual_seed(0)
+    x = torch.randn(3, *[7] * (rank - 2), 64)
+    config = Config(bits, activation_bits, None, weight_granularity="group-32", signed_activations=True)
+    q = quantize(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5, bias=False)), x, config)
+    octav_fx.freeze(octav_fx.calibrate(q, [x])).eval()
+    octav_fx.export_onnx(q, x, path, dynamic_batch=dynamic_batch)
+    onnx_session(path, 1, optimized)
+    assert [n.op_type for n in onnx.load(optimized).graph.node].count("MatMulNBits") == 2
+    (found,) = run_onnx(path, x).values()
+    # The same levels; 64 products of magnitude one are summed in another order.
+    torch.testing.assert_close(found, q(x), rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_onnxruntime_has_no_kernel_for(tmp_path: Path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 24)
+    # Blocks of 8 and of 24.
+    for size in (8, 24):
+        q = quantize(nn.Sequential(nn.Linear(24, 5)), x, Config(4, None, None, weight_granularity=f"group-{size}"))
+        octav_fx.freeze(octav_fx.calibrate(q, [x])).eval()
+        octav_fx.export_onnx(q, x, tmp_path / "model.onnx")
+        assert "MatMulNBits" not in {n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node}
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,13 @@ def expected(x, bits=4, signed=True):
 
 TENSORS = {
     "gaussian": lambda: torch.randn(1301),
+    "two halves a word": lambda: torch.randn(1302),
     "uniform, all bins hot": lambda: torch.rand(1301) * 2 - 1,
     "one magnitude": lambda: torch.full((700,), 0.7),
     "one bin of float32": lambda: 1 + torch.rand(700) * 2**-8,
     "a ceiling": lambda: (4 * torch.randn(1301)).clamp(0, 6),
     "outliers": lambda: torch.cat([torch.randn(700), torch.tensor([3e4, -2e4])]),
+    "outliers above all bins of the first launch": lambda: torch.cat([torch.randn(700) * 1e-3, torch.tensor([3e4])]),
     "one non-zero": lambda: torch.zeros(700).index_fill(0, torch.tensor(300), 0.3),
     "not finite": lambda: torch.cat([torch.randn(700), torch.tensor([math.inf, -math.inf, math.nan, -math.nan])]),
     "tiny": lambda: torch.randn(700) * 1e-6,
@@ -50,7 +52,7 @@ def test_every_tail_has_the_exact_fixed_point(kind, bits, signed, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["gaussian", "one bin of float32", "outliers"])
+@pytest.mark.parametrize("kind", ["two halves a word", "one bin of float32", "outliers"])
 def test_every_hint_gives_the_same_bits(kind, dtype):
     x = TENSORS[kind]().to(DEVICE, dtype)
     cold = solved(x, COLD)
@@ -62,16 +64,16 @@ def test_every_hint_gives_the_same_bits(kind, dtype):
     ("factor", "solved_at_once"), [(0, True), (0.5, True), (1.2, True), (1.5, False), (1e9, False)]
 )
 def test_only_a_hint_that_is_too_high_costs_a_second_pass(monkeypatch, factor, solved_at_once):
-    x, cold = torch.randn(1301, device=DEVICE).bfloat16(), []
+    x, cold = torch.randn(1302, device=DEVICE).bfloat16(), []
 
     class Recorded:
         def __getitem__(self, grid):
-            def launch(x, hint, out, bins, counters, *args, STAGE, **kwargs):
+            def launch(x, hint, out, bins, every_bin, counters, *args, STAGE, **kwargs):
                 if STAGE == kernel.COLD:
                     cold.append(bool(counters[kernel.SOLVED.value]))
                     # What it must not read then.
-                    x = torch.full_like(x, 0x3F80) if cold[0] else x
-                launched[grid](x, hint, out, bins, counters, *args, STAGE=STAGE, **kwargs)
+                    x = torch.full_like(x, 0x3F803F80) if cold[0] else x
+                launched[grid](x, hint, out, bins, every_bin, counters, *args, STAGE=STAGE, **kwargs)
 
             return launch
 
@@ -106,7 +108,7 @@ def test_the_ends_of_the_range(dtype, values):
 
 
 def test_numbers_below_zero_take_no_part_on_an_unsigned_grid():
-    x = torch.cat([torch.randn(500), torch.full((500,), -100.0)]).to(DEVICE, torch.bfloat16)
+    x = torch.cat([torch.randn(500), torch.full((500,), -100.0)])[torch.randperm(1000)].to(DEVICE, torch.bfloat16)
     assert solved(x, 2.0, 4, False) == pytest.approx(expected(x.clamp(min=0), 4, False), rel=EXACT)
 
 
@@ -114,6 +116,11 @@ def test_a_tensor_in_any_memory_layout():
     x = torch.randn(10, 12, 10, device=DEVICE)
     for same in (x.permute(2, 0, 1).contiguous().permute(1, 2, 0), torch.stack([x, -x], -1)[..., 0]):
         assert solved(same, 2.5) == solved(x, 2.5)
+
+
+def test_halves_that_begin_within_a_word():
+    x = torch.randn(1303, device=DEVICE).bfloat16()
+    assert solved(x[1:], 2.5) == solved(x[1:].clone(), 2.5)
 
 
 def test_it_agrees_with_the_reference():

@@ -42,7 +42,7 @@ def test_clamps(after, low, high):
     expected = c(x)
     assert made(c, clamps_into_layers)
     (node,) = [node for node in c.graph.nodes if node.name == "integer_linear"]
-    assert dict(node.kwargs) == {"low": low, "high": high}
+    assert dict(node.kwargs) == {"fraction": 4, "low": low, "high": high}
     assert [user.op for user in node.users] == ["output"]
     assert torch.equal(c(x), expected)
     assert made(c, clamps_into_layers) == []

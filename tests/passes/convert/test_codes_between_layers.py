@@ -32,8 +32,8 @@ def test_codes_pass_from_layer_to_layer():
         """\
 quantizers_b_input_scale_1 = self.quantizers.b_input.scale
 integer_conv = integer_conv(integer_codes, quantizers_a_input_scale, 4, True, quantizers_a_weight_codes, \
-quantizers_a_weight_scale, (4, 3, 3, 3), bias_levels, [1, 1], [0, 0], [1, 1], 1, step=quantizers_b_input_scale_1, \
-bits=4, signed=True)
+quantizers_a_weight_scale, (4, 3, 3, 3), quantizers_a_bias_codes, [1, 1], [0, 0], [1, 1], 1, fraction=4, \
+step=quantizers_b_input_scale_1, bits=4, signed=True)
 max_pool = max_pool(integer_conv, [3, 3], [2, 2], [1, 1], [1, 1], False)
 """
         in text

@@ -33,22 +33,18 @@ def test_layers_multiply_codes():
 quantizers_0_input_scale = self.quantizers.0_input.scale
 integer_codes = integer_codes(input_1, quantizers_0_input_scale, 4, True)
 quantizers_0_bias_codes = self.quantizers.0_bias.codes
-quantizers_0_bias_step = self.quantizers.0_bias.step
-bias_levels = bias_levels(quantizers_0_bias_codes, quantizers_0_bias_step, 4)
 quantizers_0_weight_codes = self.quantizers.0_weight.codes
 quantizers_0_weight_scale = self.quantizers.0_weight.scale
 integer_conv = integer_conv(integer_codes, quantizers_0_input_scale, 4, True, quantizers_0_weight_codes, \
-quantizers_0_weight_scale, (6, 2, 3, 3), bias_levels, [2, 2], [1, 1], [1, 1], 2)
+quantizers_0_weight_scale, (6, 2, 3, 3), quantizers_0_bias_codes, [2, 2], [1, 1], [1, 1], 2, fraction=4)
 _1 = self.1(integer_conv)
 quantizers_2_input_scale = self.quantizers.2_input.scale
 integer_codes_1 = integer_codes(_1, quantizers_2_input_scale, 4, True)
 quantizers_2_bias_codes = self.quantizers.2_bias.codes
-quantizers_2_bias_step = self.quantizers.2_bias.step
-bias_levels_1 = bias_levels(quantizers_2_bias_codes, quantizers_2_bias_step, 4)
 quantizers_2_weight_codes = self.quantizers.2_weight.codes
 quantizers_2_weight_scale = self.quantizers.2_weight.scale
 integer_linear = integer_linear(integer_codes_1, quantizers_2_input_scale, 4, True, quantizers_2_weight_codes, \
-quantizers_2_weight_scale, (2, 54), bias_levels_1)
+quantizers_2_weight_scale, (2, 54), quantizers_2_bias_codes, fraction=4)
 return integer_linear"""
     )
     torch.testing.assert_close(c(x), expected, **CLOSE)

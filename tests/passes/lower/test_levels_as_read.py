@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.absent_gpu import move
 from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.passes import LOWER, filters_channels_last, levels_as_read, save_codes, split_quantizers
-from tests.support.absent_gpu import move
 from tests.support.joint import joint, leaf, lower, quantized, results, targets, weight
 
 octav, aten = torch.ops.octav, torch.ops.aten

@@ -211,3 +211,27 @@ def test_values_that_are_not_finite_pass_no_gradient(special: float) -> None:
     before = results(gm, arguments)[1]
     lower(gm, *ALL)
     torch.testing.assert_close(results(gm, arguments)[1], before, rtol=0, atol=0, equal_nan=True)
+
+
+def heads(x: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
+    """The operand of a product of two heads, [2, 4, 6] -> [4, 2, 6], quantized behind the permutation."""
+    of_heads = (x @ w).view(4, 2, 6).permute(1, 0, 2)
+    return ((quantized(of_heads, hint) @ of_heads.detach().transpose(1, 2)).sin(),)
+
+
+def test_a_gradient_is_masked_in_the_order_in_which_it_is_read() -> None:
+    inputs = (leaf(4, 5), leaf(5, 12), torch.ones(()))
+    gm = joint(heads, *inputs)
+    unchanged(gm, inputs, *ALL)
+    (mask,) = gm.graph.find_nodes(op="call_function", target=aten.where.self)
+    assert mask.meta["val"].shape == (4, 12)
+    assert {user.target for user in mask.users} <= {aten.mm.default, aten.permute.default}
+    assert lower(gm, *ALL) == []
+
+
+def test_views_that_keep_the_order_stay_behind_the_mask() -> None:
+    inputs = (leaf(4, 5), leaf(5, 12), torch.ones(()))
+    gm = joint(lambda x, w, hint: (quantized((x @ w).view(2, 2, 12), hint) @ torch.ones(12, 3),), *inputs)
+    unchanged(gm, inputs, *ALL)
+    (mask,) = gm.graph.find_nodes(op="call_function", target=aten.where.self)
+    assert mask.meta["val"].shape == (2, 2, 12)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import octav_fx
+from benchmarks.absent_gpu import generated, launches, move
 from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import LOWER, mask_from_codes, save_codes, split_quantizers, write_out
 from octav_fx.passes.lower.write_out import REFERENCES
-from tests.support.absent_gpu import generated, launches, move
 from tests.support.compare import assert_same_bits
 from tests.support.joint import after_relu, joint, layer_inputs, lower, targets, unchanged
 

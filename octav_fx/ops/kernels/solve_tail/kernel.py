@@ -4,13 +4,17 @@ Let n(s) and S(s) be number and sum of the magnitudes >= s, N the number of non-
 (N - n(s)). The fixed point is the largest s with g(s) = S(s) - s * D(s) >= 0, and g falls strictly. So a histogram of
 the magnitudes above any bound below the fixed point is enough to find it, without a step of Newton's: it is max(v,
 S / D), v the largest bin with g(v) >= 0, and S and D of what lies above v. That g(v) >= 0 for some bin says that the
-bound was low enough. If there is none, a second launch fills the bins below the bound; else it exits at once.
+bound was low enough.
+
+The first launch counts SPAN bins from a bound that the hint gives, 16 octaves and more. If no bin has g >= 0, or
+something lies above them all, a second launch counts every bin there is; else it exits at once.
 
 In half precision each magnitude has a bin of its own. Those of float32 are the upper 16 bits, with the sum of the lower
 ones beside the count; a last launch takes apart, by the lower bits, the one bin in which g changes its sign. Counts and
-sums are integers: the same tensor gives the same bits, from every hint.
+sums are integers, and chunks of bins are added in one order: the same tensor gives the same bits, from every hint.
 """
 
+import math
 from typing import Final
 
 import torch
@@ -22,209 +26,369 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ops import cpu
 from octav_fx.ops.kernels.solve_passes.kernel import is_last, program_count
 
-# For each dtype: its bits as integers, the pattern of inf, and how many low bits share a bin.
-PATTERNS: Final = {
-    torch.bfloat16: (torch.int16, 0x7F80, 0),
-    torch.float16: (torch.int16, 0x7C00, 0),
-    torch.float32: (torch.int32, 0x7F800000, 16),
-}
 # How far below the hint the bound lies. What lies above it costs an atomic each: at few bits that is much of the
 # tensor, but then the clip moves less from step to step, too. 1 bit: "octav-tight" at 2.
 KEEP: Final = {1: 0.75, 2: 0.75, 3: 0.75, 4: 0.75, 5: 0.75, 6: 0.6, 7: 0.6, 8: 0.6}
 BINS: Final = 2**15
 FINE_BINS: Final = 2**16
-# Bins that the last program looks at together.
+# Bins that the last program looks at together; spans begin and end with a chunk.
 CHUNK: Final = 1024
-# Elements of one tile: eight for each thread, with three counts each.
-BLOCK: Final = 2048
+# A tile is of so many rows, each thread has one word of each: loads that are under way together.
+ROWS: Final = 8
+# Words of one tile. Two numbers of half precision are a word.
+BLOCK: Final = 256 * ROWS
+# Of a thread. Left to itself, NVIDIA's assembler spills some for the sake of more programs than are launched.
+REGISTERS: Final = 96
+# How many of a tile, or of its lower halves, are in the highest bin if that is counted apart.
+HOT: Final = 8
 # So that programs do not queue for the bins next to the bound.
 REPLICAS: Final = 8
 # A counter of float32 holds a count in its upper and a sum of 16 bits each in its lower 40 bits, of so many elements.
 PACKED: Final = 2**23
+
+BFLOAT16, FLOAT16, FLOAT32 = (tl.constexpr(i) for i in range(3))
+# For each dtype: the pattern of inf, how many low bits share a bin, how many bins the first launch counts, and from
+# which on if there is no hint. bfloat16 and the upper half of float32 have 128 bins for an octave, float16 has 1024.
+PATTERNS: Final = {
+    torch.bfloat16: (BFLOAT16, 0x7F80, 0, 3 * CHUNK, (127 - 12) << 7),
+    torch.float16: (FLOAT16, 0x7C00, 0, 9 * CHUNK, (15 - 4) << 10),
+    torch.float32: (FLOAT32, 0x7F800000, 16, 3 * CHUNK, (127 - 12) << 7),
+}
 
 WARM = tl.constexpr(0)
 COLD = tl.constexpr(1)
 FINE = tl.constexpr(2)
 _BINS = tl.constexpr(BINS)
 _FINE_BINS = tl.constexpr(FINE_BINS)
+_ROWS = tl.constexpr(ROWS)
+_HOT = tl.constexpr(HOT)
 _LOW_BITS = tl.constexpr(2**40 - 1)
-# What counters hold, behind the ticket. NONZERO: of the tensor. TOP: the highest bin in use. CROSSING: the bin of
-# float32 in which g changes its sign; COUNT and SUM (float64): what lies above it.
-NONZERO, TOP, SOLVED, CROSSING, COUNT, FINE_TOP, SUM = (tl.constexpr(i) for i in range(1, 8))
+# What counters hold, behind the ticket. NONZERO: of the tensor. CROSSING: the bin of float32 in which g changes its
+# sign; COUNT and SUM (float64): what lies above it.
+NONZERO, SOLVED, CROSSING, COUNT, SUM = (tl.constexpr(i) for i in range(1, 6))
+COUNTERS: Final = 16
 
 
 @triton.jit
-def floor_of(hint_ptr, keep, IS_HALF: tl.constexpr):
-    """Return the bin of keep * hint; 0 without a hint."""
+def floor_of(hint_ptr, keep, UNKNOWN: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the bin of keep * hint; UNKNOWN without a hint."""
     hint = tl.load(hint_ptr)
-    usable = (hint > 0) & (hint < float("inf"))
-    bound = tl.where(usable, hint * keep, 0.0)
-    if IS_HALF:
-        return bound.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    return bound.to(tl.int32, bitcast=True) >> 16
+    bound = tl.where(hint < float("inf"), hint * keep, 0.0)
+    if DTYPE == FLOAT16:
+        bin = bound.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        bin = bound.to(tl.int32, bitcast=True) >> 16
+    return tl.where(bound > 0, bin, UNKNOWN)
 
 
 @triton.jit
-def value_of(pattern, IS_HALF: tl.constexpr):
-    """Return the magnitude of a pattern: of float16, or of float32."""
-    if IS_HALF:
-        return pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32).to(tl.float64)
-    return pattern.to(tl.float32, bitcast=True).to(tl.float64)
+def value_of(pattern, INFINITE: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the magnitude of a pattern, float64; inf from that of inf on."""
+    if DTYPE == FLOAT16:
+        value = pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float64)
+    elif DTYPE == BFLOAT16:
+        value = (pattern << 16).to(tl.float32, bitcast=True).to(tl.float64)
+    else:
+        value = pattern.to(tl.float32, bitcast=True).to(tl.float64)
+    # Behind the last pattern numbers of 32 bits are negative.
+    return tl.where((pattern >= 0) & (pattern < INFINITE), value, float("inf"))
 
 
 @triton.jit
-def edges(bins, base, STAGE: tl.constexpr, IS_HALF: tl.constexpr):
-    """Return the least magnitude in each bin."""
-    if IS_HALF:
-        return value_of(bins, True)
-    return value_of(base + bins if STAGE == FINE else bins << 16, False)
-
-
-@triton.jit
-def contents(bins_ptr, bins, base, replicas, STAGE: tl.constexpr, IS_HALF: tl.constexpr, HAS_SUMS: tl.constexpr):
-    """Return number and sum of the magnitudes in each bin, int64 and float64, exact but for the sum's rounding."""
+def contents(
+    bins_ptr,
+    bins,
+    origin,
+    replicas,
+    stride,
+    SHIFT: tl.constexpr,
+    INFINITE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+):
+    """Return least magnitude, number and sum of the magnitudes in each bin, exact but for the sum's rounding."""
     count = tl.zeros_like(bins).to(tl.int64)
     low = tl.zeros_like(bins).to(tl.int64)
     for replica in range(replicas):
         # Past the cache of this multiprocessor, which does not see what others add.
-        stored = tl.load(bins_ptr + replica * _BINS + bins, cache_modifier=".cg").to(tl.int64)
+        stored = tl.load(bins_ptr + replica * stride + bins, cache_modifier=".cg").to(tl.int64)
         if HAS_SUMS:
             count += stored >> 40
             low += stored & _LOW_BITS
         else:
             count += stored
-    edge = edges(bins, base, STAGE, IS_HALF)
-    total = count.to(tl.float64) * edge
+    pattern = origin + (bins << SHIFT)
+    # Behind the largest number the edges are inf, and nothing is counted.
+    edge = value_of(pattern, INFINITE, DTYPE)
+    least = tl.where(count > 0, edge, 0.0)
+    total = count.to(tl.float64) * least
     if HAS_SUMS:
-        total += low.to(tl.float64) * (value_of((bins << 16) | 1, False) - edge)
-    # Behind the largest number the edges are inf and NaN.
-    return count, tl.where(count > 0, total, 0.0)
+        above = value_of(tl.where(count > 0, pattern + 1, 0), INFINITE, DTYPE)
+        total += low.to(tl.float64) * (above - least)
+    return edge, count, total
 
 
 @triton.jit
 def search(
     bins_ptr,
     lowest,
-    top,
-    base,
+    origin,
     replicas,
+    stride,
     count,
     total,
     nonzero,
+    SPAN: tl.constexpr,
     NOISE: tl.constexpr,
-    STAGE: tl.constexpr,
-    IS_HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INFINITE: tl.constexpr,
+    DTYPE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Return the largest bin from lowest to top with g >= 0 at its edge, -1 if none; count and sum of what is above.
+    """Return the largest bin from lowest to SPAN with g >= 0 at its edge, -1 if none; count and sum of what is above.
 
     count, total: what lies above all bins.
     """
     lanes = tl.arange(0, CHUNK)
-    chunk = top // CHUNK
+    chunk = lowest * 0 + (SPAN // CHUNK - 1)
     # First the chunk: g falls, so its sign at the lower end says whether it changes in there.
-    searching = chunk >= lowest // CHUNK
+    searching = True
     while searching:
-        bins = chunk * CHUNK + lanes
-        counts, totals = contents(bins_ptr, bins, base, replicas, STAGE, IS_HALF, HAS_SUMS)
+        edge, counts, totals = contents(
+            bins_ptr, chunk * CHUNK + lanes, origin, replicas, stride, SHIFT, INFINITE, DTYPE, HAS_SUMS
+        )
         n, s = count + tl.sum(counts), total + tl.sum(totals)
-        edge = edges(tl.maximum(chunk * CHUNK, lowest), base, STAGE, IS_HALF)
+        edge = value_of(origin + (tl.maximum(chunk * CHUNK, lowest) << SHIFT), INFINITE, DTYPE)
         here = s >= edge * (n.to(tl.float64) * (1 - NOISE) + nonzero.to(tl.float64) * NOISE)
         searching = (here == 0) & (chunk > lowest // CHUNK)
-        count, total = tl.where(here | (searching == 0), count, n), tl.where(here | (searching == 0), total, s)
+        count, total = tl.where(searching, n, count), tl.where(searching, s, total)
         chunk = tl.where(searching, chunk - 1, chunk)
-    bins = tl.maximum(chunk, 0) * CHUNK + lanes
-    counts, totals = contents(bins_ptr, bins, base, replicas, STAGE, IS_HALF, HAS_SUMS)
+    bins = chunk * CHUNK + lanes
+    edge, counts, totals = contents(bins_ptr, bins, origin, replicas, stride, SHIFT, INFINITE, DTYPE, HAS_SUMS)
     n = count + tl.cumsum(counts, reverse=True)
     s = total + tl.cumsum(totals, reverse=True)
-    edge = edges(bins, base, STAGE, IS_HALF)
     holds = s >= edge * (n.to(tl.float64) * (1 - NOISE) + nonzero.to(tl.float64) * NOISE)
-    found = tl.max(tl.where(holds & (bins >= lowest) & (bins <= tl.maximum(top, lowest)), bins, -1))
+    found = tl.max(tl.where(holds & (bins >= lowest), bins, -1))
     above = bins > found
     return found, count + tl.sum(tl.where(above, counts, 0)), total + tl.sum(tl.where(above, totals, 0.0))
 
 
 @triton.jit
+def bin_of(pattern, base, last, SHIFT: tl.constexpr):
+    """Return the bin of a pattern behind that of base; the last for what lies above them all, and for what is below."""
+    return tl.minimum((pattern - base) >> SHIFT, last).to(tl.int32)
+
+
+@triton.jit
+def nonzeros(word, SIGNED: tl.constexpr, INFINITE: tl.constexpr, PAIRS: tl.constexpr):
+    """Return how many of the numbers in each column of words are finite and not zero, [columns]."""
+    if PAIRS:
+        # Both at once: a sum carries into the highest bit of its half, where the sign was, and no further.
+        magnitudes = word & 0x7FFF7FFF
+        below_inf = (magnitudes + (0x8000 - INFINITE) * 0x10001) ^ 0x80008000
+        flags = (magnitudes + 0x7FFF7FFF) & below_inf & 0x80008000
+        if not SIGNED:
+            flags &= word ^ 0x80008000
+        counts = tl.sum(flags >> 15, 0)
+        return ((counts & 0xFFFF) + (counts >> 16)).to(tl.int32)
+    pattern, _ = patterns_of(word, SIGNED, INFINITE, PAIRS)
+    return tl.sum((pattern - 1 < INFINITE - 1).to(tl.int32), 0)
+
+
+@triton.jit
+def patterns_of(word, SIGNED: tl.constexpr, INFINITE: tl.constexpr, PAIRS: tl.constexpr):
+    """Return the lower and the upper number of a word as patterns of magnitudes; above that of inf what is not counted.
+
+    The lower one is the whole word where it does not hold two.
+    """
+    if INFINITE < 2**16:
+        magnitudes = word & 0x7FFF7FFF if SIGNED else word
+        return magnitudes & 0xFFFF, magnitudes >> 16
+    return word & 0x7FFFFFFF if SIGNED else word, word
+
+
+@triton.jit
+def largest(pattern, low, width, base, last, SHIFT: tl.constexpr):
+    """Return the highest bin in use by a tile of patterns, 0 if none is."""
+    bins = tl.where(pattern - low < width, bin_of(pattern, base, last, SHIFT), 0)
+    return tl.max(tl.max(bins, 0), 0)
+
+
+@triton.jit
+def tally(
+    pattern,
+    low,
+    width,
+    base,
+    last,
+    own,
+    unit,
+    hot,
+    hot_count,
+    hot_low,
+    SHIFT: tl.constexpr,
+    HAS_HOT: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+):
+    """Count a tile of patterns by their bins in memory, and those of the hot bin apart."""
+    # Of unsigned numbers one comparison tells a range.
+    counted = pattern - low < width
+    bin = bin_of(pattern, base, last, SHIFT)
+    if HAS_HOT:
+        is_hot = counted & (bin == hot)
+        hot_count += is_hot.to(tl.int32)
+        if HAS_SUMS:
+            hot_low += tl.where(is_hot, pattern & 0xFFFF, 0).to(tl.int32)
+        counted &= bin != hot
+    one = unit
+    if HAS_SUMS:
+        one = (pattern & 0xFFFF).to(tl.int64) + (1 << 40)
+    tl.atomic_add(own + bin, one, mask=counted, sem="relaxed")
+    return hot_count, hot_low
+
+
+@triton.jit
+def tally_all(
+    x_ptr,
+    within,
+    n,
+    low,
+    width,
+    base,
+    last,
+    own,
+    unit,
+    hot,
+    SIGNED: tl.constexpr,
+    INFINITE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    HAS_HOT: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+):
+    """Count this program's tiles; return how many are finite and not zero, if it is the first launch."""
+    seen = tl.zeros((BLOCK // _ROWS,), tl.int32)
+    hot_count, hot_low = tl.zeros((_ROWS, BLOCK // _ROWS), tl.int32), tl.zeros((_ROWS, BLOCK // _ROWS), tl.int32)
+    # Tiles of 2**31 words at most, in 32 bits: the host takes care of it.
+    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        word = words_of(x_ptr, tile * BLOCK + within, n)
+        if IS_FIRST:
+            seen += nonzeros(word, SIGNED, INFINITE, PAIRS)
+        lower, upper = patterns_of(word, SIGNED, INFINITE, PAIRS)
+        hot_count, hot_low = tally(
+            lower, low, width, base, last, own, unit, hot, hot_count, hot_low, SHIFT, HAS_HOT, HAS_SUMS
+        )
+        if PAIRS:
+            hot_count, hot_low = tally(
+                upper, low, width, base, last, own, unit, hot, hot_count, hot_low, SHIFT, HAS_HOT, HAS_SUMS
+            )
+    if HAS_HOT:
+        hot_total = tl.sum(tl.sum(hot_count, 0), 0)
+        packed = hot_total
+        if HAS_SUMS:
+            packed = (hot_total.to(tl.int64) << 40) + tl.sum(tl.sum(hot_low.to(tl.int64), 0), 0)
+        tl.atomic_add(own + hot, packed, sem="relaxed")
+    return tl.sum(seen, 0).to(tl.int64)
+
+
+@triton.jit
+def words_of(x_ptr, at, n):
+    """Return words, uint32, zeros behind the last."""
+    return tl.load(x_ptr + at, mask=at < n, other=0).to(tl.int32).to(tl.uint32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["unit"])
 def solve_tail_kernel(
     x_ptr,
     hint_ptr,
     clip_ptr,
     bins_ptr,
+    every_bin_ptr,
     counters_ptr,
     numbers_ptr,
     n,
     replicas,
     keep,
+    unit,
     STAGE: tl.constexpr,
+    SPAN: tl.constexpr,
+    UNKNOWN: tl.constexpr,
     SIGNED: tl.constexpr,
     NOISE: tl.constexpr,
     INFINITE: tl.constexpr,
     SHIFT: tl.constexpr,
-    IS_HALF: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """x: [n] as it lies in memory, its bits as integers. bins: [replicas, BINS], of FINE [1, FINE_BINS], zeros."""
-    floor = floor_of(hint_ptr, keep, IS_HALF)
+    """x: [n] words as they lie in memory, one number each, or PAIRS. bins: [replicas, SPAN + 1], zeros, of FINE [SPAN].
+
+    every_bin: [replicas, BINS], which the first launch fills with zeros if the second needs it. unit: 1. The compiler
+    must not know: it would load 16 bytes in each thread, and carry every element through shared memory to the threads
+    that add it to its bin.
+    """
     has_sums: tl.constexpr = STAGE != FINE and SHIFT > 0
+    stride: tl.constexpr = SPAN + (STAGE == WARM)
     copies = 1 if STAGE == FINE else replicas
-    base = 0
+    floor, origin, active = tl.zeros((), tl.int32), tl.zeros((), tl.int32), True
+    end = origin + INFINITE
     if STAGE == WARM:
-        first, behind, active = floor, _BINS + 0, True
+        floor = floor_of(hint_ptr, keep, UNKNOWN, DTYPE)
+        origin = floor // CHUNK * CHUNK << SHIFT
     elif STAGE == COLD:
-        first, behind, active = floor * 0, floor, tl.load(counters_ptr + SOLVED) == 0
+        active = tl.load(counters_ptr + SOLVED) == 0
     else:
-        base = tl.load(counters_ptr + CROSSING).to(tl.int32) << 16
-        first, behind, active = 0, _FINE_BINS + 0, tl.load(counters_ptr + NONZERO) > 0
+        origin = tl.load(counters_ptr + CROSSING).to(tl.int32) << 16
+        end = origin + SPAN
+        active = tl.load(counters_ptr + NONZERO) > 0
+    # From which pattern on, and behind how many, magnitudes are counted.
+    low = tl.maximum(floor << SHIFT if STAGE == WARM else origin, 1).to(tl.uint32)
+    width = end.to(tl.uint32) - low
     if active:
-        lanes = tl.arange(0, BLOCK)
-        seen, hot_count = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
-        hot_low, top = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
-        own = bins_ptr + tl.program_id(0) % copies * _BINS
-        hot = -1
-        # Tiles of 2**31 elements at most, in 32 bits: the host takes care of it.
-        for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
-            bits = tl.load(x_ptr + tile * BLOCK + lanes, mask=tile * BLOCK + lanes < n, other=0).to(tl.int32)
-            # Those of negative numbers are negative.
-            pattern = bits & (INFINITE | (INFINITE - 1)) if SIGNED else bits
-            valid = (pattern > 0) & (pattern < INFINITE)
-            bin = (pattern - base) >> (0 if STAGE == FINE else SHIFT)
-            wanted = valid & (bin >= first) & (bin < behind)
-            seen += valid.to(tl.int32)
-            top = tl.maximum(top, tl.where(wanted, bin, 0))
-            if hot < 0:
-                # A ceiling, or the only magnitude there is, is not counted one by one.
-                hot = tl.max(tl.where(wanted, bin, 0))
-            is_hot = wanted & (bin == hot)
-            hot_count += is_hot.to(tl.int32)
-            if has_sums:
-                hot_low += tl.where(is_hot, pattern & 0xFFFF, 0)
-                one = (pattern & 0xFFFF).to(tl.int64) + (1 << 40)
-            else:
-                one = 1
-            tl.atomic_add(own + bin, one, mask=wanted & (bin != hot), sem="relaxed")
-        hot_total = tl.sum(hot_count)
-        packed = hot_total
-        if has_sums:
-            packed = (hot_total.to(tl.int64) << 40) + tl.sum(hot_low.to(tl.int64))
-        tl.atomic_add(own + tl.maximum(hot, 0), packed, mask=hot_total > 0, sem="relaxed")
+        shift: tl.constexpr = 0 if STAGE == FINE else SHIFT
+        columns: tl.constexpr = BLOCK // _ROWS
+        within = tl.arange(0, _ROWS)[:, None] * columns + tl.arange(0, columns)[None, :] * unit
+        # Where a pattern is its bin, both ask how far it is from low.
+        base = low if shift == 0 else origin.to(tl.uint32)
+        skipped = (base - origin.to(tl.uint32)) >> shift
+        last = SPAN - skipped
+        own = bins_ptr + tl.program_id(0) % copies * stride + skipped
+        # Of a ceiling, or of the only magnitude there is: programs would queue for it. Seldom enough in COLD.
+        word = words_of(x_ptr, tl.program_id(0) * BLOCK + within, n)
+        lower, upper = patterns_of(word, SIGNED, INFINITE, PAIRS)
+        hot = largest(lower, low, width, base, last, shift)
+        if PAIRS:
+            hot = tl.maximum(hot, largest(upper, low, width, base, last, shift))
+        is_hot = (lower - low < width) & (bin_of(lower, base, last, shift) == hot)
+        if STAGE != COLD and tl.sum(tl.sum(is_hot.to(tl.int32), 0), 0) >= _HOT:
+            seen = tally_all(
+                *(x_ptr, within, n, low, width, base, last, own, unit, hot, SIGNED, INFINITE, shift, PAIRS, BLOCK),
+                *(STAGE == WARM, True, has_sums),
+            )
+        else:
+            seen = tally_all(
+                *(x_ptr, within, n, low, width, base, last, own, unit, hot, SIGNED, INFINITE, shift, PAIRS, BLOCK),
+                *(STAGE == WARM, False, has_sums),
+            )
         if STAGE == WARM:
-            tl.atomic_add(counters_ptr + NONZERO, tl.sum(seen).to(tl.int64), sem="relaxed")
-        top_ptr = counters_ptr + (FINE_TOP if STAGE == FINE else TOP)
-        tl.atomic_max(top_ptr, tl.max(top).to(tl.int64), sem="relaxed")
+            tl.atomic_add(counters_ptr + NONZERO, seen, sem="relaxed")
         if is_last(counters_ptr):
             nonzero = tl.load(counters_ptr + NONZERO, cache_modifier=".cg")
-            highest = tl.load(top_ptr, cache_modifier=".cg").to(tl.int32)
             if STAGE == FINE:
                 count, total = tl.load(counters_ptr + COUNT), tl.load(numbers_ptr + SUM)
             else:
                 count, total = tl.zeros((), tl.int64), tl.zeros((), tl.float64)
+            lowest = floor - (origin >> SHIFT) if STAGE == WARM else origin * 0
             found, count, total = search(
-                bins_ptr, first, highest, base, copies, count, total, nonzero, NOISE, STAGE, IS_HALF, has_sums, CHUNK
+                *(bins_ptr, lowest, origin, copies, stride, count, total, nonzero),
+                *(SPAN, NOISE, shift, INFINITE, DTYPE, has_sums, CHUNK),
             )
             if SHIFT > 0 and STAGE != FINE:
-                tl.store(counters_ptr + CROSSING, found.to(tl.int64))
+                tl.store(counters_ptr + CROSSING, (origin >> SHIFT) + found.to(tl.int64))
                 tl.store(counters_ptr + COUNT, count)
                 tl.store(numbers_ptr + SUM, total)
                 # What stays if there is nothing to take apart.
@@ -233,9 +397,18 @@ def solve_tail_kernel(
                 # D is at least noise for one non-zero, and at most 2**31.
                 d = count.to(tl.float64) * (1 - NOISE) + nonzero.to(tl.float64) * NOISE
                 ratio = total / tl.where(nonzero > 0, d, 1.0)
-                at = edges(tl.maximum(found, 0), base, STAGE, IS_HALF)
+                at = value_of(origin + (tl.maximum(found, 0) << shift), INFINITE, DTYPE)
                 tl.store(clip_ptr, tl.where(nonzero > 0, tl.maximum(ratio, at), 0.0).to(tl.float32))
-            tl.store(counters_ptr + SOLVED, ((found >= 0) | (nonzero == 0)).to(tl.int64))
+            if STAGE == WARM:
+                above = tl.zeros((), tl.int64)
+                for replica in range(replicas):
+                    stored = tl.load(bins_ptr + replica * stride + SPAN, cache_modifier=".cg").to(tl.int64)
+                    above += tl.where(stored != 0, 1, 0)
+                solved = ((found >= 0) & (above == 0)) | (nonzero == 0)
+                tl.store(counters_ptr + SOLVED, solved.to(tl.int64))
+                if solved == 0:
+                    for begin in range(0, replicas * _BINS, CHUNK):
+                        tl.store(every_bin_ptr + begin + tl.arange(0, CHUNK), 0)
 
 
 def solve_tail(
@@ -245,12 +418,12 @@ def solve_tail(
 
     Scratch is zeroed in each call, so calls on several streams do not meet.
     """
-    if x.dtype not in PATTERNS or out.shape or out.dtype is not torch.float32 or x.numel() + block > 2**31:
+    if x.dtype not in PATTERNS or out.shape or out.dtype is not torch.float32 or x.numel() + 2 * block > 2**31:
         return False
     hint = cpu.checked(hint, ())
-    x = x if cpu.is_dense(x) else x.contiguous()
-    integers, infinite, shift = PATTERNS[x.dtype]
-    programs = program_count(x, block)
+    dtype, infinite, shift, span, unknown = PATTERNS[x.dtype]
+    words = _words(x)
+    programs = program_count(words, block)
     replicas = min(REPLICAS, programs)
     if shift:
         # A program's share is of whole tiles, a replica's of whole programs.
@@ -259,31 +432,50 @@ def solve_tail(
         if triton.cdiv(programs, replicas) * share >= PACKED:
             return False
     # One allocation and one launch that zeroes it: the counters, the bins, and those of FINE.
-    words = replicas * BINS if shift else replicas * BINS // 2
-    scratch = torch.zeros(16 + words + (FINE_BINS // 2 if shift else 0), dtype=torch.int64, device=x.device)
-    counters, bins, fine = scratch[:16], scratch[16 : 16 + words], scratch[16 + words :].view(torch.int32)
-    stages = (
-        [(WARM, bins), (COLD, bins), (FINE, fine)] if shift else [(s, bins.view(torch.int32)) for s in (WARM, COLD)]
-    )
-    for stage, filled in stages:
+    count = torch.int64 if shift else torch.int32
+    of_warm = math.ceil(replicas * (span + 1) * count.itemsize / 16) * 2
+    scratch = torch.zeros(COUNTERS + of_warm + (FINE_BINS // 2 if shift else 0), dtype=torch.int64, device=x.device)
+    counters, warm, fine = scratch.tensor_split([COUNTERS, COUNTERS + of_warm])
+    every_bin = torch.empty(replicas * BINS, dtype=count, device=x.device)
+    stages = [(WARM, warm.view(count), span), (COLD, every_bin, BINS)]
+    if shift:
+        stages.append((FINE, fine.view(torch.int32), FINE_BINS))
+    registers = {} if torch.version.hip else {"maxnreg": REGISTERS}
+    for stage, bins, size in stages:
         solve_tail_kernel[(programs,)](
-            x.view(integers),
+            words,
             hint,
             out,
-            filled,
+            bins,
+            every_bin,
             counters,
             counters.view(torch.float64),
-            x.numel(),
+            words.numel(),
             replicas,
             KEEP[bits],
+            1,
             STAGE=stage,
+            SPAN=size,
+            UNKNOWN=unknown,
             SIGNED=signed,
             NOISE=Grid(bits, signed).noise,
             INFINITE=infinite,
             SHIFT=shift,
-            IS_HALF=x.dtype is torch.float16,
+            DTYPE=dtype,
+            PAIRS=words.dtype is torch.int32 and not shift,
             BLOCK=block,
             CHUNK=chunk,
             num_warps=8,
+            **registers,
         )
     return True
+
+
+def _words(x: Tensor) -> Tensor:
+    """Return a tensor as it lies in memory, as words of 32 bits; of 16 where it does not consist of whole ones."""
+    x = x if cpu.is_dense(x) else x.contiguous()
+    flat = x.as_strided((x.numel(),), (1,))
+    if x.element_size() == 4:
+        return flat.view(torch.int32)
+    halves = flat.view(torch.int16)
+    return halves.view(torch.int32) if x.numel() % 2 == 0 and halves.data_ptr() % 4 == 0 else halves

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -47,9 +46,9 @@ _KNOWN = (triton_of_torch.has_triton, triton_of_torch.triton_backend, triton_of_
 def absent_gpu() -> Iterator[None]:
     """Let torch, Inductor and Triton believe that there is one."""
     from torch._dynamo.device_interface import CudaInterface
+    from triton.backends import compiler
+    from triton.runtime import driver
 
-    compiler = pytest.importorskip("triton.backends.compiler")
-    driver = pytest.importorskip("triton.runtime").driver
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -62,7 +61,7 @@ def absent_gpu() -> Iterator[None]:
         "get_rng_state": lambda *of: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *of: None,
     }
-    of_inductor = {
+    of_inductor: dict[str, Any] = {
         "get_device_properties": lambda *of: PROPERTIES,
         "get_compute_capability": lambda *of: 90,
         "is_available": lambda: True,
@@ -112,16 +111,33 @@ def move(graph: fx.Graph) -> None:
         node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda of: GPU, (node.args, node.kwargs))
 
 
-def generated(model: nn.Module, *inputs: Tensor, backend: Any = "octav", autocast: bool = False) -> list[str]:
-    """Return what Inductor generates for a training step: the wrapper of forward, and of backward."""
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What Inductor generates for a half of a step."""
+
+    # The wrapper, with the sources of the kernels in it.
+    code: str
+    # What all kernels and ops read and write.
+    bytes: int
+    # What optimal_clip reads.
+    solved: int
+
+
+def generated(model: nn.Module, *inputs: Tensor, backend: Any = "octav", autocast: bool = False) -> list[Generated]:
+    """Return what Inductor generates for a training step: forward, and backward."""
     import torch._functorch.config as aot_config
+    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.graph import GraphLowering
 
-    codes: list[str] = []
+    halves: list[Generated] = []
 
     def keep(self: GraphLowering) -> Any:
-        codes.append(self.codegen()[0].value)
+        code = self.codegen()[0].value
+        solves = self.graph.find_nodes(op="call_function", target=torch.ops.octav.optimal_clip.default)
+        solved = sum(node.args[0].meta["val"].numel() for node in solves)
+        moved = sum(node.get_read_write_buffers_sizes() for node in self.scheduler.nodes)
+        halves.append(Generated(code, moved, solved))
         return SimpleNamespace(call=lambda *arguments: None, __file__=__file__, key="absent")
 
     def inner(gm: fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
@@ -159,6 +175,8 @@ def generated(model: nn.Module, *inputs: Tensor, backend: Any = "octav", autocas
     settings = aot_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False)
     with (
         patch.object(GraphLowering, "compile_to_module", keep),
+        # It starts to compile a kernel as soon as there is one, and asks the driver.
+        patch.object(AsyncCompile, "triton", lambda *of, **options: None),
         patch.object(entry, "compile_fx", compile_for_gpu),
         settings,
     ):
@@ -166,7 +184,7 @@ def generated(model: nn.Module, *inputs: Tensor, backend: Any = "octav", autocas
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             compiled(*inputs)
     torch._dynamo.reset()
-    return codes
+    return halves
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +196,9 @@ class Launches:
     extern: list[str]
 
 
-def launches(code: str) -> Launches:
+def launches(half: Generated) -> Launches:
     """Read the calls in the wrapper that Inductor generates."""
-    body = code[code.index("def call(") :]
+    body = half.code[half.code.index("def call(") :]
     return Launches(
         re.findall(r"(triton_\w+)\.run\(", body),
         re.findall(r"torch\.ops\.octav\.(\w+)\.(?:default|out)\(", body),

@@ -1,0 +1,107 @@
+"""How many bytes a quantizer moves on a GPU beyond float Inductor, counted in what Inductor generates; nothing runs.
+
+Two steps are compiled for a GPU that is not there (absent_gpu.py), under bf16 autocast: of octav and of float. What all
+their kernels read and write is counted for two batches, and the difference of the differences is what an element of an
+activation costs: what weights cost falls out. An op of octav's counts as if it read each input once, which solve_tail
+does in half precision.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import octav_fx
+from benchmarks import result
+from benchmarks.absent_gpu import generated, launches
+from octav_fx import Config
+
+BATCHES: Final = (8, 16)
+# Layers: what is saved of the first and for the last matters less in a deeper net.
+DEPTH: Final = 4
+# Without edges of 8 bits, which are few in a deep net and many in these.
+CONFIG: Final = Config(edge_bits=None)
+
+
+class Block(nn.Module):
+    """A layer of a transformer, 64 wide with 4 heads, as timm and transformers write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(64), nn.LayerNorm(64)
+        self.query, self.key, self.value, self.out = (nn.Linear(64, 64) for _ in range(4))
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [batch, tokens, 64] -> the same."""
+        normed = self.before(x)
+        heads = [layer(normed).unflatten(2, (4, 16)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        x = x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+class Layer(nn.Sequential):
+    """A convolution with what stands behind it in a residual net: [batch, 32, rows, columns] -> the same."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+
+
+# The layer that a net repeats, and a batch.
+NETS: Final[dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]]] = {
+    "convolutions": (Layer, lambda batch: torch.randn(batch, 32, 16, 16).to(memory_format=torch.channels_last)),
+    "transformer": (Block, lambda batch: torch.randn(batch, 32, 64)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """What one element of a quantized activation costs beyond float, in bytes, and one quantizer in launches."""
+
+    forward: float
+    backward: float
+    launches: float
+    # How many quantizers that is the mean of.
+    solves: int
+
+
+def beyond(net: str, depth: int) -> Beyond:
+    """Compile both steps for both batches, and count."""
+    layer, batch_of = NETS[net]
+    counts = []
+    for size in BATCHES:
+        torch.manual_seed(0)
+        model, batch = nn.Sequential(*(layer() for _ in range(depth))), batch_of(size)
+        q = octav_fx.quantize(model, batch, CONFIG)
+        counts.append((generated(q, batch, autocast=True), generated(model, batch, backend=None, autocast=True)))
+    (small, small_float), (large, large_float) = counts
+    elements = large[0].solved - small[0].solved
+    forward, backward = (
+        ((large[i].bytes - small[i].bytes) - (large_float[i].bytes - small_float[i].bytes)) / elements for i in (0, 1)
+    )
+    solves = launches(large[0]).ops.count("optimal_clip")
+    kernels = len(launches(large[0]).kernels) - len(launches(large_float[0]).kernels)
+    # A solve fills its bins and runs twice (solve_tail); weights are one launch in all.
+    return Beyond(forward, backward, 3 + kernels / solves, solves)
+
+
+def main(rounds: int) -> None:
+    """Count once (it does not vary), and write results/bytes.json."""
+    rows: list[dict[str, Any]] = []
+    for net in NETS:
+        found = beyond(net, DEPTH)
+        rows.append(
+            {
+                "net": net,
+                "forward": round(found.forward, 2),
+                "backward": round(found.backward, 2),
+                "sum": round(found.forward + found.backward, 2),
+                "launches": round(found.launches, 2),
+            }
+        )
+    result.write("bytes", {"rows": rows})
+    print(tabulate(rows, headers="keys"))

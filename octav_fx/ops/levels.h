@@ -1,0 +1,162 @@
+// The levels of the formats (octav_fx/formats), and the formats of scales: for single floats and for vectors of them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "lanes.h"
+
+// What ops/levels.py hands over of a Format.
+struct Levels {
+  // Which of the roundings below.
+  int kind;
+  float least, greatest, steps;
+  // The codes of the lowest and of the highest level.
+  int low, high;
+  int mantissa_bits, least_exponent;
+  // [high - low + 1], but for even levels; where rounding is a search in them, the greatest number that belongs to each
+  // but the highest.
+  const float *levels, *edges;
+};
+
+// Each rounds a ratio x / step to the nearest level, in steps; code() is the code of a level that it returned, and
+// level() the level of a code. Loops over elements take them by value: of what lies elsewhere compilers make no vectors.
+struct Even {
+  explicit Even(const Levels& of) : least(of.least), greatest(of.greatest) {}
+
+  template <class T>
+  T operator()(T ratio) const {
+    // Rounded first: what rounds to -0 stays that.
+    return smaller(larger(to_integer(ratio), all<T>(least)), all<T>(greatest));
+  }
+
+  int code(float level) const { return int(level); }
+
+  float level(int code) const { return float(code); }
+
+  float least, greatest;
+};
+
+// mantissa * 2^exponent; ties go to the even mantissa.
+struct FloatingPoint {
+  explicit FloatingPoint(const Levels& of)
+      : least(of.least),
+        greatest(of.greatest),
+        smallest(float_of(uint32_t(127 + of.least_exponent) << 23)),
+        share(float_of(uint32_t(127 - of.mantissa_bits) << 23)),
+        places(1 / (smallest * share)),
+        mantissa_bits(of.mantissa_bits),
+        levels(of.levels - of.low) {}
+
+  template <class T>
+  T operator()(T ratio) const {
+    const T inside = larger(smaller(ratio, all<T>(greatest)), all<T>(least));
+    const T power = from_bits<T>(as_bits(inside) & 0x7f800000);
+    const T level = to_multiple(inside, larger(power, all<T>(smallest)) * share);
+    // What rounds to -0 stays that.
+    return from_bits<T>(as_bits(level) | (as_bits(ratio) & int32_t(0x80000000)));
+  }
+
+  int code(float level) const {
+    const float magnitude = magnitude_of(level);
+    // The place of the leading bit and the bits behind it, counted from the least normal level.
+    const int normal = int((bits_of(magnitude) - bits_of(smallest)) >> (23 - mantissa_bits)) + (1 << mantissa_bits);
+    const int place = magnitude < smallest ? int(magnitude * places) : normal;
+    return level < 0 ? -place : place;
+  }
+
+  float level(int code) const { return levels[code]; }
+
+  float least, greatest, smallest, share, places;
+  int mantissa_bits;
+  const float* levels;
+};
+
+// Up to SIZE levels, looked for one by one: no loop, for of that compilers make no vectors.
+template <int SIZE>
+struct Table {
+  explicit Table(const Levels& of) : low(of.low) {
+    std::fill(levels, levels + SIZE, INFINITY), std::fill(edges, edges + SIZE, INFINITY);
+    std::copy(of.levels, of.levels + of.high - of.low + 1, levels);
+    std::copy(of.edges, of.edges + of.high - of.low, edges);
+  }
+
+  template <class T>
+  T operator()(T ratio) const {
+    return picked(ratio, std::make_integer_sequence<int, SIZE - 1>());
+  }
+
+  int code(float level) const { return low + below(level, std::make_integer_sequence<int, SIZE>()); }
+
+  float level(int code) const { return levels[code - low]; }
+
+  float levels[SIZE], edges[SIZE];
+  int low;
+
+ private:
+  template <class T, int... I>
+  T picked(T ratio, std::integer_sequence<int, I...>) const {
+    T level = all<T>(levels[0]);
+    ((level = ratio > edges[I] ? all<T>(levels[I + 1]) : level), ...);
+    return level;
+  }
+
+  template <int... I>
+  int below(float level, std::integer_sequence<int, I...>) const {
+    return (int(level > levels[I]) + ...);
+  }
+};
+
+// run(the rounding of a format).
+template <class Run>
+void with_levels(const Levels& of, Run run) {
+  switch (of.kind) {
+    case 0: return run(Even(of));
+    case 1: return run(FloatingPoint(of));
+    case 2: return run(Table<4>(of));
+    case 3: return run(Table<16>(of));
+  }
+}
+
+// The nearest number of a format of scales to a positive step; formats/scales.py is the definition.
+struct Scale {
+  // The codes of ops/cpu.py.
+  enum Kind { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3 };
+  int kind;
+  // The float32 scale of the tensor.
+  float unit;
+
+  template <class T>
+  T operator()(T step) const {
+    switch (kind) {
+      case BFLOAT16: {
+        const auto bits = as_bits(step);
+        return from_bits<T>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
+      }
+      case FLOAT16: return nearest(step, 10, -14, 65504.f);
+      case E8M0: return power_of_two(step);
+      case E4M3: {
+        const T ratio = unit > 0 ? step / unit : T{};
+        return step > 0 ? larger(nearest(ratio, 3, -6, 448.f), all<T>(0x1p-9f)) * unit : T{};
+      }
+    }
+    return step;
+  }
+
+ private:
+  template <class T>
+  static T nearest(T step, int mantissa_bits, int least_exponent, float greatest) {
+    Levels of{};
+    of.greatest = greatest, of.mantissa_bits = mantissa_bits, of.least_exponent = least_exponent;
+    return FloatingPoint(of)(step);
+  }
+
+  // 1.5 is half-way between 1 and 2.
+  template <class T>
+  static T power_of_two(T step) {
+    const T power = from_bits<T>((as_bits(step) + 0x400000) & 0x7f800000);
+    const T small = step < 0x1.8p-127f ? all<T>(0x1p-127f) : all<T>(0x1p-126f);
+    const T stored = smaller(step < 0x1p-126f ? small : power, all<T>(0x1p127f));
+    return step > 0 ? stored : T{};
+  }
+};

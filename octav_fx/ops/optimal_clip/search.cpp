@@ -1,0 +1,207 @@
+// The clip with the least squared error by trying. clips/search.py is the definition, equal bit for bit: sums are added
+// up in its order. Short rows are searched side by side, one in each lane; of a long row the lanes hold neighbours.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "../levels.h"
+
+namespace {
+
+// Of search.folded.
+constexpr int64_t COLUMNS = 16;
+// From here on lanes hold neighbours: so many rows side by side would leave the nearest cache.
+constexpr int64_t LONG = 512;
+constexpr int64_t PARALLEL_FROM = 1 << 14;
+
+struct Candidates {
+  const float* shares;
+  int count;
+};
+
+// Converts n elements; those that do not take part are zero.
+template <class X>
+inline void take(const X* __restrict x, int64_t n, float* __restrict out, float lowest) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const float value = to_float(x[i]), raised = value > lowest ? value : lowest;
+    out[i] = std::fabs(value) <= FLT_MAX ? raised : 0.f;
+  }
+}
+
+// Rows as the search reads them. SIDE_BY_SIDE: element i of row r is lane r of vector i. Else one row, its elements in
+// order, behind its end zeros.
+template <bool SIDE_BY_SIDE>
+class Tile {
+ public:
+  explicit Tile(int64_t n)
+      : n_(n), lines_((n + COLUMNS - 1) / COLUMNS), x_(lines_ * WIDTH), sums_(lines_ * WIDTH) {}
+
+  // Up to LANES rows, or one. lowest: 0 where levels below zero do not exist.
+  template <class X>
+  void read(const X* x, int64_t rows, float lowest) {
+    if (!SIDE_BY_SIDE) {
+      take(x, n_, reinterpret_cast<float*>(x_.data()), lowest);
+      return;
+    }
+    for (int64_t at = 0; at < n_; at += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, n_ - at);
+      Lanes block[LANES]{};
+      for (int64_t row = 0; row < rows; row++)
+        take(x + row * n_ + at, count, reinterpret_cast<float*>(block + row), lowest);
+      transpose(block);
+      std::copy(block, block + count, x_.data() + at);
+    }
+  }
+
+  // In every lane the least and the greatest of 0 and the elements of its row.
+  void extent(Lanes& least, Lanes& greatest) const {
+    least = greatest = Lanes{};
+    for (const Lanes value : x_) least = smaller(least, value), greatest = larger(greatest, value);
+    if (SIDE_BY_SIDE) return;
+    for (int i = 1; i < LANES; i++) {
+      least[0] = smaller<float>(least[0], least[i]);
+      greatest[0] = larger<float>(greatest[0], greatest[i]);
+    }
+    least = all<Lanes>(least[0]), greatest = all<Lanes>(greatest[0]);
+  }
+
+  void scale(Lanes factor) {
+    for (Lanes& value : x_) value *= factor;
+  }
+
+  // In every lane the sum of term(element) over its row, in the order of search.folded.
+  template <class Term>
+  Lanes sum(Term term) {
+    const Lanes* x = x_.data();
+    Lanes* sums = sums_.data();
+    int64_t lines = lines_, width = WIDTH;
+    const int64_t part = lines * width / 8;
+    const bool is_whole = n_ % COLUMNS == 0, halves = lines % 8 == 0 || (SIDE_BY_SIDE && (lines & (lines - 1)) == 0);
+    if (is_whole && halves) {
+      // The first three halvings at once, in registers.
+      for (int64_t i = 0; i < part; i++) {
+        const auto two = [&](int64_t at) { return term(x[i + at * part]) + term(x[i + (at + 4) * part]); };
+        sums[i] = (two(0) + two(2)) + (two(1) + two(3));
+      }
+      width = lines % 8 == 0 ? width : part;
+      lines = lines % 8 == 0 ? lines / 8 : 1;
+    } else {
+      for (int64_t i = 0; i < lines * width; i++) sums[i] = term(x[i]);
+      // Behind the end of the row there is nothing, not the error of a zero.
+      float* each = reinterpret_cast<float*>(sums);
+      std::fill(each + n_ * (SIDE_BY_SIDE ? LANES : 1), each + lines * width * LANES, 0.f);
+    }
+    while (lines > 1) {
+      const int64_t half = (lines + 1) / 2;
+      for (int64_t i = 0; i < (lines - half) * width; i++) sums[i] += sums[i + half * width];
+      lines = half;
+    }
+    for (width /= 2; width; width /= 2)
+      for (int64_t i = 0; i < width; i++) sums[i] += sums[i + width];
+    return SIDE_BY_SIDE ? sums[0] : across(sums[0]);
+  }
+
+ private:
+  static Lanes across(Lanes sum) {
+    float lanes[LANES];
+    save(sum, lanes);
+    for (int half = LANES / 2; half; half /= 2)
+      for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return all<Lanes>(lanes[0]);
+  }
+
+  // Vectors of a line.
+  static constexpr int64_t WIDTH = SIDE_BY_SIDE ? COLUMNS : COLUMNS / LANES;
+  int64_t n_, lines_;
+  std::vector<Lanes> x_, sums_;
+};
+
+// The step with the least error, and that error.
+struct Best {
+  void offer(Lanes other, Lanes its_error) {
+    const auto is_better = its_error < error;
+    step = is_better ? other : step, error = is_better ? its_error : error;
+  }
+
+  Lanes step, error;
+};
+
+// The clips of the rows of a tile.
+template <bool SIDE_BY_SIDE, class Round>
+Lanes searched(Tile<SIDE_BY_SIDE>& tile, const Levels& of, const Round& round, const Scale& scale,
+               const Candidates& candidates) {
+  const Lanes zero{};
+  Lanes least, greatest;
+  tile.extent(least, greatest);
+  // In the units of the largest magnitude no square over- or underflows.
+  const Integers exponent = (as_bits(larger(-least, greatest)) >> 23) - 126, bound = Integers{} + 100;
+  const Integers held = smaller(larger(exponent, -bound), bound);
+  const Lanes up = from_bits<Lanes>((127 + held) << 23), down = from_bits<Lanes>((127 - held) << 23);
+  tile.scale(down), least *= down, greatest *= down;
+
+  const auto stored = [&](Lanes step) { return scale.kind == Scale::FLOAT32 ? step : scale(step * up) * down; };
+  const auto error = [&](Lanes step) {
+    const Lanes inverse = 1.f / step;
+    const Lanes sum = tile.sum([&](Lanes x) {
+      const Lanes ratio = x * inverse, off = ratio - round(ratio);
+      return off * off;
+    });
+    return step > zero ? sum * (step * step) : all<Lanes>(INFINITY);
+  };
+  const auto least_squares = [&](Lanes step) {
+    const Lanes inverse = 1.f / step;
+    const Lanes product = tile.sum([&](Lanes x) { return x * round(x * inverse); });
+    const Lanes square = tile.sum([&](Lanes x) {
+      const Lanes level = round(x * inverse);
+      return level * level;
+    });
+    return (step > zero) & (product > zero) & (square > zero) ? product / square : step;
+  };
+
+  const Lanes above = greatest / of.greatest;
+  const Lanes whole = of.least < 0 ? larger(above, least / of.least) : above;
+  Best best{stored(larger(-least, greatest) / of.steps), zero};
+  best.error = error(best.step);
+  for (int i = 0; i < candidates.count; i++) {
+    const Lanes step = stored(whole * candidates.shares[i]);
+    best.offer(step, error(step));
+  }
+  const Lanes refined = stored(least_squares(best.step));
+  best.offer(refined, error(refined));
+  return smaller((best.step * of.steps) * up, all<Lanes>(FLT_MAX));
+}
+
+template <bool SIDE_BY_SIDE, class X, class Round>
+void search(const X* x, int64_t rows, int64_t n, float* clip, const Levels& of, const Round& round, const Scale& scale,
+            const Candidates& candidates, int threads) {
+  const int64_t width = SIDE_BY_SIDE ? LANES : 1, tiles = (rows + width - 1) / width;
+#pragma omp parallel num_threads(threads) if (threads > 1 && tiles > 1 && rows * n >= PARALLEL_FROM)
+  {
+    Tile<SIDE_BY_SIDE> tile(n);
+#pragma omp for
+    for (int64_t i = 0; i < tiles; i++) {
+      const int64_t first = i * width, count = std::min(width, rows - first);
+      tile.read(x + first * n, count, of.least < 0 ? -INFINITY : 0.f);
+      float found[LANES];
+      save(searched(tile, of, round, scale, candidates), found);
+      std::copy(found, found + count, clip + first);
+    }
+  }
+}
+
+}  // namespace
+
+// x: [rows, n] contiguous, elements of a type, n > 0. clip: [rows]. scale, unit: of Scale.
+extern "C" void octav_search(const void* x, int type, int64_t rows, int64_t n, float* clip, const Levels* of, int scale,
+                             float unit, const float* shares, int count, int threads) {
+  with_element(type, [=](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(x);
+    with_levels(*of, [=](auto round) {
+      const auto run = n < LONG ? search<true, decltype(element), decltype(round)>
+                                : search<false, decltype(element), decltype(round)>;
+      run(from, rows, n, clip, *of, round, Scale{scale, unit}, Candidates{shares, count}, threads);
+    });
+  });
+}

@@ -1,0 +1,1 @@
+"""torch.ops.octav.product_of_codes."""

@@ -1,0 +1,100 @@
+"""Add and average codes, where a quantizer alone reads the result.
+
+    quantizer3(quantizer1(x) + quantizer2(y))
+        ->  levels(code_sum(codes1, codes2, s1, s2, s3, bits1, signed1, bits2, signed2, bits3, signed3), s3, ...)
+    quantizer2(flatten(adaptive_avg_pool2d(quantizer1(x), 1)))
+        ->  levels(flatten(code_mean(codes1, s1, s2, bits1, signed1, bits2, signed2, True)), s2, ...)
+
+    codes1 = integer_codes(x, s1, bits1, signed1)        uint8, as the layers read them: on_codes.py
+
+Bits are those that nn/integer_rule.py defines, for the nodes that multiply_codes takes.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from octav_fx.ir.arguments import argument
+from octav_fx.ir.edits import Edit
+from octav_fx.ir.ops import in_place
+from octav_fx.ir.pools import is_global_mean, keeps_axes, max_window
+from octav_fx.nn import IntegerWeight, StaticQuantizer
+from octav_fx.nn.integer import code_mean, code_sum, max_pool
+from octav_fx.passes.convert.multiply_codes import SAME, is_op, is_plain_sum, result_of
+from octav_fx.passes.convert.on_codes import OnCodes, grid_of, on_codes, put_levels
+
+
+def combine_codes(gm: fx.GraphModule) -> list[Edit]:
+    """See the module's docstring."""
+    edits: list[Edit] = []
+    if not _is_float32_on_cpu(gm):
+        return edits
+    for node in list(gm.graph.nodes):
+        operands = _operands(node)
+        if not operands or any(grid_of(operand) is None for operand in operands):
+            continue
+        found = result_of(node)
+        if found is None or (between := _between(node, found[0])) is None:
+            continue
+        _combine(node, len(operands), between, *found)
+        edits.append(Edit(str(found[0].target), "combine", "codes"))
+    return edits
+
+
+def _is_float32_on_cpu(gm: fx.GraphModule) -> bool:
+    """Tell whether levels of codes are what the model computes with: it has weights, and all are in float32."""
+    weights = [module for module in gm.modules() if isinstance(module, IntegerWeight)]
+    places = {(weight.dtype, weight.codes.device.type) for weight in weights}
+    return places == {(torch.float32, "cpu")}
+
+
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    """Return the two operands of a sum, the one of a mean, none of another node."""
+    if is_plain_sum(node) and not (in_place(node) and len(node.all_input_nodes[0].users) > 1):
+        return node.args
+    return (argument(node, "input"),) if is_global_mean(node) else ()
+
+
+def _between(node: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
+    """Return the nodes from one to the quantizer that reads it, if all do to codes what they do to levels."""
+    found: list[fx.Node] = []
+    (user,) = node.users
+    while user is not reader:
+        if "pool" in str(user.target) and max_window(user) is None:
+            return None
+        found.append(user)
+        (user,) = user.users
+    return found
+
+
+def _combine(node: fx.Node, count: int, between: list[fx.Node], reader: fx.Node, result: StaticQuantizer) -> None:
+    graph, sources = node.graph, list[OnCodes]()
+    while len(sources) < count:
+        # Asked for anew: both may be one quantizer, which is rewritten.
+        sources.append(on_codes(_operands(node)[len(sources)]))
+    grids = [part for x in sources for part in (x.bits, x.signed)] + [result.bits, result.signed]
+    with graph.inserting_before(node):
+        step = graph.get_attr(f"{reader.target}.scale")
+        tensors = [*(x.codes for x in sources), *(x.scale for x in sources), step]
+        clamp = () if result.floor is result.ceiling is None else (result.floor, result.ceiling)
+        if count == 2:
+            new = graph.call_function(code_sum, (*tensors, *grids, *clamp))
+        else:
+            new = graph.call_function(code_mean, (*tensors, *grids, keeps_axes(node), *clamp))
+    levels = [argument for argument in node.all_input_nodes if grid_of(argument) is not None]
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    for unused in levels:
+        if not unused.users:
+            graph.erase_node(unused)
+    for moved in between:
+        with graph.inserting_before(moved):
+            if (window := max_window(moved)) is not None:
+                moved.replace_all_uses_with(graph.call_function(max_pool, (argument(moved, "input"), *window)))
+            elif is_op(moved, *SAME):
+                moved.replace_all_uses_with(moved.all_input_nodes[0])
+            else:
+                continue
+        graph.erase_node(moved)
+    put_levels(reader, OnCodes(reader.all_input_nodes[0], step, result.bits, result.signed))
