@@ -75,7 +75,8 @@ class Config:
     # that begin with the example inputs. Every rank has to run the same forwards. How many collectives that takes:
     # clips/distributed.py.
     sync_clip: bool = False
-    # Node name or glob -> fields to change there, or None to leave the node float. Exact name > last matching glob.
+    # Node name, or glob, or the name of a module for all in it -> fields to change there, or None to leave the node
+    # float. Exact name > the last that matches.
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -173,10 +174,10 @@ class Config:
         return cls(**values)
 
     def pattern_for(self, site: str) -> str | None:
-        """Return the override that holds for a node: its exact name, else the last glob that matches."""
+        """Return the override that holds for a node: its exact name, else the last that matches it or what it is in."""
         if site in self.overrides:
             return site
-        return next((p for p in reversed(list(self.overrides)) if fnmatch.fnmatchcase(site, p)), None)
+        return next((p for p in reversed(list(self.overrides)) if _matches(site, p)), None)
 
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -208,6 +209,10 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         **{"signed_activations": True, "narrow_weights": True},
     },
 }
+
+
+def _matches(site: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(site, pattern) or fnmatch.fnmatchcase(site, f"{pattern}.*")
 
 
 def _check_granularity(role: str, value: Any) -> None:

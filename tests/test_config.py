@@ -42,7 +42,10 @@ def test_edge_bits_none_is_no_exception():
         ({"*": {"weight_bits": 2}, "layer1.*": {"activation_bits": 3}}, 4),
         ({"layer?.[0-3].conv": {"weight_bits": 6}}, 6),
         ({"LAYER1.*": {"weight_bits": 6}}, 4),
-        ({"layer1": {"weight_bits": 6}}, 4),
+        # The name of a module means all in it, and no other whose name begins so.
+        ({"layer1": {"weight_bits": 6}}, 6),
+        ({"layer": {"weight_bits": 6}}, 4),
+        ({"layer1": {"weight_bits": 6}, "layer1.0": {"weight_bits": 5}}, 5),
     ],
 )
 def test_exact_name_then_last_matching_glob_then_default(overrides, bits):

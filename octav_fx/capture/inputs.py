@@ -1,13 +1,14 @@
 """The arguments of a call, as quantize() is given them and as modules are called."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from octav_fx.capture.symbolic.patches import PLAIN
 from octav_fx.compat.tensors import pytree
+from octav_fx.errors import OctavError
 
 
 class Inputs(NamedTuple):
@@ -23,6 +24,31 @@ def as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Mapping):
         return Inputs((), dict(inputs))
     return Inputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def batches_of(module: nn.Module, batches: Iterable[Any]) -> Iterator[Inputs]:
+    """Yield the Inputs of each batch: of one with labels, as loaders give it, what forward takes.
+
+    A batch whose values are no arguments of forward, while the first of them alone is, is (x, y), and y is left out.
+    Raises OctavError for batches that do not fit, and for a tensor in place of a list of batches.
+    """
+    if isinstance(batches, Tensor):
+        raise OctavError("batches: a list of batches or a loader, not a tensor, whose rows would be the batches: [x]")
+    for batch in batches:
+        given = as_inputs(batch)
+        if (fault := _misfit(module, given)) is not None:
+            if len(given.args) < 2 or _misfit(module, first := Inputs(given.args[:1])) is not None:
+                raise OctavError(f"a batch does not fit {type(module).__name__}.forward: {fault}; labels are left out")
+            given = first
+        yield given
+
+
+def _misfit(module: nn.Module, call: Inputs) -> str | None:
+    try:
+        inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:

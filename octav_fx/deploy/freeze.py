@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from octav_fx.capture.inputs import as_inputs
+from octav_fx.capture.inputs import batches_of
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.rerun import in_eval_mode, run_once
 from octav_fx.errors import OctavError
@@ -23,9 +23,9 @@ from octav_fx.nn import FakeQuantizer
 def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Run batches in eval mode and keep, for each activation, the average of its clips over them, for freeze().
 
-    batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them; each counts the same.
-    q keeps its parameters, statistics, modes and random state. Returns q. Raises OctavError if there is no batch, or
-    if q is frozen.
+    batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them, or a loader of (x, y)
+    for a model that takes x; each counts the same. q keeps its parameters, statistics, modes and random state. Returns
+    q. Raises OctavError if there is no batch, for one that forward does not take, and if q is frozen.
     """
     named = _named_quantizers(q)
     if frozen := [name for name, quantizer in named if quantizer.clip is not None]:
@@ -48,8 +48,7 @@ def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for _, quantizer in named:
             if quantizer.mean is not None:
                 stack.callback(quantizer.register_forward_hook(collect(quantizer)).remove)
-        for batch in batches:
-            args, kwargs = as_inputs(batch)
+        for args, kwargs in batches_of(q, batches):
             run_once(q, args, kwargs)
             count += 1
     if not count:

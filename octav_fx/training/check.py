@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from octav_fx.capture.inputs import Inputs, as_inputs
+from octav_fx.capture.inputs import Inputs, batches_of
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.rerun import difference, run_once, without_quantizers
@@ -18,15 +18,15 @@ from octav_fx.training.self_check import first_layer
 def check(q: nn.Module, batches: Iterable[Any]) -> None:
     """Compare q without its quantizers with the float model, batch by batch, in its present mode.
 
-    batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them. Each quantized module
-    gets the inputs that it gets in the float model. q keeps its parameters, statistics and random state, and has
-    graphs for the kinds of calls in the batches afterwards. Raises OctavError for the first module that computes
-    something else, with the batch, by how much, and the first layer in it whose result differs.
+    batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them, or a loader of (x, y)
+    for a model that takes x. Each quantized module gets the inputs that it gets in the float model. q keeps its
+    parameters, statistics and random state, and has graphs for the kinds of calls in the batches afterwards. Raises
+    OctavError for the first module that computes something else, with the batch, by how much, and the first layer in it
+    whose result differs.
     """
     modules = {part: name for name, module in q.named_modules() if (part := graphs_of(module)) is not None}
     quantized_modules(q)
-    for index, batch in enumerate(batches):
-        args, kwargs = as_inputs(batch)
+    for index, (args, kwargs) in enumerate(batches_of(q, batches)):
         # The graphs for this batch, and the warm starts that belong to them.
         run_once(q, args, kwargs)
         for module, call in _calls(q, list(modules), Inputs(args, kwargs)):

@@ -34,7 +34,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def quantize(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | None = None,
     *,
     strict: bool = False,
     rules: Sequence[Op] = (),
@@ -47,6 +47,7 @@ def quantize(
 
     example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; a batch like those to come. It
     decides which way Python branches go, fills the hints, and is what table() measures; it is run a few times.
+    config: a Config, or a dict of its fields.
     rules: an octav_fx.Rule for each function of your own (or op of torch.ops) whose operands are to be quantized.
     leaves: classes of modules to leave as they are, float.
     recurrent: "float" leaves LSTM, GRU, RNN and their cells as they are; "unrolled" writes them as linear layers, one
@@ -64,7 +65,8 @@ def quantize(
     Raises OctavError for a model of which nothing can be captured, for operands that are not floating point, and with
     strict=True if anything that multiplies stays float in the present mode, or, in a model in parts, was not run.
     """
-    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        config = Config.from_dict(config or {})
     _check_model(model)
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
@@ -168,6 +170,8 @@ def _user_rules(rules: Sequence[Op], leaves: Sequence[type[nn.Module]], recurren
     for rule in rules:
         if not isinstance(rule, Op) or not callable(rule.target):
             raise OctavError(f"rules: {rule!r} is no octav_fx.Rule with a function as its target")
+    if isinstance(leaves, type):
+        raise OctavError(f"leaves={leaves!r}: a list of classes, [{leaves.__name__}]")
     for leaf in leaves:
         if not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
             raise OctavError(f"leaves: {leaf!r} is no class of modules")

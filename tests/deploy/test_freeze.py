@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octav_fx import Config, OctavError, calibrate, float_mode, freeze, optimal_clip, quantize, rows, table, unfreeze
+from octav_fx import (
+    Config,
+    OctavError,
+    calibrate,
+    check,
+    float_mode,
+    freeze,
+    optimal_clip,
+    quantize,
+    rows,
+    table,
+    unfreeze,
+)
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.clips.methods import METHODS
 from octav_fx.nn import FakeQuantizer
@@ -106,6 +118,23 @@ def test_batches_may_be_tuples_and_dicts():
         clips.append(freeze(calibrate(q, batches)).quantizers.fc_input.clip.clone())
         unfreeze(q)
     assert clips[0] == clips[1] == clips[2] > 0
+
+
+def test_a_loader_with_labels_calibrates_and_checks():
+    q, x = quantized()
+    expected = freeze(calibrate(q, [x])).quantizers.fc_input.clip.clone()
+    unfreeze(q)
+    loader = torch.utils.data.DataLoader([(row, 1) for row in x], batch_size=len(x))
+    check(q, loader)
+    assert torch.equal(freeze(calibrate(q, loader)).quantizers.fc_input.clip, expected)
+
+
+def test_batches_that_are_none_say_so():
+    q, x = quantized()
+    with pytest.raises(OctavError, match=r"a list of batches or a loader, not a tensor, .*: \[x\]"):
+        calibrate(q, x)
+    with pytest.raises(OctavError, match=r"a batch does not fit \w+\.forward: .*; labels are left out"):
+        calibrate(q, [{"x": x, "labels": x}])
 
 
 def test_calibration_needs_a_batch_and_a_model_that_is_not_frozen():

@@ -44,6 +44,11 @@ def test_a_model_with_adapters_is_quantized_wholly_and_only_adapters_train(tmp_p
     expected = model.eval()(**inputs).logits
     with octav_fx.float_mode(q.eval()):
         assert torch.equal(q(**inputs).logits, expected)
+    with q.disable_adapter():
+        without = q(**inputs).logits
+        with octav_fx.float_mode(q), model.disable_adapter():
+            assert torch.equal(q(**inputs).logits, model(**inputs).logits)
+    assert not torch.equal(without, q(**inputs).logits)
     assert q.generate(**inputs, max_new_tokens=3).shape == (2, 11)
     q.save_pretrained(tmp_path)
     again = peft().PeftModel.from_pretrained(build("LlamaForCausalLM"), tmp_path)

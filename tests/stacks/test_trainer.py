@@ -26,11 +26,26 @@ def texts(count: int = 8, length: int = 8) -> list[dict[str, Tensor]]:
     return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(count, length)]
 
 
+def pictures(count: int = 8) -> list[dict[str, Tensor]]:
+    return [{"pixel_values": torch.randn(3, 16, 16), "labels": torch.tensor(i % 2)} for i in range(count)]
+
+
+def sounds(count: int = 8) -> list[dict[str, Tensor]]:
+    return [{"input_features": torch.randn(8, 32), "labels": row["labels"]} for row in texts(count, 5)]
+
+
 # Class -> the rows of its data set.
 DATA: dict[str, Any] = {
     "BertForSequenceClassification": rows,
     "GPT2LMHeadModel": texts,
     "LlamaForCausalLM": texts,
+}
+# Those whose Trainer differs in its inputs or in what is inside.
+FURTHER: dict[str, Any] = {
+    "Qwen3ForCausalLM": texts,
+    "MixtralForCausalLM": texts,
+    "ViTForImageClassification": pictures,
+    "WhisperForConditionalGeneration": sounds,
 }
 
 
@@ -73,6 +88,20 @@ def test_train_evaluate_predict_save_resume_and_load(name: str, tmp_path: Path) 
     again = trainer(quantized(name), data, tmp_path, max_steps=3)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert again.state.global_step == 3
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_text_pictures_and_sound(name: str, tmp_path: Path) -> None:
+    data = FURTHER[name]()
+    batch = {key: torch.stack([row[key] for row in data[:2]]) for key in data[0]}
+    q = octav_fx.quantize(build(name), batch)
+    run = trainer(q, data, tmp_path, save_strategy="no", gradient_checkpointing=True)
+    assert run.train().training_loss > 0 and run.evaluate()["eval_loss"] > 0
+    assert octav_fx.coverage(q).skipped == []
+    run.save_model(str(tmp_path / "saved"))
+    loaded = type(build(name)).from_pretrained(tmp_path / "saved").eval()
+    with octav_fx.float_mode(q.eval()):
+        assert torch.equal(loaded(**batch).logits, q(**batch).logits)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

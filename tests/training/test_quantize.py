@@ -362,6 +362,24 @@ def test_an_override_reaches_the_operands_of_its_node_only():
     assert q.quantizers.conv1_weight.settings.method == "octav"
 
 
+def test_the_name_of_a_module_is_an_override_for_all_in_it():
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)), torch.randn(2, 8)
+    rows = octav_fx.rows(quantize(model, x, Config(edge_bits=None, overrides={"0": None, "0.1": {"weight_bits": 3}})))
+    assert [(row.node, row.operand, row.bits) for row in rows] == [
+        *(("0.0", "input", None), ("0.0", "weight", None), ("0.1", "input", 4), ("0.1", "weight", 3)),
+        *(("1", "input", 4), ("1", "weight", 4)),
+    ]
+
+
+def test_a_configuration_may_be_a_dict_and_wrong_ones_say_what_there_is():
+    q = quantize(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8), {"weight_bits": 3, "edge_bits": None})
+    assert [row.bits for row in octav_fx.rows(q)] == [4, 3]
+    with pytest.raises(OctavError, match=r"Config has no field bits; it has weight_bits, activation_bits"):
+        quantize(nn.Linear(8, 8), torch.randn(2, 8), {"bits": 4})
+    with pytest.raises(OctavError, match=r"a list of classes, \[Linear\]"):
+        quantize(nn.Linear(8, 8), torch.randn(2, 8), leaves=nn.Linear)
+
+
 def test_an_override_that_fits_no_node_is_an_error_that_lists_them():
     with pytest.raises(
         OctavError, match=r"overrides\['layer4\.\*'\] fits no node; there are conv1, conv2, head, middle"

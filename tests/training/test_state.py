@@ -264,3 +264,25 @@ def test_what_no_graph_can_hold_is_the_models_own_python(name: str) -> None:
             torch.testing.assert_close(q(x), expected, **CLOSE)
     for key in attributes:
         torch.testing.assert_close(getattr(q, key), getattr(float_module, key), **CLOSE)
+
+
+class Flagged(nn.Module):
+    """As PEFT's layers: what the class says for all, until someone sets it on one."""
+
+    doubles = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.fc(x) if self.doubles else self.fc(x)
+
+
+def test_a_value_of_the_class_that_is_set_on_one_module_is_followed() -> None:
+    q, x = octav_fx.quantize(Flagged(), torch.randn(2, 4)), torch.randn(2, 4)
+    before = q(x)
+    q.doubles = True
+    assert torch.equal(q(x), 2 * before)
+    del q.doubles
+    assert torch.equal(q(x), before)

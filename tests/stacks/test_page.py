@@ -1,0 +1,40 @@
+"""The blocks of docs/guides/stacks.md run as they stand there."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octav_fx import zoo
+from tests.stacks.test_ultralytics import squares
+
+pytestmark = pytest.mark.stacks
+
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "stacks.md"
+# Library -> its block.
+BLOCKS = {
+    re.search(r"^import (?!torch)(\w+)", block, re.MULTILINE)[1]: block
+    for block in re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", BLOCKS)
+def test_a_block_runs(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.torchvision()
+    for name in ("cv2", "yaml") if library == "ultralytics" else ():
+        pytest.importorskip(name)
+    pytest.importorskip(library)
+    if library == "timm":
+        importlib.import_module("timm.optim")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    if library == "ultralytics":
+        namespace["data"] = str(squares(tmp_path / "data"))
+    exec(compile(BLOCKS[library], str(PAGE), "exec"), namespace)
+
+
+def test_every_library_has_its_block() -> None:
+    assert list(BLOCKS) == ["timm", "lightning", "accelerate", "peft", "diffusers", "ultralytics"]
