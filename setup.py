@@ -5,6 +5,7 @@ when they are first used. They know nothing of Python or of torch, so that one w
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,8 +40,13 @@ class WheelOfAnyPython(bdist_wheel):
     """A wheel of one platform and every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Return the tag without Python's version and ABI."""
-        return "py3", "none", super().get_tag()[2]
+        """Return the tag without Python's version and ABI, and with the glibc that the passes need (PEP 600)."""
+        platform = super().get_tag()[2]
+        libraries = [path.read_bytes() for path in Path(self.bdist_dir).rglob("*.so")]
+        needed = [int(minor) for library in libraries for minor in re.findall(rb"GLIBC_2\.(\d+)", library)]
+        if platform.startswith("linux_") and needed:
+            platform = platform.replace("linux_", f"manylinux_2_{max(needed)}_", 1)
+        return "py3", "none", platform
 
 
 if os.environ.get("OCTAV_FX_BUNDLE") == "1":

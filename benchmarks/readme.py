@@ -84,6 +84,10 @@ def _inference(found: dict[str, Any]) -> str:
     return "\n\n".join([f"{_where(found)}.", *tables])
 
 
+def _bytes(found: dict[str, Any]) -> str:
+    return f"{_where(found)}.\n\n{tabulate(found['rows'], 'keys', 'github')}"
+
+
 def _of_batch(rows: list[dict[str, Any]], batch: int) -> str:
     rows = [row for row in rows if row["batch"] == batch]
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -129,6 +133,7 @@ _TABLES: Final[dict[str, Callable[[], str]]] = {
     "memory": _of("memory", _memory),
     "compile": _of("compile", _compile),
     "inference": _of("inference", _inference),
+    "bytes": _of("bytes", _bytes),
     "study": _study,
     "accuracy": _accuracy,
 }

@@ -29,6 +29,7 @@ from octav_fx.passes.lower.integer_matmul import integer_matmul
 from octav_fx.passes.lower.keep_levels import keep_levels
 from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
+from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.split_quantizers import split_quantizers
 from octav_fx.passes.lower.update_at_once import update_at_once
@@ -67,6 +68,7 @@ LOWER: Final[tuple[Pass, ...]] = (
 
 # What the backend runs on each half, when it is decided what is kept between them.
 FUSE: Final[tuple[Pass, ...]] = (
+    pool_gradients,  # any time
     update_at_once,  # before write_out: it looks for clips, not for what they are written out as
     write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
@@ -152,6 +154,7 @@ __all__ = [
     "mask_from_codes",
     "multiply_codes",
     "pack_weights",
+    "pool_gradients",
     "pools_of_layers",
     "prepare_passes",
     "quantize_operands",

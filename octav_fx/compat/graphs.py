@@ -103,3 +103,8 @@ def size_hint(size: int | torch.SymInt) -> int:
     """Return the size of a tensor for the example inputs, where free without a guard; 0 where it depends on data."""
     hint = size if isinstance(size, int) else size.node.hint
     return 0 if hint is None else int(hint)
+
+
+def is_indices_of_pool(node: fx.Node) -> bool:
+    """Return whether a node makes indices out of the small offsets that Inductor has a max pool keep."""
+    return str(node.target) == "prims._low_memory_max_pool_offsets_to_indices.default"

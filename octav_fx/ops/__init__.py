@@ -19,6 +19,7 @@ import octav_fx.ops.integer_linear.op
 import octav_fx.ops.integer_sum.op
 import octav_fx.ops.learned_fake_quantize.op
 import octav_fx.ops.max_pool.op
+import octav_fx.ops.max_pool_gradient.op
 import octav_fx.ops.optimal_clip.op
 import octav_fx.ops.product_of_codes.op
 import octav_fx.ops.quantize.op

@@ -76,8 +76,10 @@ def test_trains_with_the_keys_of_the_float_model_and_restarts(net: Net, name: st
 
 
 @each_config
-def test_frozen_and_converted_it_computes_the_same(net: Net, name: str) -> None:
-    x = images()
+def test_frozen_and_converted_it_computes_the_same(name: str) -> None:
+    # Of seed 0 a mean lies within 1e-5, which rounding moves it by, of the middle between two codes of the head.
+    torch.manual_seed(1)
+    net, x = Net(), images()
     q = quantize(net, x, CONFIGS[name])
     octav_fx.calibrate(q, [x])
     octav_fx.freeze(q)

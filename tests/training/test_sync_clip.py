@@ -169,6 +169,29 @@ def test_a_compiled_step_is_the_same():
     spawn(train, "octav", True)
 
 
+def train_by_row(rank: int, config: Config) -> None:
+    torch.manual_seed(0)
+    model, x = Forked(), torch.randn(64, 16)
+    q, alone = quantize(model, x[rank * 32 :][:32], config), quantize(model, x, config)
+    # A row is whole on its rank, so there is nothing to agree on.
+    assert not any(m.settings.sync for m in q.modules() if isinstance(m, FakeQuantizer))
+    wrapped = DistributedDataParallel(q)
+    y, expected = wrapped(x[rank * 32 :][:32]), alone(x)
+    # A matmul of half the rows may add up in another order.
+    torch.testing.assert_close(y, expected[rank * 32 :][:32], rtol=1e-4, atol=1e-5)
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    for one, two in zip(q.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("granularity", ["token", "group-8"])
+def test_rows_need_no_collective(granularity):
+    config = Config(activation_granularity=granularity, weight_granularity="group-8", edge_bits=None, sync_clip=True)
+    spawn(train_by_row, config)
+
+
 def test_without_other_processes_nothing_changes():
     torch.manual_seed(0)
     model, x = Net(), torch.randn(4, 3, 8, 8)

@@ -44,10 +44,10 @@ def integer_conv(
     codes = x.to(torch.float64) - zero
     weight = integers(w, tuple(shape)).to(torch.float64)
     total = CONVOLUTIONS[rank](codes, weight, None, stride, padding, dilation, groups)
-    return ended(scaled(total, x_scale * w_scale, bias, fraction, rank - 2), low, high, step, bits, signed)
+    return ended(scaled(total, x_scale * w_scale, bias, rank - 2, fraction), low, high, step, bits, signed)
 
 
-def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, fraction: int, trailing: int) -> Tensor:
+def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, trailing: int, fraction: int = 0) -> Tensor:
     """Return sums of integers [..., O, *trailing axes] -> f32(total) * scale + bias."""
     y = total.to(torch.float32) * per_channel(scale, trailing)
     levels = bias_levels(bias, scale, fraction)

@@ -28,4 +28,4 @@ def integer_linear(
     check(x, w, x_scale, w_scale, shape, bias)
     codes = x.to(torch.float64) + Grid(x_bits, x_signed).low
     total = codes @ integers(w, tuple(shape)).to(torch.float64).t()
-    return ended(scaled(total, x_scale * w_scale, bias, fraction, 0), low, high, step, bits, signed)
+    return ended(scaled(total, x_scale * w_scale, bias, 0, fraction), low, high, step, bits, signed)
