@@ -94,7 +94,7 @@ class PartsQuantizer:
             for call in calls:
                 check_equal(module, call)
             if not position.is_op:
-                check_in_turn(module, calls[0])
+                check_in_turn(module, calls[0], self.config.fold_batchnorm)
         except NotCaptured:
             restore(tree)
             raise

@@ -34,12 +34,13 @@ from octav_fx.nn import FakeQuantizer
 _PIXELS: Final = 32
 
 
-def check_in_turn(module: nn.Module, example: Inputs) -> None:
+def check_in_turn(module: nn.Module, example: Inputs, is_folded: bool) -> None:
     """Check graphs of a module on a call of another size that the module takes, and then on the example.
 
-    Where its Python branches on the mode, the other mode is checked on the example. What no graph holds for is left
-    out: a graph for it is compared when it is captured. Raises NotCaptured where something else is computed, with the
-    first layer whose result differs; does nothing without data (meta device).
+    Where its Python branches on the mode, the other mode is checked on the example; not training mode if batch norms
+    are folded: they have the statistics of eval mode there, as was asked for. What no graph holds for is left out: a
+    graph for it is compared when it is captured. Raises NotCaptured where something else is computed, with the first
+    layer whose result differs; does nothing without data (meta device).
     """
     quantized = graphs_of(module)
     assert quantized is not None
@@ -48,7 +49,7 @@ def check_in_turn(module: nn.Module, example: Inputs) -> None:
     for variation in (*_variations(example), example):
         if _is_compared(quantized, [variation, example]):
             break
-    if len(quantized.modes) == 2:
+    if len(quantized.modes) == 2 and (quantized.training or not is_folded):
         with preserved_modes(module):
             module.train(not quantized.training)
             _is_compared(quantized, [example])

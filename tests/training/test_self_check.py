@@ -64,7 +64,18 @@ def test_another_size_is_run_and_the_first_layer_that_differs_named() -> None:
     relu.op = "call_function"
     q.recompile()
     with pytest.raises(NotCaptured, match=r"in a call after another one .* differs is second"):
-        check_in_turn(q, Inputs((torch.randn(4, 8),)))
+        check_in_turn(q, Inputs((torch.randn(4, 8),)), is_folded=False)
+
+
+def test_folded_batch_norms_in_training_mode_are_what_was_asked_for() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.norm(self.first(x))
+        return (self.second(y), y) if self.training else self.second(y)
+
+    layers = {"first": nn.Linear(8, 8), "norm": nn.BatchNorm1d(8), "second": nn.Linear(8, 8)}
+    q = octav_fx.quantize(model(forward, **layers).eval(), torch.randn(4, 8), octav_fx.Config(fold_batchnorm=True))
+    assert "in parts" not in octav_fx.table(q)
+    assert len(q.train()(torch.randn(4, 8))) == 2
 
 
 def _relu_of_four(x: Tensor) -> Tensor:
