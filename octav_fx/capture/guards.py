@@ -12,9 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.constants import Constants
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.held import permitted
-from octav_fx.capture.layer_settings import LayerSettings
 from octav_fx.capture.module_state import own_copy
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
@@ -116,7 +116,7 @@ class GuardedGraph:
     guards: Guards | None = None
     _function: Callable[..., Any] | None = None
     _written: set[str] | None = None
-    _settings: LayerSettings | None = None
+    _constants: Constants | None = None
 
     def function(self) -> Callable[..., Any]:
         """Return the graph as a function of the module and the arguments of forward."""
@@ -142,13 +142,13 @@ class GuardedGraph:
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say why the graph does not hold for a call of the module, or return None."""
-        if self._settings is not None and not torch.compiler.is_compiling() and (change := self._settings.change()):
+        if self._constants is not None and not torch.compiler.is_compiling() and (change := self._constants.change()):
             return change
         return None if self.guards is None else self.guards.broken(module, args, kwargs)
 
-    def hold_settings(self, module: nn.Module) -> None:
-        """Let the graph hold for layers as they are set now."""
-        self._settings = LayerSettings.of(module)
+    def hold_constants(self, module: nn.Module) -> None:
+        """Let the graph hold for layers as they are set now, and for globals as they are."""
+        self._constants = Constants.of(module)
 
     def __reduce__(self) -> Any:
         return _restored_graph, (flatten(self.graph), self.guards)

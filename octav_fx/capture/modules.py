@@ -411,7 +411,7 @@ def make_whole(graphs: QuantizedModule) -> nn.Module:
     vars(owner)[GRAPHS] = graphs
     remember_structure(owner)
     for guarded in graphs._captured():
-        guarded.hold_settings(owner)
+        guarded.hold_constants(owner)
     return owner
 
 

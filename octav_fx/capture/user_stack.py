@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Final
 
 import torch
@@ -25,7 +25,12 @@ def caller() -> str:
 
 def is_users(frame: FrameType) -> bool:
     """Tell whether a frame runs neither torch's code nor ours."""
-    return not frame.f_code.co_filename.startswith((_HERE, TORCH))
+    return is_users_code(frame.f_code)
+
+
+def is_users_code(code: CodeType) -> bool:
+    """Tell whether code is neither torch's nor ours."""
+    return not code.co_filename.startswith((_HERE, TORCH))
 
 
 def user_caller() -> str:

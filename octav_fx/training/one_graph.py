@@ -154,7 +154,7 @@ class Recipe:
             rows, told = self.rewrite(quantized)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards)
-        guarded.hold_settings(owner)
+        guarded.hold_constants(owner)
         if has_data(owner, call):
             _check_graph(quantized, guarded, call)
         for held in (True, False):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from octav_fx import zoo
-from tests.stacks.test_ultralytics import squares
+from tests.support.images import squares
 
 pytestmark = pytest.mark.stacks
 
