@@ -61,6 +61,8 @@ LOWER: Final[tuple[Pass, ...]] = (
     save_codes,  # what backward needs of a quantized value is decided before anyone asks for it in another form
     mask_from_codes,  # after save_codes: it asks the codes that are kept
     levels_as_read,  # after save_codes; before filters_channels_last, which asks who reads the levels of a weight
+    keep_levels,  # if asked for, after levels_as_read: in the dtype in which they are read
+    codes_in_forward,  # if asked for, before filters_channels_last: both ask who reads the levels of a weight
     filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
     integer_matmul,  # after save_codes, whose codes it multiplies
     fuse_weight_quantizers,  # last: of the weights whose levels are still needed
@@ -113,12 +115,9 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
 
 
 def lower_passes(integer: str = "off", keep: str = "codes") -> tuple[Pass, ...]:
-    """Return LOWER with what these options of the backend add: "auto" codes_in_forward, "levels" keep_levels."""
-    # After levels_as_read, in whose dtype levels are kept and read, and before filters_channels_last, which asks who
-    # reads those of a weight.
-    at = LOWER.index(filters_channels_last)
-    asked_for = {keep_levels: keep == "levels", codes_in_forward: integer == "auto"}
-    return *LOWER[:at], *(p for p, is_asked_for in asked_for.items() if is_asked_for), *LOWER[at:]
+    """Return those of LOWER that options of the backend ask for: "auto" codes_in_forward, "levels" keep_levels."""
+    left_out: dict[Pass, bool] = {codes_in_forward: integer != "auto", keep_levels: keep != "levels"}
+    return tuple(p for p in LOWER if not left_out.get(p, False))
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.verify import INVARIANTS, InvariantError, verify
 from octav_fx.nn.fake_quantizer import QUANTIZERS
-from octav_fx.passes import LOWER, prepare_passes
+from octav_fx.passes import LOWER, lower_passes, prepare_passes
 from tests.support.graphs import captured
 from tests.support.joint import after_relu, codes_of, joint, layer_inputs, linear, lower, weight
 
@@ -159,7 +159,7 @@ def test_a_joint_graph_that_a_pass_broke(name: str) -> None:
     change, message = LOWERED[name]
     gm = joint(linear(), *layer_inputs())
     with pytest.raises(InvariantError, match=message) as raised:
-        lower(gm, *LOWER, breaking(change))
+        lower(gm, *lower_passes(), breaking(change))
     assert raised.value.__notes__[0].startswith("in pass broken, after split_quantizers, save_codes, ")
 
 
@@ -185,13 +185,13 @@ def both(x: Tensor, u: Tensor, w: Tensor, hint: Tensor) -> tuple[Tensor]:
 @pytest.mark.parametrize("function", [linear(), linear(gradient="mad"), linear(gradient="ste"), after_relu, both])
 def test_what_the_passes_make_holds(function: Callable[..., Any]) -> None:
     gm = joint(function, *layer_inputs())
-    edits = lower(gm, *LOWER)
-    verify(gm, edits, [pass_.__name__ for pass_ in LOWER])
+    edits = lower(gm, *lower_passes())
+    verify(gm, edits, [pass_.__name__ for pass_ in lower_passes()])
 
 
 def test_off_there_is_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OCTAV_FX_VERIFY")
-    lower(joint(linear(), *layer_inputs()), *LOWER, breaking(untagged))
+    lower(joint(linear(), *layer_inputs()), *lower_passes(), breaking(untagged))
 
 
 def test_it_is_no_error_of_the_users() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.product_of_codes import choice
-from octav_fx.passes import LOWER, codes_in_forward, lower_passes
+from octav_fx.passes import codes_in_forward, lower_passes
 from tests.support.integers import needs_onednn
 from tests.support.joint import joint, kept, leaf, lower, quantized, results, targets, weight
 
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_numbers(name: str) -> None:
     function, inputs = CASES[name]
-    before, after = lowered(function, inputs, *LOWER), lowered(function, inputs, *AUTO)
+    before, after = lowered(function, inputs, *lower_passes()), lowered(function, inputs, *AUTO)
     assert octav.product_of_codes.default in targets(after)
     assert not {aten.mm.default, aten.addmm.default, aten.convolution.default} & {
         node.target for node in after.graph.nodes if not any("tangents" in str(i) for i in inputs_of(node))
@@ -158,7 +158,7 @@ def inputs_of(node: fx.Node) -> set[fx.Node]:
 @pytest.mark.parametrize("name", ["linear", "convolution", "linear under autocast"])
 def test_backward_keeps_what_it_kept(name: str) -> None:
     function, inputs = CASES[name]
-    kinds = (sorted(map(str, kept(lowered(function, inputs, *passes)).values())) for passes in (LOWER, AUTO))
+    kinds = (sorted(map(str, kept(lowered(function, inputs, *passes)).values())) for passes in (lower_passes(), AUTO))
     assert next(kinds) == next(kinds)
 
 
@@ -197,7 +197,7 @@ def transposed(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tenso
 
 @pytest.mark.parametrize("function", [plain, two_activations, per_row])
 def test_what_is_no_layer_of_levels_stays(function: Callable[..., Any]) -> None:
-    gm = lowered(function, small(), *LOWER)
+    gm = lowered(function, small(), *lower_passes())
     text = graph_text(gm.graph)
     assert lower(gm, codes_in_forward) == []
     assert graph_text(gm.graph) == text
@@ -234,7 +234,7 @@ DECLINED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
 @pytest.mark.parametrize("name", DECLINED)
 def test_declined_with_a_reason(name: str) -> None:
     function, inputs, reason = DECLINED[name]
-    gm = lowered(function, inputs, *LOWER)
+    gm = lowered(function, inputs, *lower_passes())
     text = graph_text(gm.graph)
     (edit,) = lower(gm, codes_in_forward)
     assert edit.detail == reason
@@ -243,7 +243,7 @@ def test_declined_with_a_reason(name: str) -> None:
 
 def test_a_small_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_CALLS", 1e-5)
-    gm = lowered(linear, small(), *LOWER)
+    gm = lowered(linear, small(), *lower_passes())
     (edit,) = lower(gm, codes_in_forward)
     assert edit.detail == "7 positions of a weight [4, 30] gain nothing from integers"
     monkeypatch.setattr(choice, "_CALLS", -1e-5)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.dynamic_fake_quantize.op import dynamic_fake_quantize
-from octav_fx.passes import LOWER, filters_channels_last, save_codes, split_quantizers
+from octav_fx.passes import filters_channels_last, lower_passes, save_codes, split_quantizers
 from tests.support.joint import joint, leaf, lower, tagged, targets, unchanged, weight
 
 octav = torch.ops.octav
@@ -267,13 +267,13 @@ def test_twice_changes_nothing() -> None:
     gm = half_lowered(conv, arguments(4, 3, 3, 3))
     assert len(lower(gm, filters_channels_last)) == 1
     text = graph_text(gm.graph)
-    assert lower(gm, *LOWER) == []
+    assert lower(gm, *lower_passes()) == []
     assert graph_text(gm.graph) == text
 
 
 def test_a_whole_graph_twice() -> None:
     gm = joint(conv, *arguments(4, 3, 3, 3))
-    assert len(lower(gm, *LOWER)) == 3
+    assert len(lower(gm, *lower_passes())) == 3
     text = graph_text(gm.graph)
-    assert unchanged(gm, arguments(4, 3, 3, 3), *LOWER) == []
+    assert unchanged(gm, arguments(4, 3, 3, 3), *lower_passes()) == []
     assert graph_text(gm.graph) == text

@@ -10,7 +10,7 @@ from octav_fx.backend import entry
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.printer import graph_text
-from octav_fx.passes import LOWER, fuse_weight_quantizers, levels_as_read, save_codes, split_quantizers
+from octav_fx.passes import LOWER, fuse_weight_quantizers, levels_as_read, lower_passes, save_codes, split_quantizers
 from tests.support.joint import joint, kept, leaf, lower, quantized, targets, unchanged, weight
 from tests.support.matmuls import forced, fuse_anywhere
 
@@ -130,7 +130,7 @@ def test_it_is_the_last_pass_and_for_gpus() -> None:
 
 @pytest.mark.compile
 def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry, "lower_passes", lambda integer: (*LOWER, fuse_anywhere))
+    monkeypatch.setattr(entry, "lower_passes", lambda **options: (*lower_passes(**options), fuse_anywhere))
     ran = []
     monkeypatch.setattr(entry, "run", lambda gm, passes: ran.extend(run(gm, passes)))
     torch.manual_seed(0)

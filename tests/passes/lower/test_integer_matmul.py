@@ -16,7 +16,7 @@ from octav_fx.ir.printer import graph_text
 from octav_fx.ops import matmuls
 from octav_fx.ops.int_matmul import configs
 from octav_fx.ops.matmuls import MatmulKernel, fits_int32
-from octav_fx.passes import LOWER, integer_matmul
+from octav_fx.passes import integer_matmul, lower_passes
 from tests.support.joint import codes_of, joint, kept, leaf, lower, quantized, results, targets, weight
 from tests.support.matmuls import ON_CPU, forced
 
@@ -25,7 +25,7 @@ octav, aten = torch.ops.octav, torch.ops.aten
 
 def lowered(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     gm = joint(function, *inputs)
-    lower(gm, *LOWER)
+    lower(gm, *lower_passes())
     return gm
 
 
@@ -358,7 +358,7 @@ def test_twice_changes_nothing(name: str) -> None:
     gm = lowered(function, inputs)
     lower(gm, forced)
     text = graph_text(gm.graph)
-    assert lower(gm, *LOWER, forced) == []
+    assert lower(gm, *lower_passes(), forced) == []
     assert graph_text(gm.graph) == text
 
 
@@ -456,16 +456,16 @@ def test_a_kernel_is_one_row(row: str, case: str, training: bool, monkeypatch: p
     if training:
         inputs = tuple(tensor.clone().requires_grad_() if i in (0, 1, 4) else tensor for i, tensor in enumerate(inputs))
     before, after = (joint(function, *inputs, trace_joint=training) for _ in range(2))
-    lower(before, *LOWER)
+    lower(before, *lower_passes())
     monkeypatch.setattr(matmuls, "MATMULS", (*matmuls.MATMULS, ROWS[row]))
-    lower(after, *LOWER)
+    lower(after, *lower_passes())
     # The float product is gone, and in inference the levels that it read, too.
     assert len(after.graph.find_nodes(op="call_function", target=ROWS[row].op)) == 1
     assert ROWS[row].op not in targets(before)
     assert training or not {octav.fake_quantize.default, aten.mm.default} & targets(after)
     for found, expected in zip(results(after, inputs), results(before, inputs), strict=True):
         assert (found is None and expected is None) or torch.equal(found, expected)
-    assert lower(after, *LOWER) == []
+    assert lower(after, *lower_passes()) == []
 
 
 def test_the_first_row_that_takes_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

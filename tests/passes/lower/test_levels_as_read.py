@@ -11,7 +11,7 @@ from benchmarks.absent_gpu import move
 from octav_fx.formats.spec import integers
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.fake_quantize.op import fake_quantize
-from octav_fx.passes import LOWER, filters_channels_last, levels_as_read, save_codes, split_quantizers
+from octav_fx.passes import LOWER, filters_channels_last, levels_as_read, lower_passes, save_codes, split_quantizers
 from tests.support.joint import joint, leaf, lower, quantized, results, targets, weight
 
 octav, aten = torch.ops.octav, torch.ops.aten
@@ -142,7 +142,7 @@ def test_filters_then_lie_as_convolutions_read_them() -> None:
     inputs = leaf(2, 3, 7, 7), leaf(4, 3, 2, 5), torch.ones(4)
     gm = joint(conv, *inputs)
     expected = results(gm, inputs)
-    edits = lower(gm, *LOWER)
+    edits = lower(gm, *lower_passes())
     assert "channels last" in [edit.verb for edit in edits]
     assert filters_channels_last in LOWER
     (y,) = gm.graph.find_nodes(op="call_function", target=octav.fake_quantize_filters.default)
