@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -136,9 +137,14 @@ def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
     sources = sorted(_FOLDER.glob("*/*.cpp"))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = [str(Path(scratch) / f"{source.parent.name}-{source.stem}.o") for source in sources]
-        for source, output in zip(sources, objects, strict=True):
+
+        def compile_one(source: Path, output: str) -> None:
             command = [*compiler, *flags, "-c", str(source), "-o", output]
             subprocess.run(command, check=True, capture_output=True, text=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # A list, so that what one raises is raised here.
+            list(pool.map(compile_one, sources, objects))
         # Linked without an OpenMP runtime: the symbols come from the one that torch has loaded, so that there is
         # one pool of threads in the process and not two that spin against each other.
         built = Path(scratch) / target.name

@@ -6,10 +6,12 @@
             matmul(weights, v)
 
 The result is the same but for rounding: fused kernels add up in another order. What is lost is their speed and memory,
-the scores of all pairs. With grouped queries (enable_gqa) each head of k and v is repeated for its group.
+the scores of all pairs. The scale is a number, and asked of q where the caller decides how wide its heads are. With
+grouped queries (enable_gqa) each head of k and v is repeated for its group.
 """
 
 import math
+import operator
 
 import torch
 from torch import Tensor, fx
@@ -41,12 +43,16 @@ def decompose_attention(gm: fx.GraphModule) -> list[Edit]:
 def _split(graph: fx.Graph, node: fx.Node) -> Edit:
     site, given = site_of(node), arguments(node)
     query, key, value = (given[name] for name in ("query", "key", "value"))
-    scale = 1 / math.sqrt(fake(query).shape[-1]) if given["scale"] is None else given["scale"]
+    scale = given["scale"]
+    if scale is None and not _is_an_input(query):
+        scale = 1 / math.sqrt(fake(query).shape[-1])
     with graph.inserting_before(node):
         if given["enable_gqa"]:
             group = fake(query).shape[-3] // fake(key).shape[-3]
             key, value = (insert_captured(graph, torch.repeat_interleave, part, group, -3) for part in (key, value))
         scores = insert_captured(graph, torch.matmul, query, insert_captured(graph, "transpose", key, -2, -1))
+        if scale is None:
+            scale = insert_captured(graph, operator.pow, insert_captured(graph, "size", query, -1), -0.5)
         scaled = insert_captured(graph, torch.mul, scores, scale)
         weights = insert_captured(graph, masked_softmax, scaled, given["attn_mask"], given["is_causal"])
         dropout = given["dropout_p"]
@@ -58,3 +64,10 @@ def _split(graph: fx.Graph, node: fx.Node) -> Edit:
     node.replace_all_uses_with(output)
     graph.erase_node(node)
     return Edit(site, "split", "scores and output")
+
+
+def _is_an_input(node: fx.Node) -> bool:
+    """Return whether a node is an argument of forward, or a view of one: no weight says how long its last axis is."""
+    while node.op == "call_method" and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "placeholder"

@@ -46,7 +46,9 @@ def test_golden():
         == """\
 transpose = k.transpose(-2, -1)
 matmul = matmul(q, transpose)
-mul = mul(matmul, 0.35355339059327373)
+size = q.size(-1)
+pow_1 = pow(size, -0.5)
+mul = mul(matmul, pow_1)
 masked_softmax = masked_softmax(mul, None, True)
 dropout = dropout(masked_softmax, 0.1, True)
 matmul_1 = matmul(dropout, v)
@@ -79,6 +81,20 @@ def test_other_lengths_than_those_of_the_capture():
     longer = torch.randn(3, 1, 4, 9, 8, dtype=torch.double).unbind()
     expected = F.scaled_dot_product_attention(*longer, is_causal=True)
     torch.testing.assert_close(gm(*longer), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_heads_of_a_layer_are_as_wide_as_its_weight_says():
+    layered = model(lambda s, x: F.scaled_dot_product_attention(s.q(x), x, x), q=torch.nn.Linear(8, 8))
+    gm = captured(layered, x=torch.randn(2, 5, 8))
+    canonicalize(gm)
+    made(gm, decompose_attention)
+    assert "mul(matmul, 0.35355339059327373)" in graph_text(gm.graph)
+
+
+def test_heads_of_another_width_have_another_scale():
+    gm, _ = split(attends(), QUERY, KEY, VALUE)
+    narrow = [operand[..., :5] for operand in (QUERY, KEY, VALUE)]
+    torch.testing.assert_close(gm(*narrow), F.scaled_dot_product_attention(*narrow))
 
 
 def test_a_query_that_may_look_nowhere_has_weights_of_zero():
