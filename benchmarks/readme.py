@@ -84,7 +84,8 @@ def _inference(found: dict[str, Any]) -> str:
     return "\n\n".join([f"{_where(found)}.", *tables])
 
 
-def _bytes(found: dict[str, Any]) -> str:
+def _rows(found: dict[str, Any]) -> str:
+    """Return the rows as they are."""
     return f"{_where(found)}.\n\n{tabulate(found['rows'], 'keys', 'github')}"
 
 
@@ -133,7 +134,8 @@ _TABLES: Final[dict[str, Callable[[], str]]] = {
     "memory": _of("memory", _memory),
     "compile": _of("compile", _compile),
     "inference": _of("inference", _inference),
-    "bytes": _of("bytes", _bytes),
+    "bytes": _of("bytes", _rows),
+    "formats": _of("formats", _rows),
     "study": _study,
     "accuracy": _accuracy,
 }
