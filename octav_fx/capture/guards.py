@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.held import permitted
 from octav_fx.capture.module_state import own_copy
 from octav_fx.compat.graphs import function_of
-from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree
+from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree, quiet
 from octav_fx.ir.ops import in_place
 
 # So many kinds of sizes a graph remembers an answer for.
@@ -86,7 +86,7 @@ class Guards:
             mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
             mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
             # What forward computes is asked of the layers themselves.
-            with torch.no_grad(), permitted():
+            with torch.no_grad(), permitted(), quiet():
                 # Objects, a cache, are copied: what is computed here writes into them.
                 fakes = [mode.from_tensor(leaf) if _is_real(leaf) else own_copy(leaf) for leaf in leaves]
                 fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
@@ -146,9 +146,9 @@ class GuardedGraph:
             return change
         return None if self.guards is None else self.guards.broken(module, args, kwargs)
 
-    def hold_constants(self, module: nn.Module) -> None:
-        """Let the graph hold for layers as they are set now, and for globals as they are."""
-        self._constants = Constants.of(module)
+    def hold_constants(self, constants: Constants) -> None:
+        """Let the graph hold for layers as they are set, and for globals as they are."""
+        self._constants = constants
 
     def __reduce__(self) -> Any:
         return _restored_graph, (flatten(self.graph), self.guards)

@@ -1,5 +1,8 @@
 """Trees of tensors, fake tensors, dispatch."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -124,3 +127,20 @@ def version_of(tensor: Tensor) -> int:
 def has_vnni() -> bool:
     """Tell whether the CPU adds up products of 8-bit integers in 32 bits."""
     return bool(torch.cpu._is_vnni_supported())
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return channels_last for images that lie so, contiguous for all else; of one channel the strides decide."""
+    is_last = x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging a traceback of each shape error on fake tensors, which reach the user as one text."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from octav_fx.capture.constants import Constants
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
@@ -154,7 +155,7 @@ class Recipe:
             rows, told = self.rewrite(quantized)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards)
-        guarded.hold_constants(owner)
+        guarded.hold_constants(Constants.of(owner))
         if has_data(owner, call):
             _check_graph(quantized, guarded, call)
         for held in (True, False):

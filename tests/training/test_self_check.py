@@ -1,5 +1,6 @@
 """What quantize makes sure of by itself: calls of another size, and one after another."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -80,3 +81,21 @@ def test_folded_batch_norms_in_training_mode_are_what_was_asked_for() -> None:
 
 def _relu_of_four(x: Tensor) -> Tensor:
     return x.relu() if len(x) == 4 else x
+
+
+def test_a_size_that_the_model_does_not_take_is_not_logged() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        # As many places as positions, of which Python asks what it has computed.
+        y = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        return self.out(y) if len(y.flatten(0, 1)) > 4 else y
+
+    layers = {"patches": nn.Conv2d(3, 8, 4, 4), "out": nn.Linear(8, 8), "places": nn.Parameter(torch.randn(64, 8))}
+    logged: list[logging.LogRecord] = []
+    handler, log = logging.Handler(), logging.getLogger("torch._subclasses.fake_tensor")
+    handler.emit = logged.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        octav_fx.quantize(model(forward, **layers).eval(), torch.randn(2, 3, 32, 32))
+    finally:
+        log.removeHandler(handler)
+    assert logged == []

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -122,17 +121,6 @@ def plain_training(module: nn.Module | None) -> Iterator[None]:
     finally:
         for m, flag in flags.items():
             m.__dict__["training"] = flag
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch from logging a traceback of each shape error, which reach the user as one OctavError."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = disabled
 
 
 @contextlib.contextmanager

@@ -16,13 +16,13 @@ from octav_fx.capture.kinds import kind_of
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.names import symbolic_names
-from octav_fx.capture.symbolic.patches import assigned_parameters, quiet, symbolic_torch, training_flags
+from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
 from octav_fx.capture.symbolic.reads import watched_reads
 from octav_fx.capture.symbolic.regions import regions
 from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
-from octav_fx.compat.tensors import pytree
+from octav_fx.compat.tensors import pytree, quiet
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import UserRules
