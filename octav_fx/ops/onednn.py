@@ -31,6 +31,16 @@ def refusal(x_bits: int, largest: int) -> str | None:
     return None
 
 
+def extents(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Return how far a filter reaches along each axis."""
+    return [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+
+
+def fits_into_padding(kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Tell whether a filter fits into the padding: oneDNN takes the compensation of another place then (torch 2.13)."""
+    return any(p >= extent for p, extent in zip(padding, extents(kernel, dilation), strict=True))
+
+
 @functools.cache
 def largest_product() -> int | None:
     """Return the largest product of two codes that oneDNN adds up exactly; None where it multiplies no integers.

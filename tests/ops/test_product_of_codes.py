@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from octav_fx.compat.tensors import memory_format_of
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu, onednn
@@ -65,7 +66,7 @@ def test_a_convolution_is_the_reference_bit_for_bit(case: tuple, signed: bool, m
         patch.setattr(choice, "_LAID_OUT", math.inf if matmul else 0.0)
         y = product_of_codes(*arguments)
     expected = reference.product_of_codes(*arguments)
-    assert y.is_contiguous(memory_format=op._layout(arguments[0]))
+    assert y.is_contiguous(memory_format=memory_format_of(arguments[0]))
     assert y.dtype is dtype
     assert torch.equal(y, expected)
 

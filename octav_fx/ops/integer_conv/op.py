@@ -71,7 +71,8 @@ def _run(call: Call) -> onednn.Run | None:
 
 def _by_onednn(call: Call) -> onednn.Run | None:
     w, window = onednn.integers(call.w, tuple(call.shape)), call.window
-    if onednn.refusal(call.x_bits, onednn.largest_code(w)) or _fits_into_padding(call):
+    geometry = call.shape[2:], call.padding, call.dilation
+    if onednn.refusal(call.x_bits, onednn.largest_code(w)) or onednn.fits_into_padding(*geometry):
         return None
     zero = onednn.zero_point(call.x_bits, call.x_signed)
     scale = onednn.channel_scale(call.x_scale, call.w_scale, call.shape[0])
@@ -85,18 +86,11 @@ def _by_onednn(call: Call) -> onednn.Run | None:
     return lambda x: None if _leaves_one_column(call, x) else convolve(x, *operands, *last)
 
 
-def _fits_into_padding(call: Call) -> bool:
-    """Tell whether a filter fits into the padding: oneDNN takes the compensation of another place then (torch 2.13)."""
-    return any(p >= extent for p, extent in zip(call.padding, _extents(call), strict=True))
-
-
 def _leaves_one_column(call: Call, x: Tensor) -> bool:
     """Tell whether strides leave one column: with groups of one input oneDNN then reads too far (torch 2.13)."""
-    return (x.shape[-1] + 2 * call.padding[-1] - _extents(call)[-1]) // call.stride[-1] == 0
-
-
-def _extents(call: Call) -> list[int]:
-    return [d * (k - 1) + 1 for d, k in zip(call.dilation, call.shape[2:], strict=True)]
+    return (x.shape[-1] + 2 * call.padding[-1] - onednn.extents(call.shape[2:], call.dilation)[-1]) // call.stride[
+        -1
+    ] == 0
 
 
 def _pointwise(call: Call) -> onednn.Run | None:

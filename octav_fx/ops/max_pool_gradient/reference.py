@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from octav_fx.compat.tensors import memory_format_of
+
 
 def max_pool_gradient(
     grad: Tensor,
@@ -24,6 +26,4 @@ def max_pool_gradient(
 
 def empty(grad: Tensor, indices: Tensor, size: list[int], *window: object) -> Tensor:
     """Return memory for the result, which lies as grad does."""
-    is_last = grad.stride(1) == 1 and grad.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format_of(grad))

@@ -70,12 +70,10 @@ class Layer:
     def fits_convolution(self) -> bool:
         """Tell whether oneDNN computes it rightly as a convolution (torch 2.13; found by comparing).
 
-        Where a filter fits into the padding, its compensation for the zero point is that of another place. Where each
-        group has one input it may read beyond the rows.
+        Where each group has one input it may read beyond the rows.
         """
-        extents = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight[2:], strict=True)]
-        is_inside = all(p < extent for p, extent in zip(self.padding, extents, strict=True))
-        return bool(self.weight[2:]) and is_inside and self.weight[1] > 1
+        kernel = self.weight[2:]
+        return bool(kernel) and self.weight[1] > 1 and not onednn.fits_into_padding(kernel, self.padding, self.dilation)
 
 
 def refusal(layer: Layer, x: Grid, w: Grid, dtype: torch.dtype) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from octav_fx.compat.tensors import memory_format_of
 from octav_fx.ops import cpu, onednn
 from octav_fx.ops.product_of_codes import reference
 from octav_fx.ops.product_of_codes.choice import Layer
@@ -54,13 +55,9 @@ def _shape(call: Call) -> tuple[int, ...]:
 def _empty(*args: Any) -> Tensor:
     call = Call(*args)
     # As the codes lie: tracing has them contiguous where Inductor has their channels last.
-    return torch.empty(_shape(call), dtype=call.dtype, device=call.codes.device, memory_format=_layout(call.codes))
-
-
-def _layout(codes: Tensor) -> torch.memory_format:
-    # Where there is one channel, the strides decide.
-    is_last = codes.dim() == 4 and codes.stride(1) == 1 and codes.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else torch.contiguous_format
+    return torch.empty(
+        _shape(call), dtype=call.dtype, device=call.codes.device, memory_format=memory_format_of(call.codes)
+    )
 
 
 def _cpu(*args: Any) -> Tensor | None:
@@ -74,7 +71,7 @@ def _cpu(*args: Any) -> Tensor | None:
     positions = math.prod(shape) // shape[1]
     layer = Layer(positions, tuple(call.w.shape), tuple(call.padding), tuple(call.dilation), call.groups)
     y = _convolution(call, x) if layer.is_convolved else _matmul(call, x, shape)
-    return None if y is None else y.contiguous(memory_format=_layout(call.codes))
+    return None if y is None else y.contiguous(memory_format=memory_format_of(call.codes))
 
 
 def _activation(call: Call) -> Tensor | None:
