@@ -5,9 +5,8 @@ to the GPU (autograd itself needs a build with CUDA); from there on passes, part
 """
 
 import contextlib
-import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +127,7 @@ def generated(
     model: nn.Module,
     *inputs: Tensor,
     backend: Any = "octav",
-    options: Mapping[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     autocast: bool = False,
 ) -> list[Generated]:
     """Return what Inductor generates for a training step: forward, and backward. options are the backend's."""
@@ -187,8 +186,10 @@ def generated(
         patch.object(entry, "compile_fx", compile_for_gpu),
         settings,
     ):
-        of_ours = functools.partial(torch.compile, backend="octav", options=options)
-        compiled = (of_ours if backend == "octav" else functools.partial(torch.compile, backend=compile_for_gpu))(model)
+        if backend == "octav":
+            compiled = torch.compile(model, backend="octav", options=options)
+        else:
+            compiled = torch.compile(model, backend=compile_for_gpu)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             compiled(*inputs)
     torch._dynamo.reset()

@@ -6,8 +6,9 @@ activation costs: what weights cost falls out. An op of octav's counts as if it 
 does in half precision.
 """
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import octav_fx
 from benchmarks import result
-from benchmarks.absent_gpu import generated, launches
+from benchmarks.absent_gpu import Generated, generated, launches
 from octav_fx import Config
 
 BATCHES: Final = (8, 16)
@@ -72,15 +73,11 @@ class Beyond:
 
 def beyond(net: str, depth: int, keep: str = "codes") -> Beyond:
     """Compile both steps for both batches, and count. keep: the option of the backend."""
-    layer, batch_of = NETS[net]
-    counts = []
-    for size in BATCHES:
-        torch.manual_seed(0)
-        model, batch = nn.Sequential(*(layer() for _ in range(depth))), batch_of(size)
-        q = octav_fx.quantize(model, batch, CONFIG)
-        step = generated(q, batch, options={"keep": keep}, autocast=True)
-        counts.append((step, generated(model, batch, backend=None, autocast=True)))
-    (small, small_float), (large, large_float) = counts
+    small, large = (
+        generated(octav_fx.quantize(model, batch, CONFIG), batch, options={"keep": keep}, autocast=True)
+        for model, batch in _steps(net, depth)
+    )
+    small_float, large_float = _of_float(net, depth)
     elements = large[0].solved - small[0].solved
     forward, backward = (
         ((large[i].bytes - small[i].bytes) - (large_float[i].bytes - small_float[i].bytes)) / elements for i in (0, 1)
@@ -89,6 +86,20 @@ def beyond(net: str, depth: int, keep: str = "codes") -> Beyond:
     kernels = len(launches(large[0]).kernels) - len(launches(large_float[0]).kernels)
     # A solve fills its bins and runs twice (solve_tail); weights are one launch in all.
     return Beyond(forward, backward, 3 + kernels / solves, solves)
+
+
+def _steps(net: str, depth: int) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Return the net and a batch, of both sizes."""
+    layer, batch_of = NETS[net]
+    for size in BATCHES:
+        torch.manual_seed(0)
+        yield nn.Sequential(*(layer() for _ in range(depth))), batch_of(size)
+
+
+@functools.cache
+def _of_float(net: str, depth: int) -> list[list[Generated]]:
+    """Return the float steps, which are the same whatever is kept."""
+    return [generated(model, batch, backend=None, autocast=True) for model, batch in _steps(net, depth)]
 
 
 def main(rounds: int) -> None:
