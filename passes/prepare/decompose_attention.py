@@ -68,6 +68,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> Edit:
 
 def _is_an_input(node: fx.Node) -> bool:
     """Return whether a node is an argument of forward, or a view of one: no weight says how long its last axis is."""
-    while node.op == "call_method" and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while node.op == "call_method":
+        # Its own tensor is the first that a method reads.
+        node = node.all_input_nodes[0]
     return node.op == "placeholder"
