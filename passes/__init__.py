@@ -29,6 +29,8 @@ from octav_fx.passes.lower.integer_matmul import integer_matmul
 from octav_fx.passes.lower.keep_levels import keep_levels
 from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
+from octav_fx.passes.lower.mask_from_value import mask_from_value
+from octav_fx.passes.lower.mask_in_place import mask_in_place
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.split_quantizers import split_quantizers
@@ -59,7 +61,9 @@ PREPARE: Final[tuple[Any, ...]] = (
 LOWER: Final[tuple[Pass, ...]] = (
     split_quantizers,  # first: the parts are what all others are about
     save_codes,  # what backward needs of a quantized value is decided before anyone asks for it in another form
-    mask_from_codes,  # after save_codes: it asks the codes that are kept
+    mask_in_place,  # after save_codes: it asks the codes that are kept
+    mask_from_value,  # after mask_in_place, of which nothing is recomputed
+    mask_from_codes,  # the masks that are left
     levels_as_read,  # after save_codes; before filters_channels_last, which asks who reads the levels of a weight
     keep_levels,  # if asked for, after levels_as_read: in the dtype in which they are read
     codes_in_forward,  # if asked for, before filters_channels_last: both ask who reads the levels of a weight
@@ -151,6 +155,8 @@ __all__ = [
     "lower_passes",
     "make_activations_static",
     "mask_from_codes",
+    "mask_from_value",
+    "mask_in_place",
     "multiply_codes",
     "pack_weights",
     "pool_gradients",
