@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils import _triton as triton_of_torch
 
 from octav_fx.backend import entry
+from octav_fx.formats.spec import spec_of
+from octav_fx.ir.calls import arguments_of
 
 GPU = torch.device("cuda", 0)
 # Of an H100, as far as Inductor asks.
@@ -123,8 +125,15 @@ class Generated:
     code: str
     # What all kernels and ops read and write in memory.
     bytes: int
-    # What optimal_clip reads.
-    solved: int
+    # Of how many elements each activation is that has a clip of its own.
+    activations: tuple[int, ...]
+
+
+def _activations(graph: fx.Graph) -> list[int]:
+    """Return the sizes of what is quantized with a clip of its own: of weights, each channel has one."""
+    quantizers = graph.find_nodes(op="call_function", target=torch.ops.octav.dynamic_fake_quantize.default)
+    calls = [arguments_of(node) for node in quantizers]
+    return [call.x.meta["val"].numel() for call in calls if spec_of(call.spec).granularity.axis is None]
 
 
 def _bytes_of(node: Any) -> int:
@@ -149,13 +158,12 @@ def generated(
     from torch._inductor.graph import GraphLowering
 
     halves: list[Generated] = []
+    activations: list[int] = []
 
     def keep(self: GraphLowering) -> Any:
         code = self.codegen()[0].value
-        solves = self.graph.find_nodes(op="call_function", target=torch.ops.octav.optimal_clip.default)
-        solved = sum(node.args[0].meta["val"].numel() for node in solves)
         moved = sum(map(_bytes_of, self.scheduler.nodes))
-        halves.append(Generated(code, moved, solved))
+        halves.append(Generated(code, moved, tuple(activations)))
         return SimpleNamespace(call=lambda *arguments: None, __file__=__file__, key="absent")
 
     def inner(gm: fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
@@ -170,6 +178,7 @@ def generated(
             self.then = then
 
         def __call__(self, graph: fx.Graph) -> None:
+            activations[:] = _activations(graph)
             move(graph)
             if self.then is not None:
                 with absent_gpu():

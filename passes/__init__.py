@@ -33,6 +33,7 @@ from octav_fx.passes.lower.mask_from_value import mask_from_value
 from octav_fx.passes.lower.mask_in_place import mask_in_place
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
+from octav_fx.passes.lower.solve_by_one_step import solve_by_one_step
 from octav_fx.passes.lower.split_quantizers import split_quantizers
 from octav_fx.passes.lower.update_at_once import update_at_once
 from octav_fx.passes.lower.write_out import write_out
@@ -69,7 +70,8 @@ LOWER: Final[tuple[Pass, ...]] = (
     codes_in_forward,  # if asked for, before filters_channels_last: both ask who reads the levels of a weight
     filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
     integer_matmul,  # after save_codes, whose codes it multiplies
-    fuse_weight_quantizers,  # last: of the weights whose levels are still needed
+    fuse_weight_quantizers,  # of the weights whose levels are still needed
+    solve_by_one_step,  # if asked for, last: nobody asks for the solve of an activation any more
 )
 
 # What the backend runs on each half, when it is decided what is kept between them.
@@ -118,9 +120,16 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
     return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
 
-def lower_passes(integer: str = "off", keep: str = "codes") -> tuple[Pass, ...]:
-    """Return those of LOWER that options of the backend ask for: "auto" codes_in_forward, "levels" keep_levels."""
-    left_out: dict[Pass, bool] = {codes_in_forward: integer != "auto", keep_levels: keep != "levels"}
+def lower_passes(integer: str = "off", keep: str = "codes", solve: str = "exact") -> tuple[Pass, ...]:
+    """Return those of LOWER that options of the backend ask for.
+
+    "auto" is codes_in_forward, "levels" keep_levels, "step" solve_by_one_step.
+    """
+    left_out: dict[Pass, bool] = {
+        codes_in_forward: integer != "auto",
+        keep_levels: keep != "levels",
+        solve_by_one_step: solve != "step",
+    }
     return tuple(p for p in LOWER if not left_out.get(p, False))
 
 
@@ -168,6 +177,7 @@ __all__ = [
     "round_biases",
     "saturate_codes",
     "save_codes",
+    "solve_by_one_step",
     "split_quantizers",
     "update_at_once",
     "write_out",

@@ -21,9 +21,9 @@ LIMITS = {
     ("net", "keep"), [("convolutions", "codes"), ("transformer", "codes"), ("transformer", "levels")]
 )
 def test_bytes_and_launches(net: str, keep: str) -> None:
-    found = beyond(net, 1, keep)
+    found = beyond(net, 1, keep=keep)
     forward, backward = LIMITS[net, keep]
     assert found.forward <= forward
     assert found.backward <= backward
     # Three of a solve and one of codes and levels, which may join one that is there; all states are written in three.
-    assert found.launches <= 4 + 3 / found.solves
+    assert found.launches <= 4 + 3 / found.quantizers
