@@ -76,11 +76,13 @@ def _as_is(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 _INTEGER = {"integer": "auto"}
+_HALF = {**_INTEGER, "backward": "bfloat16"}
 OWN = {
     "float eager": Variant(_as_is),
     "float Inductor": Variant(_as_is, "inductor"),
     "octav compiled": Variant(octav_fx.quantize, "octav"),
     "octav compiled, integer": Variant(octav_fx.quantize, "octav", _INTEGER),
+    "octav compiled, integer, backward in bf16": Variant(octav_fx.quantize, "octav", _HALF),
     "octav eager": Variant(octav_fx.quantize),
     "ten cold Newton steps, plain PyTorch eager": Variant(_plain),
 }

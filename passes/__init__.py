@@ -22,6 +22,7 @@ from octav_fx.passes.convert.pools_of_layers import pools_of_layers
 from octav_fx.passes.convert.recode import recode
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
+from octav_fx.passes.lower.bfloat16_backward import bfloat16_backward
 from octav_fx.passes.lower.codes_in_forward import codes_in_forward
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
@@ -65,6 +66,7 @@ LOWER: Final[tuple[Pass, ...]] = (
     keep_levels,  # if asked for, after levels_as_read: in the dtype in which they are read
     codes_in_forward,  # if asked for, before filters_channels_last: both ask who reads the levels of a weight
     filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
+    bfloat16_backward,  # if asked for, after levels_as_read, which leaves it float32, and after filters_channels_last
     integer_matmul,  # after save_codes, whose codes it multiplies
     fuse_weight_quantizers,  # last: of the weights whose levels are still needed
 )
@@ -116,9 +118,16 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
     return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
 
-def lower_passes(integer: str = "off", keep: str = "codes") -> tuple[Pass, ...]:
-    """Return those of LOWER that options of the backend ask for: "auto" codes_in_forward, "levels" keep_levels."""
-    left_out: dict[Pass, bool] = {codes_in_forward: integer != "auto", keep_levels: keep != "levels"}
+def lower_passes(integer: str = "off", keep: str = "codes", backward: str = "same") -> tuple[Pass, ...]:
+    """Return those of LOWER that options of the backend ask for.
+
+    integer="auto" is codes_in_forward, keep="levels" keep_levels, backward="bfloat16" bfloat16_backward.
+    """
+    left_out: dict[Pass, bool] = {
+        codes_in_forward: integer != "auto",
+        keep_levels: keep != "levels",
+        bfloat16_backward: backward != "bfloat16",
+    }
     return tuple(p for p in LOWER if not left_out.get(p, False))
 
 
@@ -132,6 +141,7 @@ __all__ = [
     "Choose",
     "Place",
     "batchnorm_to_affine",
+    "bfloat16_backward",
     "canonicalize",
     "choose_spec",
     "clamps_into_layers",

@@ -14,7 +14,7 @@ from torch import fx
 
 import octav_fx.ops  # noqa: F401  registers torch.ops.octav
 from octav_fx.formats.spec import spec_of
-from octav_fx.ir.calls import arguments_of
+from octav_fx.ir.calls import Arguments, arguments_of
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import VIEWS, backward_of, closure, origin
 from octav_fx.ir.meta import fake, has_fake
@@ -135,13 +135,21 @@ def _codes(state: State) -> Iterator[Fault]:
         if levels.codes.target is octav.quantize.default:
             codes = arguments_of(levels.codes)
             for name in ("clip", "spec"):
-                if codes[name] != levels[name]:
+                if codes[name] != levels[name] and not (name == "clip" and _is_of_step_one(levels)):
                     yield node, f"{name} is {levels[name]}, that of its codes {codes[name]}"
     for node in state.calls(octav.quantize.default):
         call = arguments_of(node)
         dtype = spec_of(call.spec).format.codes_dtype
         if fake(node).dtype is not dtype:
             yield node, f"its codes are {node.meta['val'].dtype}, not {dtype}"
+
+
+def _is_of_step_one(levels: Arguments) -> bool:
+    """Return whether levels are the codes themselves, as a product of codes reads them."""
+    plain = spec_of(levels.spec).plain
+    if plain is None or levels.clip.target is not torch.ops.aten.full.default:
+        return False
+    return bool(arguments_of(levels.clip).fill_value == plain[0].steps)
 
 
 def _granularity(state: State) -> Iterator[Fault]:
