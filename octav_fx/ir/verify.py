@@ -16,7 +16,7 @@ import octav_fx.ops  # noqa: F401  registers torch.ops.octav
 from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import Arguments, arguments_of
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.joint import VIEWS, backward_of, closure, origin
+from octav_fx.ir.joint import VIEWS, backward_of, closure, is_pointwise, origin
 from octav_fx.ir.meta import fake, has_fake
 from octav_fx.ir.ops import module_of
 from octav_fx.ir.records import records
@@ -183,8 +183,8 @@ def _is_recomputed(node: fx.Node) -> bool:
 
 def _recomputed(state: State) -> Iterator[Fault]:
     for node in filter(_is_recomputed, state.gm.graph.nodes):
-        if origin(node, VIEWS).target not in _LEVELS:
-            yield node, "is recomputed, but neither levels nor a view of levels"
+        if origin(node, VIEWS).target not in _LEVELS and not is_pointwise(node):
+            yield node, "is recomputed, but neither levels nor pointwise"
 
 
 def _no_float_copy(state: State) -> Iterator[Fault]:
@@ -214,6 +214,6 @@ INVARIANTS: Final = (
     Invariant("what quantizers compute is read", Dialect.JOINT, _read, ("split_quantizers",)),
     # The partitioner obeys tags blindly: of anything else, a whole layer would be computed twice.
     # In the halves that it leaves the tags have had their say.
-    Invariant("only levels are recomputed", Dialect.JOINT, _recomputed, ("split_quantizers",)),
+    Invariant("only levels and what is pointwise are recomputed", Dialect.JOINT, _recomputed, ("split_quantizers",)),
     Invariant("backward keeps no float copy", Dialect.JOINT, _no_float_copy, ("split_quantizers", "save_codes")),
 )
