@@ -42,6 +42,9 @@ class Facts:
         values = self._function(module, *args, **kwargs)
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
             if not _equal(value, expected):
+                # What a compiler takes a number for may have no text.
+                if torch.compiler.is_compiling():
+                    return where
                 return f"{where}: {_text(expected)} at capture, {_text(value)} now"
         return None
 
@@ -142,7 +145,7 @@ class GuardedGraph:
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say why the graph does not hold for a call of the module, or return None."""
-        if self._constants is not None and not torch.compiler.is_compiling() and (change := self._constants.change()):
+        if self._constants is not None and (change := self._constants.change()) is not None:
             return change
         return None if self.guards is None else self.guards.broken(module, args, kwargs)
 

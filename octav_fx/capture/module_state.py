@@ -19,7 +19,7 @@ from octav_fx.compat.tensors import pytree
 _DEEP: Final = 4
 _CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 # Libraries whose objects keep what they keep, whatever forward does.
-_CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
+CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def containers_of(root: nn.Module) -> list[Any]:
         elif isinstance(value, tuple):
             for item in value:
                 visit(item, depth)
-        elif depth and _is_users(value):
+        elif depth and is_users_object(value):
             visit(vars(value), depth - 1)
 
     for _, held in attributes(root):
@@ -91,12 +91,12 @@ def containers_of(root: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _is_users(value: Any) -> bool:
+def is_users_object(value: Any) -> bool:
     """Tell whether a value is an object of some class of the user's, with attributes."""
     is_closed = isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__")
     if is_closed or isinstance(value, types.FunctionType):
         return False
-    return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in _CLOSED
+    return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in CLOSED
 
 
 def _refill(container: Any, content: Any) -> None:
