@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from tests.support.alike import assert_follows
+import octav_fx
+from tests.support.alike import assert_follows, silent_quantizers
 
 x, longer, one = (torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8))
 Step = Any
@@ -271,7 +272,55 @@ def keeps_a_cache(self: Any, x: Tensor, past: Any) -> Any:
     return F.scaled_dot_product_attention(x, k, v, is_causal=past is None and x.shape[1] > 1), (k, v)
 
 
+@case((x, x), (x, longer), (longer, longer), (longer, one))
+def catches_an_error_later(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    z = self.a(x)
+    try:
+        return z + self.b(y)
+    except RuntimeError:
+        return z - 1
+
+
+@case((x, longer), (x, x), (longer, x))
+def catches_an_error_at_capture(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    z = self.a(x)
+    try:
+        return z + self.b(y)
+    except RuntimeError:
+        return z - 1
+
+
+@case((one,), (x,), (one,))
+def catches_an_error_of_a_view(self: Any, x: Tensor) -> Tensor:
+    z = self.a(x).transpose(1, 2)
+    try:
+        return z.view(len(x), -1)
+    except RuntimeError:
+        return z.reshape(len(x), -1) + 1
+
+
+@case((x,), (longer,))
+def chooses_by_size_in_a_cond(self: Any, x: Tensor) -> Tensor:
+    return torch.cond(x.shape[1] > 6, lambda x: self.a(x), lambda x: self.b(x), (self.a(x),))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_q_computes_what_the_float_model_does(name: str) -> None:
     made, steps, training = CASES[name]
     assert_follows(made, steps, training)
+
+
+def test_what_a_branch_of_cond_on_data_calls_stays_float() -> None:
+    class Chooses(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            return torch.cond(y.sum() > 0, lambda y: self.a(y), lambda y: self.b(y), (y,))
+
+    model = Chooses(c=nn.Linear(8, 8)).eval()
+    q = octav_fx.quantize(model, x)
+    skipped = {site: reason for site, reason, _ in octav_fx.coverage(q).skipped}
+    assert "no call of it succeeds outside of torch.cond or a transform of torch.func" in skipped.values()
+    assert octav_fx.coverage(q).quantized_macs == 10 * 64
+    with torch.no_grad(), silent_quantizers():
+        for shift in (-10, 10):
+            assert torch.equal(q(x + shift), model(x + shift))

@@ -70,6 +70,8 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             quiet(),
         ):
             graph = tracer.trace(root)
+            if tracer.failed:
+                raise NotCaptured(f"{tracer.failed[0]}: forward catches this error, and a graph cannot")
             remembered = reads.remembered()
             # Also set on root, by the tracer: they are the graph's.
             constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
