@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of
+from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, parameters_of
 from octav_fx.compat.tensors import pytree
 
 # So deep in objects of the user's own, whose parts may lead anywhere.
@@ -24,9 +24,9 @@ CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy
 
 @contextmanager
 def preserved_attributes(root: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, attributes and buffers that were set, and what containers and objects in them held.
+    """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
-    What is written into tensors in place stays.
+    So is what the user's objects held. What is written into tensors in place stays.
     """
     before = _Before.of(root)
     try:
@@ -56,6 +56,8 @@ class _Before:
     @classmethod
     def of(cls, root: nn.Module) -> "_Before":
         named = [(held, dict(held)) for _, held in attributes(root)]
+        # Those that forward ties.
+        named += [(held, dict(held)) for held in map(parameters_of, root.modules())]
         return cls(named, [(container, copy.copy(container)) for container in containers_of(root)])
 
     def restore(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import octav_fx
+from octav_fx.capture.modules import quantized_modules
 from tests.support.alike import assert_follows, silent_quantizers
 
 x, longer, one = (torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8))
@@ -272,6 +273,29 @@ def keeps_a_cache(self: Any, x: Tensor, past: Any) -> Any:
     return F.scaled_dot_product_attention(x, k, v, is_causal=past is None and x.shape[1] > 1), (k, v)
 
 
+@case((x,), (longer,), (x,))
+class TiesItsWeightsLate(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.b.weight is not self.a.weight:
+            self.b.weight = self.a.weight
+        return self.b(self.a(x).tanh())
+
+
+@case((x,), (longer,), _loss=None, training=True)
+def keeps_a_loss_under_a_private_name(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    self._loss = y.square().mean()
+    return self.b(y) + self._loss
+
+
+@case((x,), (longer,), sizes={})
+def keeps_a_size_in_a_dict(self: Any, x: Tensor) -> Tensor:
+    for name in ("a", "b"):
+        x = getattr(self, name)(x)
+        self.sizes[name] = x.shape
+    return x
+
+
 @case((x, x), (x, longer), (longer, longer), (longer, one))
 def catches_an_error_later(self: Any, x: Tensor, y: Tensor) -> Tensor:
     z = self.a(x)
@@ -308,6 +332,15 @@ def chooses_by_size_in_a_cond(self: Any, x: Tensor) -> Tensor:
 def test_q_computes_what_the_float_model_does(name: str) -> None:
     made, steps, training = CASES[name]
     assert_follows(made, steps, training)
+
+
+def test_what_is_stored_under_a_private_name_takes_part_in_one_graph() -> None:
+    made, steps, _ = CASES["keeps_a_loss_under_a_private_name"]
+    q = octav_fx.quantize(made(), steps[0])
+    q(longer)
+    assert octav_fx.coverage(q).quantized_macs == octav_fx.coverage(q).total_macs
+    assert len(quantized_modules(q)) == 1
+    assert q._loss.requires_grad
 
 
 def test_what_a_branch_of_cond_on_data_calls_stays_float() -> None:
