@@ -57,7 +57,8 @@ class _Before:
     def of(cls, root: nn.Module) -> "_Before":
         named = [(held, dict(held)) for _, held in attributes(root)]
         # Those that forward ties.
-        named += [(held, dict(held)) for held in map(parameters_of, root.modules())]
+        modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        named += [(held, dict(held)) for held in map(parameters_of, modules)]
         return cls(named, [(container, copy.copy(container)) for container in containers_of(root)])
 
     def restore(self) -> None:
