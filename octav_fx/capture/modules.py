@@ -226,7 +226,7 @@ class QuantizedModule(GuardedModule):
             return self._run(guarded, args, kwargs)
         except (OctavError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             # Others, such as what ends a recomputation early, are for those around the call.
             if self.capture_again is None or transform() is not None:
                 raise

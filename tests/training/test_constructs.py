@@ -205,6 +205,32 @@ class ClosureOverItself(Net):
         return self.functions[0](self.function(x))
 
 
+class Slotted:
+    __slots__ = ("gain",)
+
+    def __init__(self) -> None:
+        self.gain = 2.0
+
+
+@case((x,), lambda model: setattr(model.settings, "gain", -1.0), (x,), (longer,))
+class AnObjectWithSlots(Net):
+    def __init__(self) -> None:
+        super().__init__(settings=Slotted())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.settings.gain
+
+
+@case((x,), put(scale=None), (x,), (longer,), put(scale=nn.Parameter(torch.full((8,), 3.0))), (x,))
+class HasAParameterTakenOut(Net):
+    def __init__(self) -> None:
+        super().__init__(scale=nn.Parameter(torch.ones(8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y if self.scale is None else y * self.scale + 1
+
+
 @case((x,), lambda model: setattr(model, "b", nn.Identity()), (x,), (longer,))
 def has_a_layer_taken_out(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(x))
