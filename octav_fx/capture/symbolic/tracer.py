@@ -82,6 +82,8 @@ class ValueTracer(fx.Tracer):
     latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
+    # What code calls torch.utils.checkpoint, and where, as file:line.
+    recomputed: dict[types.CodeType, str] = field(default_factory=dict)
     user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
     # Read by fx: buffers become proxies, not constants.
