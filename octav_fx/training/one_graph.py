@@ -167,8 +167,11 @@ class Recipe:
         with users_own(owner):
             captured, notes = _captured(owner, call, mode, self.user)
             _check_recomputed(owner, captured.recomputed)
+        # Some of these belong to other graphs, or to what runs in the place of one.
+        before = {name for name, _ in quantized.get_submodule(QUANTIZERS).named_children()}
         with users_own(owner, but=owner), replaced_graph(quantized, captured.graph):
             rows, told = self.rewrite(quantized)
+            remove_unused(quantized, [captured.graph], before)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards)
         guarded.hold_constants(Constants.of(owner))
