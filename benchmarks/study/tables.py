@@ -66,7 +66,7 @@ def _glyphs(bits: int, weights: str, activations: str) -> Table:
     of_activations = {"tensor": "whole activations", "token": "tokens"}[activations]
     return Table(
         f"glyphs, resnet, {bits} bits, {of_weights} of weights and {of_activations}, judged by validation fonts",
-        tuple((label, replace(run, seed=seed, **shared)) for label, run in labelled for seed in range(3)),  # type: ignore[arg-type]
+        tuple((label, replace(run, seed=seed, **shared)) for seed in range(3) for label, run in labelled),  # type: ignore[arg-type]
         against="max",
     )
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize
+from octav_fx.formats.spec import spec_of
 from octav_fx.nn import FakeQuantizer
 
 
@@ -42,6 +43,9 @@ CONFIGS = {
     "nv": dataclasses.replace(Config.preset("nvfp4"), **SMALL),
     "ternary": Config(weight_format="ternary", activation_bits=8),
     "float8": Config(weight_format="e4m3", activation_format="e5m2", weight_granularity="tensor"),
+    "levels of each tensor": Config(
+        weight_format="kmeans", weight_granularity="tensor", activation_format="kmeans", activation_bits=3
+    ),
     "straight": Config(**SMALL, weight_gradient="ste", activation_gradient="ste"),
     "narrow": Config.preset("tensorrt"),
     "weights only": Config(activation_bits=None, weight_granularity="group-8", scale_format="float16"),
@@ -94,7 +98,7 @@ def test_frozen_and_converted_it_computes_the_same(name: str) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["groups", "nv", "tokens"])
+@pytest.mark.parametrize("name", ["groups", "nv", "tokens", "levels of each tensor"])
 def test_compiled_is_eager(net: Net, name: str) -> None:
     x = images()
     eager, compiled = (quantize(net, x, CONFIGS[name]) for _ in range(2))
@@ -108,11 +112,13 @@ def test_compiled_is_eager(net: Net, name: str) -> None:
         torch.testing.assert_close(two.grad, one.grad, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("spec", ["int4/group-8.1", "uint8/token.1", "e2m1/group-16.1/e4m3", "ternary/channel.0"])
+@pytest.mark.parametrize(
+    "spec", ["int4/group-8.1", "uint8/token.1", "e2m1/group-16.1/e4m3", "ternary/channel.0", "kmeans4/tensor"]
+)
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_levels_and_gradients_are_those_of_float64(spec: str, gradient: str) -> None:
     x = torch.randn(6, 32)
-    hint = torch.zeros(6 if "channel" in spec else ())
+    hint = torch.zeros(() if spec_of(spec).granularity.is_short else spec_of(spec).clip_shape(x.shape))
     results: list[tuple[Any, ...]] = []
     for dtype in (torch.float32, torch.float64):
         leaf = x.to(dtype, copy=True).requires_grad_()
