@@ -38,8 +38,8 @@ class Config:
     # Bits of both inputs of a sum that joins two paths and of the input of a global pool; None: they stay float.
     # Integer runtimes are fast only with it: passes/prepare/quantize_residuals.py.
     residual_bits: int | None = None
-    # "int", of so many bits; "kmeans", of 2 to 4: the best levels of each tensor, which has to be their granularity; or a
-    # format with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2", "apot", "nf4", "nupes"
+    # "int", of so many bits; "kmeans", of 2 to 4: the best levels for each tensor, as granularity "tensor"; or a format
+    # with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2", "apot", "nf4", "nupes"
     # (octav_fx/formats/registry.py).
     weight_format: str = "int"
     activation_format: str = "int"

@@ -155,6 +155,49 @@ def test_rows_of_data_have_no_state_and_weights_have_a_clip_for_each_group(net: 
     assert values.granularity == "group-8 1"
 
 
+class Applied(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.function(x, y)
+
+
+@pytest.mark.parametrize("equation", ["bqd,bkd->bqk", "bqd,bde->bqe", "...qd,...kd->...qk"])
+@pytest.mark.parametrize("shared", ["group-8", "token"])
+def test_an_einsum_has_the_rows_of_the_matmul_that_it_is(equation: str, shared: str) -> None:
+    x, y = torch.randn(2, 16, 16), torch.randn(2, 16, 16)
+    config = Config(activation_granularity=shared)
+    one = quantize(Applied(lambda x, y: torch.einsum(equation, x, y)), (x, y), config)
+    two = quantize(Applied(torch.matmul if "de" in equation else lambda x, y: x @ y.mT), (x, y), config)
+    # The same codes; einsum adds products up by way of bmm, too.
+    assert torch.equal(one(x, y), two(x, y))
+
+
+def test_an_einsum_of_heads_has_groups_along_the_last_axis_that_is_summed_over() -> None:
+    weight = nn.Parameter(torch.randn(4, 16, 24))
+    x = torch.randn(2, 5, 4, 16)
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bqhd,hdm->bqm", x, self.weight)
+
+    q = quantize(Heads(), x, Config(weight_granularity="group-8", activation_granularity="group-8"))
+    found = {name: str(part.spec.granularity) for name, part in q.quantizers.named_children()}
+    assert found == {"einsum_operand0": "group-8.3", "einsum_operand1": "group-8.1"}
+    with pytest.raises(OctavError, match=r"operand0 .* has no one axis that einsum sums over, which 'group-8' needs"):
+        quantize(
+            Applied(lambda x, y: torch.einsum("bi,bj->bij", x, y)),
+            (torch.randn(2, 8), torch.randn(2, 8)),
+            Config(activation_granularity="group-8"),
+        )
+
+
 def test_groups_that_do_not_come_out_even_name_the_node_or_are_left_float(net: Net) -> None:
     config = Config(weight_granularity="group-3")
     with pytest.raises(OctavError, match=r"conv: weight of shape .* 8 elements along axis 1, which groups of 3 do not"):
