@@ -32,6 +32,7 @@ from octav_fx.passes.lower.mask_from_codes import mask_from_codes
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.split_quantizers import split_quantizers
+from octav_fx.passes.lower.strided_gradients import strided_gradients
 from octav_fx.passes.lower.update_at_once import update_at_once
 from octav_fx.passes.lower.write_out import write_out
 from octav_fx.passes.prepare.canonicalize import canonicalize
@@ -71,6 +72,7 @@ LOWER: Final[tuple[Pass, ...]] = (
 # What the backend runs on each half, when it is decided what is kept between them.
 FUSE: Final[tuple[Pass, ...]] = (
     pool_gradients,  # any time
+    strided_gradients,  # any time
     update_at_once,  # before write_out: it looks for clips, not for what they are written out as
     write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
@@ -163,6 +165,7 @@ __all__ = [
     "saturate_codes",
     "save_codes",
     "split_quantizers",
+    "strided_gradients",
     "update_at_once",
     "write_out",
 ]
