@@ -156,10 +156,10 @@ def _granularity(state: State) -> Iterator[Fault]:
     targets = (octav.fake_quantize, octav.quantize, octav.dequantize, octav.fake_quantize_backward)
     for node in state.calls(*(target.default for target in targets)):
         call = arguments_of(node)
-        shared, found = spec_of(call.spec).granularity, fake(call.clip).dim()
-        axes = fake(node).dim() if shared.is_short else int(shared.axis is not None)
+        spec, found = spec_of(call.spec), fake(call.clip).dim()
+        axes = len(spec.clip_shape(fake(node).shape))
         if axes != found:
-            yield node, f"its clip has {found} axes for the granularity {shared}"
+            yield node, f"its clip has {found} axes for {spec}"
 
 
 def _split(state: State) -> Iterator[Fault]:
