@@ -210,6 +210,7 @@ REFUSED = {
     ),
     "integer": ({"options": {"integer": True}}, r"options\['integer'\]=True: one of 'off', 'auto'"),
     "keep": ({"options": {"keep": "all"}}, r"options\['keep'\]='all': one of 'codes', 'levels'"),
+    "backward": ({"options": {"backward": 16}}, r"options\['backward'\]=16: one of 'same', 'bfloat16'"),
     "solve": ({"options": {"solve": "twice"}}, r"options\['solve'\]='twice': one of 'exact', 'step'"),
     "options of Inductor": ({"options": {"inductor": 3}}, r"no dict but 3"),
     "unknown mode": ({"mode": "fastest"}, r"mode='fastest': one of default, .*reduce-overhead"),

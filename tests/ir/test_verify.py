@@ -142,7 +142,7 @@ LOWERED: dict[str, tuple[Change, str]] = {
     "dtype": (other_dtype, r"quantize_default: its codes are torch.int8, not torch.int16"),
     "granularity": (
         per_channel,
-        r"'a clip is as fine as its quantizer'.* its clip has 0 axes for the granularity channel.0",
+        r"'a clip is as fine as its quantizer'.* its clip has 0 axes for int4/channel.0",
     ),
     "solve": (
         another_solve,
