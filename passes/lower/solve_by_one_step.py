@@ -9,8 +9,8 @@ found, so the recursion goes on from call to call, and each brings it nearer to 
 tenth since the last call, 3 hundredths are left at 4 bits and 5 at 8, and the squared error is at most a tenth above
 the least; where it rose or fell by a twentieth, six hundredths above. From a hint of zero about ten calls lead there; a
 call of the model that is not compiled, which solves exactly, spares them. The exact solve reads the data again, after
-it was written; these sums take no pass over memory where Inductor fuses them with the kernel that computes x, as it is
-in transformers (2 bytes less for each element), but not behind batch norms.
+it was written; these sums take no pass over memory where Inductor fuses them with the kernel that computes x, as it
+does in transformers (2 bytes less for each element), but not behind batch norms.
 
 Clips for channels, of other methods and of other formats are solved as before.
 """
