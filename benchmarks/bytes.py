@@ -87,7 +87,7 @@ def beyond(net: str, depth: int, **options: str) -> Beyond:
     )
     launched, quantizers = launches(large[0]), len(large[0].activations)
     kernels = len(launched.kernels) - len(launches(large_float[0]).kernels)
-    # A solve fills its bins and runs twice (solve_tail). Weights are one launch in all, which a single one calls a solve.
+    # A solve fills its bins and runs twice (solve_tail). Weights are one launch in all; a single one is a solve.
     solves = 3 * min(launched.ops.count("optimal_clip"), quantizers)
     return Beyond(forward, backward, (solves + kernels) / quantizers, quantizers)
 
