@@ -11,6 +11,7 @@ from octav_fx.clips.learned import LEARNED
 from octav_fx.clips.methods import METHODS, SYNCED
 from octav_fx.errors import OctavError
 from octav_fx.formats.granularity import granularity
+from octav_fx.formats.kmeans import KMEANS_BITS
 from octav_fx.formats.registry import NAMES
 from octav_fx.formats.scales import SCALES
 
@@ -37,8 +38,9 @@ class Config:
     # Bits of both inputs of a sum that joins two paths and of the input of a global pool; None: they stay float.
     # Integer runtimes are fast only with it: passes/prepare/quantize_residuals.py.
     residual_bits: int | None = None
-    # "int", of so many bits, or a format with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2",
-    # "apot", "nf4", "nupes" (octav_fx/formats/registry.py).
+    # "int", of so many bits; "kmeans", of 2 to 4: the best levels for each tensor, as granularity "tensor"; or a format
+    # with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2", "apot", "nf4", "nupes"
+    # (octav_fx/formats/registry.py).
     weight_format: str = "int"
     activation_format: str = "int"
     # What a clip belongs to. "tensor"; weights: "channel"; activations: "token", each row along the axis that is summed
@@ -134,6 +136,9 @@ class Config:
             raise OctavError(f"clip={self.clip!r} is for evenly spaced levels, not for {', '.join(sorted(other))}")
         if even and self.narrow_weights:
             raise OctavError(f"clip={self.clip!r} counts on the lowest code, which narrow_weights=True leaves out")
+        for role in _GRANULARITIES:
+            if getattr(self, f"{role}_format") == "kmeans":
+                self._check_kmeans(role)
         if self.clip in LEARNED and self.activation_granularity != "tensor":
             raise OctavError(
                 f"clip={self.clip!r}: the rows of activation_granularity={self.activation_granularity!r} are others in "
@@ -143,6 +148,19 @@ class Config:
             raise OctavError(f"clip={self.clip!r}: a learned clip is float32, not {self.scale_format!r}")
         if self.sync_clip and self.clip == "octav" and self.activation_format != "int":
             raise OctavError(f"sync_clip=True: the clip of {self.activation_format!r} needs all values in one place")
+
+    def _check_kmeans(self, role: str) -> None:
+        """Raise OctavError for what levels found in each tensor do not combine with."""
+        what = f"{role}_format='kmeans' finds the levels with the least error"
+        bits, shared = getattr(self, f"{role}_bits"), getattr(self, f"{role}_granularity")
+        if bits is not None and bits not in KMEANS_BITS:
+            raise OctavError(f"{what}, {KMEANS_BITS.start} to {KMEANS_BITS.stop - 1} bits of them: {role}_bits={bits}")
+        if shared != "tensor":
+            raise OctavError(f"{what} in a tensor: {role}_granularity={shared!r}; give 'tensor'")
+        if self.scale_format != "float32":
+            raise OctavError(f"{what} as float32: scale_format={self.scale_format!r}; give 'float32'")
+        if self.clip not in METHODS or not METHODS[self.clip].searches:
+            raise OctavError(f"{what}: clip={self.clip!r} asks for others; give 'octav' or 'mse'")
 
     @classmethod
     def preset(cls, name: str) -> "Config":

@@ -131,6 +131,7 @@ def spec_of_fc(config: Config, role: Role, edge: bool = False) -> str:
         (Config(weight_granularity="group-32"), "int4/group-32.1", "uint4/tensor"),
         (Config(activation_granularity="token", activation_bits=8), "int4/channel.0", "uint8/token.1"),
         (Config(activation_format="e4m3"), "int4/channel.0", "e4m3/tensor"),
+        (Config(activation_format="kmeans", activation_bits=3), "int4/channel.0", "kmeans3/tensor"),
         (Config.preset("w8a8"), "int8/channel.0", "uint8/tensor"),
         (Config.preset("w4a4"), "int4/channel.0", "uint4/tensor"),
         (Config.preset("w4a8-g32-token"), "int4/group-32.1", "uint8/token.1"),
@@ -170,7 +171,7 @@ def test_groups_that_do_not_come_out_even():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"weight_format": "fp4"}, "weight_format='fp4': one of 'int', 'e2m1'"),
+        ({"weight_format": "fp4"}, "weight_format='fp4': one of 'int', 'kmeans', 'e2m1'"),
         ({"weight_granularity": "token"}, "weight_granularity='token': one of 'tensor', 'channel', 'group-32'"),
         ({"activation_granularity": "channel"}, "activation_granularity='channel': one of 'tensor', 'token', 'group"),
         ({"weight_granularity": "group-0"}, "weight_granularity='group-0'"),
@@ -183,6 +184,11 @@ def test_groups_that_do_not_come_out_even():
             "clip='octav-grid' is for evenly spaced levels",
         ),
         ({"clip": "octav-tight", "narrow_weights": True}, "clip='octav-tight' counts on the lowest code"),
+        ({"weight_format": "kmeans"}, "weight_format='kmeans' .* in a tensor: weight_granularity='channel'"),
+        ({"activation_format": "kmeans", "activation_bits": 8}, "2 to 4 bits of them: activation_bits=8"),
+        ({"activation_format": "kmeans", "clip": "max"}, "activation_format='kmeans' .* clip='max' asks for others"),
+        ({"activation_format": "kmeans", "clip": "pact"}, "clip='pact' asks for others; give 'octav' or 'mse'"),
+        ({"activation_format": "kmeans", "scale_format": "e8m0"}, "as float32: scale_format='e8m0'"),
         ({"clip": "lsq", "activation_granularity": "token"}, "clip='lsq': the rows of activation_granularity='token'"),
         ({"clip": "pact", "scale_format": "e8m0"}, "clip='pact': a learned clip is float32, not 'e8m0'"),
         ({"sync_clip": True, "activation_format": "e4m3"}, "sync_clip=True: the clip of 'e4m3' needs all values"),

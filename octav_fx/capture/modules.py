@@ -186,7 +186,9 @@ class QuantizedModule(GuardedModule):
         if not torch.compiler.is_compiling() and (kind := transform()) is not None:
             self._check_transform(kind)
         if (guarded := self.holding(args, kwargs)) is not None:
-            return self._run(guarded, args, kwargs)
+            if torch.compiler.is_compiling():
+                return self._run(guarded, args, kwargs)
+            return self._run_or_capture(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
         return self._run_new(args, kwargs)
@@ -218,6 +220,20 @@ class QuantizedModule(GuardedModule):
         if is_recorded(self, (args, kwargs)):
             return with_gradients_of(functools.partial(guarded.function(), state), rule._dispatch, args, kwargs)
         return rule._dispatch(*args, **kwargs)
+
+    def _run_or_capture(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a graph. Where it fails and forward does not, which may catch the error, get what forward needs."""
+        try:
+            return self._run(guarded, args, kwargs)
+        except (OctavError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+            # Others, such as what ends a recomputation early, are for those around the call.
+            if self.capture_again is None or transform() is not None:
+                raise
+            reason = f"the graph fails: {error}"
+        with guarded.refused(args, kwargs, reason):
+            return self._run_new(args, kwargs)
 
     def run_own_python(self, function: Callable[..., Any]) -> None:
         """Let a function of the arguments run from now on, in the present mode, where no graph holds."""

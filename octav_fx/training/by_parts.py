@@ -140,7 +140,7 @@ class PartsQuantizer:
             below = _join(path, name)
             try:
                 if not its_calls:
-                    raise NotCaptured("no call of it succeeds outside of a transform of torch.func")
+                    raise NotCaptured("no call of it succeeds outside of torch.cond or a transform of torch.func")
                 self.quantize(child, its_calls, below)
             except NotCaptured as why:
                 float_records.append(self._float(below, child, str(why)))

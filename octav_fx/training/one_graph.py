@@ -329,7 +329,14 @@ def _graphs(
 
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
     """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
+    constants = Constants.of(module)
     captured = _capture(module, call, mode, user)
+    if constants.change() is not None:
+        # A table of a file that forward fills once.
+        constants = Constants.of(module)
+        captured = _capture(module, call, mode, user)
+        if (change := constants.change()) is not None:
+            raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")
     if captured.remembered and has_data(module, call):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
         with attributes_kept_on_success(module):

@@ -52,7 +52,7 @@ def _spec(config: Config, settings: Mapping[str, Any], place: Place, role: str) 
     shared = value(f"{role}_granularity", usual if of_config.startswith("group") else of_config)
     signed = place.signed or settings.get("signed_activations", config.signed_activations)
     narrow = role == "weight" and settings.get("narrow_weights", config.narrow_weights)
-    form = Grid(bits, signed, narrow) if name == "int" else format_of(name)
+    form = Grid(bits, signed, narrow) if name == "int" else format_of(f"kmeans{bits}" if name == "kmeans" else name)
     return Spec(form, _granularity(shared, place), value("scale_format", "float32"))
 
 

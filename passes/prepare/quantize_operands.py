@@ -169,7 +169,7 @@ def add_quantizer(gm: fx.GraphModule, place: Place, settings: Settings, read: fx
     value = fake(read)
     shared = settings.spec.granularity
     # A clip for each row of data is none for the next batch.
-    shape = () if running and shared.is_short else shared.clip_shape(value.shape)
+    shape = () if running and shared.is_short else settings.spec.clip_shape(value.shape)
     base = f"{place.site}_{place.operand}".replace(".", "_").replace(":", "_")
     name, count = base, 0
     used = {node.target for node in gm.graph.nodes if node.op == "call_module"}

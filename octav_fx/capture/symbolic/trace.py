@@ -73,7 +73,11 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             quiet(),
         ):
             graph = tracer.trace(root)
-            remembered = reads.remembered()
+            if tracer.failed:
+                raise NotCaptured(f"{tracer.failed[0]}: forward catches this error, and a graph cannot")
+            # Looking at what forward stored may make nodes.
+            with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
+                remembered = reads.remembered()
             # Also set on root, by the tracer: they are the graph's.
             constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
