@@ -191,7 +191,8 @@ def kernel_tests() -> list[str]:
 
 def _tests(files: list[str]) -> tuple[bool, str]:
     """Whether all tests passed, and the last line of pytest, or what it printed if they did not."""
-    parallel = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
+    workers = min(WORKERS, len(files))
+    parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *parallel, *files]
     try:
         done = subprocess.run(

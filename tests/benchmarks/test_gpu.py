@@ -118,7 +118,7 @@ def test_steps_are_timed_only_where_the_kernels_were_green(
 
 
 def test_it_runs_where_octav_fx_is_not_installed(tmp_path: Path) -> None:
-    """In a copy, with a Python that has all packages but this one: torch finds the backend by its entry point."""
+    """In a copy, with a Python that has all packages but this one, torch finds the backend by its entry point."""
     copy, site = tmp_path / "copy", tmp_path / "site"
     site.mkdir()
     for path in Path(str(torch.__file__)).parents[1].iterdir():
@@ -134,6 +134,14 @@ def test_it_runs_where_octav_fx_is_not_installed(tmp_path: Path) -> None:
         "import octav_fx, torch\n\ndef test_one():\n    assert 'octav' in torch._dynamo.list_backends()\n"
         f"    assert octav_fx.__file__.startswith({str(copy)!r})\n"
     )
+    # All rows but one of each kind: every row is a process, and the rows themselves are tested in this one.
+    left = {"kernels": "quantize", "resnet50": "octav compiled", "transformers": ""}
+    ops = {op: {"rows": [{"op": op, "ms": 1.0}]} for op in worker.KERNELS if op != left["kernels"]}
+    _leave(tmp_path / "results", "kernels", ops)
+    for name in ("resnet50", "transformers"):
+        timed = {"model": "tiny", "ms": 1.0, "mb": 1.0, "note": ""}
+        rows = [{**timed, "variant": variant} for variant in step.VARIANTS if variant != left[name]]
+        _leave(tmp_path / "results", name, {"step": {"rows": rows}})
     options = ["--device", "cpu", "--folder", tmp_path / "results", "--tests", test]
     # The C++ passes are compiled already.
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -148,8 +156,16 @@ def test_it_runs_where_octav_fx_is_not_installed(tmp_path: Path) -> None:
     for name in command.COMMANDS:
         found = result.read(f"cpu-{name}", tmp_path / "results")
         rows = [row for part in found.values() if isinstance(part, dict) for row in part.get("rows", [])]
-        assert rows
         assert not [row for row in rows if "error" in row]
+        # Something was measured by now, and what was there was left.
+        measured = [row for row in rows if left[name] in (row.get("op"), row.get("variant"))]
+        assert bool(measured) == bool(left[name])
+        assert len(rows) > len(measured)
+
+
+def _leave(folder: Path, name: str, parts: dict[str, Any]) -> None:
+    """Write what an earlier run of the same sources would have left."""
+    result.write(f"cpu-{name}", {"sources": result.sources(), "tests": "1 passed", **parts}, folder)
 
 
 def test_trying_it_never_writes_among_the_results() -> None:

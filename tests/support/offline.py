@@ -3,6 +3,9 @@
 A kernel is a row of ROWS. compiled(op) compiles all rows of an op for all TARGETS, once in a process, in a process of
 its own: where TRITON_INTERPRET=1 is set, triton.jit and the functions of triton.language are interpreted, and nothing
 in them can be compiled any more. Triton's own cache on disk makes the second run fast.
+
+Another version of Triton compiles them where PYTHONPATH names a folder with it first, made by
+`pip install --no-deps --target FOLDER triton==3.6.0`: PYTHONPATH=FOLDER pytest tests/ops/test_offline.py.
 """
 
 import dataclasses
