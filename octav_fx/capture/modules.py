@@ -5,6 +5,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, ClassVar, Final
 
 import torch
@@ -532,6 +533,15 @@ def _whole_class(kind: Any) -> type[nn.Module]:
     names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
     names |= {name: _unseen(getattr(kind, name)) for name in _CONTAINER_METHODS if hasattr(kind, name)}
     return type(kind.__name__, (WholeModule, kind), names)
+
+
+def code_around(kind: Any) -> CodeType:
+    """Return the code that runs first where the forward of a user's class is graphs.
+
+    It is the user's where the class wraps the forward of each subclass, as the layers of transformers do.
+    """
+    code: CodeType = _whole_class(kind).forward.__code__
+    return code
 
 
 def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -85,6 +85,8 @@ class ValueTracer(fx.Tracer):
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
     # Errors of what was called, each with its file and line.
     failed: list[str] = field(default_factory=list)
+    # What code calls torch.utils.checkpoint, and where, as file:line.
+    recomputed: dict[types.CodeType, str] = field(default_factory=dict)
     user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
     # Read by fx: buffers become proxies, not constants.
