@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.compat.tensors import transform
-from octav_fx.nn import FakeQuantizer
+from octav_fx.nn import FakeQuantizer, as_autocast
 
 
 @contextmanager
@@ -32,6 +32,8 @@ def transformed(quantizers: Iterable[FakeQuantizer]) -> Iterator[None]:
 
 def _forward(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     settings, spec = quantizer.settings, str(quantizer.spec)
+    if quantizer.running:
+        x = as_autocast(x)
     clip = quantizer.clip
     if clip is None:
         clip = torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, spec, settings.method)
