@@ -4,7 +4,7 @@ from tabulate import tabulate
 
 from benchmarks import result, worker
 from benchmarks.models import MODELS
-from benchmarks.variants import OWN
+from benchmarks.variants import OWN, VARIANTS
 
 
 def main(rounds: int) -> None:
@@ -12,7 +12,7 @@ def main(rounds: int) -> None:
     rows = []
     for model in MODELS:
         eager = worker.run("memory", model, "float eager")["mb"]
-        for variant in OWN:
+        for variant in (name for name in OWN if model in VARIANTS[name].models):
             answer = worker.run("memory", model, variant)
             mb = answer.get("mb")
             row = {"model": model, "variant": variant, "mb": mb and round(mb, 1), "ratio": mb and round(mb / eager, 3)}

@@ -34,7 +34,7 @@ def _measure(name: str, variants: Iterable[str], rounds: int) -> None:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(rounds):
         for model in MODELS:
-            for variant in variants:
+            for variant in (name for name in variants if model in VARIANTS[name].models):
                 found.setdefault((model, variant), []).append(worker.run("step", model, variant))
     rows = [_row(model, variant, answers) for (model, variant), answers in found.items()]
     for row in rows:

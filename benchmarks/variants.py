@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import octav_fx
+from benchmarks.models import MODELS
 from benchmarks.peers import PEERS
 from octav_fx.clips.gradients import GRADIENTS
 from octav_fx.formats.grid import Grid
@@ -26,6 +27,8 @@ class Variant:
     note: str = ""
     # Forward runs under torch.autocast in bfloat16.
     autocast: bool = False
+    # Of benchmarks/models.py, those that it can train.
+    models: tuple[str, ...] = MODELS
 
 
 class _Plain(torch.autograd.Function):
@@ -75,12 +78,19 @@ def _as_is(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
+def _groups_and_tokens(model: nn.Module, x: Tensor) -> nn.Module:
+    return octav_fx.quantize(model, x, octav_fx.Config.preset("w4a8-g32-token"))
+
+
 _INTEGER = {"integer": "auto"}
+_HALF = {**_INTEGER, "backward": "bfloat16"}
 OWN = {
     "float eager": Variant(_as_is),
     "float Inductor": Variant(_as_is, "inductor"),
     "octav compiled": Variant(octav_fx.quantize, "octav"),
     "octav compiled, integer": Variant(octav_fx.quantize, "octav", _INTEGER),
+    "octav compiled, integer, backward in bf16": Variant(octav_fx.quantize, "octav", _HALF),
+    "octav compiled, w4a8-g32-token": Variant(_groups_and_tokens, "octav", models=("encoder",)),
     "octav eager": Variant(octav_fx.quantize),
     "ten cold Newton steps, plain PyTorch eager": Variant(_plain),
 }

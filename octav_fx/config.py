@@ -11,6 +11,7 @@ from octav_fx.clips.learned import LEARNED
 from octav_fx.clips.methods import METHODS, SYNCED
 from octav_fx.errors import OctavError
 from octav_fx.formats.granularity import granularity
+from octav_fx.formats.kmeans import KMEANS_BITS
 from octav_fx.formats.registry import NAMES
 from octav_fx.formats.scales import SCALES
 
@@ -38,8 +39,9 @@ class Config:
     # SiLU takes from a convolution; None: they stay float. Integer runtimes are fast only with it:
     # passes/prepare/quantize_residuals.py.
     residual_bits: int | None = None
-    # "int", of so many bits, or a format with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2",
-    # "apot", "nf4", "nupes" (octav_fx/formats/registry.py).
+    # "int", of so many bits; "kmeans", of 2 to 4: the best levels for each tensor, as granularity "tensor"; or a format
+    # with bits of its own: "e2m1", "e4m3", "e5m2", "ternary", "zero-free", "pow2", "apot", "nf4", "nupes"
+    # (octav_fx/formats/registry.py).
     weight_format: str = "int"
     activation_format: str = "int"
     # What a clip belongs to. "tensor"; weights: "channel"; activations: "token", each row along the axis that is summed
@@ -76,9 +78,10 @@ class Config:
     # that begin with the example inputs. Every rank has to run the same forwards. How many collectives that takes:
     # clips/distributed.py.
     sync_clip: bool = False
-    # Node name, or glob, or the name of a module for all in it -> fields to change there, or None to leave the node
-    # float. Exact name > the last that matches.
-    overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    # Node name, or glob, or the name of a module for all in it; several with "|" between them; "name/operand" for one
+    # operand; a class of modules for all in them -> fields to change there, or None to leave it float. Exact name > the
+    # last that matches.
+    overrides: Mapping[str | type, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "edge_bits", "residual_bits"):
@@ -105,6 +108,8 @@ class Config:
         if not isinstance(self.overrides, Mapping):
             raise OctavError(f"overrides: a dict of node name or glob to settings, not {self.overrides!r}")
         for pattern, settings in self.overrides.items():
+            if not isinstance(pattern, (str, type)):
+                raise OctavError(f"overrides[{pattern!r}]: no name and no class of modules")
             if settings is None:
                 continue
             if not isinstance(settings, Mapping) or (unknown := sorted(set(settings) - set(_OVERRIDABLE))):
@@ -132,6 +137,9 @@ class Config:
             raise OctavError(f"clip={self.clip!r} is for evenly spaced levels, not for {', '.join(sorted(other))}")
         if even and self.narrow_weights:
             raise OctavError(f"clip={self.clip!r} counts on the lowest code, which narrow_weights=True leaves out")
+        for role in _GRANULARITIES:
+            if getattr(self, f"{role}_format") == "kmeans":
+                self._check_kmeans(role)
         if self.clip in LEARNED and self.activation_granularity != "tensor":
             raise OctavError(
                 f"clip={self.clip!r}: the rows of activation_granularity={self.activation_granularity!r} are others in "
@@ -141,6 +149,19 @@ class Config:
             raise OctavError(f"clip={self.clip!r}: a learned clip is float32, not {self.scale_format!r}")
         if self.sync_clip and self.clip == "octav" and self.activation_format != "int":
             raise OctavError(f"sync_clip=True: the clip of {self.activation_format!r} needs all values in one place")
+
+    def _check_kmeans(self, role: str) -> None:
+        """Raise OctavError for what levels found in each tensor do not combine with."""
+        what = f"{role}_format='kmeans' finds the levels with the least error"
+        bits, shared = getattr(self, f"{role}_bits"), getattr(self, f"{role}_granularity")
+        if bits is not None and bits not in KMEANS_BITS:
+            raise OctavError(f"{what}, {KMEANS_BITS.start} to {KMEANS_BITS.stop - 1} bits of them: {role}_bits={bits}")
+        if shared != "tensor":
+            raise OctavError(f"{what} in a tensor: {role}_granularity={shared!r}; give 'tensor'")
+        if self.scale_format != "float32":
+            raise OctavError(f"{what} as float32: scale_format={self.scale_format!r}; give 'float32'")
+        if self.clip not in METHODS or not METHODS[self.clip].searches:
+            raise OctavError(f"{what}: clip={self.clip!r} asks for others; give 'octav' or 'mse'")
 
     @classmethod
     def preset(cls, name: str) -> "Config":
@@ -163,7 +184,8 @@ class Config:
         return next((clip for clip in clips if clip in LEARNED), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; from_dict is the way back."""
+        """Return plain JSON values; from_dict is the way back. Raises OctavError for a class in overrides."""
+        self._check_named()
         return dataclasses.asdict(dataclasses.replace(self, overrides=dict(self.overrides)))
 
     @classmethod
@@ -174,11 +196,23 @@ class Config:
             raise OctavError(f"Config has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         return cls(**values)
 
-    def pattern_for(self, site: str) -> str | None:
-        """Return the override that holds for a node: its exact name, else the last that matches it or what it is in."""
-        if site in self.overrides:
-            return site
-        return next((p for p in reversed(list(self.overrides)) if _matches(site, p)), None)
+    def pattern_for(self, site: str, operand: str | None = None) -> str | None:
+        """Return the override that holds for an operand of a node: its exact name, else the last that fits.
+
+        operand None: one for the node as a whole.
+        """
+        self._check_named()
+        patterns = list(map(str, self.overrides))
+        exact = (name for name in (f"{site}/{operand}", site) if name in patterns)
+        return next(exact, next((p for p in reversed(patterns) if fits(p, site, operand)), None))
+
+    def _check_named(self) -> None:
+        for pattern in self.overrides:
+            if isinstance(pattern, type):
+                raise OctavError(
+                    f"overrides[{pattern.__name__}]: a class stands for modules of a model, which octav_fx.quantize is "
+                    "given; name them here"
+                )
 
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -210,6 +244,15 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         **{"signed_activations": True, "narrow_weights": True},
     },
 }
+
+
+def fits(pattern: str, site: str, operand: str | None) -> bool:
+    """Tell whether the pattern of an override means an operand of a node, or, without an operand, the node."""
+    for name in pattern.split("|"):
+        place, slash, wanted = name.partition("/")
+        if _matches(site, place) and (not slash or (operand is not None and fnmatch.fnmatchcase(operand, wanted))):
+            return True
+    return False
 
 
 def _matches(site: str, pattern: str) -> bool:

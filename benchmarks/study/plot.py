@@ -82,7 +82,7 @@ def differences(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], t
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_title(title, fontsize="small")
     handles = [
-        Line2D([], [], color="C0", marker="o", fillstyle="none", linestyle="", label="bits per byte"),
+        Line2D([], [], color="C0", marker="o", fillstyle="none", linestyle="", label="bits per byte or accuracy"),
         Line2D([], [], color="C1", marker="x", linestyle="", label="training loss, last quarter"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small")

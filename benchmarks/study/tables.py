@@ -58,6 +58,19 @@ def _tiny(seeds: int, *labelled: tuple[str, Run], judged: str = VALIDATION) -> L
     )
 
 
+def _glyphs(bits: int, weights: str, activations: str) -> Table:
+    """Return the table of clips of one granularity on the glyphs' ResNet, whose channels are multiples of 16."""
+    labelled = _on(NETS[:1], *((clip, _run(clip, bits=bits)) for clip in ("max", "octav", "octav-tight")))
+    shared = {"weight_granularity": weights, "activation_granularity": activations, "judged": VALIDATION}
+    of_weights = "channels" if weights == "channel" else f"groups of {weights.removeprefix('group-')}"
+    of_activations = {"tensor": "whole activations", "token": "tokens"}[activations]
+    return Table(
+        f"glyphs, resnet, {bits} bits, {of_weights} of weights and {of_activations}, judged by validation fonts",
+        tuple((label, replace(run, seed=seed, **shared)) for seed in range(3) for label, run in labelled),  # type: ignore[arg-type]
+        against="max",
+    )
+
+
 def _short(labelled: Labelled) -> Labelled:
     """Return labelled runs with a clip for each group of 32 weights and for each token."""
     return tuple(
@@ -181,6 +194,11 @@ TABLES: Final[dict[str, Table]] = {
         _short(_tiny(3, *((clip, _run(clip, activation_bits=8)) for clip in ("max", "octav-tight")), judged=TEST)),
         against="max",
     ),
+    **{
+        f"glyphs, {bits} bits, {weights}, {activations}": _glyphs(bits, weights, activations)
+        for bits in (4, 3)
+        for weights, activations in (("channel", "tensor"), ("group-16", "token"), ("group-16", "tensor"))
+    },
     "experiments": Table(
         "experiments, at most three seeds: text, tiny, 4 bits, groups of 32 and tokens, judged by validation files",
         (

@@ -7,11 +7,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from octav_fx.clips.kmeans import kmeans
 from octav_fx.clips.mse import mse_search
 from octav_fx.clips.newton import max_abs, octav, octav_grid, octav_tight, power_of_two
 from octav_fx.clips.percentile import ONE_IN, percentile
 from octav_fx.clips.search import Store, search
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.kmeans import KMeans
 from octav_fx.formats.scales import SCALES, tensor_scale
 from octav_fx.formats.spec import Spec
 
@@ -51,16 +53,22 @@ def _store(spec: Spec, rows: Tensor) -> Store:
 
 
 def searches(spec: Spec, method: str) -> bool:
-    """Tell whether a method finds the clip of a spec by search.py."""
+    """Tell whether a method finds the clip of a spec by search.py, or its levels by kmeans.py."""
+    if isinstance(spec.format, KMeans):
+        return True
     return METHODS[method].searches and (spec.granularity.is_short or not isinstance(spec.format, Grid))
 
 
 def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
     """Return the clips [R] of rows [R, N]; hint [R] is where to begin, what is found does not depend on it.
 
-    Where the scale has a format of its own, clip / steps is a number of it.
+    Where the scale has a format of its own, clip / steps is a number of it. Where levels are found in the tensor, they
+    are what is returned, the best ones whatever the method is.
     """
     form, store = spec.format, _store(spec, rows)
+    if isinstance(form, KMeans):
+        unit = _scale(rows)
+        return kmeans((rows / unit).squeeze(0), 2**form.bits) * unit.squeeze(0)
     if searches(spec, method):
         return search(rows, form, spec.scale, store)
     # Numbers of a format for scales are what they are only in the units of x.

@@ -31,6 +31,9 @@ POINTS: Final = 26
 LEAST: Final = {2: 0.08, 3: 0.2, 4: 0.4}
 LEAST_OF_MORE: Final = 0.5
 GREATEST: Final = 2.05
+# How much more the greatest of even levels is where scales have so few places that half of them are rounded down: what
+# clips nothing is among them then. Where many levels are even clipping by a sixteenth would be nearly all of the error.
+ROUNDING: Final = {"bfloat16": 2**-8, "float16": 2**-11, "e4m3": 2**-4}
 # The columns of folded().
 COLUMNS: Final = 16
 
@@ -67,16 +70,16 @@ def search(rows: Tensor, form: Format, scales: str, store: Store) -> Tensor:
 def candidates(form: Format, scales: str) -> list[float]:
     """Return the steps that are tried, as shares of the one that clips nothing, the greatest first.
 
-    Of powers of two, "e8m0", those are all that are near.
+    Of powers of two, "e8m0", those are all that are near, rounded up or down.
     """
     if isinstance(form, Grid):
         least, crowded = EVEN_LEAST.get(form.bits, EVEN_LEAST_OF_MORE)
-        points, greatest = EVEN_POINTS, 1.0
+        points, greatest = EVEN_POINTS, 1 + ROUNDING.get(scales, 0)
     else:
         least, crowded = LEAST.get(form.bits, LEAST_OF_MORE), 1.0
         points, greatest = POINTS, GREATEST
     if scales == "e8m0":
-        return [2.0**-i for i in range(-1, math.ceil(-math.log2(least)) + 1)]
+        return [2.0**-i for i in range(-2, math.ceil(-math.log2(least)) + 1)]
     return [greatest * (least / greatest) ** ((i / (points - 1)) ** crowded) for i in range(points)]
 
 

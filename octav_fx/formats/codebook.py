@@ -58,18 +58,27 @@ class Codebook(Format):
 
     def levels(self, codes: Tensor) -> Tensor:
         """See Format."""
-        table = torch.tensor(self.table, dtype=codes.dtype, device=codes.device)
-        # What is not finite has no code.
-        return table[(codes.nan_to_num() - self.low).long().clamp(0, len(self.table) - 1)]
+        return level_of(codes - self.low, torch.tensor(self.table, dtype=codes.dtype, device=codes.device))
 
     def edges(self, dtype: torch.dtype) -> Tensor:
         """Return the greatest number of a dtype that belongs to each level but the highest, ascending."""
-        levels = torch.tensor(self.table, dtype=torch.float64)
-        middles = ((levels[:-1] + levels[1:]) / 2).to(dtype)
-        above = torch.arange(self.low + 1, self.high + 1)
-        # A tie at the middle goes up where the code above is even.
-        down = middles.nextafter(torch.full_like(middles, -math.inf))
-        return torch.where(above % 2 == 0, down, middles)
+        return edges_between(torch.tensor(self.table, dtype=torch.float64), self.low, dtype)
+
+
+def level_of(places: Tensor, levels: Tensor) -> Tensor:
+    """Return the levels [...] at these places [...], counted from 0; some level where a place is NaN."""
+    return levels[places.nan_to_num().long().clamp(0, len(levels) - 1)]
+
+
+def edges_between(levels: Tensor, low: int, dtype: torch.dtype) -> Tensor:
+    """Return the greatest number of a dtype that belongs to each of some levels, float64, but the highest.
+
+    low: the code of the lowest. A tie at the middle goes to the even code.
+    """
+    middles = ((levels[:-1] + levels[1:]) / 2).to(dtype)
+    above = torch.arange(low + 1, low + len(levels), device=levels.device)
+    down = middles.nextafter(torch.full_like(middles, -math.inf))
+    return torch.where(above % 2 == 0, down, middles)
 
 
 def symmetric(magnitudes: list[float]) -> tuple[float, ...]:

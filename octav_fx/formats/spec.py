@@ -7,9 +7,13 @@ import functools
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from octav_fx.formats.format import Format
 from octav_fx.formats.granularity import TENSOR, Granularity, granularity
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.kmeans import KMeans
 from octav_fx.formats.registry import format_of
 from octav_fx.formats.scales import SCALE_BITS, SCALES
 
@@ -30,11 +34,23 @@ class Spec:
 
     def bits_per_element(self, shape: tuple[int, ...]) -> float:
         """Return the bits that an element of a tensor of this shape takes, its share of the scales counted."""
-        count, clips = math.prod(shape), math.prod(self.granularity.clip_shape(shape))
+        count, clips = math.prod(shape), math.prod(self.clip_shape(shape))
         shared = 32 if self.scale == "e4m3" else 0
         return (
             self.format.bits + (clips * SCALE_BITS[self.scale] + shared) / count if count else float(self.format.bits)
         )
+
+    def clip_shape(self, shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
+        """Return the shape of the clip of x [shape]; where levels are found in the tensor, they are the clip."""
+        return (2**self.format.bits,) if isinstance(self.format, KMeans) else self.granularity.clip_shape(shape)
+
+    def of_rows(self, clips: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Give the clips of rows [R], or the levels of the one row, the shape of the clip of x [shape]."""
+        return clips if isinstance(self.format, KMeans) else self.granularity.of_rows(clips, shape)
+
+    def fitted(self, clip: Tensor) -> tuple[Format, Tensor]:
+        """Return the format with its levels, and the clip of a granularity, of what clip_shape says."""
+        return self.format.fitted(clip) if isinstance(self.format, KMeans) else (self.format, clip)
 
     @property
     def even(self) -> tuple[Grid, int | None] | None:
@@ -59,6 +75,8 @@ def spec_of(text: str) -> Spec:
     found = Spec(format_of(form), granularity(shared), *scale)
     if found.scale not in SCALES:
         raise ValueError(f"{found.scale!r}: one of {', '.join(SCALES)}")
+    if isinstance(found.format, KMeans) and (found.granularity != TENSOR or found.scale != "float32"):
+        raise ValueError(f"{text!r}: {form} has float32 levels for the tensor")
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from octav_fx.errors import OctavError
+from octav_fx.ir.einsum import summed_axes
 from octav_fx.ir.op import REQUIRED, Op, Operand
 from octav_fx.ir.ops import module_of, op_of
 
@@ -72,13 +73,22 @@ def spread_operands(node: fx.Node) -> tuple[Any, ...]:
 
 
 def operands_of(node: fx.Node) -> list[Operand]:
-    """Return the operands of this very call; a contraction of one operand has none (einsum as a transpose or a sum)."""
+    """Return the operands of this very call; a contraction of one operand has none (einsum as a transpose or a sum).
+
+    Those of an einsum have the reduction axis that its equation says.
+    """
     op = op_of(node)
     if op is None or not op.variadic:
         return [] if op is None else list(op.operands)
     first = op.operands[0]
     count = len(node.args) - first.index
-    return [replace(first, index=first.index + i, name=f"{first.name}{i}") for i in range(count)] if count > 1 else []
+    if count < 2:
+        return []
+    equation = node.args[0]
+    axes = summed_axes(equation) if isinstance(equation, str) else [None] * count
+    return [
+        replace(first, index=first.index + i, name=f"{first.name}{i}", reduction=axis) for i, axis in enumerate(axes)
+    ]
 
 
 def operand_of(node: fx.Node, operand: Operand) -> Any:

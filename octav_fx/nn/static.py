@@ -126,7 +126,7 @@ class StoredWeight(nn.Module):
     """() -> the weight on the levels of any spec, in the dtype that the model computes in.
 
     codes: int8 [...], or uint8 [(n + 1) // 2] with two to a byte where they fit. clip: float32, of the shape that the
-    granularity says.
+    spec says: where levels were found in the weight, those.
     """
 
     codes: Tensor
@@ -137,9 +137,9 @@ class StoredWeight(nn.Module):
         self.spec, self.shape, self.dtype = spec, tuple(weight.shape), weight.dtype
         self.is_packed = spec.format.low >= -(2 ** (PACKED - 1)) and spec.format.high < 2 ** (PACKED - 1)
         value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        step = spec.format.step(spec.granularity.along(clip.detach(), value).to(value.dtype))
-        codes = torch.where(step > 0, spec.format.codes(value / step), 0)
-        codes = codes.to(torch.int8)
+        form, bound = spec.fitted(clip.detach())
+        step = form.step(spec.granularity.along(bound, value).to(value.dtype))
+        codes = torch.where(step > 0, form.codes(value / step), 0).to(torch.int8)
         self.register_buffer("codes", pack(codes) if self.is_packed else codes)
         self.register_buffer("clip", clip.detach().clone())
 
@@ -150,12 +150,14 @@ class StoredWeight(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Return what one step is, of the shape of the clip."""
-        return self.spec.format.step(self.clip)
+        form, bound = self.spec.fitted(self.clip)
+        return form.step(bound)
 
     def forward(self) -> Tensor:
         """See the class."""
-        levels = self.spec.format.levels(self.integers().to(torch.promote_types(self.dtype, torch.float32)))
-        step = self.spec.format.step(self.spec.granularity.along(self.clip, levels).to(levels.dtype))
+        form, bound = self.spec.fitted(self.clip)
+        levels = form.levels(self.integers().to(torch.promote_types(self.dtype, torch.float32)))
+        step = form.step(self.spec.granularity.along(bound, levels).to(levels.dtype))
         return (levels * step).to(self.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]

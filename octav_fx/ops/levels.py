@@ -11,6 +11,7 @@ from octav_fx.formats.codebook import Codebook
 from octav_fx.formats.floats import FloatFormat
 from octav_fx.formats.format import Format
 from octav_fx.formats.grid import Grid
+from octav_fx.formats.kmeans import KMeans
 from octav_fx.formats.scales import SCALES
 
 # The codes of levels.h.
@@ -42,16 +43,30 @@ def floats(values: Sequence[float]) -> Any:
     return (ctypes.c_float * len(values))(*values)
 
 
-@functools.cache
 def levels_of(form: Format) -> Levels | None:
-    """Return a format as the passes know it; None if they do not."""
-    shared = {"least": form.least, "greatest": form.greatest, "steps": form.steps, "low": form.low, "high": form.high}
+    """Return a format as the passes know it; None if they do not, or its levels are not known yet."""
+    if isinstance(form, KMeans):
+        # Those of one tensor at one step.
+        return None if form.table is None else _table(form.table.tolist(), form)
+    return _always_the_same(form)
+
+
+@functools.cache
+def _always_the_same(form: Format) -> Levels | None:
     if isinstance(form, Grid):
-        return Levels(kind=EVEN, **shared)
+        return Levels(kind=EVEN, **_shared(form))
     if isinstance(form, FloatFormat):
         exponents = {"mantissa_bits": form.mantissa_bits, "least_exponent": form.least_exponent}
-        return Levels(kind=FLOATING_POINT, **shared, **exponents, levels=floats(form.table))
+        return Levels(kind=FLOATING_POINT, **_shared(form), **exponents, levels=floats(form.table))
     if isinstance(form, Codebook) and len(form.table) <= 16:
-        kind, edges = TABLE_OF_4 if len(form.table) <= 4 else TABLE_OF_16, form.edges(torch.float32).tolist()
-        return Levels(kind=kind, **shared, levels=floats(form.table), edges=floats(edges))
+        return _table(form.table, form)
     return None
+
+
+def _table(levels: Sequence[float], form: Codebook | KMeans) -> Levels:
+    kind, edges = TABLE_OF_4 if len(levels) <= 4 else TABLE_OF_16, form.edges(torch.float32).tolist()
+    return Levels(kind=kind, **_shared(form), levels=floats(levels), edges=floats(edges))
+
+
+def _shared(form: Format) -> dict[str, float]:
+    return {"least": form.least, "greatest": form.greatest, "steps": form.steps, "low": form.low, "high": form.high}

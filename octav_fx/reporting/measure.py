@@ -55,11 +55,12 @@ class Statistics:
 
 def statistics_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Statistics:
     """Measure what a quantizer made of x [...], y [...]; values that are not finite are left out."""
-    spec, clip = quantizer.spec, quantizer.clip_of(x)
+    spec, found = quantizer.spec, quantizer.clip_of(x)
+    _, clip = spec.fitted(found)
     finite = x.isfinite()
     bound = spec.granularity.along(clip, x)
     beyond = (x.abs() > bound) | (x < 0 if not spec.format.signed else False)
-    largest = torch.ops.octav.optimal_clip(x, clip, str(spec), "max")
+    largest = torch.ops.octav.optimal_clip(x, found, str(spec), "max")
     by_largest = torch.ops.octav.fake_quantize(x, largest, str(spec), "ste")
     sqnr, of_largest = sqnr_of(x, y), sqnr_of(x, by_largest)
     return Statistics(

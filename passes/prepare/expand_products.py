@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from octav_fx.ir.arguments import spread_operands
 from octav_fx.ir.edits import Edit, insert_captured
+from octav_fx.ir.einsum import terms_of
 from octav_fx.ir.meta import fake, info
 from octav_fx.ir.ops import OPS
 
@@ -61,12 +62,7 @@ def _einsum(node: fx.Node) -> fx.Node | None:
     equation, *operands = spread_operands(node)
     if not isinstance(equation, str) or len(operands) < 3:
         return None
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not arrow:
-        # Implied: what occurs once, in the order of the alphabet.
-        letters = inputs.replace(",", "").replace(".", "")
-        output = ("..." if "." in inputs else "") + "".join(sorted(c for c in letters if letters.count(c) == 1))
+    terms, output = terms_of(equation)
     result, term = operands[0], terms[0]
     for i, (operand, other) in enumerate(zip(operands[1:], terms[1:], strict=True), start=2):
         later = "".join(terms[i:]) + output

@@ -64,6 +64,29 @@ def test_steps_are_numbers_of_their_format(scale, method):
         assert all((best <= error(x, other, form) + 1e-6 * x.square().sum(-1)).all() for other in near)
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_no_other_power_of_two_is_better(form):
+    for name in DATA:
+        x = SAMPLES[name](3300).flatten()[:3200].reshape(100, 32)
+        powers = torch.exp2(x.abs().amax(-1).log2().floor().unsqueeze(0) + torch.arange(-14, 4).unsqueeze(-1))
+        least = torch.stack([error(x, step, form) for step in powers]).amin(0)
+        assert error(x, found(x, form, scale="e8m0"), form).sum() <= 1.02 * least.sum(), name
+
+
+@pytest.mark.parametrize("scale", ["bfloat16", "float16", "e4m3"])
+def test_of_stored_steps_one_that_clips_nothing_is_tried(scale):
+    # Of 255 even levels clipping by a part in sixteen is forty times the error of rounding.
+    form, x = Grid(8, False), torch.randn(200, 16).relu()
+    unit, whole = tensor_scale(x, form), x.amax(-1) / form.high
+    above = torch.stack([SCALES[scale](whole * (1 + i / 200), unit) for i in range(60)])
+    above = torch.where(above >= whole, above, torch.inf).amin(0)
+    # The largest scale is that for which the largest magnitude is the clip: there is none above for that row.
+    there = above.isfinite()
+    assert there.sum() >= len(x) - 1
+    ours = error(x, found(x, form, scale=scale), form)
+    assert ours[there].sum() <= error(x, above, form)[there].sum()
+
+
 def test_four_over_six():
     # NVFP4's choice: with 4 at the largest magnitude these values are levels, with 6 they are not.
     x = torch.tensor([[4.0, 2, 1, 0.5] * 4])

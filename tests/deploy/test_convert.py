@@ -85,8 +85,7 @@ def test_weights_are_those_of_the_frozen_model_and_biases_half_a_unit_from_them(
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_layer_computes_on_codes_what_it_computes_on_levels(name, bits):
     q, inputs = frozen(WHOLE[name], Config(*bits, residual_bits=8))
-    _, activations, _ = observed(rewritten(q, CONVERT), inputs)
-    out, _, _ = observed(rewritten(q, CONVERT), inputs)
+    out, activations, _ = observed(rewritten(q, CONVERT), inputs)
     forced_out, found = forced(convert(q), inputs, activations)
     moved = check_codes(activations, found)
     # A tie is met by one value in ten thousand at most.

@@ -142,14 +142,14 @@ LOWERED: dict[str, tuple[Change, str]] = {
     "dtype": (other_dtype, r"quantize_default: its codes are torch.int8, not torch.int16"),
     "granularity": (
         per_channel,
-        r"'a clip is as fine as its quantizer'.* its clip has 0 axes for the granularity channel.0",
+        r"'a clip is as fine as its quantizer'.* its clip has 0 axes for int4/channel.0",
     ),
     "solve": (
         another_solve,
         r"'what quantizers compute is read' does not hold: optimal_clip_default_1: nobody",
     ),
     "joined": (joined, r"'no quantizer is one node' does not hold: dynamic_fake_quantize_default: is not split"),
-    "tag": (tagged_layer, r"'only levels are recomputed' does not hold: mm: is recomputed"),
+    "tag": (tagged_layer, r"'only levels and what is pointwise are recomputed' does not hold: mm: is recomputed"),
     "no tag": (untagged, r"'backward keeps no float copy' does not hold: dequantize_default: backward reads levels"),
 }
 

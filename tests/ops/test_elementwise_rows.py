@@ -69,6 +69,22 @@ def test_rows_in_any_order_reach_the_kernels(kernel_calls, order, shared):
     assert kernel_calls == ["octav_fake_quantize"]
 
 
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_found_in_a_tensor_reach_the_kernels(kernel_calls, dtype, bits):
+    x, spec = torch.randn(40, 33).to(dtype), f"kmeans{bits}/tensor"
+    # Equal ones, as for a tensor of few values.
+    for levels in (torch.randn(2**bits).sort().values, torch.arange(2**bits).div(3, rounding_mode="floor") - 1.0):
+        y, codes = fake_quantize(x, levels, spec, "pwl"), quantize(x, levels, spec)
+        assert_same_bits(y, of_fake_quantize.fake_quantize(x, levels, spec, "pwl"))
+        assert torch.equal(codes, of_quantize.quantize(x, levels, spec))
+        assert_same_bits(dequantize(codes, levels, spec, dtype), of_dequantize.dequantize(codes, levels, spec, dtype))
+        factors = fake_quantize_backward(x, x, levels, spec, "mad")
+        assert_same_bits(factors, of_fake_quantize.fake_quantize_backward(x, x, levels, spec, "mad"))
+    passes = ["octav_fake_quantize", "octav_quantize", "octav_dequantize", "octav_fake_quantize_backward"]
+    assert kernel_calls == passes * 2
+
+
 def test_no_element_is_left_out_of_many_rows(kernels, threads):
     x, spec = torch.randn(3001, 64), "int4/group-32.1"
     clip = torch.rand(3001, 2) + 0.5

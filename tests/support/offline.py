@@ -76,6 +76,8 @@ def _elementwise(kernel: str, pointers: dict[str, str], **constexprs) -> Row:
 
 
 _BFLOAT16 = {"x": "*bf16", "out": "*bf16"}
+_TABLES = {**_BFLOAT16, "levels": "*fp32", "edges": "*fp32"}
+_LEVELS = {"LEAST": -6.0, "GREATEST": 6.0, "STEPS": 6.0, "MANTISSA": 1, "LEAST_EXPONENT": 0}
 _CODES = {"SATURATED": 32, "NOT_FINITE": -128, "SIGNED": False}
 
 
@@ -135,6 +137,9 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _elementwise("fake_quantize_kernel", _BFLOAT16, **_SIGNED),
         _elementwise("fake_quantize_kernel", {"x": "*fp32", "out": "*fp32"}, **_SIGNED, PER_CHANNEL=True),
         _elementwise("fake_quantize_kernel", _BFLOAT16, **_UNSIGNED, PER_CHANNEL=True, inner=1, WIDE=True),
+        # E2M1 and NF4.
+        _elementwise("fake_quantize_levels_kernel", _TABLES, **_LEVELS, KIND=1, EDGES=1, PER_CHANNEL=True),
+        _elementwise("fake_quantize_levels_kernel", _TABLES, **_LEVELS, KIND=2, EDGES=15, PER_CHANNEL=True),
         _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=True, MAD=True),
         _elementwise("fake_quantize_backward_kernel", {"grad": "*bf16", **_BFLOAT16}, SIGNED=False, MAD=False),
     ),
@@ -153,6 +158,13 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "dequantize": (
         _elementwise("dequantize_kernel", {"codes": "*i8", "out": "*bf16"}, **_UNSIGNED, **_CODES),
         _elementwise("dequantize_kernel", {"codes": "*i16", "out": "*fp32"}, **_SIGNED, **{**_CODES, "SIGNED": True}),
+    ),
+    "zero_clipped": (
+        Row(
+            "zero_clipped_kernel",
+            {"grad_ptr": "*bf16:16", "codes_ptr": "*i8:16", "n": "i32:16"},
+            {"LOW": -8, "HIGH": 7, **_TILED},
+        ),
     ),
     # "octav", "octav-grid" and "max", held and read again.
     "kernels.solve_rows": (

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize
+from octav_fx.formats.spec import spec_of
 from octav_fx.nn import FakeQuantizer
 
 
@@ -42,6 +43,9 @@ CONFIGS = {
     "nv": dataclasses.replace(Config.preset("nvfp4"), **SMALL),
     "ternary": Config(weight_format="ternary", activation_bits=8),
     "float8": Config(weight_format="e4m3", activation_format="e5m2", weight_granularity="tensor"),
+    "levels of each tensor": Config(
+        weight_format="kmeans", weight_granularity="tensor", activation_format="kmeans", activation_bits=3
+    ),
     "straight": Config(**SMALL, weight_gradient="ste", activation_gradient="ste"),
     "narrow": Config.preset("tensorrt"),
     "weights only": Config(activation_bits=None, weight_granularity="group-8", scale_format="float16"),
@@ -94,7 +98,7 @@ def test_frozen_and_converted_it_computes_the_same(name: str) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["groups", "nv", "tokens"])
+@pytest.mark.parametrize("name", ["groups", "nv", "tokens", "levels of each tensor"])
 def test_compiled_is_eager(net: Net, name: str) -> None:
     x = images()
     eager, compiled = (quantize(net, x, CONFIGS[name]) for _ in range(2))
@@ -108,11 +112,13 @@ def test_compiled_is_eager(net: Net, name: str) -> None:
         torch.testing.assert_close(two.grad, one.grad, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("spec", ["int4/group-8.1", "uint8/token.1", "e2m1/group-16.1/e4m3", "ternary/channel.0"])
+@pytest.mark.parametrize(
+    "spec", ["int4/group-8.1", "uint8/token.1", "e2m1/group-16.1/e4m3", "ternary/channel.0", "kmeans4/tensor"]
+)
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_levels_and_gradients_are_those_of_float64(spec: str, gradient: str) -> None:
     x = torch.randn(6, 32)
-    hint = torch.zeros(6 if "channel" in spec else ())
+    hint = torch.zeros(() if spec_of(spec).granularity.is_short else spec_of(spec).clip_shape(x.shape))
     results: list[tuple[Any, ...]] = []
     for dtype in (torch.float32, torch.float64):
         leaf = x.to(dtype, copy=True).requires_grad_()
@@ -147,6 +153,49 @@ def test_rows_of_data_have_no_state_and_weights_have_a_clip_for_each_group(net: 
     assert rows["conv", "weight"].bits_per_element == 4 + 32 / 8
     # Of values the sequence, which the product with them sums over.
     assert values.granularity == "group-8 1"
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.function(x, y)
+
+
+@pytest.mark.parametrize("equation", ["bqd,bkd->bqk", "bqd,bde->bqe", "...qd,...kd->...qk"])
+@pytest.mark.parametrize("shared", ["group-8", "token"])
+def test_an_einsum_has_the_rows_of_the_matmul_that_it_is(equation: str, shared: str) -> None:
+    x, y = torch.randn(2, 16, 16), torch.randn(2, 16, 16)
+    config = Config(activation_granularity=shared)
+    one = quantize(Applied(lambda x, y: torch.einsum(equation, x, y)), (x, y), config)
+    two = quantize(Applied(torch.matmul if "de" in equation else lambda x, y: x @ y.mT), (x, y), config)
+    # The same codes; einsum adds products up by way of bmm, too.
+    assert torch.equal(one(x, y), two(x, y))
+
+
+def test_an_einsum_of_heads_has_groups_along_the_last_axis_that_is_summed_over() -> None:
+    weight = nn.Parameter(torch.randn(4, 16, 24))
+    x = torch.randn(2, 5, 4, 16)
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bqhd,hdm->bqm", x, self.weight)
+
+    q = quantize(Heads(), x, Config(weight_granularity="group-8", activation_granularity="group-8"))
+    found = {name: str(part.spec.granularity) for name, part in q.quantizers.named_children()}
+    assert found == {"einsum_operand0": "group-8.3", "einsum_operand1": "group-8.1"}
+    with pytest.raises(OctavError, match=r"operand0 .* has no one axis that einsum sums over, which 'group-8' needs"):
+        quantize(
+            Applied(lambda x, y: torch.einsum("bi,bj->bij", x, y)),
+            (torch.randn(2, 8), torch.randn(2, 8)),
+            Config(activation_granularity="group-8"),
+        )
 
 
 def test_groups_that_do_not_come_out_even_name_the_node_or_are_left_float(net: Net) -> None:

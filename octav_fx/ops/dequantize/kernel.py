@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, offsets_of
 
@@ -49,9 +50,10 @@ def dequantize(
     block: int = BLOCK,
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
-    if (plain := spec_of(spec).plain) is None:
+    represented = spec_of(spec)
+    grid = represented.format
+    if not isinstance(grid, Grid):
         return False
-    grid, dim = plain
     fits = codes.dtype is grid.codes_dtype and codes.shape == out.shape
     if dtype not in FLOATS or out.dtype is not dtype or not fits:
         return False
@@ -59,7 +61,7 @@ def dequantize(
         dequantize_kernel,
         [codes],
         clip,
-        dim,
+        represented.granularity,
         out,
         block,
         STEPS=grid.steps,

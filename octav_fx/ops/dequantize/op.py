@@ -19,8 +19,9 @@ def _empty(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Tensor
 
 def _cpu(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype, out: Tensor) -> bool:
     represented, library = spec_of(spec), cpu.library()
-    levels = levels_of(represented.format)
-    fits = out.shape == codes.shape and codes.dtype is represented.format.codes_dtype and out.dtype is dtype
+    form, clip = represented.fitted(clip)
+    levels = levels_of(form)
+    fits = out.shape == codes.shape and codes.dtype is form.codes_dtype and out.dtype is dtype
     if library is None or levels is None or not fits or (types := cpu.types_of("dequantize", out)) is None:
         return False
 

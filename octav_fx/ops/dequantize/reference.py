@@ -13,7 +13,7 @@ def dequantize(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Te
     a zero.
     """
     represented = spec_of(spec)
-    form = represented.format
+    form, clip = represented.fitted(clip)
     value = torch.promote_types(dtype, torch.float32)
     code = codes if form.signed else torch.where(codes >= form.ceiling_flag, codes - form.ceiling_flag, codes)
     level = form.levels(code.clamp(form.low, form.high).to(value))

@@ -27,7 +27,7 @@ def _(x: Tensor, hint: Tensor, spec: str, method: str, gradient: str) -> tuple[T
 
 @torch.library.register_fake(_NAME)
 def _(x: Tensor, hint: Tensor, spec: str, method: str, gradient: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(spec_of(spec).granularity.clip_shape(x.shape), dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(spec_of(spec).clip_shape(x.shape), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -27,7 +27,8 @@ def _cpu(
     out: Tensor,
 ) -> bool:
     represented, library = spec_of(spec), cpu.library()
-    levels = levels_of(represented.format)
+    form, clip = represented.fitted(clip)
+    levels = levels_of(form)
     fits = out.shape == x.shape and out.dtype is (dtype or x.dtype)
     if library is None or levels is None or not fits or (types := cpu.types_of("fake_quantize", x, out)) is None:
         return False
@@ -62,11 +63,12 @@ def _empty_gradient(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: 
 
 def _cpu_gradient(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: str, out: Tensor) -> bool:
     represented, library = spec_of(spec), cpu.library()
+    form, clip = represented.fitted(clip)
     fits = out.shape == x.shape == grad.shape and out.dtype is x.dtype and gradient != "ste"
     if library is None or not fits or (types := cpu.types_of("fake_quantize_backward", grad, x)) is None:
         return False
     grad_type, x_type = types
-    kind = (represented.format.signed, gradient == "mad")
+    kind = (form.signed, gradient == "mad")
 
     def run(inputs: list[Tensor], clip: Tensor, out: Tensor, layout: tuple[int, int, int]) -> None:
         grad, x = (given.data_ptr() for given in inputs)

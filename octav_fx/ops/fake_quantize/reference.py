@@ -15,10 +15,11 @@ def fake_quantize(x: Tensor, clip: Tensor, spec: str, gradient: str, dtype: torc
     A clip of 0 sends every value to 0. Values that are not finite stay what they are, so that they are not hidden.
     """
     represented = spec_of(spec)
+    form, clip = represented.fitted(clip)
     value = x.to(torch.promote_types(x.dtype, torch.float32))
-    step = represented.format.step(represented.granularity.along(clip, x).to(value.dtype))
+    step = form.step(represented.granularity.along(clip, x).to(value.dtype))
     # Not a multiplication by steps / clip: that rounds twice and moves ties.
-    level = torch.where(step > 0, represented.format.round(value / step), 0)
+    level = torch.where(step > 0, form.round(value / step), 0)
     return torch.where(x.isfinite(), level * step, value).to(dtype or x.dtype)
 
 
@@ -26,6 +27,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gra
     """Return grad and x [...], clip [] or [C] -> the gradient of x [...], the dtype of x."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     represented = spec_of(spec)
+    form, clip = represented.fitted(clip)
     bound = represented.granularity.along(clip, x).to(value.dtype)
-    factor = GRADIENTS[gradient](value, bound, represented.format.signed)
+    factor = GRADIENTS[gradient](value, bound, form.signed)
     return (grad.to(value.dtype) * factor).to(x.dtype)

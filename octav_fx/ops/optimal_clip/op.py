@@ -26,12 +26,12 @@ _NEWTON = ("octav", "octav-grid")
 
 
 def _empty(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
-    return x.new_empty(spec_of(spec).granularity.clip_shape(x.shape), dtype=torch.float32)
+    return x.new_empty(spec_of(spec).clip_shape(x.shape), dtype=torch.float32)
 
 
 def _cpu(x: Tensor, hint: Tensor, spec: str, method: str, out: Tensor) -> bool:
     represented, library = spec_of(spec), cpu.library()
-    fits = out.shape == represented.granularity.clip_shape(x.shape) and out.dtype is torch.float32
+    fits = out.shape == represented.clip_shape(x.shape) and out.dtype is torch.float32
     if library is None or not fits or not out.is_contiguous() or (types := cpu.types_of("optimal_clip", x)) is None:
         return False
     rows = _rows(x, represented.granularity)

@@ -19,4 +19,4 @@ def optimal_clip(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
     clip = solve(rows, known, represented, method)
     # The grid of values near the end of float32 may need a clip beyond it.
     clip = clip.clamp(max=torch.finfo(torch.float32).max).to(torch.float32)
-    return represented.granularity.of_rows(clip, x.shape)
+    return represented.of_rows(clip, x.shape)

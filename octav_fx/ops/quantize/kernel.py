@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, nearest, offsets_of
 
@@ -55,16 +56,17 @@ def quantize(
     block: int = BLOCK,
 ) -> bool:
     """Write the reference's result into out; False where only that will do."""
-    if (plain := spec_of(spec).plain) is None:
+    represented = spec_of(spec)
+    grid = represented.format
+    if not isinstance(grid, Grid):
         return False
-    grid, dim = plain
     if x.dtype not in FLOATS or out.dtype is not grid.codes_dtype or x.shape != out.shape:
         return False
     return elementwise(
         quantize_kernel,
         [x],
         clip,
-        dim,
+        represented.granularity,
         out,
         block,
         ceiling=torch.inf if ceiling is None else float(ceiling),

@@ -20,7 +20,8 @@ def _empty(x: Tensor, clip: Tensor, spec: str, ceiling: float | None = None) -> 
 
 def _cpu(x: Tensor, clip: Tensor, spec: str, ceiling: float | None = None, *, out: Tensor) -> bool:
     represented, library = spec_of(spec), cpu.library()
-    form, levels = represented.format, levels_of(represented.format)
+    form, clip = represented.fitted(clip)
+    levels = levels_of(form)
     fits = out.shape == x.shape and out.dtype is form.codes_dtype
     if library is None or levels is None or not fits or (types := cpu.types_of("quantize", x)) is None:
         return False

@@ -16,7 +16,7 @@ def quantize(x: Tensor, clip: Tensor, spec: str, ceiling: float | None = None) -
     inf and NaN get the least number of the dtype.
     """
     represented = spec_of(spec)
-    form = represented.format
+    form, clip = represented.fitted(clip)
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     bound = represented.granularity.along(clip, x).to(value.dtype)
     step = form.step(bound)

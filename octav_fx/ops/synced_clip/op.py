@@ -14,7 +14,7 @@ from octav_fx.ops.synced_clip import reference
 
 
 def _empty(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
-    return x.new_empty(spec_of(spec).granularity.clip_shape(x.shape), dtype=torch.float32)
+    return x.new_empty(spec_of(spec).clip_shape(x.shape), dtype=torch.float32)
 
 
 def _alone(x: Tensor, hint: Tensor, spec: str, method: str, out: Tensor) -> bool:

@@ -71,7 +71,8 @@ def collected(q: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 def detail_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Detail:
     """Count the values of x [...] by size, and predict the error of other bits."""
-    spec, clip = quantizer.spec, quantizer.clip_of(x)
+    spec = quantizer.spec
+    form, clip = spec.fitted(quantizer.clip_of(x))
     bound = spec.granularity.along(clip, x).to(torch.float32)
     is_shared = spec.granularity.axis is None
     values = x.detach().to(torch.float32)
@@ -82,7 +83,6 @@ def detail_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Detail:
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(values, _BINS, low, high).long().tolist()
-    form = spec.format
     limit = float(clip) if is_shared and clip.numel() else 1.0
     codes = torch.arange(form.low, form.high + 1, dtype=torch.float64)
     levels = (form.levels(codes) * limit / form.steps).tolist()
@@ -100,6 +100,7 @@ def detail_of(quantizer: FakeQuantizer, x: Tensor, y: Tensor) -> Detail:
 def _predicted(quantizer: FakeQuantizer, x: Tensor) -> dict[int, float | None]:
     """Return the SQNR in dB at BITS with the best clip for each, on a sample of x [...]; None where it is exact."""
     settings, shared = quantizer.settings, quantizer.spec.granularity
+    _, hint = quantizer.spec.fitted(quantizer.used)
     sample = shared.rows(x.detach())
     every = max(1, math.ceil(sample.numel() / _SAMPLE))
     sample = sample[::every] if shared.is_short else sample[:, ::every]
@@ -112,7 +113,7 @@ def _predicted(quantizer: FakeQuantizer, x: Tensor) -> dict[int, float | None]:
     found: dict[int, float | None] = {}
     for bits in BITS:
         spec = str(Spec(Grid(bits, quantizer.spec.format.signed), of_sample))
-        clip = torch.ops.octav.optimal_clip(sample, quantizer.used, spec, method)
+        clip = torch.ops.octav.optimal_clip(sample, hint, spec, method)
         rounded = torch.ops.octav.fake_quantize(sample, clip, spec, "ste")
         found[bits] = finite(sqnr_of(sample, rounded))
     return found

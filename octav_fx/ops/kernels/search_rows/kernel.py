@@ -14,13 +14,10 @@ from torch import Tensor
 
 from octav_fx.clips import search
 from octav_fx.clips.methods import searches
-from octav_fx.formats.codebook import Codebook
-from octav_fx.formats.floats import FloatFormat
 from octav_fx.formats.format import Format
-from octav_fx.formats.grid import Grid
 from octav_fx.formats.scales import SCALES, tensor_scale
 from octav_fx.formats.spec import Spec
-from octav_fx.ops.fake_quantize.kernel import FLOATS
+from octav_fx.ops.fake_quantize.kernel import FLOATS, kind_of, rounded, tables_of, to_mantissa
 from octav_fx.ops.kernels.solve_rows.kernel import power_of_two
 
 # Elements that a program holds, 16 registers for each of 128 threads, and the longest row.
@@ -28,45 +25,7 @@ ELEMENTS: Final = 2048
 LONGEST: Final = 2**13
 
 _COLUMNS = tl.constexpr(search.COLUMNS)
-EVEN, FLOATING_POINT, TABLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _BFLOAT16, _FLOAT16, _E8M0, _E4M3 = (tl.constexpr(list(SCALES).index(name)) for name in list(SCALES)[1:])
-
-
-@triton.jit
-def to_multiple(x, unit):
-    """Return the nearest multiple of unit, a power of two, ties to even, for |x| < 2**22 * unit."""
-    large = unit * 12582912.0
-    return (x + large) - large
-
-
-@triton.jit
-def to_mantissa(x, MANTISSA: tl.constexpr, LEAST_EXPONENT: tl.constexpr):
-    """Return the nearest number with so many bits of mantissa, ties to even; none overflows."""
-    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return to_multiple(x, tl.maximum(power, 2.0**LEAST_EXPONENT) * 2.0**-MANTISSA)
-
-
-@triton.jit
-def rounded(
-    ratio,
-    levels_ptr,
-    edges_ptr,
-    edges,
-    KIND: tl.constexpr,
-    LEAST: tl.constexpr,
-    GREATEST: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    LEAST_EXPONENT: tl.constexpr,
-):
-    """Return the nearest levels, in steps. Only a table has levels and edges."""
-    if KIND == TABLE:
-        level = ratio * 0.0 + tl.load(levels_ptr)
-        for i in range(edges):
-            level = tl.where(ratio > tl.load(edges_ptr + i), tl.load(levels_ptr + i + 1), level)
-    else:
-        level = tl.minimum(tl.maximum(ratio, LEAST), GREATEST)
-        level = to_multiple(level, 1.0) if KIND == EVEN else to_mantissa(level, MANTISSA, LEAST_EXPONENT)
-    return level
 
 
 @triton.jit
@@ -212,18 +171,11 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
         return False
     clips = rows.new_empty(count, dtype=torch.float32)
     unit = tensor_scale(rows.float(), form) if spec.scale == "e4m3" else clips.new_ones(())
-    shares, levels, edges = _tables(form, spec.scale, x.device)
+    shares, (levels, edges) = _shares(form, spec.scale, x.device), tables_of(form, x.device)
     per_program = max(ELEMENTS // columns, 1)
-    exponents = (form.mantissa_bits, form.least_exponent) if isinstance(form, FloatFormat) else (0, 0)
-    kind = EVEN if isinstance(form, Grid) else FLOATING_POINT if isinstance(form, FloatFormat) else TABLE
     search_rows_kernel[(triton.cdiv(count, per_program),)](
         *(rows, clips, unit, shares, levels, edges, count, n, len(shares), len(edges)),
-        KIND=kind.value,
-        LEAST=float(form.least),
-        GREATEST=float(form.greatest),
-        STEPS=float(form.steps),
-        MANTISSA=exponents[0],
-        LEAST_EXPONENT=exponents[1],
+        **kind_of(form),
         SCALE=list(SCALES).index(spec.scale),
         SEARCH=searched,
         ROWS=per_program,
@@ -237,10 +189,6 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
 
 
 @functools.cache
-def _tables(form: Format, scale: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return shares of candidates, levels and edges on a device."""
-    shares = search.candidates(form, scale)
-    levels, edges = torch.zeros(1), torch.zeros(1)
-    if isinstance(form, Codebook) and not isinstance(form, FloatFormat):
-        levels, edges = torch.tensor(form.table), form.edges(torch.float32)
-    return torch.tensor(shares, device=device), levels.to(device), edges.to(device)
+def _shares(form: Format, scale: str, device: torch.device) -> Tensor:
+    """Return the shares of candidates on a device."""
+    return torch.tensor(search.candidates(form, scale), device=device)
