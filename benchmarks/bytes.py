@@ -53,6 +53,9 @@ class Layer(nn.Sequential):
         super().__init__(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
 
 
+# What is kept, and how clips are solved.
+WAYS: Final = (("codes", "exact"), ("levels", "exact"), ("codes", "step"), ("levels", "step"))
+
 # The layer that a net repeats, and a batch.
 NETS: Final[dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]]] = {
     "convolutions": (Layer, lambda batch: torch.randn(batch, 32, 16, 16).to(memory_format=torch.channels_last)),
@@ -68,24 +71,25 @@ class Beyond:
     backward: float
     launches: float
     # How many quantizers that is the mean of.
-    solves: int
+    quantizers: int
 
 
-def beyond(net: str, depth: int, keep: str = "codes") -> Beyond:
-    """Compile both steps for both batches, and count. keep: the option of the backend."""
+def beyond(net: str, depth: int, **options: str) -> Beyond:
+    """Compile both steps for both batches, and count. options: of the backend."""
     small, large = (
-        generated(octav_fx.quantize(model, batch, CONFIG), batch, options={"keep": keep}, autocast=True)
+        generated(octav_fx.quantize(model, batch, CONFIG), batch, options=options, autocast=True)
         for model, batch in _steps(net, depth)
     )
     small_float, large_float = _of_float(net, depth)
-    elements = large[0].solved - small[0].solved
+    elements = sum(large[0].activations) - sum(small[0].activations)
     forward, backward = (
         ((large[i].bytes - small[i].bytes) - (large_float[i].bytes - small_float[i].bytes)) / elements for i in (0, 1)
     )
-    solves = launches(large[0]).ops.count("optimal_clip")
-    kernels = len(launches(large[0]).kernels) - len(launches(large_float[0]).kernels)
+    launched, quantizers = launches(large[0]), len(large[0].activations)
+    kernels = len(launched.kernels) - len(launches(large_float[0]).kernels)
     # A solve fills its bins and runs twice (solve_tail); weights are one launch in all.
-    return Beyond(forward, backward, 3 + kernels / solves, solves)
+    solves = 3 * launched.ops.count("optimal_clip")
+    return Beyond(forward, backward, (solves + kernels) / quantizers, quantizers)
 
 
 def _steps(net: str, depth: int) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -105,12 +109,13 @@ def _of_float(net: str, depth: int) -> list[list[Generated]]:
 def main(rounds: int) -> None:
     """Count once (it does not vary), and write results/bytes.json."""
     rows: list[dict[str, Any]] = []
-    for net, keep in itertools.product(NETS, ("codes", "levels")):
-        found = beyond(net, DEPTH, keep)
+    for net, (keep, solve) in itertools.product(NETS, WAYS):
+        found = beyond(net, DEPTH, keep=keep, solve=solve)
         rows.append(
             {
                 "net": net,
                 "kept": keep,
+                "solve": solve,
                 "forward": round(found.forward, 2),
                 "backward": round(found.backward, 2),
                 "sum": round(found.forward + found.backward, 2),

@@ -83,11 +83,13 @@ def _groups_and_tokens(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 _INTEGER = {"integer": "auto"}
+_HALF = {**_INTEGER, "backward": "bfloat16"}
 OWN = {
     "float eager": Variant(_as_is),
     "float Inductor": Variant(_as_is, "inductor"),
     "octav compiled": Variant(octav_fx.quantize, "octav"),
     "octav compiled, integer": Variant(octav_fx.quantize, "octav", _INTEGER),
+    "octav compiled, integer, backward in bf16": Variant(octav_fx.quantize, "octav", _HALF),
     "octav compiled, w4a8-g32-token": Variant(_groups_and_tokens, "octav", models=("encoder",)),
     "octav eager": Variant(octav_fx.quantize),
     "ten cold Newton steps, plain PyTorch eager": Variant(_plain),

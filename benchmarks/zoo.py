@@ -69,6 +69,8 @@ def _cells(row: Row) -> Row:
         "model": row["name"],
         "captured": _short(row.get("captured", row.get("stopped"))),
         "share": row.get("share"),
+        "parts": row.get("parts"),
+        "seconds": row.get("seconds"),
         "float nodes": None if float_nodes is None else len(float_nodes),
         "contractions": row.get("contractions"),
         "off grid": sum(count for *_, count in off_grid) if isinstance(off_grid, list) else _short(off_grid),
@@ -88,11 +90,13 @@ def _summary(rows: list[Row], library: str, family: str) -> Row:
         "family": family,
         "models": len(rows),
         "captured": _count(map(_is_captured, rows)),
+        "in parts": _count(bool(row.get("parts")) for row in rows),
         "all MACs": _count(row.get("share") == 1 and not row.get("uncounted") for row in rows),
         "all on grid": _count(row.get("off grid") == [] for row in rows),
         "float_mode equal": _count(row.get("float_mode equal") is True for row in rows),
         "step finite": _count(row.get("step") == "finite" for row in rows),
         "one graph": _count(row.get("graphs") == 1 for row in rows),
+        "slow": _count(map(_is_slow, rows)),
     }
 
 
@@ -102,6 +106,12 @@ def _count(passed: Iterable[bool]) -> int:
 
 def _is_captured(row: Row) -> bool:
     return row.get("captured") == "yes"
+
+
+def _is_slow(row: Row) -> bool:
+    """Tell whether quantize took longer than three seconds and ten forwards."""
+    forward = row.get("forward seconds")
+    return isinstance(forward, float) and row.get("seconds", 0.0) > 3 + 10 * forward
 
 
 def _cause(row: Row) -> str:

@@ -17,6 +17,7 @@ from benchmarks.counted import graphs_made
 from benchmarks.forked import Column
 from benchmarks.zoo_models import Entry
 from octav_fx.capture.inputs import as_inputs, tensors_of
+from octav_fx.capture.partial import partial_lines
 from tests.support.on_grid import OnGrid
 
 # The edges at 4 bits too: one grid for every operand, so that the dispatcher can tell it from a finer one.
@@ -50,12 +51,12 @@ def measure(entry: Entry) -> Iterator[Column]:
     # What the models' authors warn of, and what stays float under the backend, is no finding here.
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    start = time.monotonic()
     try:
         model, inputs = _make(entry)
     except Exception as error:
         yield "captured", f"not made: {_reason(error)}"
         return
+    start = time.process_time()
     try:
         quantized = octav_fx.quantize(model, inputs, _CONFIG, blocks=())
     except Exception as error:
@@ -64,9 +65,11 @@ def measure(entry: Entry) -> Iterator[Column]:
         yield "graphs", _tried(_graphs, model, inputs, entry.trains)
         return
     yield "captured", "yes"
-    yield "seconds", round(time.monotonic() - start, 1)
+    yield "seconds", round(time.process_time() - start, 1)
+    yield "parts", len(partial_lines(quantized))
     yield from _coverage(quantized)
     yield "float_mode equal", _tried(_equal, quantized, model, inputs)
+    yield "forward seconds", _tried(_forward_seconds, model, inputs)
     del model
     yield from _operands(quantized, inputs)
     yield "step", _tried(_step, quantized, inputs, entry.trains)
@@ -83,6 +86,15 @@ def _make(entry: Entry) -> tuple[nn.Module, Any]:
     with patch.object(nn.init, "trunc_normal_", normal):
         model, inputs = entry.make(entry.name)
     return model.eval(), inputs
+
+
+def _forward_seconds(model: nn.Module, inputs: Any) -> float:
+    """Of this process, as those of quantize: other processes on the machine are no part of it."""
+    with torch.no_grad():
+        _call(model, inputs)
+        start = time.process_time()
+        _call(model, inputs)
+    return round(time.process_time() - start, 3)
 
 
 def _coverage(quantized: nn.Module) -> Iterator[Column]:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import octav_fx
-from octav_fx.optim import extra_state, load_extra_state
 
 BATCH = 16
 
@@ -43,7 +42,7 @@ def save(path: Path, q: nn.Module, optimizer: torch.optim.Optimizer, step: int) 
     """Write a checkpoint. Every rank calls this; the first one writes."""
     # Parameters are the same on all ranks. What the quantizers remember is each rank's own.
     extra: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(extra, extra_state(q))
+    dist.all_gather_object(extra, octav_fx.state(q))
     if dist.get_rank() == 0:
         values = {"model": q.state_dict(), "optimizer": optimizer.state_dict(), "extra": extra, "step": step}
         # Written beside, then moved: whoever is killed meanwhile leaves the old one.
@@ -56,7 +55,7 @@ def load(path: Path, q: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     values = torch.load(path, map_location="cpu", weights_only=True)
     # "model" has the keys of the float model, which loads it with strict=True.
     q.load_state_dict(values["model"])
-    load_extra_state(q, values["extra"][dist.get_rank()])
+    octav_fx.load_state(q, values["extra"][dist.get_rank()])
     optimizer.load_state_dict(values["optimizer"])
     return int(values["step"])
 

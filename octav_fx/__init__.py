@@ -15,6 +15,7 @@ from octav_fx.reporting.rows import Coverage, Row, Rows, coverage, rows
 from octav_fx.reporting.table import table
 from octav_fx.training.check import check
 from octav_fx.training.quantize import float_mode, quantize
+from octav_fx.training.state import load_state, state
 from octav_fx.version import __version__
 
 __all__ = [
@@ -38,12 +39,14 @@ __all__ = [
     "fake_quantize",
     "float_mode",
     "freeze",
+    "load_state",
     "optimal_clip",
     "pact_penalty",
     "param_groups",
     "quantize",
     "report",
     "rows",
+    "state",
     "table",
     "unfreeze",
     "weight",

@@ -77,9 +77,10 @@ class Config:
     # that begin with the example inputs. Every rank has to run the same forwards. How many collectives that takes:
     # clips/distributed.py.
     sync_clip: bool = False
-    # Node name, or glob, or the name of a module for all in it -> fields to change there, or None to leave the node
-    # float. Exact name > the last that matches.
-    overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    # Node name, or glob, or the name of a module for all in it; several with "|" between them; "name/operand" for one
+    # operand; a class of modules for all in them -> fields to change there, or None to leave it float. Exact name > the
+    # last that matches.
+    overrides: Mapping[str | type, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "edge_bits", "residual_bits"):
@@ -106,6 +107,8 @@ class Config:
         if not isinstance(self.overrides, Mapping):
             raise OctavError(f"overrides: a dict of node name or glob to settings, not {self.overrides!r}")
         for pattern, settings in self.overrides.items():
+            if not isinstance(pattern, (str, type)):
+                raise OctavError(f"overrides[{pattern!r}]: no name and no class of modules")
             if settings is None:
                 continue
             if not isinstance(settings, Mapping) or (unknown := sorted(set(settings) - set(_OVERRIDABLE))):
@@ -180,7 +183,8 @@ class Config:
         return next((clip for clip in clips if clip in LEARNED), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; from_dict is the way back."""
+        """Return plain JSON values; from_dict is the way back. Raises OctavError for a class in overrides."""
+        self._check_named()
         return dataclasses.asdict(dataclasses.replace(self, overrides=dict(self.overrides)))
 
     @classmethod
@@ -191,11 +195,23 @@ class Config:
             raise OctavError(f"Config has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         return cls(**values)
 
-    def pattern_for(self, site: str) -> str | None:
-        """Return the override that holds for a node: its exact name, else the last that matches it or what it is in."""
-        if site in self.overrides:
-            return site
-        return next((p for p in reversed(list(self.overrides)) if _matches(site, p)), None)
+    def pattern_for(self, site: str, operand: str | None = None) -> str | None:
+        """Return the override that holds for an operand of a node: its exact name, else the last that fits.
+
+        operand None: one for the node as a whole.
+        """
+        self._check_named()
+        patterns = list(map(str, self.overrides))
+        exact = (name for name in (f"{site}/{operand}", site) if name in patterns)
+        return next(exact, next((p for p in reversed(patterns) if fits(p, site, operand)), None))
+
+    def _check_named(self) -> None:
+        for pattern in self.overrides:
+            if isinstance(pattern, type):
+                raise OctavError(
+                    f"overrides[{pattern.__name__}]: a class stands for modules of a model, which octav_fx.quantize is "
+                    "given; name them here"
+                )
 
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -227,6 +243,15 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         **{"signed_activations": True, "narrow_weights": True},
     },
 }
+
+
+def fits(pattern: str, site: str, operand: str | None) -> bool:
+    """Tell whether the pattern of an override means an operand of a node, or, without an operand, the node."""
+    for name in pattern.split("|"):
+        place, slash, wanted = name.partition("/")
+        if _matches(site, place) and (not slash or (operand is not None and fnmatch.fnmatchcase(operand, wanted))):
+            return True
+    return False
 
 
 def _matches(site: str, pattern: str) -> bool:

@@ -22,6 +22,7 @@ from octav_fx.passes.convert.pools_of_layers import pools_of_layers
 from octav_fx.passes.convert.recode import recode
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
+from octav_fx.passes.lower.bfloat16_backward import bfloat16_backward
 from octav_fx.passes.lower.codes_in_forward import codes_in_forward
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
 from octav_fx.passes.lower.fuse_weight_quantizers import fuse_weight_quantizers
@@ -29,8 +30,11 @@ from octav_fx.passes.lower.integer_matmul import integer_matmul
 from octav_fx.passes.lower.keep_levels import keep_levels
 from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
+from octav_fx.passes.lower.mask_from_value import mask_from_value
+from octav_fx.passes.lower.mask_in_place import mask_in_place
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
+from octav_fx.passes.lower.solve_by_one_step import solve_by_one_step
 from octav_fx.passes.lower.split_quantizers import split_quantizers
 from octav_fx.passes.lower.strided_gradients import strided_gradients
 from octav_fx.passes.lower.update_at_once import update_at_once
@@ -60,13 +64,17 @@ PREPARE: Final[tuple[Any, ...]] = (
 LOWER: Final[tuple[Pass, ...]] = (
     split_quantizers,  # first: the parts are what all others are about
     save_codes,  # what backward needs of a quantized value is decided before anyone asks for it in another form
-    mask_from_codes,  # after save_codes: it asks the codes that are kept
+    mask_in_place,  # after save_codes: it asks the codes that are kept
+    mask_from_value,  # after mask_in_place, of which nothing is recomputed
+    mask_from_codes,  # the masks that are left
     levels_as_read,  # after save_codes; before filters_channels_last, which asks who reads the levels of a weight
     keep_levels,  # if asked for, after levels_as_read: in the dtype in which they are read
     codes_in_forward,  # if asked for, before filters_channels_last: both ask who reads the levels of a weight
     filters_channels_last,  # after save_codes, whose tags go over to what it makes of a weight
+    bfloat16_backward,  # if asked for, after levels_as_read, which leaves it float32, and after filters_channels_last
     integer_matmul,  # after save_codes, whose codes it multiplies
-    fuse_weight_quantizers,  # last: of the weights whose levels are still needed
+    fuse_weight_quantizers,  # of the weights whose levels are still needed
+    solve_by_one_step,  # if asked for, last: nobody asks for the solve of an activation any more
 )
 
 # What the backend runs on each half, when it is decided what is kept between them.
@@ -116,9 +124,20 @@ def prepare_passes(config: Config, choose: Choose | None = None) -> list[Pass]:
     return [bound.get(p, p) for p in PREPARE if not left_out.get(p, False)]
 
 
-def lower_passes(integer: str = "off", keep: str = "codes") -> tuple[Pass, ...]:
-    """Return those of LOWER that options of the backend ask for: "auto" codes_in_forward, "levels" keep_levels."""
-    left_out: dict[Pass, bool] = {codes_in_forward: integer != "auto", keep_levels: keep != "levels"}
+def lower_passes(
+    integer: str = "off", keep: str = "codes", backward: str = "same", solve: str = "exact"
+) -> tuple[Pass, ...]:
+    """Return those of LOWER that options of the backend ask for.
+
+    integer="auto" is codes_in_forward, keep="levels" keep_levels, backward="bfloat16" bfloat16_backward, solve="step"
+    solve_by_one_step.
+    """
+    left_out: dict[Pass, bool] = {
+        codes_in_forward: integer != "auto",
+        keep_levels: keep != "levels",
+        bfloat16_backward: backward != "bfloat16",
+        solve_by_one_step: solve != "step",
+    }
     return tuple(p for p in LOWER if not left_out.get(p, False))
 
 
@@ -132,6 +151,7 @@ __all__ = [
     "Choose",
     "Place",
     "batchnorm_to_affine",
+    "bfloat16_backward",
     "canonicalize",
     "choose_spec",
     "clamps_into_layers",
@@ -153,6 +173,8 @@ __all__ = [
     "lower_passes",
     "make_activations_static",
     "mask_from_codes",
+    "mask_from_value",
+    "mask_in_place",
     "multiply_codes",
     "pack_weights",
     "pool_gradients",
@@ -164,6 +186,7 @@ __all__ = [
     "round_biases",
     "saturate_codes",
     "save_codes",
+    "solve_by_one_step",
     "split_quantizers",
     "strided_gradients",
     "update_at_once",

@@ -11,7 +11,8 @@ from octav_fx.passes import Place, choose_spec
 
 
 def place(site: str, role: Role = Role.WEIGHT, edge: bool = False, signed: bool = True) -> Place:
-    return Place(site, "linear", "weight", role, edge, signed, 0 if role is Role.WEIGHT else None)
+    operand, axis = ("weight", 0) if role is Role.WEIGHT else ("input", None)
+    return Place(site, "linear", operand, role, edge, signed, axis)
 
 
 def test_the_defaults_are_the_papers_recipe():
@@ -50,6 +51,33 @@ def test_edge_bits_none_is_no_exception():
 )
 def test_exact_name_then_last_matching_glob_then_default(overrides, bits):
     assert choose_spec(Config(overrides=overrides), place("layer1.0.conv")).spec.format.bits == bits
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weight", "activation"),
+    [
+        ({"layer1.0.conv/weight": {"weight_bits": 6, "activation_bits": 6}}, 6, 4),
+        ({"layer1.*/input": {"activation_bits": 6}}, 4, 6),
+        ({"layer1/*": {"weight_bits": 6, "activation_bits": 5}}, 6, 5),
+        ({"other|layer1": {"weight_bits": 6, "activation_bits": 5}}, 6, 5),
+        ({"other|layer1/weight": {"weight_bits": 6, "activation_bits": 5}}, 6, 4),
+        # The exact name of an operand > that of its node > the last that fits.
+        ({"layer1.0.conv/weight": {"weight_bits": 6}, "layer1.0.conv": {"weight_bits": 3}, "*": {}}, 6, 4),
+        ({"*/weight": {"weight_bits": 6}, "layer1": {"weight_bits": 3}}, 3, 4),
+    ],
+)
+def test_overrides_of_one_operand_and_of_several_names(overrides, weight, activation):
+    config = Config(overrides=overrides)
+    assert choose_spec(config, place("layer1.0.conv")).spec.format.bits == weight
+    assert choose_spec(config, place("layer1.0.conv", Role.ACTIVATION)).spec.format.bits == activation
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_class_stands_for_modules_of_a_model():
+    config = Config(overrides={Config: None})
+    for ask in (lambda: config.pattern_for("fc"), config.to_dict):
+        with pytest.raises(OctavError, match=r"overrides\[Config\]: a class stands for modules of a model"):
+            ask()
 
 
 def test_an_override_wins_over_the_edge():
@@ -212,6 +240,7 @@ def test_choices(name, allowed):
         ({"fc": {"weight_gradient": "none"}}, "weight_gradient='none': one of"),
         ({"fc": 4}, "4 is not a dict or None"),
         ({"fc": "float"}, "'float' is not a dict or None"),
+        ({3: None}, r"overrides\[3\]: no name and no class of modules"),
         ([("fc", None)], "overrides: a dict of node name or glob to settings"),
         (None, "overrides: a dict"),
     ],

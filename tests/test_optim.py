@@ -1,18 +1,12 @@
-"""param_groups(): which parameters decay, each of them once; extra_state(): all that no state_dict holds."""
-
-import copy
-import io
+"""param_groups(): which parameters decay, each of them once."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import octav_fx
 from octav_fx import Config, OctavError, param_groups, quantize
 from octav_fx.capture.partial import PartialModule
-from octav_fx.nn import FakeQuantizer
-from octav_fx.optim import extra_state, load_extra_state
 from tests.support.nets import ConvNet
 
 
@@ -51,6 +45,13 @@ class Loops(nn.Module):
 def names(model: nn.Module, groups: list[dict]) -> list[list[str]]:
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     return [[name_of[parameter] for parameter in group["params"]] for group in groups]
+
+
+@pytest.fixture
+def single_process():
+    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def images() -> Tensor:
@@ -126,91 +127,3 @@ def test_param_groups__a_group_without_parameters_is_left_out():
 def test_param_groups__what_cannot_be_grouped(model, weight_decay, says):
     with pytest.raises(OctavError, match=says):
         param_groups(model, weight_decay)
-
-
-@pytest.fixture
-def single_process():
-    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def trained(clip: str, scale: float = 1.0) -> nn.Module:
-    q = quantize(ConvNet(), scale * images(), Config(clip=clip))
-    optimizer = torch.optim.SGD(param_groups(q, 0.1), lr=0.01)
-    for _ in range(3):
-        q(scale * images()).square().mean().backward()
-        optimizer.step()
-    return q
-
-
-@pytest.mark.parametrize("clip", ["octav", "lsq", "pact"])
-def test_extra_state__with_the_state_dict_it_is_all_of_a_model(clip):
-    one, two = trained(clip), trained(clip, scale=5.0)
-    file = io.BytesIO()
-    torch.save((one.state_dict(), extra_state(one)), file)
-    state, extra = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    two.load_state_dict(state)
-    load_extra_state(two, extra)
-    buffers = dict(one.named_buffers())
-    assert any(name.endswith(".mean") for name in buffers)
-    for name, value in (*two.named_buffers(), *two.named_parameters()):
-        assert torch.equal(value, buffers[name] if name in buffers else one.get_parameter(name)), name
-    # Nothing has to be calibrated again.
-    x = images()
-    assert torch.equal(octav_fx.freeze(two).eval()(x), octav_fx.freeze(one).eval()(x))
-
-
-def learned_in(q: nn.Module) -> list[FakeQuantizer]:
-    return [m for m in q.modules() if isinstance(m, FakeQuantizer) and m.learned is not None]
-
-
-def test_extra_state__a_learned_clip_that_has_seen_no_data_still_begins_with_the_first():
-    """The state_dict alone would take the number that it holds until then for a learned one."""
-    one = quantize(ConvNet(), images(), Config(clip="pact"))
-    learned_in(one)[0].initialized = False
-    two = copy.deepcopy(one)
-    two.load_state_dict(one.state_dict())
-    assert all(quantizer.initialized for quantizer in learned_in(two))
-    load_extra_state(two, extra_state(one))
-    x = 3 * images()
-    assert torch.equal(two(x), one(x))
-    for name, parameter in one.named_parameters():
-        assert torch.equal(two.get_parameter(name), parameter), name
-
-
-def test_extra_state__names_do_not_depend_on_what_wraps_the_model(single_process):
-    q = trained("octav")
-    expected = extra_state(q)
-    assert "quantizers.conv_input" in expected
-    for wrapped in (torch.compile(q), DistributedDataParallel(q), DistributedDataParallel(torch.compile(q))):
-        assert extra_state(wrapped).keys() == expected.keys()
-        load_extra_state(wrapped, expected)
-
-
-def test_extra_state__is_a_copy():
-    q = trained("octav")
-    state = extra_state(q)
-    kept = copy.deepcopy(state)
-    q(7 * images())
-    for name, values in state.items():
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(kept[name][k])) for k, v in values.items())
-
-
-def test_extra_state__of_a_float_model_is_empty():
-    assert extra_state(ConvNet()) == {}
-    load_extra_state(ConvNet(), {})
-
-
-def test_extra_state__of_another_model_changes_nothing():
-    q, other = trained("octav"), trained("octav", scale=3.0)
-    before, state = extra_state(q), extra_state(other)
-    del state["quantizers.fc_input"]
-    with pytest.raises(OctavError, match=r"of another model: quantizers\.fc_input is not in it"):
-        load_extra_state(q, state)
-    state = extra_state(other)
-    state["quantizers.conv_weight"]["hint"] = torch.zeros(9)
-    with pytest.raises(OctavError, match=r"quantizers\.conv_weight is \{'hint': \[9\]\}, here \{'hint': \[4\]\}"):
-        load_extra_state(q, state)
-    for name, values in extra_state(q).items():
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(before[name][k])) for k, v in values.items())

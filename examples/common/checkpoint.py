@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
+import octav_fx
 from examples.common.distributed import share_buffers
 from examples.common.files import write
 from octav_fx import OctavError
-from octav_fx.optim import extra_state, load_extra_state
 
 Row = dict[str, Any]
 
@@ -46,7 +46,7 @@ def save(
     share_buffers(q)
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, state = dcp.get_state_dict(q, optimizer, options=options)
-    own = {"extra": extra_state(q), "loss": progress.loss}
+    own = {"extra": octav_fx.state(q), "loss": progress.loss}
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, gathered)
     if gathered is not None:
@@ -71,7 +71,7 @@ def restore(
     )
     saved, rank = found["ranks"], dist.get_rank()
     same = len(saved) == dist.get_world_size()
-    load_extra_state(q, saved[rank if same else 0]["extra"])
+    octav_fx.load_state(q, saved[rank if same else 0]["extra"])
     progress.loss = saved[rank]["loss"] if same else sum(one["loss"] for one in saved) / len(saved)
     for name, value in found["progress"].items():
         setattr(progress, name, value)

@@ -31,7 +31,12 @@ from octav_fx.passes import FUSE, lower_passes, prepare_passes
 _log = logging.getLogger("octav_fx")
 
 # Options of lowering, with what each may be, the default first.
-_LOWERING: Final = {"integer": ("off", "auto"), "keep": ("codes", "levels")}
+_LOWERING: Final = {
+    "integer": ("off", "auto"),
+    "keep": ("codes", "levels"),
+    "backward": ("same", "bfloat16"),
+    "solve": ("exact", "step"),
+}
 # Options of the backend itself: the fields of Config, those of lowering, and options of Inductor under one key.
 _OPTIONS: Final = (*(field.name for field in dataclasses.fields(Config)), *_LOWERING, "inductor")
 
@@ -54,8 +59,10 @@ def octav(
 
     options: the fields of octav_fx.Config, which say how a float model is quantized; "integer", "auto" to have forward
     multiply integer codes on a CPU where that takes less time, or "off"; "keep", "levels" to hold those of activations
-    for backward instead of writing them again from their "codes"; "inductor", a dict of options for Inductor. mode: one
-    of Inductor's. Raises OctavError for an option or a mode that does not exist.
+    for backward instead of writing them again from their "codes"; "backward", "bfloat16" to have backward multiply
+    codes and gradients in that dtype where a model is float32, or "same"; "solve", "step" for clips of activations one
+    step of the recursion away from those of the last call, or "exact"; "inductor", a dict of options for Inductor.
+    mode: one of Inductor's. Raises OctavError for an option or a mode that does not exist.
     """
     try:
         config, lower, patches = _settings(options, mode)

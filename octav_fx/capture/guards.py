@@ -5,7 +5,8 @@ Facts are a graph of their own. It reads arguments, attributes and sizes, and re
     x, flag -> (kind_of(x), kind_of(flag), x.size(1) > 4, self.block.scale)    as expected: (..., True, 2.0)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -42,6 +43,9 @@ class Facts:
         values = self._function(module, *args, **kwargs)
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
             if not _equal(value, expected):
+                # What a compiler takes a number for may have no text.
+                if torch.compiler.is_compiling():
+                    return where
                 return f"{where}: {_text(expected)} at capture, {_text(value)} now"
         return None
 
@@ -79,7 +83,7 @@ class Guards:
     def _deep_fault(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         assert self.deep is not None
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor))
+        key = _shapes(leaves)
         if key not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
@@ -117,6 +121,8 @@ class GuardedGraph:
     _function: Callable[..., Any] | None = None
     _written: set[str] | None = None
     _constants: Constants | None = None
+    # Why it does not hold although its guards do, by the shapes of a call.
+    _refused: dict[Any, str] = field(default_factory=dict)
 
     def function(self) -> Callable[..., Any]:
         """Return the graph as a function of the module and the arguments of forward."""
@@ -142,9 +148,22 @@ class GuardedGraph:
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say why the graph does not hold for a call of the module, or return None."""
-        if self._constants is not None and not torch.compiler.is_compiling() and (change := self._constants.change()):
+        if self._constants is not None and (change := self._constants.change()) is not None:
             return change
+        if self._refused and (reason := self._refused.get(_shapes(pytree.tree_leaves((args, kwargs))))) is not None:
+            return reason
         return None if self.guards is None else self.guards.broken(module, args, kwargs)
+
+    @contextmanager
+    def refused(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Iterator[None]:
+        """Let the graph not hold for calls of these shapes; after an error inside it does again."""
+        key = _shapes(pytree.tree_leaves((args, kwargs)))
+        self._refused[key] = reason
+        try:
+            yield
+        except BaseException:
+            del self._refused[key]
+            raise
 
     def hold_constants(self, constants: Constants) -> None:
         """Let the graph hold for layers as they are set, and for globals as they are."""
@@ -152,6 +171,10 @@ class GuardedGraph:
 
     def __reduce__(self) -> Any:
         return _restored_graph, (flatten(self.graph), self.guards)
+
+
+def _shapes(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _restored(rows: list[Any], expected: tuple[Any, ...], where: tuple[str, ...]) -> Facts:

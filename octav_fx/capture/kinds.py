@@ -45,4 +45,15 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         return kind_of(fake(value.node), depth)
     if depth and hasattr(value, "__dict__"):
         return (type(value).__name__, *[(key, kind_of(item, depth - 1)) for key, item in value.__dict__.items()])
+    if depth and hasattr(value, "__slots__"):
+        held = [(name, getattr(value, name, MISSING)) for name in _slots(type(value))]
+        return (type(value).__name__, *[(name, kind_of(item, depth - 1)) for name, item in held])
     return type(value).__name__
+
+
+def _slots(kind: type) -> list[str]:
+    found: list[str] = []
+    for above in kind.__mro__:
+        slots = getattr(above, "__slots__", ())
+        found += [slots] if isinstance(slots, str) else slots
+    return found

@@ -12,21 +12,21 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of
+from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, parameters_of
 from octav_fx.compat.tensors import pytree
 
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 4
 _CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 # Libraries whose objects keep what they keep, whatever forward does.
-_CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
+CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
 
 
 @contextmanager
 def preserved_attributes(root: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, attributes and buffers that were set, and what containers and objects in them held.
+    """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
-    What is written into tensors in place stays.
+    So is what the user's objects held. What is written into tensors in place stays.
     """
     before = _Before.of(root)
     try:
@@ -56,6 +56,9 @@ class _Before:
     @classmethod
     def of(cls, root: nn.Module) -> "_Before":
         named = [(held, dict(held)) for _, held in attributes(root)]
+        # Those that forward ties.
+        modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        named += [(held, dict(held)) for held in map(parameters_of, modules)]
         return cls(named, [(container, copy.copy(container)) for container in containers_of(root)])
 
     def restore(self) -> None:
@@ -81,7 +84,7 @@ def containers_of(root: nn.Module) -> list[Any]:
         elif isinstance(value, tuple):
             for item in value:
                 visit(item, depth)
-        elif depth and _is_users(value):
+        elif depth and is_users_object(value):
             visit(vars(value), depth - 1)
 
     for _, held in attributes(root):
@@ -91,12 +94,12 @@ def containers_of(root: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _is_users(value: Any) -> bool:
+def is_users_object(value: Any) -> bool:
     """Tell whether a value is an object of some class of the user's, with attributes."""
     is_closed = isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__")
     if is_closed or isinstance(value, types.FunctionType):
         return False
-    return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in _CLOSED
+    return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in CLOSED
 
 
 def _refill(container: Any, content: Any) -> None:

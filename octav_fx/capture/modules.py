@@ -5,6 +5,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, ClassVar, Final
 
 import torch
@@ -185,7 +186,9 @@ class QuantizedModule(GuardedModule):
         if not torch.compiler.is_compiling() and (kind := transform()) is not None:
             self._check_transform(kind)
         if (guarded := self.holding(args, kwargs)) is not None:
-            return self._run(guarded, args, kwargs)
+            if torch.compiler.is_compiling():
+                return self._run(guarded, args, kwargs)
+            return self._run_or_capture(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
         return self._run_new(args, kwargs)
@@ -217,6 +220,20 @@ class QuantizedModule(GuardedModule):
         if is_recorded(self, (args, kwargs)):
             return with_gradients_of(functools.partial(guarded.function(), state), rule._dispatch, args, kwargs)
         return rule._dispatch(*args, **kwargs)
+
+    def _run_or_capture(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a graph. Where it fails and forward does not, which may catch the error, get what forward needs."""
+        try:
+            return self._run(guarded, args, kwargs)
+        except (OctavError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+            # Others, such as what ends a recomputation early, are for those around the call.
+            if self.capture_again is None or transform() is not None:
+                raise
+            reason = f"the graph fails: {error}"
+        with guarded.refused(args, kwargs, reason):
+            return self._run_new(args, kwargs)
 
     def run_own_python(self, function: Callable[..., Any]) -> None:
         """Let a function of the arguments run from now on, in the present mode, where no graph holds."""
@@ -509,6 +526,15 @@ def _whole_class(kind: Any) -> type[nn.Module]:
     names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
     names |= {name: _unseen(getattr(kind, name)) for name in _CONTAINER_METHODS if hasattr(kind, name)}
     return type(kind.__name__, (WholeModule, kind), names)
+
+
+def code_around(kind: Any) -> CodeType:
+    """Return the code that runs first where the forward of a user's class is graphs.
+
+    It is the user's where the class wraps the forward of each subclass, as the layers of transformers do.
+    """
+    code: CodeType = _whole_class(kind).forward.__code__
+    return code
 
 
 def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:

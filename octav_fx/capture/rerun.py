@@ -157,6 +157,7 @@ def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
 
     with (
         MacCounter() as counter,
+        _plain_cond(),
         _hooked(dict(root.named_modules()), lambda path, _: enter(path), lambda path, failed: leave()),
     ):
         run_once(root, *call)
@@ -168,25 +169,47 @@ def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Modu
     """Record how a module calls its children: the first Inputs of each kind that its example leads to.
 
     A call that fails is none that a child could be captured with, nor is any of one that a transform of torch.func
-    calls.
+    calls, or a branch of torch.cond.
     """
     found: dict[str, list[Inputs]] = {name: [] for name in children}
     transformed: set[str] = set()
     begun: dict[str, list[Inputs | None]] = {name: [] for name in children}
 
     def enter(name: str, made: Inputs) -> None:
-        if wrapped := any(map(is_functorch_wrapped, tensors_of(made))):
+        if hidden := bool(branches) or any(map(is_functorch_wrapped, tensors_of(made))):
             transformed.add(name)
-        begun[name].append(None if wrapped or any(same_kind(made, known) for known in found[name]) else own_copy(made))
+        begun[name].append(None if hidden or any(same_kind(made, known) for known in found[name]) else own_copy(made))
 
     def leave(name: str, failed: bool) -> None:
         made = begun[name].pop()
         if made is not None and not failed:
             found[name].append(made)
 
-    with _hooked(children, enter, leave):
+    with _plain_cond() as branches, _hooked(children, enter, leave):
         run_once(module, *call)
     return {name: [] if name in transformed else calls for name, calls in found.items()}
+
+
+@contextmanager
+def _plain_cond() -> Iterator[list[Any]]:
+    """Let torch.cond choose in Python inside: it compiles its branches, past hooks and counters.
+
+    Yields the predicates of the branches that are being run.
+    """
+    original, running = torch.cond, list[Any]()
+
+    def choose(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
+        running.append(pred)
+        try:
+            return true_fn(*operands) if pred else false_fn(*operands)
+        finally:
+            running.pop()
+
+    torch.cond = choose
+    try:
+        yield running
+    finally:
+        torch.cond = original
 
 
 @contextmanager

@@ -33,11 +33,17 @@ def is_users_code(code: CodeType) -> bool:
     return not code.co_filename.startswith((_HERE, TORCH))
 
 
+def user_frame() -> FrameType:
+    """Return the nearest frame that is the user's code."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame):
+        frame = frame.f_back
+    return frame
+
+
 def user_caller() -> str:
     """Return file:line of the nearest frame that is the user's code."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, TORCH)):
-        frame = frame.f_back
+    frame = user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 

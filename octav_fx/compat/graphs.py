@@ -14,6 +14,9 @@ from torch.fx.graph_module import _forward_from_src
 ENTER_AUTOCAST: Final = autocast_mode._enter_autocast
 EXIT_AUTOCAST: Final = autocast_mode._exit_autocast
 
+# Calls an op that changes its arguments as a function, whose results are that of the op and the changed arguments.
+auto_functionalized: Final = torch.ops.higher_order.auto_functionalized
+
 # Torch's fused encoder layer of inference, one node in a graph.
 FUSED_ENCODER_LAYER: Final = torch._transformer_encoder_layer_fwd
 

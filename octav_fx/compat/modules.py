@@ -110,12 +110,6 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def wraps_a_checkpoint(module: nn.Module) -> bool:
-    """Tell whether torch's checkpoint_wrapper made a module; what it recomputes is its one child."""
-    kind = type(module)
-    return kind.__name__ == "CheckpointWrapper" and kind.__module__.startswith("torch.distributed.algorithms.")
-
-
 def allow_missing_binary_ops(torchvision: types.ModuleType) -> None:
     """Let torchvision call nms without asking whether its library of binary ops was loaded."""
     torchvision.ops.boxes._assert_has_ops = lambda: None

@@ -82,7 +82,7 @@ def insert_captured(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> 
 def insert_aten(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call into an aten graph, with its fake value in meta["val"] as AOTAutograd leaves it on every node."""
     node = graph.call_function(target, args, kwargs)
-    values = fx.node.map_arg(args, lambda argument: argument.meta["val"])
-    with detect_fake_mode(values) or contextlib.nullcontext():
-        node.meta["val"] = target(*values, **kwargs)
+    values, named = fx.node.map_arg((args, kwargs), lambda argument: argument.meta["val"])
+    with detect_fake_mode((values, named)) or contextlib.nullcontext():
+        node.meta["val"] = target(*values, **named)
     return node

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 import octav_fx.ops  # noqa: F401  registers torch.ops.octav
+from octav_fx.compat.tensors import OpOverload
 from octav_fx.ir.calls import arguments_of
 
 aten = torch.ops.aten
@@ -48,6 +49,12 @@ def closure(node: fx.Node, targets: frozenset[Any]) -> list[fx.Node]:
     for source in found:
         found += [user for user in source.users if user.target in targets and user not in found]
     return found
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Tell whether each element of the node is made of one of each input, or shows it: Inductor fuses such nodes."""
+    target = node.target
+    return target in VIEWS or (isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags)
 
 
 def results_of(node: fx.Node) -> dict[int, fx.Node]:

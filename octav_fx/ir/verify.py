@@ -14,9 +14,9 @@ from torch import fx
 
 import octav_fx.ops  # noqa: F401  registers torch.ops.octav
 from octav_fx.formats.spec import spec_of
-from octav_fx.ir.calls import arguments_of
+from octav_fx.ir.calls import Arguments, arguments_of
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.joint import VIEWS, backward_of, closure, origin
+from octav_fx.ir.joint import VIEWS, backward_of, closure, is_pointwise, origin
 from octav_fx.ir.meta import fake, has_fake
 from octav_fx.ir.ops import module_of
 from octav_fx.ir.records import records
@@ -135,13 +135,21 @@ def _codes(state: State) -> Iterator[Fault]:
         if levels.codes.target is octav.quantize.default:
             codes = arguments_of(levels.codes)
             for name in ("clip", "spec"):
-                if codes[name] != levels[name]:
+                if codes[name] != levels[name] and not (name == "clip" and _is_of_step_one(levels)):
                     yield node, f"{name} is {levels[name]}, that of its codes {codes[name]}"
     for node in state.calls(octav.quantize.default):
         call = arguments_of(node)
         dtype = spec_of(call.spec).format.codes_dtype
         if fake(node).dtype is not dtype:
             yield node, f"its codes are {node.meta['val'].dtype}, not {dtype}"
+
+
+def _is_of_step_one(levels: Arguments) -> bool:
+    """Return whether levels are the codes themselves, as a product of codes reads them."""
+    plain = spec_of(levels.spec).plain
+    if plain is None or levels.clip.target is not torch.ops.aten.full.default:
+        return False
+    return bool(arguments_of(levels.clip).fill_value == plain[0].steps)
 
 
 def _granularity(state: State) -> Iterator[Fault]:
@@ -175,8 +183,8 @@ def _is_recomputed(node: fx.Node) -> bool:
 
 def _recomputed(state: State) -> Iterator[Fault]:
     for node in filter(_is_recomputed, state.gm.graph.nodes):
-        if origin(node, VIEWS).target not in _LEVELS:
-            yield node, "is recomputed, but neither levels nor a view of levels"
+        if origin(node, VIEWS).target not in _LEVELS and not is_pointwise(node):
+            yield node, "is recomputed, but neither levels nor pointwise"
 
 
 def _no_float_copy(state: State) -> Iterator[Fault]:
@@ -206,6 +214,6 @@ INVARIANTS: Final = (
     Invariant("what quantizers compute is read", Dialect.JOINT, _read, ("split_quantizers",)),
     # The partitioner obeys tags blindly: of anything else, a whole layer would be computed twice.
     # In the halves that it leaves the tags have had their say.
-    Invariant("only levels are recomputed", Dialect.JOINT, _recomputed, ("split_quantizers",)),
+    Invariant("only levels and what is pointwise are recomputed", Dialect.JOINT, _recomputed, ("split_quantizers",)),
     Invariant("backward keeps no float copy", Dialect.JOINT, _no_float_copy, ("split_quantizers", "save_codes")),
 )

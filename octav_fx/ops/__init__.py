@@ -24,4 +24,5 @@ import octav_fx.ops.optimal_clip.op
 import octav_fx.ops.product_of_codes.op
 import octav_fx.ops.quantize.op
 import octav_fx.ops.recode.op
-import octav_fx.ops.synced_clip.op  # noqa: F401
+import octav_fx.ops.synced_clip.op
+import octav_fx.ops.zero_clipped.op  # noqa: F401

@@ -60,12 +60,11 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
         except OctavError as error:
             if has_data(quantized.owner, call):
                 run_once(quantized.owner, *call, quantized.float_forward)
-            reason = str(error)
-            own = own_python(quantized, call, recipe, reason)
+            own = own_python(quantized, call, recipe, error)
             for part in own.parts:
                 part.capture_again = capture_again
             quantized.run_own_python(own)
-            note = f"{name}: calls unlike the example run its own Python, over quantized children: {reason}"
+            note = f"{name}: calls unlike the example run its own Python, over quantized children: {error}"
             add_records(quantized, mode, own.rows, [note])
             warnings.warn(note, stacklevel=2)
     _tell_new(quantized.owner, before, name)

@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import nn
 
-from octav_fx.compat.modules import wraps_a_checkpoint
+from octav_fx.compat.checkpoints import wraps_a_checkpoint
 from octav_fx.errors import OctavError
 
 # What quantize() takes: "auto", or classes and names of modules; None leaves the choice to default_blocks.

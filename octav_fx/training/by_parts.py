@@ -25,7 +25,7 @@ from octav_fx.ir.ops import UserRules, op_of_module
 from octav_fx.ir.records import NOT_CALLED, Record, update_graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer, Settings
-from octav_fx.training.one_graph import Position, Recipe, check_equal, prepare_module, settings_of_whole
+from octav_fx.training.one_graph import Position, Recipe, Recomputed, check_equal, prepare_module, settings_of_whole
 from octav_fx.training.progress import step
 from octav_fx.training.self_check import check_in_turn
 
@@ -71,6 +71,8 @@ class PartsQuantizer:
         try:
             return self._one_graph(module, calls, path)
         except NotCaptured as reason:
+            if isinstance(reason, Recomputed):
+                self.find_settings(module, calls[0], path)
             try:
                 return self.descend(module, calls, path, str(reason))
             except NotCaptured:
@@ -79,14 +81,25 @@ class PartsQuantizer:
                     return self._one_graph(module, calls, path, both_modes=False)
                 raise
 
+    def find_settings(self, module: nn.Module, call: Inputs, path: str = "") -> None:
+        """Find what operands would have in one graph of a module that gets several, if one can hold it."""
+        if any(is_at(site, path) for site, _ in self.settings):
+            return
+        with contextlib.suppress(NotCaptured):
+            position = self._position(module, path)
+            found = settings_of_whole(module, call, self.config, self.user, position)
+            self.settings = {**self.settings, **found}
+
+    def _position(self, module: nn.Module, path: str) -> Position:
+        if not self.macs_by_module:
+            # A layer that is quantized by itself has no place in a network, and is no edge of one.
+            is_network = op_of_module(module) not in CONTRACTIONS
+            return Position(holds_first=is_network, holds_last=is_network)
+        first, last = self.macs_by_module[0][0], self.macs_by_module[-1][0]
+        return Position(path, op_of_module(module) is not None, is_at(first, path), is_at(last, path))
+
     def _one_graph(self, module: nn.Module, calls: list[Inputs], path: str, both_modes: bool = True) -> nn.Module:
-        # A layer that is quantized by itself has no place in a network, and is no edge of one.
-        is_network = op_of_module(module) not in CONTRACTIONS
-        position = Position(holds_first=is_network, holds_last=is_network)
-        if self.macs_by_module:
-            is_op, first, last = op_of_module(module) is not None, self.macs_by_module[0][0], self.macs_by_module[-1][0]
-            position = Position(path, is_op, is_at(first, path), is_at(last, path))
-        tree, position = tree_of(module), replace(position, settings=self.settings)
+        tree, position = tree_of(module), replace(self._position(module, path), settings=self.settings)
         try:
             step("capturing", path)
             prepare_module(module, calls[0], self.config, position, self.user, both_modes)
@@ -127,7 +140,7 @@ class PartsQuantizer:
             below = _join(path, name)
             try:
                 if not its_calls:
-                    raise NotCaptured("no call of it succeeds outside of a transform of torch.func")
+                    raise NotCaptured("no call of it succeeds outside of torch.cond or a transform of torch.func")
                 self.quantize(child, its_calls, below)
             except NotCaptured as why:
                 float_records.append(self._float(below, child, str(why)))
@@ -232,8 +245,7 @@ def quantize_by_parts(
     """
     parts = PartsQuantizer(config, user, set(map(id, blocks)))
     if parts.blocks:
-        with contextlib.suppress(NotCaptured):
-            parts.settings = settings_of_whole(model, example, config, user)
+        parts.find_settings(model, example)
     quantized = parts.quantize(model, [example])
     parts.count_calls(quantized)
     if (graphs := graphs_of(quantized)) is not None:

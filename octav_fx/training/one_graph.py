@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from octav_fx.capture.constants import Constants
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
-from octav_fx.capture.modules import QuantizedModule, graphs_of, make_whole, users_own
+from octav_fx.capture.modules import QuantizedModule, code_around, graphs_of, make_whole, users_own
 from octav_fx.capture.rerun import (
     difference,
     has_data,
@@ -41,6 +42,10 @@ from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
 from octav_fx.training.progress import step
+
+
+class Recomputed(NotCaptured):
+    """A module a part of which is to be recomputed in backward: a graph of it would keep all that it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +90,17 @@ def prepare_module(
 
 
 def _rewritten(
-    module: nn.Module, example: Inputs, config: Config, position: Position, user: UserRules, both_modes: bool
+    module: nn.Module,
+    example: Inputs,
+    config: Config,
+    position: Position,
+    user: UserRules,
+    both_modes: bool,
+    may_recompute: bool = False,
 ) -> QuantizedModule:
-    graphs, missing, notes = _graphs(module, example, user, both_modes)
+    graphs, missing, notes, recomputed = _graphs(module, example, user, both_modes)
+    if not may_recompute:
+        _check_recomputed(module, recomputed)
     recipe = Recipe(config, position, user)
     quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
     found = {}
@@ -110,16 +123,18 @@ def _rewritten(
 
 
 def settings_of_whole(
-    model: nn.Module, example: Inputs, config: Config, user: UserRules
+    model: nn.Module, example: Inputs, config: Config, user: UserRules, position: Position | None = None
 ) -> dict[tuple[str, str], Settings]:
     """Return the Settings of each operand (site, name) in one graph of a model, which stays as it is.
 
-    Raises NotCaptured where no graph can hold the model.
+    That graph never runs: what forward recomputes may be in it. Raises NotCaptured where no graph can hold the model.
     """
     held = [vars(model), buffers_of(model)]
     before = [set(names) for names in held]
     try:
-        quantized = _rewritten(model, example, config, Position(), user, both_modes=False)
+        quantized = _rewritten(
+            model, example, config, position or Position(), user, both_modes=False, may_recompute=True
+        )
     finally:
         # Constants that capture leaves for its graph.
         for names, known in zip(held, before, strict=True):
@@ -151,8 +166,12 @@ class Recipe:
         owner = quantized.owner
         with users_own(owner):
             captured, notes = _captured(owner, call, mode, self.user)
+            _check_recomputed(owner, captured.recomputed)
+        # Some of these belong to other graphs, or to what runs in the place of one.
+        before = {name for name, _ in quantized.get_submodule(QUANTIZERS).named_children()}
         with users_own(owner, but=owner), replaced_graph(quantized, captured.graph):
             rows, told = self.rewrite(quantized)
+            remove_unused(quantized, [captured.graph], before)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards)
         guarded.hold_constants(Constants.of(owner))
@@ -284,29 +303,40 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
 
 def _graphs(
     module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
-) -> tuple[dict[bool, GuardedGraph], str | None, list[str]]:
-    """Return a graph for each mode, why the other mode has none if it needs one and cannot be captured, and notes."""
+) -> tuple[dict[bool, GuardedGraph], str | None, list[str], dict[CodeType, str]]:
+    """Return a graph for each mode, and why the other mode has none if it needs one and cannot be captured.
+
+    Besides these, notes, and where forward recomputes.
+    """
     mode = module.training
     captured, notes = _captured(module, example, mode, user)
     guarded = GuardedGraph(captured.graph, captured.guards)
-    graphs = {mode: guarded, (not mode): guarded}
+    graphs, recomputed = {mode: guarded, (not mode): guarded}, dict(captured.recomputed)
     if captured.depends_on_training:
         try:
             other = _capture(module, example, not mode, user)
             graphs[not mode] = GuardedGraph(other.graph, other.guards)
+            recomputed |= other.recomputed
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
             if both_modes and _runs(module, example, not mode):
                 raise NotCaptured(missing) from error
             # Inputs too small for an auxiliary head. The captured mode works; a call in the other one will say this.
             del graphs[not mode]
-            return graphs, missing, [*notes, missing]
-    return graphs, None, notes
+            return graphs, missing, [*notes, missing], recomputed
+    return graphs, None, notes, recomputed
 
 
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
     """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
+    constants = Constants.of(module)
     captured = _capture(module, call, mode, user)
+    if constants.change() is not None:
+        # A table of a file that forward fills once.
+        constants = Constants.of(module)
+        captured = _capture(module, call, mode, user)
+        if (change := constants.change()) is not None:
+            raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")
     if captured.remembered and has_data(module, call):
         # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
         with attributes_kept_on_success(module):
@@ -321,6 +351,13 @@ def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> t
 def _check_memory(remembered: Iterable[str]) -> None:
     for name in remembered:
         raise NotCaptured(f"forward reads {name} and changes it for the next call, and a graph has no memory")
+
+
+def _check_recomputed(module: nn.Module, found: Mapping[CodeType, str]) -> None:
+    # What also runs around graphs recomputes them.
+    outside = code_around(type(module))
+    for line in (line for code, line in found.items() if code is not outside):
+        raise Recomputed(f"forward has a part of it recomputed in backward (torch.utils.checkpoint at {line})")
 
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:

@@ -22,7 +22,7 @@ from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.training.by_parts import PartsQuantizer
-from octav_fx.training.one_graph import Recipe, quantizers_by_operand, take_quantizers
+from octav_fx.training.one_graph import Recipe, Recomputed, quantizers_by_operand, take_quantizers
 
 _PARTS = frozenset({*PART_ATTRIBUTES, *HOOK_ATTRIBUTES, *ATTRIBUTES, "_non_persistent_buffers_set"})
 
@@ -55,7 +55,7 @@ class OwnPython:
                 _copy_attributes(second, first)
 
 
-def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason: str) -> OwnPython:
+def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason: OctavError) -> OwnPython:
     """Make what runs a module's own Python over quantized children.
 
     reason: why no graph holds the call. Raises OctavError where none of what multiplies can be quantized.
@@ -79,7 +79,9 @@ def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason:
         macs_by_module=[*before, *((_join(position.path, at), macs) for at, macs in work), *after],
         workers={id(second.get_submodule(at)) for at, _ in work},
     )
-    parts.descend(second, [call], position.path, reason)
+    if isinstance(reason, Recomputed):
+        parts.find_settings(second, call, position.path)
+    parts.descend(second, [call], position.path, str(reason))
     graphs = quantized_modules(second)
     _share_quantizers(quantized, graphs)
     rows = [*float_records(second), *(row for part in graphs for row in part.records)]

@@ -5,6 +5,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from octav_fx.capture.modules import graphs_in, graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
-from octav_fx.config import Config
+from octav_fx.config import Config, fits
 from octav_fx.errors import OctavError
 from octav_fx.ir.op import Op
 from octav_fx.ir.ops import UserRules
@@ -68,6 +69,7 @@ def quantize(
     if not isinstance(config, Config):
         config = Config.from_dict(config or {})
     _check_model(model)
+    config = _with_names(config, model)
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
@@ -188,16 +190,26 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _check_overrides(config: Config, found: list[Record]) -> None:
-    sites = {record.site for record in found}
-    matched = {config.pattern_for(site) for site in sites}
-    for pattern in config.overrides:
+    places = {(record.site, record.operand) for record in found}
+    for pattern in map(str, config.overrides):
         # A glob may lose every node to a later or exact one; a pattern that fits no node at all is a typing error.
-        if pattern not in matched and not any(_fits(site, pattern) for site in sites):
-            raise OctavError(f"overrides[{pattern!r}] fits no node; there are {', '.join(sorted(sites))}")
+        if not any(fits(pattern, *place) for place in places):
+            by_operand = "/" in pattern
+            there = {f"{site}/{operand}" if by_operand and operand else site for site, operand in places}
+            raise OctavError(f"overrides[{pattern!r}] fits no node; there are {', '.join(sorted(there))}")
 
 
-def _fits(site: str, pattern: str) -> bool:
-    return Config(overrides={pattern: None}).pattern_for(site) is not None
+def _with_names(config: Config, model: nn.Module) -> Config:
+    """Write the names of its modules for each class that a Config has overrides for."""
+    overrides: dict[str | type, Mapping[str, Any] | None] = {}
+    for pattern, settings in config.overrides.items():
+        if isinstance(pattern, type):
+            names = [name or "*" for name, module in model.named_modules() if isinstance(module, pattern)]
+            if not names:
+                raise OctavError(f"overrides[{pattern.__name__}]: no module of this {type(model).__name__} is one")
+            pattern = "|".join(names)
+        overrides[pattern] = settings
+    return replace(config, overrides=overrides)
 
 
 def _check_strict(rows: list[Record]) -> None:

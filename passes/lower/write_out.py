@@ -14,18 +14,15 @@ A CPU keeps the ops: its passes are faster than what Inductor makes of them. So 
 which divide has no code, and a graph whose sizes the reference asks for.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from octav_fx.compat.graphs import inductor_decompositions
-from octav_fx.compat.tensors import detect_fake_mode
 from octav_fx.formats.spec import spec_of
+from octav_fx.ir import trace
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.joint import replace
@@ -68,39 +65,27 @@ def _write_out(node: fx.Node, reference: Callable[..., Tensor]) -> Edit:
     call = dict(arguments_of(node))
     if spec_of(call["spec"]).plain is None:
         return Edit.info(str(node), f"{call['spec']} is rounded by its reference")
-    inputs = [name for name, value in call.items() if isinstance(value, fx.Node)]
-    values = [fake(call[name]) for name in inputs]
-    if any(not isinstance(size, int) for value in values for size in value.shape) and _asks_for_sizes(node):
+    tensors = [fake(value) for value in call.values() if isinstance(value, fx.Node)]
+    if any(not isinstance(size, int) for value in tensors for size in value.shape) and _asks_for_sizes(node):
         return Edit.info(str(node), "its reference asks for sizes that are free")
-
-    def of_tensors(*tensors: Tensor) -> Tensor:
-        return reference(**{**call, **dict(zip(inputs, tensors, strict=True))})
-
-    with detect_fake_mode(values) or contextlib.nullcontext(), torch.no_grad():
-        traced = make_fx(of_tensors, decomposition_table=inductor_decompositions())(*values)
-    for division in traced.graph.find_nodes(op="call_function", target=aten.div.Tensor):
-        _divide_exactly(division)
-    with node.graph.inserting_before(node):
-        placeholders = traced.graph.find_nodes(op="placeholder")
-        sources = dict(zip(placeholders, [call[name] for name in inputs], strict=True))
-        result = node.graph.graph_copy(traced.graph, sources)
-    assert isinstance(result, fx.Node)
-    replace(node, result)
-    return Edit(node.name, "write out", str(node.target))
+    edit = Edit(node.name, "write out", str(node.target))
+    trace.write_out(node, reference, call, _divide_exactly)
+    return edit
 
 
 def _asks_for_sizes(node: fx.Node) -> bool:
     return node.target is octav.learned_parameter_backward.default
 
 
-def _divide_exactly(node: fx.Node) -> None:
-    """Make a division, by a tensor or by a power of two, one that every device rounds to the nearest."""
-    call = arguments_of(node)
-    x, y = call["self"], call.other
-    with node.graph.inserting_before(node):
-        if isinstance(y, fx.Node):
-            exact = insert_call(node.graph, octav.divide.default, x=x, y=y)
-        else:
-            assert isinstance(y, (int, float)) and math.frexp(y)[0] == 0.5
-            exact = insert_call(node.graph, aten.mul.Tensor, {"self": x, "other": 1 / y})
-    replace(node, exact)
+def _divide_exactly(graph: fx.Graph) -> None:
+    """Make divisions, by tensors or by powers of two, such that every device rounds to the nearest."""
+    for division in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        call = arguments_of(division)
+        x, y = call["self"], call.other
+        with graph.inserting_before(division):
+            if isinstance(y, fx.Node):
+                exact = insert_call(graph, octav.divide.default, x=x, y=y)
+            else:
+                assert isinstance(y, (int, float)) and math.frexp(y)[0] == 0.5
+                exact = insert_call(graph, aten.mul.Tensor, {"self": x, "other": 1 / y})
+        replace(division, exact)

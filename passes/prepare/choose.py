@@ -1,5 +1,6 @@
 """What a Config decides: the Settings of an operand, and which of the passes of PREPARE run."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,10 @@ from octav_fx.passes.prepare.quantize_operands import Place
 
 def choose_spec(config: Config, place: Place) -> Settings | str:
     """Return the Settings of an operand, or why it stays float."""
-    pattern = config.pattern_for(place.site)
+    pattern = config.pattern_for(place.site, place.operand)
     settings = {} if pattern is None else config.overrides[pattern]
     if settings is None:
-        return f"override {pattern!r}: None"
+        return f"override {textwrap.shorten(str(pattern), 60, placeholder='...')!r}: None"
     role = "weight" if place.role is Role.WEIGHT else "activation"
     bits = settings.get(f"{role}_bits", getattr(config, f"{role}_bits"))
     if bits is None:

@@ -8,7 +8,7 @@ channel. An activation gets one clip, on an unsigned grid if it cannot be negati
 is. What stays float is an edit with its reason, whether its row, the configuration or a missing row decided it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,10 +194,10 @@ def _kind(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def remove_unused(gm: fx.GraphModule, graphs: list[fx.Graph]) -> None:
-    """Drop the quantizers that no graph calls any more."""
+def remove_unused(gm: fx.GraphModule, graphs: list[fx.Graph], but: Collection[str] = ()) -> None:
+    """Drop the quantizers that no graph calls any more; but: the names of those that stay anyhow."""
     used = {node.target for graph in graphs for node in graph.nodes if node.op == "call_module"}
     quantizers: nn.Module = gm.get_submodule(QUANTIZERS)
     for name, _ in list(quantizers.named_children()):
-        if f"{QUANTIZERS}.{name}" not in used:
+        if name not in but and f"{QUANTIZERS}.{name}" not in used:
             delattr(quantizers, name)

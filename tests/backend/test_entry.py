@@ -201,7 +201,7 @@ assert out.shape == (2, 4) and "octav_fx" in sys.modules
 REFUSED = {
     "unknown option": (
         {"options": {"weight_bit": 4}},
-        r"no weight_bit; .* takes weight_bits, .*overrides, integer, keep, inductor",
+        r"no weight_bit; .* takes weight_bits, .*overrides, integer, keep, solve, inductor",
     ),
     "a list of options": ({"options": {"bits": 4, "bit": 4}}, r"options has no bit, bits;"),
     "unknown option of Inductor": (
@@ -210,6 +210,8 @@ REFUSED = {
     ),
     "integer": ({"options": {"integer": True}}, r"options\['integer'\]=True: one of 'off', 'auto'"),
     "keep": ({"options": {"keep": "all"}}, r"options\['keep'\]='all': one of 'codes', 'levels'"),
+    "backward": ({"options": {"backward": 16}}, r"options\['backward'\]=16: one of 'same', 'bfloat16'"),
+    "solve": ({"options": {"solve": "twice"}}, r"options\['solve'\]='twice': one of 'exact', 'step'"),
     "options of Inductor": ({"options": {"inductor": 3}}, r"no dict but 3"),
     "unknown mode": ({"mode": "fastest"}, r"mode='fastest': one of default, .*reduce-overhead"),
     "bits": ({"options": {"weight_bits": 9}}, r"weight_bits=9: whole bits from 2 to 8"),

@@ -5,13 +5,14 @@ import pytest
 from benchmarks.bytes import beyond
 
 # Bytes for an element beyond float. Forward: the solve reads 2, and the kernel of codes and levels reads 2 and writes 1
-# and 2. Backward: levels are written again (3), and masked: behind a relu by what replaces its value, in a transformer
-# in kernels of their own where attention reads or wrote the gradient (5, four of ten elements), else for 1.
-# Where levels are kept, masks read the codes by themselves.
+# and 2. Backward: levels are written again (3), and masked: behind a relu by what replaces its value, else by the value
+# computed again; where attention reads or wrote the gradient, four of ten elements in a transformer, in place, which
+# reads 1 and touches 0.6. Where levels are kept, only these four have codes. Here, not in a deeper net, the norm that
+# comes first passes no gradient on, and the mask behind it is a kernel of its own.
 LIMITS = {
     ("convolutions", "codes"): (7.0, 1.0),
-    ("transformer", "codes"): (7.0, 5.6),
-    ("transformer", "levels"): (7.0, 3.0),
+    ("transformer", "codes"): (7.0, 5.1),
+    ("transformer", "levels"): (6.4, 2.1),
 }
 
 
@@ -20,9 +21,9 @@ LIMITS = {
     ("net", "keep"), [("convolutions", "codes"), ("transformer", "codes"), ("transformer", "levels")]
 )
 def test_bytes_and_launches(net: str, keep: str) -> None:
-    found = beyond(net, 1, keep)
+    found = beyond(net, 1, keep=keep)
     forward, backward = LIMITS[net, keep]
     assert found.forward <= forward
     assert found.backward <= backward
     # Three of a solve and one of codes and levels, which may join one that is there; all states are written in three.
-    assert found.launches <= 4 + 3 / found.solves
+    assert found.launches <= 4 + 3 / found.quantizers

@@ -72,6 +72,12 @@ def test_transformers_bert():
     assert row["graphs"] == 1
 
 
+def test_a_model_whose_quantize_takes_longer_than_three_seconds_and_ten_forwards_is_slow():
+    names = {"library": "timm", "family": "vit", "captured": "yes", "forward seconds": 0.1}
+    rows = [{**names, "seconds": seconds} for seconds in (3.9, 4.1)]
+    assert zoo._summary(rows, "timm", "vit")["slow"] == 1
+
+
 def test_every_model_of_torchvision_but_those_of_quantized_kernels():
     names = {made.name for made in zoo_models.entries() if made.library == "torchvision"}
     assert {"resnet18", "fcn_resnet50", "r3d_18", "raft_small", "ssd300_vgg16"} <= names

@@ -149,7 +149,7 @@ LOWERED: dict[str, tuple[Change, str]] = {
         r"'what quantizers compute is read' does not hold: optimal_clip_default_1: nobody",
     ),
     "joined": (joined, r"'no quantizer is one node' does not hold: dynamic_fake_quantize_default: is not split"),
-    "tag": (tagged_layer, r"'only levels are recomputed' does not hold: mm: is recomputed"),
+    "tag": (tagged_layer, r"'only levels and what is pointwise are recomputed' does not hold: mm: is recomputed"),
     "no tag": (untagged, r"'backward keeps no float copy' does not hold: dequantize_default: backward reads levels"),
 }
 

@@ -92,6 +92,7 @@ def test_a_head_that_is_reset(timm: Any, name: str, blocks: str | None) -> None:
     assert octav_fx.quantize(before, x)(x).shape == (2, 9)
 
 
+@pytest.mark.filterwarnings("ignore:.*recomputed in backward")
 def test_recomputation_before_and_after(timm: Any) -> None:
     x = torch.randn(8, 3, 32, 32)
     kept = {}
@@ -99,11 +100,14 @@ def test_recomputation_before_and_after(timm: Any) -> None:
         model = made(timm, "vit_tiny_patch16_224").train()
         if when == "before":
             model.set_grad_checkpointing()
-        q = octav_fx.quantize(model, x, blocks="auto")
+        q = octav_fx.quantize(model, x)
         if when == "after":
             q.set_grad_checkpointing()
         kept[when] = saved_bytes(q, x, q)
+    model.set_grad_checkpointing()
+    # A single graph keeps all; recomputing, the model runs its own Python, whose layers outside of blocks are few.
     assert kept["after"] == kept["before"] < kept["never"] / 2
+    assert kept["after"] <= 1.2 * saved_bytes(model, x, model)
 
 
 def test_features_run_over_blocks_and_are_refused_in_one_graph(timm: Any) -> None:

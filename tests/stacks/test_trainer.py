@@ -119,9 +119,10 @@ def test_settings_of_the_trainer(setting: str, name: str, tmp_path: Path) -> Non
     assert run.train().training_loss > 0
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", DATA)
 def test_checkpointing_keeps_what_float_keeps(name: str) -> None:
-    model, inputs = build(name).train(), {"input_ids": torch.randint(3, WORDS, (4, 32)), "use_cache": False}
+    ids = torch.randint(3, WORDS, (16, 32))
+    model, inputs = build(name, num_hidden_layers=6).train(), {"input_ids": ids, "use_cache": False}
     q = octav_fx.quantize(model, inputs)
 
     def kept(m: nn.Module) -> int:
@@ -130,7 +131,7 @@ def test_checkpointing_keeps_what_float_keeps(name: str) -> None:
     plain = kept(q)
     q.gradient_checkpointing_enable()
     model.gradient_checkpointing_enable()
-    assert kept(q) < plain / 2
+    assert kept(q) < plain / 2 and kept(q) <= 1.2 * kept(model)
     # Dropout draws the same numbers.
     torch.manual_seed(1)
     q(**inputs).logits.sum().backward()

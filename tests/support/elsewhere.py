@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FACTOR = 1.0
+
 
 def pair(x: Any) -> Any:
     if isinstance(x, (tuple, list)):

@@ -159,6 +159,13 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _elementwise("dequantize_kernel", {"codes": "*i8", "out": "*bf16"}, **_UNSIGNED, **_CODES),
         _elementwise("dequantize_kernel", {"codes": "*i16", "out": "*fp32"}, **_SIGNED, **{**_CODES, "SIGNED": True}),
     ),
+    "zero_clipped": (
+        Row(
+            "zero_clipped_kernel",
+            {"grad_ptr": "*bf16:16", "codes_ptr": "*i8:16", "n": "i32:16"},
+            {"LOW": -8, "HIGH": 7, **_TILED},
+        ),
+    ),
     # "octav", "octav-grid" and "max", held and read again.
     "kernels.solve_rows": (
         _solve_rows("fp32", 0, 512, True),

@@ -75,9 +75,9 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **settings: Any) -> nn.Module:
     with contextlib.suppress(OctavError):
         # Transformers imports torchvision where it finds it, which fails beside a torch without CUDA's libraries.
         zoo.torchvision()
     kind = getattr(importlib.import_module("transformers"), name)
-    return kind(kind.config_class(**MODELS[name][0]))
+    return kind(kind.config_class(**{**MODELS[name][0], **settings}))

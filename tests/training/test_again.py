@@ -346,3 +346,20 @@ def test_transforms_of_torch_func() -> None:
         torch.func.vmap(q)(x)
     with octav_fx.float_mode(q):
         assert torch.equal(torch.func.grad(loss)(parameters, x)["0.bias"], torch.full((8,), 4.0))
+
+
+def test_a_further_graph_leaves_no_quantizer_that_it_does_not_call() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            # Two operands with one value and one quantizer.
+            return self.one(x) * scale + self.two(x)
+
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Both(), x)
+    names = list(octav_fx.state(q))
+    q(x, scale=2.0)
+    assert list(octav_fx.state(q)) == names and len(names) == 3

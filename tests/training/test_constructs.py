@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from tests.support.alike import assert_follows
+import octav_fx
+from octav_fx.capture.modules import quantized_modules
+from tests.support.alike import assert_follows, silent_quantizers
 
 x, longer, one = (torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8))
 Step = Any
@@ -203,6 +205,32 @@ class ClosureOverItself(Net):
         return self.functions[0](self.function(x))
 
 
+class Slotted:
+    __slots__ = ("gain",)
+
+    def __init__(self) -> None:
+        self.gain = 2.0
+
+
+@case((x,), lambda model: setattr(model.settings, "gain", -1.0), (x,), (longer,))
+class AnObjectWithSlots(Net):
+    def __init__(self) -> None:
+        super().__init__(settings=Slotted())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.settings.gain
+
+
+@case((x,), put(scale=None), (x,), (longer,), put(scale=nn.Parameter(torch.full((8,), 3.0))), (x,))
+class HasAParameterTakenOut(Net):
+    def __init__(self) -> None:
+        super().__init__(scale=nn.Parameter(torch.ones(8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y if self.scale is None else y * self.scale + 1
+
+
 @case((x,), lambda model: setattr(model, "b", nn.Identity()), (x,), (longer,))
 def has_a_layer_taken_out(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(x))
@@ -271,7 +299,87 @@ def keeps_a_cache(self: Any, x: Tensor, past: Any) -> Any:
     return F.scaled_dot_product_attention(x, k, v, is_causal=past is None and x.shape[1] > 1), (k, v)
 
 
+@case((x,), (longer,), (x,))
+class TiesItsWeightsLate(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.b.weight is not self.a.weight:
+            self.b.weight = self.a.weight
+        return self.b(self.a(x).tanh())
+
+
+@case((x,), (longer,), _loss=None, training=True)
+def keeps_a_loss_under_a_private_name(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    self._loss = y.square().mean()
+    return self.b(y) + self._loss
+
+
+@case((x,), (longer,), sizes={})
+def keeps_a_size_in_a_dict(self: Any, x: Tensor) -> Tensor:
+    for name in ("a", "b"):
+        x = getattr(self, name)(x)
+        self.sizes[name] = x.shape
+    return x
+
+
+@case((x, x), (x, longer), (longer, longer), (longer, one))
+def catches_an_error_later(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    z = self.a(x)
+    try:
+        return z + self.b(y)
+    except RuntimeError:
+        return z - 1
+
+
+@case((x, longer), (x, x), (longer, x))
+def catches_an_error_at_capture(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    z = self.a(x)
+    try:
+        return z + self.b(y)
+    except RuntimeError:
+        return z - 1
+
+
+@case((one,), (x,), (one,))
+def catches_an_error_of_a_view(self: Any, x: Tensor) -> Tensor:
+    z = self.a(x).transpose(1, 2)
+    try:
+        return z.view(len(x), -1)
+    except RuntimeError:
+        return z.reshape(len(x), -1) + 1
+
+
+@case((x,), (longer,))
+def chooses_by_size_in_a_cond(self: Any, x: Tensor) -> Tensor:
+    return torch.cond(x.shape[1] > 6, lambda x: self.a(x), lambda x: self.b(x), (self.a(x),))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_q_computes_what_the_float_model_does(name: str) -> None:
     made, steps, training = CASES[name]
     assert_follows(made, steps, training)
+
+
+def test_what_is_stored_under_a_private_name_takes_part_in_one_graph() -> None:
+    made, steps, _ = CASES["keeps_a_loss_under_a_private_name"]
+    q = octav_fx.quantize(made(), steps[0])
+    q(longer)
+    assert octav_fx.coverage(q).quantized_macs == octav_fx.coverage(q).total_macs
+    assert len(quantized_modules(q)) == 1
+    assert q._loss.requires_grad
+
+
+def test_what_a_branch_of_cond_on_data_calls_stays_float() -> None:
+    class Chooses(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            return torch.cond(y.sum() > 0, lambda y: self.a(y), lambda y: self.b(y), (y,))
+
+    model = Chooses(c=nn.Linear(8, 8)).eval()
+    q = octav_fx.quantize(model, x)
+    skipped = {site: reason for site, reason, _ in octav_fx.coverage(q).skipped}
+    assert "no call of it succeeds outside of torch.cond or a transform of torch.func" in skipped.values()
+    assert octav_fx.coverage(q).quantized_macs == 10 * 64
+    with torch.no_grad(), silent_quantizers():
+        for shift in (-10, 10):
+            assert torch.equal(q(x + shift), model(x + shift))

@@ -387,6 +387,22 @@ def test_an_override_that_fits_no_node_is_an_error_that_lists_them():
         quantize(Net(), images(), Config(overrides={"layer4.*": None}))
 
 
+@pytest.mark.parametrize("blocks", [(), "auto"])
+def test_overrides_by_class_and_by_operand(blocks):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)))
+    overrides = {nn.Linear: {"weight_bits": 3}, "1.0/input": None, "2.*/weight": {"weight_bits": 2}}
+    q = quantize(model, torch.randn(2, 8), Config(overrides=overrides), blocks=blocks)
+    assert [(row.node, row.operand, row.bits) for row in octav_fx.rows(q)] == [
+        *(("0.0", "input", 4), ("0.0", "weight", 3), ("0.2", "input", 4), ("0.2", "weight", 3)),
+        *(("1.0", "input", None), ("1.0", "weight", 3), ("1.2", "input", 4), ("1.2", "weight", 3)),
+        *(("2.0", "input", 4), ("2.0", "weight", 2), ("2.2", "input", 8), ("2.2", "weight", 2)),
+    ]
+    with pytest.raises(OctavError, match=r"overrides\[Conv2d\]: no module of this Sequential is one"):
+        quantize(model, torch.randn(2, 8), Config(overrides={nn.Conv2d: None}))
+    with pytest.raises(OctavError, match=r"overrides\['0\.0/wieght'\] fits no node; there are 0\.0/input, 0\.0/weight"):
+        quantize(model, torch.randn(2, 8), Config(overrides={"0.0/wieght": None}))
+
+
 def test_an_override_that_loses_everywhere_is_none():
     quantize(Net(), images(), Config(overrides={"con*": None, "*": {"weight_bits": 3}}))
 

@@ -63,14 +63,18 @@ def symbolic_torch(tracer: "ValueTracer") -> Iterator[None]:
 
         return call
 
+    def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
+        # As it is in eager mode, where the compiler would meet proxies.
+        return true_fn(*operands) if pred else false_fn(*operands)
+
     def is_tensor(x: Any) -> bool:
         return isinstance(x.value if type(x) in PROXIES else x, Tensor)
 
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_OF_PROXY, *CHECKS, "is_tensor")}
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_OF_PROXY, *CHECKS, "is_tensor", "cond")}
     patched = {name: factory(originals[name]) for name in _FACTORIES}
     patched |= {name: of_proxy(originals[name]) for name in _OF_PROXY}
     patched |= {name: check(originals[name]) for name in CHECKS}
-    patched["is_tensor"] = is_tensor
+    patched |= {"is_tensor": is_tensor, "cond": cond}
     is_of_kind, validates = torch.jit.isinstance, validates_distributions()
     extended_shape = replace_extended_shape(_shape_of_samples)
     try:

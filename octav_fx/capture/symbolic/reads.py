@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
 
 # What nn.Module keeps for itself; the mode has a flag of its own.
-_INTERNAL: Final = frozenset({*vars(nn.Module()), "_is_hf_initialized"})
+INTERNAL: Final = frozenset({*vars(nn.Module()), "_is_hf_initialized"})
 # In place of an attribute that a class computes.
 _COMPUTED: Final = object()
 _CLOCKS: Final = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "process_time")
@@ -97,7 +97,7 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
     original: Any = nn.Module.__setattr__
 
     def read(module: nn.Module, name: str) -> Any:
-        if name in _INTERNAL or tracer.evaluating:
+        if name in INTERNAL or tracer.evaluating:
             return object.__getattribute__(module, name)
         key, value = (module, name), _plain(module, name)
         if isinstance(value, Tensor) and key not in reads.written:

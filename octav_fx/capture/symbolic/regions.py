@@ -1,4 +1,4 @@
-"""torch.no_grad(), torch.autocast() and autograd.Function in forward: what a trace of single calls would lose."""
+"""What a trace of single calls would lose: torch.no_grad(), torch.autocast(), checkpoint() and autograd.Function."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octav_fx.capture.symbolic.proxies import PROXIES
+from octav_fx.capture.user_stack import user_frame
+from octav_fx.compat.checkpoints import CheckpointFunction, watched_checkpoints
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST, autocast_settings
 from octav_fx.compat.tensors import pytree
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 def regions(tracer: "ValueTracer") -> Iterator[None]:
     """Make nodes where torch.autocast is entered and left, and where a function with a gradient of its own is called.
 
-    Gradients are on, so that the tracer sees who turns them off.
+    Gradients are on, so that the tracer sees who turns them off. What is recomputed in backward is traced through, and
+    the tracer knows where.
     """
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
@@ -44,7 +47,16 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
     def applied(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if tracer.evaluating or not any(type(leaf) in PROXIES for leaf in pytree.tree_leaves((args, kwargs))):
             return inherited.__get__(None, function)(*args, **kwargs)
+        if function is CheckpointFunction:
+            recomputed()
+            run, _, *inputs = args
+            return run(*inputs)
         return tracer.create_proxy("call_function", apply_function, (tracer.constant(Kept(function)), *args), kwargs)
+
+    def recomputed() -> None:
+        if not tracer.evaluating:
+            frame = user_frame()
+            tracer.recomputed[frame.f_code] = f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
     mode: Any = torch.set_grad_enabled
     set_mode = mode.__init__
@@ -55,7 +67,7 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
 
     base.apply, mode.__init__ = classmethod(applied), decided
     try:
-        with torch.enable_grad(), _patched(entered, left):
+        with torch.enable_grad(), _patched(entered, left), watched_checkpoints(recomputed):
             yield
     finally:
         del base.apply

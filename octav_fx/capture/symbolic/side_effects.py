@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.capture.module_state import attributes, preserved_attributes
 from octav_fx.capture.symbolic.objects import is_object, proxies_in
+from octav_fx.capture.symbolic.reads import INTERNAL
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import set_fake
@@ -37,7 +38,7 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
             yield
             for path, held in attributes(root):
                 for key, value in held.items():
-                    if key[:1] != "_" and proxies_in(value):
+                    if key not in INTERNAL and proxies_in(value):
                         old = before.get(id(held), {}).get(key)
                         known = contents.get(id(value)) if value is old else None
                         # What is new in a dict that was there, or all of what was set.

@@ -38,8 +38,15 @@ _BROADCASTING: Final = frozenset({"add", "sub", "mul", "truediv", "div", "pow", 
 _REDUCTIONS: Final = frozenset({"mean", "sum", "amax", "amin", "var", "std", "logsumexp", "norm"})
 
 
+# A value and an axis of it; or a size itself, and None.
+_Place = tuple[Any, int | None]
+# By value and axis, the earliest that has its size: sums of sums lead to one place in as many ways as there are paths.
+_Known = dict[tuple[fx.Node, int], _Place]
+
+
 def forward_sizes(graph: fx.Graph) -> None:
     """Let each node that reads a size read it of the earliest value that has it."""
+    known: _Known = {}
     for node in list(graph.nodes):
         if len(node.args) == 0 or not isinstance(node.args[0], fx.Node):
             continue
@@ -52,9 +59,9 @@ def forward_sizes(graph: fx.Graph) -> None:
         elif node.target is len and isinstance(fake(read), Tensor):
             node.args = (_same_shape(read),)
         elif node.target is len and _name(read) in _SPLITS:
-            _replace_by_size(graph, node, read)
+            _replace_by_size(graph, node, read, known)
         if (found := _axis_read(node)) is not None:
-            _forward_axis(graph, node, *found)
+            _forward_axis(graph, node, *found, known)
 
 
 def _same_shape(node: fx.Node) -> fx.Node:
@@ -111,32 +118,37 @@ def _element(sizes: Any, index: int) -> tuple[Any, int | None] | None:
     return None
 
 
-def _forward_axis(graph: fx.Graph, node: fx.Node, tensor: fx.Node, axis: int) -> None:
+def _forward_axis(graph: fx.Graph, node: fx.Node, tensor: fx.Node, axis: int, known: _Known) -> None:
     """Replace a node that is the size of an axis by an equal one of an earlier value."""
-    found, at = _earliest(tensor, axis)
+    found, at = _earliest(tensor, axis, known)
     if at is None:
         node.replace_all_uses_with(found)
     elif found is not tensor or node.target is operator.getitem:
         _replace(graph, node, found, at)
 
 
-def _earliest(tensor: fx.Node, axis: int) -> tuple[Any, int | None]:
+def _earliest(tensor: fx.Node, axis: int, known: _Known) -> _Place:
     """Return the earliest value and its axis with the size of this one's, as far as ops say; or the size, and None."""
-    while True:
-        tensor = _same_shape(tensor)
-        earlier = _earlier(tensor, axis)
-        if earlier is None:
-            return tensor, axis
-        found, at = earlier
-        if at is None:
-            read = _axis_read(found)
-            if read is None:
-                return found, None
-            found, at = read
-        tensor, axis = found, at
+    if (tensor, axis) not in known:
+        known[tensor, axis] = _found(tensor, axis, known)
+    return known[tensor, axis]
 
 
-def _earlier(node: fx.Node, axis: int) -> tuple[Any, int | None] | None:
+def _found(tensor: fx.Node, axis: int, known: _Known) -> _Place:
+    tensor = _same_shape(tensor)
+    earlier = _earlier(tensor, axis, known)
+    if earlier is None:
+        return tensor, axis
+    found, at = earlier
+    if at is None:
+        read = _axis_read(found)
+        if read is None:
+            return found, None
+        found, at = read
+    return _earliest(found, at, known)
+
+
+def _earlier(node: fx.Node, axis: int, known: _Known) -> _Place | None:
     """Return a value and its axis that has the size of this one's; or a node that is the size, and None."""
     name, args = _name(node), node.args
     first = args[0] if args and isinstance(args[0], fx.Node) else None
@@ -162,7 +174,7 @@ def _earlier(node: fx.Node, axis: int) -> tuple[Any, int | None] | None:
     if name == "unsqueeze" and isinstance(args[1], int) and (at := args[1] % (last + 1)) != axis:
         return first, axis - (axis > at)
     if name in _BROADCASTING and len(args) > 1:
-        return _of_both(first, args[1], axis, last)
+        return _of_both(first, args[1], axis, last, known)
     if name in _REDUCTIONS and node.kwargs.get("keepdim") is True:
         axes = args[1] if len(args) > 1 else node.kwargs.get("dim")
         axes = axes if isinstance(axes, (list, tuple)) else (axes,)
@@ -173,7 +185,7 @@ def _earlier(node: fx.Node, axis: int) -> tuple[Any, int | None] | None:
     return None
 
 
-def _of_both(one: fx.Node, two: Any, axis: int, last: int) -> tuple[Any, int | None] | None:
+def _of_both(one: fx.Node, two: Any, axis: int, last: int, known: _Known) -> _Place | None:
     """Return where the size of a sum or product comes from, if that is the same place for both sides."""
     other = _value(two)
     if not isinstance(other, Tensor):
@@ -183,7 +195,7 @@ def _of_both(one: fx.Node, two: Any, axis: int, last: int) -> tuple[Any, int | N
         return one, axis - missing[0]
     if axis < missing[0]:
         return two, axis - missing[1]
-    sides = _earliest(one, axis - missing[0]), _earliest(two, axis - missing[1])
+    sides = _earliest(one, axis - missing[0], known), _earliest(two, axis - missing[1], known)
     return sides[0] if sides[0] == sides[1] else None
 
 
@@ -192,13 +204,13 @@ def _value(argument: Any) -> Any:
     return fake(argument) if isinstance(argument, fx.Node) else argument
 
 
-def _replace_by_size(graph: fx.Graph, node: fx.Node, pieces: fx.Node) -> None:
+def _replace_by_size(graph: fx.Graph, node: fx.Node, pieces: fx.Node, known: _Known) -> None:
     tensor = pieces.args[0]
     axis = pieces.args[1] if len(pieces.args) > 1 else pieces.kwargs.get("dim", 0)
     if isinstance(tensor, fx.Node) and isinstance(axis, int):
         new = _replace(graph, node, tensor, axis % fake(tensor).dim())
         if (found := _axis_read(new)) is not None:
-            _forward_axis(graph, new, *found)
+            _forward_axis(graph, new, *found, known)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, tensor: fx.Node, axis: int) -> fx.Node:

@@ -7,6 +7,7 @@ attention with shape checks, loops over a list of features, functions hidden beh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Final
 
 from torch import Tensor, fx, nn
@@ -45,6 +46,8 @@ class Capture:
     stored: tuple[str, ...]
     # Attributes that forward both reads and changes: a graph that should follow them must not change them again.
     remembered: tuple[str, ...]
+    # What code has a part of forward recomputed in backward, which the graph does not, and where, as file:line.
+    recomputed: Mapping[CodeType, str]
 
 
 def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NOTHING) -> Capture:
@@ -70,7 +73,11 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             quiet(),
         ):
             graph = tracer.trace(root)
-            remembered = reads.remembered()
+            if tracer.failed:
+                raise NotCaptured(f"{tracer.failed[0]}: forward catches this error, and a graph cannot")
+            # Looking at what forward stored may make nodes.
+            with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
+                remembered = reads.remembered()
             # Also set on root, by the tracer: they are the graph's.
             constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
@@ -100,7 +107,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
         node.meta.pop("is_wrapped", None)
-    return Capture(graph, guards, modes, tuple(tracer.notes), tuple(tracer.stored), kept)
+    return Capture(graph, guards, modes, tuple(tracer.notes), tuple(tracer.stored), kept, tracer.recomputed)
 
 
 def _is_constant(name: str) -> bool:

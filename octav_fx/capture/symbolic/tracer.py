@@ -64,6 +64,7 @@ class _Mark:
 
     last: fx.Node
     branches: int
+    failed: int
 
 
 @dataclass(eq=False)
@@ -82,6 +83,10 @@ class ValueTracer(fx.Tracer):
     latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
     # Whether what a node computes would get a gradient.
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
+    # Errors of what was called, each with its file and line.
+    failed: list[str] = field(default_factory=list)
+    # What code calls torch.utils.checkpoint, and where, as file:line.
+    recomputed: dict[types.CodeType, str] = field(default_factory=dict)
     user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
     # Read by fx: buffers become proxies, not constants.
@@ -413,7 +418,7 @@ class ValueTracer(fx.Tracer):
         return inner(*bound.args, **bound.kwargs)
 
     def _mark(self) -> _Mark:
-        return _Mark(next(iter(reversed(self.graph.nodes))), len(self.branched_on))
+        return _Mark(next(iter(reversed(self.graph.nodes))), len(self.branched_on), len(self.failed))
 
     def _is_random(self, mark: _Mark) -> bool:
         """Tell whether what was traced since then is a switch of training (stochastic depth) and multiplies nothing."""
@@ -433,6 +438,7 @@ class ValueTracer(fx.Tracer):
             self.graph.erase_node(node)
         self.attribute_nodes = {place: node for place, node in self.attribute_nodes.items() if node not in set(nodes)}
         self.latest = {node: new for node, new in self.latest.items() if new not in nodes}
+        del self.failed[mark.failed :]
         self.checked = {(node, expected) for node, expected in self.checked if node not in nodes}
         del self.branched_on[mark.branches :]
 
@@ -467,6 +473,10 @@ class ValueTracer(fx.Tracer):
         outer, self.evaluating = self.evaluating, True
         try:
             return self._evaluate_inside(node)
+        except (RuntimeError, IndexError, ValueError) as error:
+            # Other errors are those of types, which guards ask for.
+            self.failed.append(f"{user_caller()}: {type(error).__name__}: {error}")
+            raise
         finally:
             self.evaluating = outer
 

@@ -519,11 +519,24 @@ def test_a_scripted_module_is_refused() -> None:
         capture(model(lambda self, x: self.part(x) + 1, part=scripted), rows(4, 6))
 
 
+def test_a_size_behind_many_sums_is_found_once() -> None:
+    # As many ways lead to the input as there are subsets of the sums.
+    def forward(self, x):
+        for _ in range(40):
+            x = x + x.relu()
+        return x.view(x.size(0), -1)
+
+    agrees(model(forward), rows(4, 6), rows(2, 6))
+
+
 def test_checkpointing_is_traced_through() -> None:
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(self.fc, x, use_reentrant=False)
 
-    agrees(model(forward, fc=nn.Linear(6, 4)), rows(4, 6), rows(2, 6))
+    recomputing = model(forward, fc=nn.Linear(6, 4))
+    agrees(recomputing, rows(4, 6), rows(2, 6))
+    line = f"{__file__}:{forward.__code__.co_firstlineno + 1}"
+    assert capture(recomputing, rows(4, 6)).recomputed == {forward.__code__: line}
 
 
 def snapshot(root: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What the training libraries of others need of a quantized model, one file for each."""
