@@ -3,6 +3,7 @@
 import argparse
 
 from benchmarks import (
+    blocks,
     bytes,
     capture,
     compile,
@@ -19,6 +20,7 @@ from benchmarks import (
 )
 
 _BENCHMARKS = {
+    "blocks": blocks.main,
     "bytes": bytes.main,
     "capture": capture.main,
     "compile": compile.main,

@@ -13,13 +13,15 @@ from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
 from octav_fx.passes.convert.codes_between_layers import codes_between_layers
 from octav_fx.passes.convert.codes_of_sums import codes_of_sums
 from octav_fx.passes.convert.combine_codes import combine_codes
+from octav_fx.passes.convert.drop_identities import drop_identities
 from octav_fx.passes.convert.fold_affine_into_scale import fold_affine_into_scale
+from octav_fx.passes.convert.functions_of_codes import functions_of_codes
+from octav_fx.passes.convert.gates_on_codes import gates_on_codes
 from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
-from octav_fx.passes.convert.recode import recode
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.lower.bfloat16_backward import bfloat16_backward
@@ -89,6 +91,7 @@ FUSE: Final[tuple[Pass, ...]] = (
 CONVERT: Final[tuple[Any, ...]] = (
     pack_weights,  # first: it tells weights from activations by what their quantizers read
     make_activations_static,  # the quantizers that are left
+    drop_identities,  # before saturate_codes: a clamp is right before its quantizer then
     batchnorm_to_affine,  # any time: no code depends on it
     fold_affine_into_scale,  # after batchnorm_to_affine and pack_weights, whose results it puts together
     saturate_codes,  # after make_activations_static: the quantizers that saturate
@@ -104,9 +107,10 @@ COMPUTE: Final[tuple[Any, ...]] = (
 INTEGERS: Final[tuple[Any, ...]] = (
     combine_codes,  # first: sums and means between quantizers, which layers read and write as codes
     integer_layers,  # the layers themselves, with float results
+    functions_of_codes,  # before codes_between_layers: what such a function reads are codes of a layer, too
+    gates_on_codes,  # as functions_of_codes
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
     codes_between_layers,  # the codes that one layer's result alone decides
-    recode,  # those that are read on another grid, too
     codes_of_sums,  # and those of two, where the sum is in float
     pools_of_layers,  # those that codes_between_layers left
 )
@@ -161,11 +165,14 @@ __all__ = [
     "combine_codes",
     "decompose_attention",
     "deduplicate_quantizers",
+    "drop_identities",
     "expand_products",
     "filters_channels_last",
     "fold_affine_into_scale",
     "fold_batchnorm",
+    "functions_of_codes",
     "fuse_weight_quantizers",
+    "gates_on_codes",
     "integer_layers",
     "integer_matmul",
     "keep_levels",
@@ -182,7 +189,6 @@ __all__ = [
     "prepare_passes",
     "quantize_operands",
     "quantize_residuals",
-    "recode",
     "round_biases",
     "saturate_codes",
     "save_codes",

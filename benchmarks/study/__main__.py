@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,7 +44,7 @@ def main() -> int:
     names = tuple(options.tables) or tables.DEFAULT
     if unknown := sorted(set(names) - set(tables.TABLES)):
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(tables.TABLES)}")
-    runs = [replace(run, size=options.size) for run in tables.all_runs(names)]
+    runs = tables.all_runs(names, options.size)
     extra = ["--device", options.device, *(["--steps", str(options.steps)] if options.steps else [])]
     broken = perform(runs, options.results, options.work, options.jobs, extra, options.limit)
     print(write(options.results, options.size))

@@ -220,7 +220,7 @@ def _steps(counts: list[int]) -> str:
 
 def _measured(found: Found, size: str) -> list[tuple[Run, dict[str, Any]]]:
     """Return the runs that measured errors, in the order of the tables."""
-    wanted = [dataclasses.replace(run, size=size) for run in tables.all_runs(tuple(TABLES))]
+    wanted = tables.all_runs(tuple(TABLES), size)
     return [(run, found[run]) for run in wanted if run in found and found[run]["errors"]]
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
-from benchmarks.study.data import TEST, VALIDATION
+from benchmarks.study.data import VALIDATION
 from benchmarks.study.run import FLOAT, Run
 
 NETS: Final = (("glyphs", "resnet"), ("glyphs", "mobilenet"), ("text", "transformer"))
@@ -49,10 +49,10 @@ def _run(clip: str, **fields: object) -> Run:
 _STE: Final = {"weight_gradient": "ste", "activation_gradient": "ste"}
 
 
-def _tiny(seeds: int, *labelled: tuple[str, Run], judged: str = VALIDATION) -> Labelled:
+def _tiny(seeds: int, *labelled: tuple[str, Run]) -> Labelled:
     """Return each labelled run on the tiny text net."""
     return tuple(
-        (label, replace(run, recipe="text", net="transformer", size="tiny", judged=judged, seed=seed))
+        (label, replace(run, recipe="text", net="transformer", size="tiny", judged=VALIDATION, seed=seed))
         for label, run in labelled
         for seed in range(seeds)
     )
@@ -190,8 +190,10 @@ TABLES: Final[dict[str, Table]] = {
         against="octav",
     ),
     "clips, 8-bit activations": Table(
-        "text, tiny, 4 bits in groups of 32 for weights and 8 for tokens of activations, judged by test files",
-        _short(_tiny(3, *((clip, _run(clip, activation_bits=8)) for clip in ("max", "octav-tight")), judged=TEST)),
+        "text, 4 bits in groups of 32 for weights and 8 for tokens of activations, judged by test files",
+        _short(
+            _on(NETS[2:], *((c, _run(c, activation_bits=8, seed=s)) for s in range(3) for c in ("max", "octav-tight")))
+        ),
         against="max",
     ),
     **{
@@ -237,11 +239,14 @@ TABLES: Final[dict[str, Table]] = {
 DEFAULT: Final = tuple(name for name in TABLES if name != "digits")
 
 
-def all_runs(names: tuple[str, ...]) -> list[Run]:
-    """Return each run of some tables once, in the order of the tables; before it the run whose net it starts from."""
+def all_runs(names: tuple[str, ...], size: str = "small") -> list[Run]:
+    """Return each run of some tables once, in the order of the tables; before it the run whose net it starts from.
+
+    Of a size, those of a table with a size of its own as they are.
+    """
     runs: dict[Run, None] = {}
     for name in names:
-        for _, run in TABLES[name].runs:
+        for _, run in TABLES[name].sized(size):
             if run.parent is not None:
                 runs[run.parent] = None
             runs[run] = None

@@ -22,6 +22,7 @@ from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, remember_structure
 from octav_fx.capture.symbolic.side_effects import stores
+from octav_fx.capture.transformed import transformed
 from octav_fx.compat.modules import (
     buffers_of,
     children_of,
@@ -30,7 +31,7 @@ from octav_fx.compat.modules import (
     replace_children,
     share_parts,
 )
-from octav_fx.compat.tensors import pytree, transform
+from octav_fx.compat.tensors import pytree, transform, transforms
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
@@ -183,24 +184,30 @@ class QuantizedModule(GuardedModule):
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced(args):
             return self._graphs[self.training][0].function()(self._state_holder(), *args, **kwargs)
-        if not torch.compiler.is_compiling() and (kind := transform()) is not None:
-            self._check_transform(kind)
         if (guarded := self.holding(args, kwargs)) is not None:
             if torch.compiler.is_compiling():
                 return self._run(guarded, args, kwargs)
+            if transform() is not None:
+                return self._run_transformed(guarded, args, kwargs)
             return self._run_or_capture(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
         return self._run_new(args, kwargs)
 
-    def _check_transform(self, kind: str) -> None:
-        """Raise OctavError for a transform of torch.func that quantizers have no rule for, and write no hint in."""
+    def _run_transformed(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a graph inside of transforms of torch.func. Raises OctavError where quantizers have no rule for them."""
         quantizers = [m for m in children_of(self)[QUANTIZERS].modules() if isinstance(m, FakeQuantizer)]  # type: ignore[union-attr]
-        if quantizers and not (kind == "Vmap" and all(m.clip is not None for m in quantizers)):
+        kinds = transforms()
+        if not quantizers or (kinds == {"Vmap"} and all(m.clip is not None for m in quantizers)):
+            return self._run(guarded, args, kwargs)
+        if kinds - {"Grad", "Vmap"} or any(m.learned is not None or m.settings.sync for m in quantizers):
             raise OctavError(
-                f"{self.user_class.__name__}: quantizers have no rule for the transform {kind} of torch.func: take "
-                "gradients by torch.autograd, or use octav_fx.float_mode(q); vmap takes a frozen model"
+                f"{self.user_class.__name__}: of torch.func's transforms quantizers have rules for Grad and Vmap, and "
+                f"none where clips are learned or synchronized; here {' and '.join(sorted(kinds))} run: take gradients "
+                "by torch.autograd, or use octav_fx.float_mode(q)"
             )
+        with transformed(quantizers):
+            return guarded.function()(self._state_holder(), *args, **kwargs)
 
     def holding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedGraph | None:
         """Return the first graph of the present mode that holds for a call; None where none does."""
@@ -229,7 +236,7 @@ class QuantizedModule(GuardedModule):
             raise
         except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             # Others, such as what ends a recomputation early, are for those around the call.
-            if self.capture_again is None or transform() is not None:
+            if self.capture_again is None:
                 raise
             reason = f"the graph fails: {error}"
         with guarded.refused(args, kwargs, reason):

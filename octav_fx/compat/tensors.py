@@ -86,6 +86,12 @@ def transform() -> str | None:
     return None if interpreter is None else str(interpreter.key().name)
 
 
+def transforms() -> set[str]:
+    """Return the names of all transforms of torch.func that run."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return {str(interpreter.key().name) for interpreter in stack or ()}
+
+
 def is_functorch_wrapped(tensor: Tensor) -> bool:
     """Tell whether a tensor belongs to a transform of torch.func, and must not outlive it."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

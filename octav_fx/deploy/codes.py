@@ -15,17 +15,18 @@ from octav_fx.nn import StaticQuantizer
 from octav_fx.nn.integer import (
     code_mean,
     code_sum,
+    gated_codes,
     integer_codes,
     integer_conv,
     integer_linear,
     integer_sum,
+    lookup,
     max_pool,
-    recode,
 )
 from octav_fx.passes.convert.codes_between_layers import MOVING
 
-# Where the scale of the codes stands among the arguments.
-_SCALES: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, recode: 2}
+# Where the scale of the codes, or another tensor of their quantizer, stands among the arguments.
+_STATE: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, gated_codes: 3, lookup: 1}
 
 
 def codes_of_quantizers(
@@ -75,9 +76,9 @@ def _scale(node: fx.Node) -> str | None:
     scale: Any = None
     if node.target in (integer_conv, integer_linear):
         scale = node.kwargs.get("step")
-    elif node.op == "call_function" and node.target in _SCALES:
-        scale = node.args[_SCALES[node.target]]
-    return None if scale is None else str(scale.target).removesuffix(".scale")
+    elif node.op == "call_function" and node.target in _STATE:
+        scale = node.args[_STATE[node.target]]
+    return None if scale is None else str(scale.target).rpartition(".")[0]
 
 
 def _last(node: fx.Node) -> fx.Node:

@@ -24,7 +24,8 @@ class QATMixin:
     class QATTrainer(QATMixin, transformers.Trainer): ...
 
     teacher: a model that takes what the trained one takes and returns logits, such as the float model. In training the
-    loss is (1 - share) * loss + share * distillation_loss(logits, logits of the teacher).
+    loss is (1 - share) * loss + share * distillation_loss(logits, logits of the teacher). The teacher is put into eval
+    mode and onto the device of the Trainer, as that does with its model.
     phases: pairs of a step, or of a share of all steps as a float from 0 to 1, and a function that is then called with
     the model, once, before that step: (0.9, octav_fx.freeze) trains the last tenth with static clips. A run that is
     resumed calls those that are still to come; what earlier ones changed in the state_dict is loaded with it.
@@ -54,7 +55,7 @@ class QATMixin:
             if at < 0 or (isinstance(at, float) and at > 1) or not callable(function):
                 raise OctavError(f"phases: ({at!r}, {function!r}): a step or a share of all as a float, and a function")
         super().__init__(*args, **kwargs)
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
         self.share, self.temperature = share, temperature
         self._to_come = list(phases)
         self._first_step: int | None = None

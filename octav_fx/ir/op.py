@@ -31,6 +31,8 @@ class Trait(Enum):
     VIEW = "view"
     # Two calls with the same inputs may differ.
     RANDOM = "random"
+    # An element of the result depends on the elements of the inputs at its place alone.
+    POINTWISE = "pointwise"
     # Keeps more bits where no contraction feeds it, and where it feeds none (arXiv 2206.06501, appendix E).
     FIRST_LAYER = "first layer"
     LAST_LAYER = "last layer"

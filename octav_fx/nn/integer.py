@@ -33,9 +33,21 @@ def code_mean(*args: Any) -> Tensor:
     return torch.ops.octav.code_mean.default(*args)
 
 
-def recode(*args: Any) -> Tensor:
-    """Return the codes of one grid of the levels that codes of another have, uint8 [...] -> uint8 [...]: ops/recode."""
-    return torch.ops.octav.recode.default(*args)
+def gated_codes(
+    x: Tensor, x_scale: Tensor, gate: Tensor, step: Tensor, x_bits: int, x_signed: bool, bits: int, signed: bool
+) -> Tensor:
+    """Return the codes of levels times a gate, codes uint8 [N, C, H, W] and [N, C, 1, 1] -> uint8: ops/gated_codes."""
+    if x.dim() != 4 or gate.shape != (*x.shape[:2], 1, 1):
+        # Any other product, of the shape that both are broadcast to.
+        return integer_codes(levels(x, x_scale, x_bits, x_signed) * gate, step, bits, signed)
+    found: Tensor = torch.ops.octav.gated_codes.default(x, x_scale, gate, step, x_bits, x_signed, bits, signed)
+    return found
+
+
+def lookup(codes: Tensor, table: Tensor) -> Tensor:
+    """Return a function of each code from a table, uint8 [...] and uint8 [256] -> uint8 [...]: ops/lookup."""
+    found: Tensor = torch.ops.octav.lookup.default(codes, table)
+    return found
 
 
 def integer_conv(*args: Any, **kwargs: Any) -> Tensor:

@@ -12,17 +12,18 @@ import octav_fx.ops.dynamic_fake_quantize.op
 import octav_fx.ops.fake_quantize.op
 import octav_fx.ops.fake_quantize_filters.op
 import octav_fx.ops.fake_quantize_weights.op
+import octav_fx.ops.gated_codes.op
 import octav_fx.ops.int_matmul.op
 import octav_fx.ops.integer_codes.op
 import octav_fx.ops.integer_conv.op
 import octav_fx.ops.integer_linear.op
 import octav_fx.ops.integer_sum.op
 import octav_fx.ops.learned_fake_quantize.op
+import octav_fx.ops.lookup.op
 import octav_fx.ops.max_pool.op
 import octav_fx.ops.max_pool_gradient.op
 import octav_fx.ops.optimal_clip.op
 import octav_fx.ops.product_of_codes.op
 import octav_fx.ops.quantize.op
-import octav_fx.ops.recode.op
 import octav_fx.ops.synced_clip.op
 import octav_fx.ops.zero_clipped.op  # noqa: F401

@@ -55,10 +55,11 @@ _SIGNATURES: Final = {
     ),
     "octav_code_mean": (*(_POINTER,) * 4, *(_LONG,) * 3, *(_INT,) * 4, _FLOAT, _FLOAT),
     "octav_code_sum": (*(_POINTER,) * 6, _LONG, *(_INT,) * 6, _FLOAT, _FLOAT, _INT),
+    "octav_gated_codes": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
+    "octav_lookup": (_POINTER, _POINTER, _POINTER, _LONG, _INT),
     "octav_max_pool": (_POINTER, _POINTER, _INT, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
-    "octav_recode": (*(_POINTER,) * 4, _LONG, *(_INT,) * 5),
     "octav_operand": (_POINTER, _INT, _POINTER, _LONG, _INT, _INT, _POINTER, _INT),
     "octav_filter_codes": (
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT, _POINTER, _INT),

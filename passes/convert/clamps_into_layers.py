@@ -11,9 +11,7 @@ from torch import fx
 
 from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import op_of
 from octav_fx.nn.integer import integer_conv, integer_linear
-from octav_fx.passes.convert.multiply_codes import SAME
 
 LAYERS: Final = (integer_conv, integer_linear)
 
@@ -24,7 +22,7 @@ def clamps_into_layers(gm: fx.GraphModule) -> list[Edit]:
     for node in gm.graph.nodes:
         while is_layer(node) and len(node.users) == 1:
             (reader,) = node.users
-            bounds = _bounds(reader)
+            bounds = clamp_bounds(reader)
             if bounds is None:
                 break
             node.kwargs = {**node.kwargs, **within(node.kwargs, *bounds)}
@@ -37,13 +35,6 @@ def clamps_into_layers(gm: fx.GraphModule) -> list[Edit]:
 def is_layer(node: fx.Node) -> bool:
     """Tell whether a node is an integer layer with a float result."""
     return node.op == "call_function" and node.target in LAYERS and "step" not in node.kwargs
-
-
-def _bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
-    """Return the bounds of a node that clamps its one input, or returns it as it is; None for any other node."""
-    op = op_of(node)
-    is_same = op is not None and op.name in SAME and node.op == "call_module" and len(node.all_input_nodes) == 1
-    return (None, None) if is_same else clamp_bounds(node)
 
 
 def within(known: Any, low: float | None, high: float | None) -> dict[str, float | None]:

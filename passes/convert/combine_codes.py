@@ -21,7 +21,7 @@ from octav_fx.ir.ops import in_place
 from octav_fx.ir.pools import is_global_mean, keeps_axes, max_window
 from octav_fx.nn import IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer import code_mean, code_sum, max_pool
-from octav_fx.passes.convert.multiply_codes import SAME, is_op, is_plain_sum, result_of
+from octav_fx.passes.convert.multiply_codes import is_plain_sum, result_of
 from octav_fx.passes.convert.on_codes import OnCodes, grid_of, on_codes, put_levels
 
 
@@ -89,12 +89,8 @@ def _combine(node: fx.Node, count: int, between: list[fx.Node], reader: fx.Node,
         if not unused.users:
             graph.erase_node(unused)
     for moved in between:
-        with graph.inserting_before(moved):
-            if (window := max_window(moved)) is not None:
+        if (window := max_window(moved)) is not None:
+            with graph.inserting_before(moved):
                 moved.replace_all_uses_with(graph.call_function(max_pool, (argument(moved, "input"), *window)))
-            elif is_op(moved, *SAME):
-                moved.replace_all_uses_with(moved.all_input_nodes[0])
-            else:
-                continue
-        graph.erase_node(moved)
+            graph.erase_node(moved)
     put_levels(reader, OnCodes(reader.all_input_nodes[0], step, result.bits, result.signed))

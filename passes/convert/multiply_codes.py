@@ -24,8 +24,6 @@ from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer_rule import EXACT, CodeMean, CodeSum, Rescale, codes_of
 from octav_fx.passes.convert.saturate_codes import SELECTING
 
-# Modules that return their input in eval mode.
-SAME: Final = frozenset({"dropout", "identity"})
 _SUMS: Final = "sums"
 _MEANS: Final = "means"
 
@@ -73,7 +71,7 @@ def result_of(node: fx.Node) -> tuple[fx.Node, StaticQuantizer] | None:
         if (quantizer := quantizer_of(reader)) is not None:
             called = node.graph.find_nodes(op="call_module", target=reader.target)
             return (reader, quantizer) if len(called) == 1 else None
-        if not is_op(reader, *SELECTING, *SAME):
+        if not is_op(reader, *SELECTING):
             return None
         node = reader
     return None

@@ -142,9 +142,8 @@ def _codes(read: fx.Node, levels: fx.Node) -> fx.Node:
         ones = insert_aten(graph, aten.full.default, list(clip.shape), steps, dtype=torch.float32)
         new = insert_call(graph, octav.dequantize.default, call, {"clip": ones, "dtype": torch.bfloat16})
     else:
-        source, *_ = read.all_input_nodes
-        args = [_codes(source, levels) if argument is source else argument for argument in read.args]
-        new = insert_aten(graph, read.target, *args, **read.kwargs)
+        view = arguments_of(read)
+        new = insert_call(graph, read.target, view, {"self": _codes(view["self"], levels)})  # type: ignore[arg-type]
     # What save_codes said about computing the levels again holds for them in any form.
     new.meta.update({key: levels.meta[key] for key in ("recompute", "ac_graph_id") if key in levels.meta})
     return new

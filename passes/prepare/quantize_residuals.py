@@ -1,7 +1,8 @@
-"""Put a fake-quantizer on both inputs of a sum that joins two paths, and on the input of a global pool.
+"""Put a fake-quantizer where an integer runtime writes a tensor: joins, global pools, functions of convolutions.
 
     add(x, y)                        ->  add(quantizers.add_x(x), quantizers.add_y(y))
     adaptive_avg_pool2d(x, 1)        ->  adaptive_avg_pool2d(quantizers.pool_x(x), 1)
+    silu(batch_norm(conv2d(...)))    ->  silu(quantizers.silu_x(batch_norm(conv2d(...))))
 
     conv2d(quantizers.conv_input(x), w), add(x, y)            where the operand of conv2d has fewer bits than a sum:
         ->  z = quantizers.add_x(x)
@@ -9,8 +10,9 @@
 
 A tensor has one quantizer that reads it, the widest: whatever else reads the tensor reads its levels, narrower
 quantizers too. An integer runtime writes a tensor once, and a sum with a float operand keeps what is around it in
-float. Sums with constants, broadcast ones and those of integers are no joins. It is Config.residual_bits, off by
-default.
+float. Sums with constants, broadcast ones and those of integers are no joins. A kernel of a convolution returns codes,
+and what is then computed of each is a table of 256; a clamp needs neither, and linear layers return floats as well.
+It is Config.residual_bits, off by default.
 """
 
 from typing import Any, Final
@@ -18,19 +20,21 @@ from typing import Any, Final
 from torch import Tensor, fx
 
 from octav_fx.ir.arguments import operand_of, set_operand
+from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info, set_fake, update
-from octav_fx.ir.op import Op, Operand, Role, activation
+from octav_fx.ir.op import Op, Operand, Role, Trait, activation
 from octav_fx.ir.ops import in_place, module_of, op_of
 from octav_fx.ir.pools import is_global_mean
 from octav_fx.ir.signedness import nonnegative
 from octav_fx.ir.sites import in_scope, numbered
+from octav_fx.ir.table.layers import BATCH_NORM
 from octav_fx.nn import FakeQuantizer
 from octav_fx.passes.prepare.quantize_operands import Choose, Place, add_quantizer
 
 _SUM: Final = (activation(0, "x"), activation(1, "y"))
-_POOL: Final = (activation(0, "x"),)
+_ONE: Final = (activation(0, "x"),)
 
 
 def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
@@ -43,7 +47,7 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
         op = op_of(node)
         assert op is not None
         # A row of its own, as a user's function has, puts it into tables.
-        update(node, site=_site(node, gm.graph), op=Op(op.name, operands))
+        update(node, site=_site(node, gm.graph), op=Op(op.name, operands, traits=op.traits))
         edits += [
             _quantize(gm, node, operand, unsigned, choose)
             for operand in operands
@@ -53,10 +57,10 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
 
 
 def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...] | None:
-    """Return the operands of a sum that joins two paths or of a global pool; None for any other node."""
+    """Return the operands of a join of two paths, a global pool or a function of a convolution; else None."""
     op = op_of(node)
-    if is_global_mean(node):
-        return _POOL
+    if is_global_mean(node) or _is_function_of_convolution(node):
+        return _ONE
     if op is None or op.name != "add" or len(node.args) != 2 or node.kwargs:
         return None
     values = [fake(source) for source in node.args if isinstance(source, fx.Node)]
@@ -64,6 +68,19 @@ def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...] | No
         return None
     joins = len(values) == 2 and values[0].shape == values[1].shape and constant.isdisjoint(node.all_input_nodes)
     return _SUM if joins else None
+
+
+def _is_function_of_convolution(node: fx.Node) -> bool:
+    """Tell whether a node is a function of each element that a convolution or its norm returns, other than a clamp."""
+    op = op_of(node)
+    sources = node.all_input_nodes
+    is_function = op is not None and Trait.POINTWISE in op.traits and node.args[:1] == (*sources,)
+    if not is_function or clamp_bounds(node) is not None:
+        return False
+    before = op_of(sources[0])
+    if before is BATCH_NORM:
+        before = op_of(sources[0].all_input_nodes[0])
+    return before is not None and before.spatial > 0
 
 
 def _quantize(gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set[fx.Node], choose: Choose) -> Edit:

@@ -15,7 +15,16 @@ from octav_fx.capture.modules import IntegerModule
 from octav_fx.deploy.convert import integer_layers, rewritten, size_of
 from octav_fx.formats.grid import Grid
 from octav_fx.nn import StaticQuantizer
-from octav_fx.nn.integer import code_mean, code_sum, integer_codes, integer_conv, integer_linear, integer_sum, recode
+from octav_fx.nn.integer import (
+    code_mean,
+    code_sum,
+    gated_codes,
+    integer_codes,
+    integer_conv,
+    integer_linear,
+    integer_sum,
+    lookup,
+)
 from octav_fx.ops import onednn
 from octav_fx.passes import CONVERT
 from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, images, made, named, relative
@@ -55,13 +64,13 @@ class Codes(fx.Interpreter):
         value = super().run_node(node)
         scale = None
         match node.target:
-            case target if target is integer_codes:
+            case target if target in (integer_codes, lookup):
                 scale = node.args[1]
-            case target if target is integer_sum:
+            case target if target in (integer_sum, gated_codes):
                 scale = node.args[3]
             case target if target is code_sum:
                 scale = node.args[4]
-            case target if target in (code_mean, recode):
+            case target if target is code_mean:
                 scale = node.args[2]
             case target if target in (integer_conv, integer_linear):
                 scale = node.kwargs.get("step")
@@ -69,7 +78,7 @@ class Codes(fx.Interpreter):
         if scale is None or any(str(user.target) != str(node.target) and _moves(user) for user in node.users):
             return value
         codes = value[1] if isinstance(value, tuple) else value
-        expected = self.given[scale.target.removesuffix(".scale")].pop(0)
+        expected = self.given[scale.target.rpartition(".")[0]].pop(0)
         self.moved += int((codes != expected).sum())
         self.count += codes.numel()
         return (value[0], expected) if isinstance(value, tuple) else expected

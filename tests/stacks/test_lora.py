@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import octav_fx
+from octav_fx import OctavError
 from tests.support.pretrained import WORDS, build, text
 
 transformers = pytest.importorskip("transformers")
@@ -82,6 +83,13 @@ def test_merged_adapters_are_quantized_weights(is_before: bool) -> None:
     merged(**inputs)
     assert octav_fx.coverage(merged).skipped == []
     assert not any("lora_" in row.node for row in octav_fx.rows(merged))
+
+
+def test_what_a_merge_leaves_of_a_single_graph_is_refused() -> None:
+    q = octav_fx.quantize(adapted(build("LlamaForCausalLM")), text(), blocks=())
+    merged = q.merge_and_unload()
+    with pytest.raises(OctavError, match=r"q_proj\.base_layer of PeftModelForCausalLM would compute in float here"):
+        merged(**text())
 
 
 def tokenizer() -> Any:

@@ -150,6 +150,9 @@ def test_plots_and_errors_of_measured_runs(tmp_path):
 
 def test_every_run_of_the_tables_has_a_recipe_and_a_name_of_its_own():
     runs = tables.all_runs(tuple(tables.TABLES))
+    # In any size a table of tiny nets is of those.
+    assert {run.size for run in runs} == {"small", "tiny"}
+    assert {run.size for run in tables.all_runs(tuple(tables.TABLES), "large")} == {"large", "tiny"}
     assert len({run.name for run in runs}) == len(runs) == len(set(runs))
     for run in runs:
         assert recipes.of(run).steps > 0

@@ -1,4 +1,4 @@
-"""FSDP2 over the blocks of a quantized model: two gloo ranks, each with the same batch, are one process."""
+"""The blocks of a quantized model on two gloo ranks: sharded by FSDP2, in the stages of a pipeline."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from octav_fx import Config, quantize
+from octav_fx import Config, OctavError, quantize
 from tests.support import ranks
-from tests.support.blocks import WIDTH, Net
+from tests.support.blocks import WIDTH, Block, Net
 
 pytestmark = pytest.mark.ranks
 
@@ -66,3 +66,42 @@ def sharded(rank: int, expected: list[float]) -> None:
 def test_sharding_each_block_trains_as_one_process() -> None:
     q, batches = made()
     ranks.spawn(sharded, losses(q, batches))
+
+
+def staged(rank: int, blocks: nn.Sequential, x: Tensor, expected: list[Tensor]) -> None:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    # Slices are modules of the user's Python, over the very blocks.
+    part = blocks[:2] if rank == 0 else blocks[2:]
+    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, target: (y - target).square().mean())
+    if rank == 0:
+        schedule.step(x)
+    else:
+        schedule.step(target=x)
+    own = [p.grad for p in part.parameters()]
+    wanted = expected[: len(own)] if rank == 0 else expected[-len(own) :]
+    assert all(torch.equal(g, w) for g, w in zip(own, wanted, strict=True))
+
+
+def test_stages_of_a_pipeline_are_slices_of_blocks() -> None:
+    torch.manual_seed(5)
+    model, x = nn.Sequential(*(Block() for _ in range(4))), torch.randn(4, 5, WIDTH)
+    q = quantize(model, x, blocks=[Block])
+    one = quantize(model, x, blocks=[Block])
+    # Two parts of a batch, each with the clips of its own; the schedule scales the sum of gradients by a half.
+    for part in x.chunk(2):
+        (one(part) - part).square().mean().backward()
+    ranks.spawn(staged, q, x, [p.grad / 2 for p in one.parameters()])
+
+
+def parallelized(rank: int, q: nn.Module) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    with pytest.raises(OctavError, match="up of Block would never run this hook: the graph around it calls no such"):
+        parallelize_module(q.blocks[0], init_device_mesh("cpu", (2,)), {"up": ColwiseParallel()})
+
+
+def test_layers_inside_a_graph_are_not_parallelized() -> None:
+    ranks.spawn(parallelized, made()[0])

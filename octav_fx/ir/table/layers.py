@@ -13,6 +13,8 @@ from octav_fx.ir.op import Op, Trait, parameters
 
 aten = torch.ops.aten
 
+_POINTWISE: Final = frozenset({Trait.POINTWISE})
+
 BATCH_NORM: Final = Op(
     "batch_norm",
     target=F.batch_norm,
@@ -31,8 +33,9 @@ ACTIVATION_FUNCTIONS: Final = (
         methods=("relu", "relu_"),
         modules=(nn.ReLU,),
         nonnegative=signs.always,
+        traits=_POINTWISE,
     ),
-    Op("relu6", target=F.relu6, modules=(nn.ReLU6,), nonnegative=signs.always),
+    Op("relu6", target=F.relu6, modules=(nn.ReLU6,), nonnegative=signs.always, traits=_POINTWISE),
     Op(
         "sigmoid",
         target=torch.sigmoid,
@@ -40,8 +43,29 @@ ACTIVATION_FUNCTIONS: Final = (
         methods=("sigmoid", "sigmoid_"),
         modules=(nn.Sigmoid,),
         nonnegative=signs.always,
+        traits=_POINTWISE,
     ),
-    Op("hardsigmoid", target=F.hardsigmoid, modules=(nn.Hardsigmoid,), nonnegative=signs.always),
+    Op("hardsigmoid", target=F.hardsigmoid, modules=(nn.Hardsigmoid,), nonnegative=signs.always, traits=_POINTWISE),
+    Op("silu", target=F.silu, modules=(nn.SiLU,), traits=_POINTWISE),
+    Op("hardswish", target=F.hardswish, modules=(nn.Hardswish,), traits=_POINTWISE),
+    Op("gelu", target=F.gelu, modules=(nn.GELU,), traits=_POINTWISE),
+    Op("mish", target=F.mish, modules=(nn.Mish,), traits=_POINTWISE),
+    Op(
+        "tanh",
+        target=torch.tanh,
+        functions=(F.tanh, torch.tanh_),
+        methods=("tanh", "tanh_"),
+        modules=(nn.Tanh,),
+        traits=_POINTWISE,
+    ),
+    Op(
+        "leaky_relu",
+        target=F.leaky_relu,
+        modules=(nn.LeakyReLU,),
+        parameters=parameters("input", negative_slope=0.01),
+        traits=_POINTWISE,
+    ),
+    Op("elu", target=F.elu, modules=(nn.ELU,), parameters=parameters("input", alpha=1.0), traits=_POINTWISE),
     Op(
         "softmax",
         target=F.softmax,
@@ -50,7 +74,7 @@ ACTIVATION_FUNCTIONS: Final = (
         modules=(nn.Softmax, nn.Softmax2d),
         nonnegative=signs.always,
     ),
-    Op("softplus", target=F.softplus, modules=(nn.Softplus,), nonnegative=signs.always),
+    Op("softplus", target=F.softplus, modules=(nn.Softplus,), nonnegative=signs.always, traits=_POINTWISE),
     Op(
         "clamp",
         target=torch.clamp,
@@ -60,6 +84,7 @@ ACTIVATION_FUNCTIONS: Final = (
         parameters=parameters("input", min=None, max=None),
         aliases={"min_val": "min", "max_val": "max"},
         nonnegative=signs.clamp,
+        traits=_POINTWISE,
     ),
     Op(
         "dropout",
@@ -72,10 +97,17 @@ ACTIVATION_FUNCTIONS: Final = (
 )
 
 ARITHMETIC: Final = (
-    Op("abs", target=torch.abs, functions=(operator.abs,), methods=("abs", "abs_"), nonnegative=signs.always),
-    Op("exp", target=torch.exp, methods=("exp",), nonnegative=signs.always),
-    Op("square", target=torch.square, methods=("square",), nonnegative=signs.always),
-    Op("sqrt", target=torch.sqrt, methods=("sqrt",), nonnegative=signs.always),
+    Op(
+        "abs",
+        target=torch.abs,
+        functions=(operator.abs,),
+        methods=("abs", "abs_"),
+        nonnegative=signs.always,
+        traits=_POINTWISE,
+    ),
+    Op("exp", target=torch.exp, methods=("exp",), nonnegative=signs.always, traits=_POINTWISE),
+    Op("square", target=torch.square, methods=("square",), nonnegative=signs.always, traits=_POINTWISE),
+    Op("sqrt", target=torch.sqrt, methods=("sqrt",), nonnegative=signs.always, traits=_POINTWISE),
     Op(
         "pow",
         target=torch.pow,
@@ -83,6 +115,7 @@ ARITHMETIC: Final = (
         methods=("pow",),
         parameters=parameters("input", "exponent"),
         nonnegative=signs.power,
+        traits=_POINTWISE,
     ),
     Op(
         "add",
@@ -91,6 +124,7 @@ ARITHMETIC: Final = (
         methods=("add", "add_"),
         parameters=parameters("input", "other", alpha=1),
         nonnegative=signs.as_all("input", "other", "alpha"),
+        traits=_POINTWISE,
     ),
     Op(
         "mul",
@@ -99,6 +133,7 @@ ARITHMETIC: Final = (
         methods=("mul", "mul_"),
         parameters=parameters("input", "other"),
         nonnegative=signs.product,
+        traits=_POINTWISE,
     ),
     Op(
         "div",
@@ -107,6 +142,7 @@ ARITHMETIC: Final = (
         methods=("div", "div_"),
         parameters=parameters("input", "other"),
         nonnegative=signs.as_all("input", "other"),
+        traits=_POINTWISE,
     ),
     Op(
         "cat",
@@ -120,6 +156,7 @@ ARITHMETIC: Final = (
         target=torch.maximum,
         parameters=parameters("input", "other"),
         nonnegative=signs.as_all("input", "other"),
+        traits=_POINTWISE,
     ),
     Op(
         "mean",

@@ -162,3 +162,20 @@ def test_what_stays_in_float_is_exact_too(tmp_path):
     export_onnx(q, x, path)
     assert optimized_ops(path)["QLinearConv"] == 0
     assert relative(only(run_onnx(path, x)), convert(q)(x)) < 1e-5
+
+
+def test_silu_between_convolutions(tmp_path):
+    """One node of floats between integer kernels, which gives the same codes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.SiLU(inplace=True), nn.Conv2d(8, 8, 3, groups=8), nn.SiLU(), nn.Conv2d(8, 4, 1)
+    )
+    x = torch.randn(4, 3, 12, 12)
+    q = freeze(calibrate(quantize(net.eval(), x, Config(8, 8, residual_bits=8)), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    ops = optimized_ops(path)
+    assert ops["QuickGelu"] == ops["QLinearConv"] == 2
+    assert not set(ops) & {"Sigmoid", "Mul"}
+    # The last convolution sums eight floats in another order; a moved code would be a hundred times as far.
+    torch.testing.assert_close(only(run_onnx(path, x)), convert(q)(x), rtol=0, atol=1e-5)

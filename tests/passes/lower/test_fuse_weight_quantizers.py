@@ -10,7 +10,15 @@ from octav_fx.backend import entry
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.printer import graph_text
-from octav_fx.passes import LOWER, fuse_weight_quantizers, levels_as_read, lower_passes, save_codes, split_quantizers
+from octav_fx.passes import (
+    LOWER,
+    fuse_weight_quantizers,
+    integer_matmul,
+    levels_as_read,
+    lower_passes,
+    save_codes,
+    split_quantizers,
+)
 from tests.support.joint import joint, kept, leaf, lower, quantized, targets, unchanged, weight
 from tests.support.matmuls import forced, fuse_anywhere
 
@@ -120,9 +128,9 @@ def test_levels_that_only_backward_reads_stay() -> None:
     assert not gathered(lower(gm, split_quantizers, save_codes, forced, fuse_anywhere))
 
 
-def test_it_is_the_last_pass_and_for_gpus() -> None:
+def test_it_comes_after_those_that_replace_levels_and_is_for_gpus() -> None:
     arguments = inputs()
-    assert LOWER[-1] is fuse_weight_quantizers
+    assert LOWER.index(fuse_weight_quantizers) > LOWER.index(integer_matmul)
     assert not gathered(
         unchanged(joint(mlp, *arguments), arguments, split_quantizers, save_codes, fuse_weight_quantizers)
     )

@@ -184,3 +184,24 @@ def test_functions_of_pools():
     q = quantize(model(forward, one=nn.Conv2d(3, 4, 1)).eval(), torch.randn(2, 3, 4, 4), CONFIG)
     # One tensor, one quantizer; a pool to more than one position is none.
     assert [name for name in quantizers(q) if "one" not in name] == ["adaptive_avg_pool_x"]
+
+
+FUNCTIONS = {
+    "silu, in place, behind a norm": (lambda s, x: s.f(s.norm(s.one(x))), ["f_x"]),
+    "hardswish by hand": (lambda s, x: (y := s.one(x)) * F.relu6(y + 3) / 6, ["add_x"]),
+    "a clamp": (lambda s, x: F.relu6(s.one(x)), []),
+    "of the input": (lambda s, x: s.one(F.silu(x)), []),
+    "of a linear layer": (lambda s, x: F.gelu(s.head(x)), []),
+}
+
+
+@pytest.mark.parametrize(("forward", "expected"), FUNCTIONS.values(), ids=list(FUNCTIONS))
+def test_functions_of_convolutions(forward, expected):
+    parts = {"one": nn.Conv2d(4, 4, 1), "norm": nn.BatchNorm2d(4), "head": nn.Linear(4, 4), "f": nn.SiLU(inplace=True)}
+    x = torch.randn(2, 4, 4, 4)
+    q = quantize(model(forward, **parts).eval(), x, CONFIG)
+    named = quantizers(q)
+    assert [name for name in named if name.rpartition("_")[2] == "x"] == expected
+    for name in expected:
+        assert named[name].spec.format.bits == 8
+        assert [node.name for node in q.graph.nodes if f"quantizers_{name}" in map(str, node.all_input_nodes)]
