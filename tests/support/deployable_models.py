@@ -149,14 +149,14 @@ def observed(q: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str
                 if m.mean is None:
                     weights[name] = y.detach()
                 else:
-                    seen = Seen(args[0].detach().double() / step.double(), y.detach(), step)
+                    seen = Seen(args[0].detach().double() / step.double(), y.detach().clone(), step)
                     activations.setdefault(name, []).append(seen)
 
         elif isinstance(module, StaticQuantizer):
 
             def hook(m: StaticQuantizer, args: tuple[Tensor], y: Tensor, name: str = name) -> None:
                 position = args[0].double() / (1 if m.in_steps else m.scale.double())
-                activations.setdefault(name, []).append(Seen(position, y, m.scale))
+                activations.setdefault(name, []).append(Seen(position, y.clone(), m.scale))
 
         else:
             continue
@@ -180,7 +180,8 @@ def forced(
             def hook(m: nn.Module, args: tuple[Tensor], y: Tensor, name: str = name) -> Tensor:
                 calls = found.setdefault(name, [])
                 calls.append(y)
-                return given[name][len(calls) - 1].y
+                # What reads it may write into it.
+                return given[name][len(calls) - 1].y.clone()
 
             handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
