@@ -1,9 +1,13 @@
 """Inductor and Dynamo, as a backend of torch.compile needs them."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
+import torch
+from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._inductor import ir, list_mode_options, list_options
+from torch._inductor.codegen import cpp
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.lowering import fallback_handler, lowerings, make_pointwise, register_lowering
@@ -23,9 +27,31 @@ __all__ = [
     "ops",
     "planned_fake_mode",
     "register_lowering",
+    "vectorize_where",
 ]
 
 
 def planned_fake_mode() -> Any:
     """Return the mode in which the values of the graph that Inductor lowers are fake tensors."""
     return V.graph.fake_mode
+
+
+class _Vectorizable(list[torch.dtype]):
+    """What Inductor's code for a CPU vectorizes loops over, and another dtype in some graphs."""
+
+    def __init__(
+        self, dtypes: Iterable[torch.dtype], other: torch.dtype, where: Callable[[fx.GraphModule], bool]
+    ) -> None:
+        super().__init__(dtypes)
+        self._other, self._where = other, where
+
+    def __contains__(self, dtype: object) -> bool:
+        return super().__contains__(dtype) or (
+            dtype is self._other and self._where(cast(fx.GraphModule, V.graph.module))
+        )
+
+
+def vectorize_where(dtype: torch.dtype, where: Callable[[fx.GraphModule], bool]) -> None:
+    """Have Inductor's code for a CPU vectorize loops over a dtype in those graphs; twice does no harm."""
+    if not isinstance(cpp.VECTORIZABLE_DTYPES, _Vectorizable):
+        cpp.VECTORIZABLE_DTYPES = _Vectorizable(cpp.VECTORIZABLE_DTYPES, dtype, where)

@@ -141,3 +141,30 @@ def test_training_through_the_live_quantizer() -> None:
     assert result is None
     assert "fake_quantize_backward" in calls("\n".join(codes), "out")
     assert torch.equal(compiled.grad, eager.grad)
+
+
+def read_codes(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """What backward asks of codes, and makes of a gradient, in another order, too."""
+    codes = quantize(x.neg(), x.abs().amax() / 2, integers(8, True, None))
+    code = codes.to(torch.float32)
+    return torch.where((code >= -128) & (code <= 127), g, 0), torch.where(codes.t().to(torch.float32) > 127, g.t(), 0)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (33, 7), (1, 5)])
+def test_codes_of_two_bytes_are_read_by_vector_instructions(shape: tuple[int, int]) -> None:
+    x, g = torch.randn(shape), torch.randn(shape)
+    found, code = generated(read_codes, x, g)
+    assert "at::vec::Vectorized<int16_t>" in code or min(shape) == 1
+    for result, expected in zip(found, read_codes(x, g), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_what_else_computes_in_two_bytes_is_compiled_as_ever() -> None:
+    def function(x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize(x, clip, integers(8, True, None)), (x * 100).to(torch.int16) + 1
+
+    x, clip = torch.randn(64), torch.ones(())
+    found, code = generated(function, x, clip)
+    assert "at::vec::Vectorized<int16_t>" not in code
+    for result, expected in zip(found, function(x, clip), strict=True):
+        assert torch.equal(result, expected)
