@@ -5,6 +5,7 @@ Both are in one process and step in turn, on one thread; the minima of the time 
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -16,7 +17,12 @@ from benchmarks import result
 
 LAYERS, WIDTH, HEADS, BATCH, TOKENS = 12, 256, 4, 4, 128
 WARM_UP, STEPS = 3, 10
-BACKENDS = {"float Inductor": "inductor", "octav compiled": "octav"}
+# The arguments of compile().
+BACKENDS: dict[str, dict[str, Any]] = {
+    "float Inductor": {"backend": "inductor"},
+    "octav compiled": {"backend": "octav"},
+    "octav compiled, integer": {"backend": "octav", "options": {"integer": "auto"}},
+}
 
 
 class Block(nn.Module):
@@ -82,11 +88,11 @@ def prepared(name: str) -> nn.Module:
     """Return the model of a variant, each block of which is compiled at its first call."""
     torch.manual_seed(0)
     model: nn.Module = Encoder()
-    if name == "octav compiled":
+    if name.startswith("octav"):
         model = octav_fx.quantize(model, batch()[0], blocks=[Block])
     for block in model.modules():
         if isinstance(block, Block):
-            block.compile(backend=BACKENDS[name])
+            block.compile(**BACKENDS[name])
     return model
 
 

@@ -20,7 +20,7 @@ def test_each_block_of_both_variants_is_compiled_and_the_ratio_is_to_float(monke
 
     for name, value in {"LAYERS": 2, "WIDTH": 8, "BATCH": 2, "TOKENS": 4, "WARM_UP": 1, "STEPS": 1}.items():
         monkeypatch.setattr(blocks, name, value)
-    monkeypatch.setattr(blocks, "BACKENDS", {"float Inductor": "eager", "octav compiled": "eager"})
+    monkeypatch.setattr(blocks, "BACKENDS", dict.fromkeys(("float Inductor", "octav compiled"), {"backend": "eager"}))
     monkeypatch.setattr(blocks, "prepared", noted)
     monkeypatch.setattr(result, "write", written.__setitem__)
     blocks.main(rounds=1)
