@@ -110,7 +110,7 @@ def _by_variant(found: dict[str, Any], unit: str, title: str) -> str:
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
     variants = list(dict.fromkeys(row["variant"] for row in found["rows"]))
     cells = {(row["variant"], row["model"]): _cell(row, unit) for row in found["rows"]}
-    rows = [[variant, *(cells[variant, model] for model in models)] for variant in variants]
+    rows = [[variant, *(cells.get((variant, model), "") for model in models)] for variant in variants]
     return f"{_where(found)}.\n\n{tabulate(rows, [title, *models], 'github', disable_numparse=True)}"
 
 
@@ -134,6 +134,7 @@ _TABLES: Final[dict[str, Callable[[], str]]] = {
     "memory": _of("memory", _memory),
     "compile": _of("compile", _compile),
     "inference": _of("inference", _inference),
+    "blocks": _of("blocks", _rows),
     "bytes": _of("bytes", _rows),
     "formats": _of("formats", _rows),
     "study": _study,

@@ -10,6 +10,7 @@ from benchmarks import blocks, result
 
 
 def test_each_block_of_both_variants_is_compiled_and_the_ratio_is_to_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = ["float Inductor", "octav compiled"]
     written: dict[str, Any] = {}
     made: list[nn.Module] = []
     prepared = blocks.prepared
@@ -20,12 +21,12 @@ def test_each_block_of_both_variants_is_compiled_and_the_ratio_is_to_float(monke
 
     for name, value in {"LAYERS": 2, "WIDTH": 8, "BATCH": 2, "TOKENS": 4, "WARM_UP": 1, "STEPS": 1}.items():
         monkeypatch.setattr(blocks, name, value)
-    monkeypatch.setattr(blocks, "BACKENDS", dict.fromkeys(("float Inductor", "octav compiled"), {"backend": "eager"}))
+    monkeypatch.setattr(blocks, "BACKENDS", {name: {"backend": "eager"} for name in variants})
     monkeypatch.setattr(blocks, "prepared", noted)
     monkeypatch.setattr(result, "write", written.__setitem__)
     blocks.main(rounds=1)
     rows = written["blocks"]["rows"]
-    assert [row["variant"] for row in rows] == ["float Inductor", "octav compiled"] and rows[0]["ratio"] == 1
+    assert [row["variant"] for row in rows] == variants and rows[0]["ratio"] == 1
     for model in made:
         compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
         assert len(compiled) == 2 and all(isinstance(m, blocks.Block) for m in compiled)

@@ -99,7 +99,7 @@ def _search_rows(of: str, halvings: int, kind: int, scale: int, search: bool = T
     rows = max(2048 >> halvings, 1)
     constexprs = {**levels, "SCALE": scale, "SEARCH": search, "ROWS": rows, "HALVINGS": halvings}
     warps = min(max((rows << halvings) // 512, 1), 16)
-    options = (("enable_fp_fusion", False),)
+    options = (("enable_fp_fusion", False), *((("maxnreg", 128),) if warps == 16 else ()))
     return Row("search_rows_kernel", {**signature, **sizes}, constexprs, num_warps=warps, options=options)
 
 

@@ -173,6 +173,9 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
     unit = tensor_scale(rows.float(), form) if spec.scale == "e4m3" else clips.new_ones(())
     shares, (levels, edges) = _shares(form, spec.scale, x.device), tables_of(form, x.device)
     per_program = max(ELEMENTS // columns, 1)
+    warps = min(max(per_program * columns // 512, 1), 16)
+    # By itself an assembler may give threads of so large a program half of the registers that there are for them.
+    registers = {"maxnreg": 128} if warps == 16 and not torch.version.hip else {}
     search_rows_kernel[(triton.cdiv(count, per_program),)](
         *(rows, clips, unit, shares, levels, edges, count, n, len(shares), len(edges)),
         **kind_of(form),
@@ -180,9 +183,10 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
         SEARCH=searched,
         ROWS=per_program,
         HALVINGS=columns.bit_length() - 1,
-        num_warps=min(max(per_program * columns // 512, 1), 16),
+        num_warps=warps,
         # A product that is added would be rounded once instead of twice.
         enable_fp_fusion=False,
+        **registers,
     )
     out.copy_(shared.of_rows(clips, x.shape))
     return True
