@@ -284,12 +284,11 @@ class QuantizedModule(GuardedModule):
         """Return what computes the present state in eval mode; None where the graph itself does."""
         if self._simulates or not self._is_frozen():
             return None
-        if torch.compiler.is_compiling():
-            # Compiled code cannot ask whether it is of the present state.
-            if self._rule is None:
-                not_compiled(self.refresh)
-        elif self._rule is None or not self._rule.is_of(self):
-            self.refresh()
+        # Compiled code cannot ask whether it is of the present state.
+        is_old = self._rule is None or (not torch.compiler.is_compiling() and not self._rule.is_of(self))
+        if is_old:
+            # Nor does Dynamo go through what makes it, which it would where it compiles what is called from here.
+            not_compiled(self.refresh)
         assert self._rule is not None
         return self._rule.module
 

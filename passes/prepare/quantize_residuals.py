@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from torch import Tensor, fx
 
-from octav_fx.ir.arguments import operand_of, set_operand
+from octav_fx.ir.arguments import arguments, operand_of, set_operand
 from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
@@ -74,7 +74,7 @@ def _is_function_of_convolution(node: fx.Node) -> bool:
     """Tell whether a node is a function of each element that a convolution or its norm returns, other than a clamp."""
     op = op_of(node)
     sources = node.all_input_nodes
-    is_function = op is not None and Trait.POINTWISE in op.traits and node.args[:1] == (*sources,)
+    is_function = op is not None and Trait.POINTWISE in op.traits and list(arguments(node).values())[:1] == sources
     if not is_function or clamp_bounds(node) is not None:
         return False
     before = op_of(sources[0])

@@ -201,7 +201,7 @@ assert out.shape == (2, 4) and "octav_fx" in sys.modules
 REFUSED = {
     "unknown option": (
         {"options": {"weight_bit": 4}},
-        r"no weight_bit; .* takes weight_bits, .*overrides, integer, keep, solve, inductor",
+        r"no weight_bit; .* takes weight_bits, .*overrides, integer, keep, backward, solve, inductor",
     ),
     "a list of options": ({"options": {"bits": 4, "bit": 4}}, r"options has no bit, bits;"),
     "unknown option of Inductor": (

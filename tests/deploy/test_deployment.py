@@ -78,7 +78,9 @@ def test_codes_of_every_quantizer_are_found(name, bits):
     found, expected = (codes_of_quantizers(c, inputs, {}) for c in (converted, levels))
     activations = {name for name, part in levels.named_modules() if isinstance(part, StaticQuantizer)}
     assert found.keys() == expected.keys() == activations
-    assert max(moved(found, expected).values()) < 0.1
+    # A code that moves moves those behind it, here through 60 layers of random weights; of other tensors nearly all
+    # codes would differ.
+    assert max(moved(found, expected).values()) < 0.25
 
 
 @pytest.mark.models
