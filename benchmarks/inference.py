@@ -78,7 +78,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [batch, 128] -> logits [batch, 128, 1000]."""
-        logits: Tensor = self.head(self.blocks(self.tokens(tokens), self.mask))
+        logits: Tensor = self.head(self.blocks(self.tokens(tokens), self.mask, is_causal=True))
         return logits
 
 
