@@ -80,6 +80,12 @@ def replace(node: fx.Node, by: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def recompute_as(source: fx.Node, node: fx.Node) -> fx.Node:
+    """Have backward compute a node again where save_codes said so of another one, which it stands for; return it."""
+    node.meta.update({key: source.meta[key] for key in ("recompute", "ac_graph_id") if key in source.meta})
+    return node
+
+
 def erase_unread(node: fx.Node, targets: frozenset[Any]) -> None:
     """Erase a call of these targets that nobody reads, and then what only it read, and so on."""
     if node.users or node.target not in targets:

@@ -20,12 +20,12 @@ from typing import Final, NamedTuple
 import torch
 from torch import fx
 
-from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
-from octav_fx.ir.joint import CONVERT, COPIES, backward_of, erase_unread, origin, replace, results_of
+from octav_fx.ir.joint import CONVERT, COPIES, backward_of, erase_unread, origin, recompute_as, replace, results_of
 from octav_fx.ir.meta import fake
+from octav_fx.ops.product_of_codes.reference import grid_of
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
@@ -138,15 +138,13 @@ def _codes(read: fx.Node, levels: fx.Node) -> fx.Node:
     graph, call = read.graph, arguments_of(levels)
     if read is levels:
         # Where the clip is as many steps, levels are codes.
-        clip, steps = fake(call.clip), float(_grid(levels).steps)
+        clip, steps = fake(call.clip), float(grid_of(call.spec).steps)
         ones = insert_aten(graph, aten.full.default, list(clip.shape), steps, dtype=torch.float32)
         new = insert_call(graph, octav.dequantize.default, call, {"clip": ones, "dtype": torch.bfloat16})
     else:
         view = arguments_of(read)
         new = insert_call(graph, read.target, view, {"self": _codes(view["self"], levels)})  # type: ignore[arg-type]
-    # What save_codes said about computing the levels again holds for them in any form.
-    new.meta.update({key: levels.meta[key] for key in ("recompute", "ac_graph_id") if key in levels.meta})
-    return new
+    return recompute_as(levels, new)
 
 
 def _times_step(g: fx.Node, factor: _Factor, axis: int) -> fx.Node:
@@ -166,8 +164,8 @@ def _times(node: fx.Node, factor: _Factor, axis: int | None) -> fx.Node:
 
 def _step(factor: _Factor, dimensions: int, axis: int | None) -> fx.Node:
     """Return the step, or the steps along an axis of a tensor of so many dimensions."""
-    graph, clip = factor.read.graph, arguments_of(factor.levels).clip
-    step = insert_aten(graph, aten.div.Tensor, clip, float(_grid(factor.levels).steps))
+    graph, call = factor.read.graph, arguments_of(factor.levels)
+    step = insert_aten(graph, aten.div.Tensor, call.clip, float(grid_of(call.spec).steps))
     if axis is None:
         return step
     shape = [-1 if i == axis else 1 for i in range(dimensions)]
@@ -176,12 +174,6 @@ def _step(factor: _Factor, dimensions: int, axis: int | None) -> fx.Node:
 
 def _narrow(node: fx.Node) -> fx.Node:
     return insert_aten(node.graph, CONVERT, node, torch.bfloat16)
-
-
-def _grid(levels: fx.Node) -> Grid:
-    plain = spec_of(arguments_of(levels).spec).plain
-    assert plain is not None
-    return plain[0]
 
 
 def _done(node: fx.Node, factors: tuple[_Factor, ...]) -> list[Edit]:

@@ -12,15 +12,13 @@ forward and backward, and dw is converted back twice: four passes over all weigh
 Kernels of one position and depthwise kernels lie the same way in both layouts and stay as they are.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
 from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import Arguments, arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit, insert_aten
-from octav_fx.ir.joint import gradients_of, replace
+from octav_fx.ir.joint import gradients_of, recompute_as, replace
 from octav_fx.ir.meta import fake
 
 octav, aten = torch.ops.octav, torch.ops.aten
@@ -74,7 +72,8 @@ def _rewrite(node: fx.Node, call: Arguments) -> None:
         quantized = insert_call(graph, octav.fake_quantize_filters.default, call, filters=rows)
         shaped = insert_aten(graph, aten.view.default, quantized, [channels, *spatial, inputs])
         y = insert_aten(graph, aten.permute.default, shaped, [0, 3, 1, 2])
-    _keep_tags(node, (quantized, shaped, y))
+    for new in (quantized, shaped, y):
+        recompute_as(node, new)
     replace(node, y)
     for gradient in gradients:
         with graph.inserting_before(gradient):
@@ -82,10 +81,3 @@ def _rewrite(node: fx.Node, call: Arguments) -> None:
             flat = insert_call(graph, octav.fake_quantize_filters_backward.default, asked, filters=rows)
             dw = insert_aten(graph, aten.view.default, flat, list(fake(w).shape))
         replace(gradient, dw)
-
-
-def _keep_tags(source: fx.Node, targets: tuple[fx.Node, ...]) -> None:
-    """Have what the node became recomputed where save_codes said so of the node."""
-    tags: dict[str, Any] = {k: source.meta[k] for k in ("recompute", "ac_graph_id") if k in source.meta}
-    for target in targets:
-        target.meta.update(tags)

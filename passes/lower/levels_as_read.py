@@ -22,7 +22,7 @@ from torch import fx
 
 from octav_fx.ir.calls import arguments_of, insert_call, update_arguments
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.joint import CONVERT, erase_unread, replace
+from octav_fx.ir.joint import CONVERT, erase_unread, recompute_as, replace
 from octav_fx.ir.meta import fake
 
 octav = torch.ops.octav
@@ -67,8 +67,7 @@ def _write(levels: fx.Node, dtype: torch.dtype) -> None:
     call = arguments_of(levels)
     with levels.graph.inserting_before(levels):
         new = insert_call(levels.graph, levels.target, call, dtype=dtype)  # type: ignore[arg-type]
-    # What save_codes said about recomputing the levels holds for them in any dtype.
-    new.meta.update({key: levels.meta[key] for key in ("recompute", "ac_graph_id") if key in levels.meta})
+    recompute_as(levels, new)
     for conversion in list(levels.users):
         replace(conversion, new)
     levels.graph.erase_node(levels)
