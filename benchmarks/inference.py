@@ -133,17 +133,18 @@ def _ours(case: Case, config: Config) -> nn.Module:
     return made
 
 
-def _our_file(case: Case, config: Config) -> Path:
-    def write() -> Path:
-        path = case.folder / f"ours-{config.weight_bits}-{config.activation_bits}-{config.residual_bits}.onnx"
-        octav_fx.export_onnx(_ours(case, config), case.x, path)
-        return path
-
-    return Path(case.once(f"file {config!r}", write))
+def _our_file(case: Case, config: Config, target: str) -> Path:
+    path = case.folder / f"{target}-{config.weight_bits}-{config.activation_bits}-{config.residual_bits}.onnx"
+    octav_fx.export_onnx(_ours(case, config), case.x, path, target=target)
+    return path
 
 
 def _our_onnx(config: Config) -> Make:
-    return lambda case: _session(_our_file(case, config), case.x)
+    return lambda case: _session(_our_file(case, config, "onnxruntime"), case.x)
+
+
+def _our_openvino(config: Config) -> Make:
+    return lambda case: _in_openvino(_our_file(case, config, "openvino"), case.x)
 
 
 def _in_openvino(path: Path, x: Tensor) -> Run:
@@ -224,7 +225,8 @@ VARIANTS: Final[dict[str, tuple[Make, str]]] = {
     "octav_fx W8A8 onnxruntime, residual_bits=None": (_our_onnx(_bits(8, 8, None)), FLOAT),
     OPENVINO: (lambda case: _in_openvino(_float_file(case), case.x), OPENVINO),
     "NNCF on OpenVINO": (_nncf, OPENVINO),
-    "octav_fx W8A8 OpenVINO": (lambda case: _in_openvino(_our_file(case, _bits(8, 8)), case.x), OPENVINO),
+    "octav_fx W8A8 OpenVINO": (_our_openvino(_bits(8, 8)), OPENVINO),
+    "octav_fx W4A4 OpenVINO": (_our_openvino(_bits(4, 4)), OPENVINO),
     EAGER: (_eager(torch.float32), EAGER),
     "bfloat16 PyTorch eager": (_eager(torch.bfloat16), EAGER),
     "octav_fx W8A8 eager": (_our_torch(_bits(8, 8), is_compiled=False), EAGER),
@@ -241,7 +243,7 @@ VARIANTS: Final[dict[str, tuple[Make, str]]] = {
 _NEEDS: Final = {
     OPENVINO: ("openvino",),
     "NNCF on OpenVINO": ("nncf", "openvino"),
-    "octav_fx W8A8 OpenVINO": ("openvino",),
+    **{f"octav_fx {bits} OpenVINO": ("openvino",) for bits in ("W8A8", "W4A4")},
     "torchao's x86 flow, Inductor": ("torchao",),
 }
 

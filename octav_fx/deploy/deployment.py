@@ -1,6 +1,7 @@
 """deployment(): what a deployed model stores for each operand, how it runs, and how far it is from the frozen one."""
 
 import copy
+import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from octav_fx.capture.inputs import as_inputs, tensors_of
+from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
 from octav_fx.capture.rerun import run_once
@@ -100,10 +101,10 @@ def deployment(
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
             path = Path(folder) / "model.onnx"
-            export_onnx(q, example_inputs, path)
+            export_onnx(q, example_inputs, path, dynamic_batch=False)
         onnx_outputs = list(run_onnx(path, example_inputs).values())
         onnx_bytes = Path(path).stat().st_size
-        measured = latencies(q, converted, path, call) if latency else {}
+        measured = _latencies(q, converted, path, call, Path(folder)) if latency else {}
     return Deployment(
         rows=_rows(quantized, levels, shares, dict(integer_layers(converted))),
         float_bytes=_float_bytes(quantized),
@@ -113,6 +114,16 @@ def deployment(
         onnx_difference=_relative(onnx_outputs, tensors_of(frozen)),
         latency=measured,
     )
+
+
+def _latencies(
+    q: nn.Module, converted: nn.Module, path: str | os.PathLike[str], call: Inputs, folder: Path
+) -> dict[str, float | str]:
+    files: dict[str, str | os.PathLike[str]] = {"onnxruntime": path}
+    if importlib.util.find_spec("openvino") is not None:
+        files["openvino"] = folder / "openvino.onnx"
+        export_onnx(q, call.kwargs or call.args, files["openvino"], target="openvino", dynamic_batch=False)
+    return latencies(q, converted, files, call)
 
 
 def _rows(

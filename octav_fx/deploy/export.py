@@ -32,8 +32,9 @@ def export_onnx(
     Weights are int4 or int8 initializers with a scale for each channel, or for each group; activations pass
     QuantizeLinear and DequantizeLinear with static scales as uint8, with a zero point where they are signed. A batch
     norm is in scales, of its sign, and biases. target: "onnxruntime", a graph that it computes in integers, and
-    convert(q) to the bit where layers, sums and pools read and make codes; "tensorrt", signed integers with zero points
-    of zero, as TensorRT takes them; "exact", the same integers as float arithmetic, for any runtime.
+    convert(q) to the bit where layers, sums and pools read and make codes; "openvino", with every rounding
+    where its kernels make it, and those codes but for ties; "tensorrt", signed integers with zero points of zero, as
+    TensorRT takes them; "exact", the same integers as float arithmetic, for any runtime.
     example_inputs: as for quantize(). With dynamic_batch the first axis of every input that has the size of the first
     one's is free. The file is written whole or not at all. Raises OctavError for a model that is not frozen or is not
     float32, for an op that ONNX lacks, for what the target cannot say, for an unknown target, and for a path that

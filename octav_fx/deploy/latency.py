@@ -1,10 +1,9 @@
 """How long a model takes in each runtime that is installed, float and deployed."""
 
-import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +20,13 @@ _ROUNDS: Final = 10
 _Run = Callable[[], Any]
 
 
-def latencies(q: nn.Module, converted: nn.Module, path: str | os.PathLike[str], call: Inputs) -> dict[str, float | str]:
+def latencies(
+    q: nn.Module, converted: nn.Module, files: Mapping[str, str | os.PathLike[str]], call: Inputs
+) -> dict[str, float | str]:
     """Return the least milliseconds of ten calls of each, or why it does not run: float and ours, in each runtime.
 
-    The variants take turns, as the load of a machine changes. Compiled ones are compiled first, which takes its time.
+    files: of the deployed model, by the target that they are for. The variants take turns, as the load of a machine
+    changes. Compiled ones are compiled first, which takes its time.
     """
     args, kwargs = call
     with tempfile.TemporaryDirectory() as folder, in_eval_mode(q), users_own(q), torch.no_grad():
@@ -36,10 +38,10 @@ def latencies(q: nn.Module, converted: nn.Module, path: str | os.PathLike[str], 
             "float, OpenVINO": lambda: _in_openvino(own, call),
             "integers, PyTorch": lambda: lambda: converted(*args, **kwargs),
             "integers, compiled": lambda: _compiled(converted, call, "octav"),
-            "integers, onnxruntime": lambda: onnx_runner(path, call),
-            "integers, OpenVINO": lambda: _in_openvino(path, call),
+            "integers, onnxruntime": lambda: onnx_runner(files["onnxruntime"], call),
+            "integers, OpenVINO": lambda: _in_openvino(files["openvino"], call),
         }
-        if importlib.util.find_spec("openvino") is None:
+        if "openvino" not in files:
             variants = {name: make for name, make in variants.items() if "OpenVINO" not in name}
         return _measured(variants)
 

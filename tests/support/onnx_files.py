@@ -1,6 +1,7 @@
 """ONNX files of deployed models: small nets to write, and a file run with every layer reading what it is given."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -58,20 +59,24 @@ def optimized_ops(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(optimized).graph.node)
 
 
-def with_given_activations(path: Path) -> tuple[bytes, list[tuple[str, str]]]:
-    """The model with every activation read from an input, and its codes an output: (quantizer, output of it).
+def with_given_activations(path: Path, given: dict[str, list[Seen]]) -> tuple[bytes, dict[str, Seen]]:
+    """The model with every activation read from an input, and its levels an output: call -> what is given to it.
 
-    What is given is rounded again, to itself: the pattern that runtimes fuse stays whole.
+    A call is named quantizers.<quantizer>/<value>; its input is <call>.given, its output <call>.levels. What is given
+    is rounded again, to itself: the pattern that runtimes fuse stays whole.
     """
     model = onnx.load(path)
-    graph, found = model.graph, []
-    readers = {name: node for node in graph.node for name in node.input}
-    for quantizer in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        # <quantizer>/<value>.quantize
-        call, output = quantizer.name.removesuffix(".quantize"), quantizer.output[0]
-        clip = readers.get(output)
-        chain = [quantizer, *([clip] if clip is not None and clip.name == f"{call}.clip" else [])]
-        previous = quantizer.input[0]
+    graph = model.graph
+    calls: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        # quantizers.<quantizer>/<value>.<step>
+        if node.name.startswith("quantizers.") and "/" in node.name:
+            calls.setdefault(node.name.rpartition(".")[0], []).append(node)
+    assert Counter(call.partition("/")[0] for call in calls) == {name: len(seen) for name, seen in given.items()}
+    order = {name: iter(seen) for name, seen in given.items()}
+    values = {call: next(order[call.partition("/")[0]]) for call in calls}
+    for call, chain in calls.items():
+        previous = chain[0].input[0]
         for node in chain:
             copied = onnx.NodeProto()
             copied.CopyFrom(node)
@@ -79,32 +84,25 @@ def with_given_activations(path: Path) -> tuple[bytes, list[tuple[str, str]]]:
             copied.input[0], copied.output[0] = previous, f"{node.output[0]}.seen"
             previous = copied.output[0]
             graph.node.append(copied)
-        levels = helper.make_node(
-            "DequantizeLinear", [previous, *quantizer.input[1:3]], [f"{call}.levels"], name=f"{call}.levels"
-        )
-        levels.attribute.extend(quantizer.attribute)
-        graph.node.append(levels)
-        quantizer.input[0] = f"{call}.given"
-        graph.input.append(helper.make_tensor_value_info(f"{call}.given", TensorProto.FLOAT, None))
+        graph.node[-1].output[0] = f"{call}.levels"
+        chain[0].input[0] = f"{call}.given"
+        graph.input.append(helper.make_tensor_value_info(f"{call}.given", TensorProto.FLOAT, values[call].y.shape))
         graph.output.append(helper.make_tensor_value_info(f"{call}.levels", TensorProto.FLOAT, None))
-        found.append((call.partition("/")[0], call))
-    return model.SerializeToString(), found
+    return model.SerializeToString(), values
 
 
 def computed(
-    path: Path, inputs: tuple[Tensor, ...], given: dict[str, list[Seen]]
+    path: Path,
+    inputs: tuple[Tensor, ...],
+    given: dict[str, list[Seen]],
+    run: Callable[[bytes, dict[str, Tensor]], dict[str, Tensor]] = run_onnx,
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """The output of an ONNX file and what its quantizers return, where every layer reads the levels given."""
-    model, calls = with_given_activations(path)
-    assert sorted(name for name, _ in calls) == sorted(name for name, seen in given.items() for _ in seen)
+    model, values = with_given_activations(path, given)
     names = [value.name for value in onnx.load(path).graph.input]
-    feed = dict(zip(names, inputs, strict=True))
-    count: dict[str, int] = {}
-    for name, call in calls:
-        feed[f"{call}.given"] = given[name][count.get(name, 0)].y
-        count[name] = count.get(name, 0) + 1
-    outputs = run_onnx(model, feed)
+    feed = dict(zip(names, inputs, strict=True)) | {f"{call}.given": seen.y for call, seen in values.items()}
+    outputs = run(model, feed)
     found: dict[str, list[Tensor]] = {}
-    for name, call in calls:
-        found.setdefault(name, []).append(outputs[f"{call}.levels"])
+    for call in values:
+        found.setdefault(call.partition("/")[0], []).append(outputs[f"{call}.levels"])
     return next(iter(outputs.values())), found

@@ -4,8 +4,9 @@ from typing import Final
 
 from octav_fx.deploy.targets.onnx import EXACT, Target
 from octav_fx.deploy.targets.onnxruntime import ONNXRUNTIME
+from octav_fx.deploy.targets.openvino import OPENVINO
 from octav_fx.deploy.targets.tensorrt import TENSORRT
 
-TARGETS: Final[tuple[Target, ...]] = (ONNXRUNTIME, TENSORRT, EXACT)
+TARGETS: Final[tuple[Target, ...]] = (ONNXRUNTIME, OPENVINO, TENSORRT, EXACT)
 
 __all__ = ["TARGETS", "Target"]

@@ -139,6 +139,30 @@ def activation_in_bytes(graph: Graph, key: str, quantizer: StaticQuantizer, sour
     return nodes
 
 
+def clipped_activation(
+    graph: Graph, key: str, quantizer: StaticQuantizer, source: str, output: str, byte: Grid
+) -> list[Any]:
+    """Return QuantizeLinear to the codes of a byte, DequantizeLinear, and zero points of zero; Clip before the two.
+
+    A Clip where the quantizer saturates before the byte does, Relu where it does so at zero alone. It is exact, as
+    rounding is monotone.
+    """
+    (low, high), call = quantizer.range, f"{key}/{output}"
+    scale = graph.constant(f"{key}.scale", "FLOAT", quantizer.scale)
+    zero = graph.constant(f"{key}.zero", "INT8" if byte.signed else "UINT8", torch.zeros_like(quantizer.scale))
+    nodes = []
+    if (low, high) == (0, byte.high) and byte.signed:
+        nodes.append(graph.node("Relu", [source], f"{call}.positive"))
+    elif (low, high) != (byte.low, byte.high):
+        ends = {"low": low, "high": high}
+        bounds = [graph.constant(f"{key}.{name}", "FLOAT", code * quantizer.scale) for name, code in ends.items()]
+        nodes.append(graph.node("Clip", [source, *bounds], f"{call}.clipped"))
+    source = nodes[-1].output[0] if nodes else source
+    nodes.append(graph.node("QuantizeLinear", [source, scale, zero], f"{call}.codes", f"{call}.quantize"))
+    nodes.append(graph.node("DequantizeLinear", [f"{call}.codes", scale, zero], output, f"{call}.dequantize"))
+    return nodes
+
+
 def bias_in_float(graph: Graph, key: str, bias: IntegerBias, output: str) -> list[Any]:
     """Return no node: a constant."""
     graph.constant(output, "FLOAT", bias())

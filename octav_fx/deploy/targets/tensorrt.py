@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from octav_fx.deploy.targets.graph import Graph
-from octav_fx.deploy.targets.onnx import Target, bias_in_float, dequantized, is_operand
+from octav_fx.deploy.targets.onnx import Target, bias_in_float, clipped_activation, dequantized, is_operand
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
 from octav_fx.nn import IntegerWeight, StaticQuantizer
@@ -51,29 +51,16 @@ def _is_alone(graph: Graph, weight: str) -> bool:
 
 
 def _activation(graph: Graph, key: str, quantizer: StaticQuantizer, source: str, output: str) -> list[Any]:
-    low, high = quantizer.range
     if quantizer.dim is not None:
         raise OctavError(
             f"{key}: TensorRT takes one scale for an activation: quantize with Config(activation_granularity='tensor')"
         )
-    if high > _BYTE.high:
+    if (high := quantizer.range[1]) > _BYTE.high:
         raise OctavError(
             f"{key}: codes up to {high} are no signed bytes, the only ones that TensorRT takes: quantize with "
             "Config(signed_activations=True), or with 7 bits"
         )
-    scale = graph.constant(f"{key}.scale", "FLOAT", quantizer.scale)
-    zero = graph.constant(f"{key}.zero", "INT8", torch.zeros_like(quantizer.scale))
-    call, nodes = f"{key}/{output}", []
-    if (low, high) == (0, _BYTE.high):
-        nodes.append(graph.node("Relu", [source], f"{call}.positive"))
-    elif (low, high) != (_BYTE.low, _BYTE.high):
-        ends = {"low": low, "high": high}
-        bounds = [graph.constant(f"{key}.{name}", "FLOAT", code * quantizer.scale) for name, code in ends.items()]
-        nodes.append(graph.node("Clip", [source, *bounds], f"{call}.clipped"))
-    source = nodes[-1].output[0] if nodes else source
-    nodes.append(graph.node("QuantizeLinear", [source, scale, zero], f"{call}.codes", f"{call}.quantize"))
-    nodes.append(graph.node("DequantizeLinear", [f"{call}.codes", scale, zero], output, f"{call}.dequantize"))
-    return nodes
+    return clipped_activation(graph, key, quantizer, source, output, _BYTE)
 
 
 TENSORRT: Final = Target("tensorrt", _weight, _activation, bias_in_float)
