@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
+from torch._guards import TracingContext
 from torch._inductor import ir, list_mode_options, list_options
 from torch._inductor.codegen import cpp
 from torch._inductor.compile_fx import compile_fx
@@ -17,6 +18,7 @@ __all__ = [
     "CustomGraphPass",
     "ShortenTraceback",
     "compile_fx",
+    "drop_guards",
     "fallback_handler",
     "get_hash_for_files",
     "ir",
@@ -34,6 +36,24 @@ __all__ = [
 def planned_fake_mode() -> Any:
     """Return the mode in which the values of the graph that Inductor lowers are fake tensors."""
     return V.graph.fake_mode
+
+
+def drop_guards(objects: Iterable[str]) -> None:
+    """Let Dynamo guard none of some objects, nor what they hold, in the graph that it is compiling.
+
+    objects: where they come from, L['self']._modules['fc']. Whether two tensors are one is guarded still.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    within = tuple(f"{name}{end}" for name in objects for end in (".", "["))
+    guards = context.guards_context.dynamo_guards
+    known = list(guards)
+    guards.clear()
+    for guard in known:
+        is_dropped = f"{guard.name}.".startswith(within)
+        if not is_dropped or guard.inner_create_fn().__name__ == "DUPLICATE_INPUT":
+            guards.add(guard)
 
 
 class _Vectorizable(list[torch.dtype]):
