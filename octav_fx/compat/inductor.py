@@ -6,17 +6,20 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
+from torch._guards import TracingContext
 from torch._inductor import ir, list_mode_options, list_options
 from torch._inductor.codegen import cpp
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.lowering import fallback_handler, lowerings, make_pointwise, register_lowering
 from torch._inductor.virtualized import V, ops
+from torch.utils._ordered_set import OrderedSet
 
 __all__ = [
     "CustomGraphPass",
     "ShortenTraceback",
     "compile_fx",
+    "drop_guards",
     "fallback_handler",
     "get_hash_for_files",
     "ir",
@@ -34,6 +37,23 @@ __all__ = [
 def planned_fake_mode() -> Any:
     """Return the mode in which the values of the graph that Inductor lowers are fake tensors."""
     return V.graph.fake_mode
+
+
+def drop_guards(objects: Iterable[str]) -> None:
+    """Let Dynamo guard none of some objects, nor what they hold, in the graph that it is compiling.
+
+    objects: where they come from, L['self']._modules['fc']. Whether two tensors are one is guarded still.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    within = tuple(f"{name}{end}" for name in objects for end in (".", "["))
+
+    def is_kept(guard: Any) -> bool:
+        return not f"{guard.name}.".startswith(within) or guard.inner_create_fn().__name__ == "DUPLICATE_INPUT"
+
+    guards = context.guards_context.dynamo_guards
+    context.guards_context.dynamo_guards = type(guards)(OrderedSet(filter(is_kept, guards)))
 
 
 class _Vectorizable(list[torch.dtype]):

@@ -76,7 +76,9 @@ def _by_onednn(call: Call) -> onednn.Run | None:
         return None
     zero = onednn.zero_point(call.x_bits, call.x_signed)
     scale = onednn.channel_scale(call.x_scale, call.w_scale, call.shape[0])
-    packed = torch.ops.onednn.qconv_prepack(w, scale, 1.0, zero, *window, None)
+    # Packed for images of one size, which says how oneDNN goes about it; for others it may lay the weight out anew.
+    shape = list(call.x.shape) if call.x.numel() else None
+    packed = torch.ops.onednn.qconv_prepack(w, scale, 1.0, zero, *window, shape)
     bias = onednn.bias_levels(call.bias, scale, call.fraction)
     operands = 1.0, zero, packed, scale, onednn.zeros(call.shape[0]), bias, *window
     last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
