@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import octav_fx
 from octav_fx.capture.modules import quantized_modules
-from tests.support.alike import assert_follows, silent_quantizers
+from tests.support.alike import assert_follows, quantized_alike, silent_quantizers
 
 x, longer, one = (torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8))
 Step = Any
@@ -351,6 +351,18 @@ def remembers_its_last_result(self: Any, x: Tensor) -> Tensor:
     return y if last is None else y + last
 
 
+@case((x,), (x,), (longer,), (x,))
+class KeepsATableInABuffer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(float(x.shape[1]))[:, None]
+        return self.b(self.a(x)) + self.table
+
+
 @case((x,), (x,), training=True)
 class HasAGeneratorOfPython(Net):
     def __init__(self) -> None:
@@ -438,6 +450,10 @@ def test_what_is_stored_under_a_private_name_takes_part_in_one_graph() -> None:
     assert octav_fx.coverage(q).quantized_macs == octav_fx.coverage(q).total_macs
     assert len(quantized_modules(q)) == 1
     assert q._loss.requires_grad
+
+
+def test_a_table_in_a_buffer_is_made_before_the_graph() -> None:
+    quantized_alike(KeepsATableInABuffer(), (x,), (longer[:, :5],))
 
 
 def test_what_a_branch_of_cond_on_data_calls_stays_float() -> None:

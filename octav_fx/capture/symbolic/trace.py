@@ -46,7 +46,7 @@ class Capture:
     stored: tuple[str, ...]
     # Attributes that forward both reads and changes: a graph that should follow them must not change them again.
     remembered: tuple[str, ...]
-    # Those of them that were None or not there, as a guard asks, and are set to tensors of the call.
+    # Those of them that were None, not there or of another shape, as a guard asks, and are set to tensors of the call.
     begun: tuple[str, ...]
     # What code has a part of forward recomputed in backward, which the graph does not, and where, as file:line.
     recomputed: Mapping[CodeType, str]
@@ -120,8 +120,8 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         modes,
         notes=tuple(tracer.notes),
         stored=tuple(tracer.stored),
-        remembered=tuple(named.values()),
-        begun=tuple(named[key] for key in begun),
+        remembered=(*named.values(), *tracer.resized),
+        begun=(*(named[key] for key in begun), *tracer.resized),
         recomputed=tracer.recomputed,
     )
 

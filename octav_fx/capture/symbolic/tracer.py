@@ -79,6 +79,8 @@ class ValueTracer(fx.Tracer):
     notes: list[str] = field(default_factory=list)
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
+    # Those of them that it read first, and sets to a tensor of another shape: a table for another length.
+    resized: list[str] = field(default_factory=list)
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
     # What has the value of a node since forward wrote into it.
     latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
