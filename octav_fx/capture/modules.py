@@ -31,7 +31,7 @@ from octav_fx.compat.modules import (
     replace_children,
     share_parts,
 )
-from octav_fx.compat.tensors import pytree, transform, transforms
+from octav_fx.compat.tensors import is_sharded, pytree, transform, transforms
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
@@ -369,6 +369,18 @@ class WholeModule:
         super().train(mode)  # type: ignore[misc]
         vars(self)[GRAPHS].follow(mode)
         return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter as the user's class does, but none of parallelize_module, whose products give parts of sums.
+
+        Those of FSDP2 do not come this way, and are whole when the graph runs.
+        """
+        if param is not None and is_sharded(param):
+            raise OctavError(
+                f"{name} of {type(self).__name__} is sharded by tensor parallelism, which no graph runs: shard blocks "
+                "by torch.distributed.fsdp.fully_shard, or make them stages of a pipeline"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         vars(self)[GRAPHS].forget()

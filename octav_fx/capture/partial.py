@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.held import is_permitted
 from octav_fx.capture.inputs import Inputs, call_of
+from octav_fx.capture.module_state import without_history
 from octav_fx.capture.modules import GRAPHS, graphs_of
 from octav_fx.capture.replaced import STRUCTURE, is_changed, remember_structure
 from octav_fx.errors import OctavError
@@ -53,6 +54,8 @@ class PartialModule:
         return _restore, (type(self).__mro__[2], self._state(), replace(self.octav_partial, example=None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner: Any = self
+        memo.update(without_history(owner))
         copied: Any = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self._state(), memo))

@@ -1,6 +1,7 @@
 """Trees of tensors, fake tensors, dispatch."""
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -35,6 +36,7 @@ __all__ = [
     "has_vnni",
     "is_functorch_wrapped",
     "is_higher_order",
+    "is_sharded",
     "packet_of",
     "pytree",
     "replace_extended_shape",
@@ -96,6 +98,13 @@ def transforms() -> set[str]:
 def is_functorch_wrapped(tensor: Tensor) -> bool:
     """Tell whether a tensor belongs to a transform of torch.func, and must not outlive it."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, of which each rank has a part."""
+    # Importing it takes long, and what nobody has imported nobody has made.
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
 
 
 def is_higher_order(op: Any) -> bool:

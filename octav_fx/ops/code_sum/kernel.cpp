@@ -10,7 +10,7 @@ extern "C" void octav_code_sum(const uint8_t* x, const uint8_t* y, const float* 
   const float first = *x_scale / *step, second = *y_scale / *step;
   const float x_zero = float(-lowest_code(x_bits, x_signed)), y_zero = float(-lowest_code(y_bits, y_signed));
   const float constant = saturated.zero - (first * x_zero + second * y_zero);
-  stretches(1, 1, n, threads, [=](int64_t at, int64_t count, int64_t) {
+  stretches(n, threads, [=](int64_t at, int64_t count) {
     const uint8_t *__restrict left = x + at, *__restrict right = y + at;
     uint8_t* __restrict to = codes + at;
 #pragma omp simd
