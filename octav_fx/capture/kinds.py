@@ -45,7 +45,8 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
     if isinstance(value, fx.Proxy):
         return kind_of(fake(value.node), depth)
     if isinstance(value, functools.partial):
-        return ("partial", kind_of(value.func), kind_of(value.args, depth), kind_of(value.keywords, depth))
+        # Under Dynamo of torch 2.11 the arguments are a list.
+        return ("partial", kind_of(value.func), kind_of(tuple(value.args), depth), kind_of(value.keywords, depth))
     if type(value).__module__ == "numpy":
         # Arrays are read by reference, whatever is in them.
         return (type(value).__name__, *(value.shape or (value.item(),)))

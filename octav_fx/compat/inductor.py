@@ -13,6 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.lowering import fallback_handler, lowerings, make_pointwise, register_lowering
 from torch._inductor.virtualized import V, ops
+from torch.utils._ordered_set import OrderedSet
 
 __all__ = [
     "Bound",
@@ -49,13 +50,12 @@ def drop_guards(objects: Iterable[str]) -> None:
     if context is None:
         return
     within = tuple(f"{name}{end}" for name in objects for end in (".", "["))
+
+    def is_kept(guard: Any) -> bool:
+        return not f"{guard.name}.".startswith(within) or guard.inner_create_fn().__name__ == "DUPLICATE_INPUT"
+
     guards = context.guards_context.dynamo_guards
-    known = list(guards)
-    guards.clear()
-    for guard in known:
-        is_dropped = f"{guard.name}.".startswith(within)
-        if not is_dropped or guard.inner_create_fn().__name__ == "DUPLICATE_INPUT":
-            guards.add(guard)
+    context.guards_context.dynamo_guards = type(guards)(OrderedSet(filter(is_kept, guards)))
 
 
 def writes_python() -> bool:
