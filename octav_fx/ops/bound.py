@@ -4,7 +4,6 @@ The dispatcher, and the look for what was prepared for a layer, take as long as 
 """
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -27,28 +26,24 @@ class Bound:
 
     def __init__(self, op: str, *given: Any) -> None:
         self._op, self._given = op, given
-        self._run: Run | None = None
-        # The other tensors and their versions; an id is no tensor's while the reference lives.
-        self._state: tuple[int, ...] | None = None
-        self._references: list[weakref.ref[Tensor]] = []
+        # Read and written at once: models of one code share this object, and may run in several threads.
+        self._prepared: tuple[tuple[int, ...], Run | None, list[weakref.ref[Tensor]]] = (), None, []
 
     def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
         """See the class."""
-        if (*map(id, others), *versions_of(others)) != self._state:
-            self._prepare(x, others)
-        y = self._run(x) if self._run is not None and x.numel() else None
+        (state, run, _), now = self._prepared, (*map(id, others), *versions_of(others))
+        if state != now:
+            run = _PREPARED[self._op](*self._arguments(x, others))
+            # What is gone calls back: another tensor may have its id then.
+            self._prepared = now, run, [weakref.ref(tensor, self._forget) for tensor in others]
+        y = run(x) if run is not None and x.numel() else None
         if y is None:
             y = getattr(torch.ops.octav, self._op).default(*self._arguments(x, others))
         return y
 
-    def _prepare(self, x: Tensor, others: Sequence[Tensor]) -> None:
-        self._run = _PREPARED[self._op](*self._arguments(x, others))
-        self._references = [weakref.ref(tensor, self._forget) for tensor in others]
-        self._state = (*map(id, others), *versions_of(others))
-
     def _forget(self, reference: weakref.ref[Tensor]) -> None:
-        self._state = None
+        self._prepared = (), None, []
 
-    def _arguments(self, x: Tensor, others: Sequence[Tensor]) -> list[Any]:
+    def _arguments(self, x: Tensor, others: tuple[Tensor, ...]) -> list[Any]:
         tensors = iter((x, *others))
         return [next(tensors) if value is ... else value for value in self._given]

@@ -59,6 +59,21 @@ def test_other_constants_are_seen(op: str, place: int) -> None:
     assert_same(op, made, args)
 
 
+def test_what_was_prepared_goes_with_its_constants() -> None:
+    made, args = layer("integer_linear")
+    assert_same("integer_linear", made, args)
+    assert made._prepared[1] is not None
+    del args[4]
+    assert made._prepared == ((), None, [])
+
+
+def test_layers_of_one_code_take_turns() -> None:
+    made, args = layer("integer_conv")
+    others = [*args[:4], -args[4], *args[5:]]
+    for given in (args, others, args):
+        assert_same("integer_conv", made, given)
+
+
 def test_where_only_the_reference_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     made, args = layer("integer_conv")
     monkeypatch.setattr("octav_fx.ops.onednn.refusal", lambda x_bits, largest: "no VNNI")
