@@ -16,6 +16,7 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._ordered_set import OrderedSet
 
 __all__ = [
+    "Bound",
     "CustomGraphPass",
     "ShortenTraceback",
     "compile_fx",
@@ -31,6 +32,7 @@ __all__ = [
     "planned_fake_mode",
     "register_lowering",
     "vectorize_where",
+    "writes_python",
 ]
 
 
@@ -54,6 +56,27 @@ def drop_guards(objects: Iterable[str]) -> None:
 
     guards = context.guards_context.dynamo_guards
     context.guards_context.dynamo_guards = type(guards)(OrderedSet(filter(is_kept, guards)))
+
+
+def writes_python() -> bool:
+    """Tell whether the code that Inductor generates calls ops in Python, and not in C++."""
+    return not V.graph.cpp_wrapper
+
+
+class Bound(ir.ExternKernelAlloc):
+    """A call of an object that the generated module makes when it is loaded: function(constants)(tensors)."""
+
+    def __init__(self, layout: ir.Layout, tensors: list[ir.IRNode], function: str, constants: str) -> None:
+        super().__init__(layout, tensors)
+        self._function, self._constants = function, constants
+        self.python_kernel_name = f"bound_{self.get_name()}"
+
+    def codegen(self, wrapper: Any) -> None:
+        """Write the object and its call."""
+        module, _, name = self._function.rpartition(".")
+        wrapper.add_import_once(f"from {module} import {name}")
+        wrapper.header.writeline(f"{self.python_kernel_name} = {name}({self._constants})")
+        super().codegen(wrapper)
 
 
 class _Vectorizable(list[torch.dtype]):

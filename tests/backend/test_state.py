@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from octav_fx import Config, calibrate, convert, freeze, quantize
 
@@ -58,6 +59,17 @@ def test_constants_of_layers_on_codes_are_not_guarded() -> None:
     # Codes of floats and levels are code that Inductor generates, which looks at nothing.
     assert held == {(name, "scale") for name in ("first_input", "mean_x", "head_input")}
     assert [name for name in names if "['norm']._parameters['weight']" in name]
+
+
+def test_layers_are_called_past_the_dispatcher_at_any_batch() -> None:
+    model, x = converted(1), images()
+    function = torch.compile(model, backend="octav", dynamic=True)
+    with torch.no_grad():
+        _, codes = run_and_get_code(function, x)
+        assert not re.findall(r"= torch\.ops\.octav\.integer_(?:conv|linear)\.", codes[0])
+        assert len(re.findall(r"= bound_\w+\(", codes[0])) == 3
+        for images_ in (x, x[:1], torch.cat([x, x, x])):
+            assert torch.allclose(function(images_), model(images_), atol=1e-6)
 
 
 def load(model: nn.Module, other: nn.Module) -> None:

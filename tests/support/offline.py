@@ -106,8 +106,9 @@ def _search_rows(of: str, halvings: int, kind: int, scale: int, search: bool = T
     sizes = dict.fromkeys(("rows", "n", "shares", "edges"), "i32")
     levels = {"KIND": kind, "LEAST": -8.0, "GREATEST": 7.0, "STEPS": 8.0, "MANTISSA": 1, "LEAST_EXPONENT": 0}
     rows = max(2048 >> halvings, 1)
-    constexprs = {**levels, "SCALE": scale, "SEARCH": search, "ROWS": rows, "HALVINGS": halvings}
-    warps = min(max((rows << halvings) // 512, 1), 16)
+    tried = {"SEARCH": search, "COARSE": scale > 2}
+    constexprs = {**levels, "SCALE": scale, **tried, "ROWS": rows, "HALVINGS": halvings}
+    warps = min(max((rows << halvings) // 256, 1), 16)
     options = (("enable_fp_fusion", False), *((("maxnreg", 128),) if warps == 16 else ()))
     return Row("search_rows_kernel", {**signature, **sizes}, constexprs, num_warps=warps, options=options)
 
