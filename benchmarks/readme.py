@@ -1,5 +1,6 @@
 """The tables of the README and the documentation, made from the committed results."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -84,9 +85,9 @@ def _inference(found: dict[str, Any]) -> str:
     return "\n\n".join([f"{_where(found)}.", *tables])
 
 
-def _rows(found: dict[str, Any]) -> str:
+def _rows(found: dict[str, Any], part: str = "rows") -> str:
     """Return the rows as they are."""
-    return f"{_where(found)}.\n\n{tabulate(found['rows'], 'keys', 'github')}"
+    return f"{_where(found)}.\n\n{tabulate(found[part], 'keys', 'github')}"
 
 
 def _of_batch(rows: list[dict[str, Any]], batch: int) -> str:
@@ -137,6 +138,7 @@ _TABLES: Final[dict[str, Callable[[], str]]] = {
     "blocks": _of("blocks", _rows),
     "bytes": _of("bytes", _rows),
     "formats": _of("formats", _rows),
+    "searched": _of("formats", functools.partial(_rows, part="searched")),
     "study": _study,
     "accuracy": _accuracy,
 }

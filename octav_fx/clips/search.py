@@ -2,12 +2,15 @@
 
 The paper's recursion takes densities for smooth and levels for evenly spaced. A row of 16 to 256 elements has no
 density: there its clip is no better than the largest magnitude, 1.15 of the least error for rows of 64. The error as a
-function of the step has as many dips as elements times levels; a few candidates find one of the deep ones, and from it
-the step of least squares for its codes, <x, q> / <q, q> with q = round(x / step), goes down towards its bottom.
+function of the step has as many dips as elements times levels. A candidate is worth the bottom of the dip in which it
+lies: for its codes q and what they are off, o = x / step - q, the step of least squares is <x, q> / <q, q> =
+step * (1 + <o, q> / <q, q>), and the error there step**2 * (<o, o> - <o, q>**2 / <q, q>). So there are as many
+candidates as dips in which the best step may be, see candidates(), not as many as would come near the bottom of each.
 
 This is the definition to the bit, so each sum has an order that kernels can follow: see folded().
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Final
@@ -17,23 +20,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octav_fx.clips.newton import power_of_two
+from octav_fx.formats.floats import FloatFormat
 from octav_fx.formats.format import Format
 from octav_fx.formats.grid import Grid
 
-# Candidates of even levels, and by bits the least of them, as a share of the step that clips nothing, and how they
-# crowd at the greatest. Few levels clip far more than many do; of many, the best step is among the last hundredths.
-EVEN_POINTS: Final = 17
-EVEN_LEAST: Final = {1: (0.05, 1.0), 2: (0.08, 1.0), 3: (0.2, 1.3), 4: (0.35, 1.5), 5: (0.5, 2.0), 6: (0.6, 2.0)}
-EVEN_LEAST_OF_MORE: Final = (0.6, 2.5)
-# Of other levels: with the largest magnitude on a lower level, the 3 or 4 of E2M1 in place of its 6, the others may
-# fit better. Of even levels those that are left over are of no use.
-POINTS: Final = 26
-LEAST: Final = {2: 0.08, 3: 0.2, 4: 0.4}
-LEAST_OF_MORE: Final = 0.5
-GREATEST: Final = 2.05
-# How much more the greatest of even levels is where scales have so few places that half of them are rounded down: what
-# clips nothing is among them then. Where many levels are even clipping by a sixteenth would be nearly all of the error.
-ROUNDING: Final = {"bfloat16": 2**-8, "float16": 2**-11, "e4m3": 2**-4}
+# Formats of scales with so few numbers that each one near is tried as it is: a step of least squares cannot be stored.
+COARSE: Final = ("e8m0", "e4m3")
+# Of these 1.06 times the one before: no E4M3 is passed over, whose neighbours are 1.07 to 1.14 times as large.
+COARSE_RATIO: Final = 1.06
+# The probability that the best of the steps which clip nothing lies above the greatest that is tried.
+MISSED: Final = 0.03
+# Of how many values at most: of longer rows many may be near zero, or equal, as those of a GELU at its minimum.
+DIFFERENT: Final = 20
+# The largest value lies on a level or half-way between two, with each candidate on the next, or on each second, fourth,
+# .. one, so that there are at most so many.
+MOVED: Final = 0.5
+POINTS: Final = 44
+# By bits the least step, as a share of the one that clips nothing: long rows of few levels clip far more than others.
+LEAST: Final = {2: 0.08, 3: 0.2, 4: 0.35, 5: 0.5}
+LEAST_OF_MORE: Final = 0.6
+# From where the greatest is so many times as large on, each candidate is 1 + WIDE_RATIO / sqrt(levels) times the next.
+WIDE: Final = 2.5
+WIDE_RATIO: Final = 0.25
+# Of levels that are not even: an octave above the step that clips nothing floating-point levels are the same again, and
+# with the largest magnitude on a lower level, the 3 or 4 of E2M1 in place of its 6, the others may fit better.
+OCTAVE: Final = 2.05
+# Two bits have no such level.
+OF_TWO_BITS: Final = 1.2
+# The ratio of neighbours less 1 by bits, a sixth of that of levels; of floating-point levels their mantissa says it.
+UNEVEN: Final = {2: 1 / 5, 4: 1 / 12}
 # The columns of folded().
 COLUMNS: Final = 16
 
@@ -58,29 +73,71 @@ def search(rows: Tensor, form: Format, scales: str, store: Store) -> Tensor:
     def stored(step: Tensor) -> Tensor:
         return step if store is None else store(step * scale) / scale
 
-    whole = _without_clipping(x, form)
+    whole, shares = _without_clipping(x, form), candidates(form, scales, x.shape[-1])
     best = stored(largest / form.steps)
     least = squared_error(x, best, form)
-    for share in candidates(form, scales):
-        best, least = _better(x, stored(whole * share), best, least, form)
-    best, _ = _better(x, stored(_least_squares(x, best, form)), best, least, form)
+    tried = (whole * share for share in shares) if scales in COARSE else [_best_fit(x, whole, shares, form)]
+    for step in map(stored, tried):
+        error = squared_error(x, step, form)
+        is_better = error < least
+        best, least = torch.where(is_better, step, best), torch.where(is_better, error, least)
     return (best * form.steps * scale).squeeze(-1)
 
 
-def candidates(form: Format, scales: str) -> list[float]:
-    """Return the steps that are tried, as shares of the one that clips nothing, the greatest first.
+@functools.cache
+def candidates(form: Format, scales: str, n: int) -> tuple[float, ...]:
+    """Return the steps to try for rows of n elements, as shares of the one that clips nothing, the greatest first.
 
-    Of powers of two, "e8m0", those are all that are near, rounded up or down.
+    Above that one: n errors of rounding, in steps, are a point of a cube, and by chance it lies in a ball around zero
+    as often as the ball is large. For an error below a given one that is step**-n, for the ball shrinks where steps
+    grow. Levels move by the reciprocal of the step. So the best of all steps above the one that clips nothing lies
+    above its g-fold with the probability g**-(n + 1). Half of the values may be zeros, which fit every step.
+
+    Below it: the largest value is off by 1 - share of itself. That pays while the square is less than what n values
+    lose less by rounding. At the step that clips nothing they lose step**2 / 12 each, and three times as much where all
+    lie half-way: c = n / (6 * levels**2), in squares of the largest value, is between. At a good step it is half as
+    much as at a usual one, so that (1 - share)**2 = c * (1 - share**2 / 2) is where nothing is gained any more.
     """
-    if isinstance(form, Grid):
-        least, crowded = EVEN_LEAST.get(form.bits, EVEN_LEAST_OF_MORE)
-        points, greatest = EVEN_POINTS, 1 + ROUNDING.get(scales, 0)
-    else:
-        least, crowded = LEAST.get(form.bits, LEAST_OF_MORE), 1.0
-        points, greatest = POINTS, GREATEST
+    greatest, least = _range(form, n)
     if scales == "e8m0":
-        return [2.0**-i for i in range(-2, math.ceil(-math.log2(least)) + 1)]
-    return [greatest * (least / greatest) ** ((i / (points - 1)) ** crowded) for i in range(points)]
+        # All powers of two that are near, rounded up or down.
+        return tuple(2.0**-i for i in range(-2, math.ceil(-math.log2(least)) + 1))
+    if scales in COARSE:
+        # One that clips nothing is among them when it is rounded down.
+        return _geometric(OCTAVE if not isinstance(form, Grid) else greatest * 1.0625, least, COARSE_RATIO)
+    if not isinstance(form, Grid):
+        spacing = 2.0**-form.mantissa_bits / 6 if isinstance(form, FloatFormat) else UNEVEN[form.bits]
+        return _geometric(greatest, least, 1 + spacing)
+    if greatest / least > WIDE:
+        return _geometric(greatest, least, 1 + WIDE_RATIO / math.sqrt(form.high))
+    moved = MOVED
+    while len(places := _places(form.high / greatest, form.high / least, moved)) > POINTS:
+        moved *= 2
+    return tuple(form.high / place for place in places)
+
+
+def _range(form: Format, n: int) -> tuple[float, float]:
+    """Return the greatest and the least share of candidates()."""
+    # Levels that are not even are as far apart at the greatest as so many even ones.
+    levels = form.high if isinstance(form, Grid) else 2 ** (form.bits - 1) - 1
+    rounding = n / (6 * levels**2)
+    lost = rounding / 2 + math.sqrt(rounding**2 / 4 + rounding / 2)
+    least = max(1 - lost, LEAST.get(form.bits, LEAST_OF_MORE))
+    if isinstance(form, Grid):
+        return min(MISSED ** (-1 / (min(n / 2, DIFFERENT) + 1)), OCTAVE), least
+    return (OF_TWO_BITS if form.bits == 2 else OCTAVE), least
+
+
+def _places(first: float, last: float, apart: float) -> list[float]:
+    """Return the positive multiples of apart, ascending, from about first on to about last."""
+    places = range(max(math.floor(first / apart), 1), math.ceil(last / apart) + 1)
+    return [apart * place for place in places]
+
+
+def _geometric(greatest: float, least: float, ratio: float) -> tuple[float, ...]:
+    """Return shares of which each is a ratio of the next, or less, from the greatest to the least."""
+    count = math.ceil(math.log(greatest / least) / math.log(ratio)) + 1
+    return tuple(greatest * (least / greatest) ** (i / (count - 1)) for i in range(count))
 
 
 def squared_error(x: Tensor, step: Tensor, form: Format) -> Tensor:
@@ -115,14 +172,23 @@ def _without_clipping(x: Tensor, form: Format) -> Tensor:
     return torch.maximum(above, x.amin(-1, keepdim=True).clamp(max=0) / form.least) if form.signed else above
 
 
-def _better(x: Tensor, step: Tensor, best: Tensor, least: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    error = squared_error(x, step, form)
-    is_better = error < least
-    return torch.where(is_better, step, best), torch.where(is_better, error, least)
+def _best_fit(x: Tensor, whole: Tensor, shares: tuple[float, ...], form: Format) -> Tensor:
+    """Return the step of least squares [R, 1] for the codes of the candidate which has the least error with it.
 
-
-def _least_squares(x: Tensor, step: Tensor, form: Format) -> Tensor:
-    """Return the step that is best for the codes which this one gives."""
-    levels = torch.where(step > 0, form.round(x * step.reciprocal()), 0)
-    product, square = folded(x * levels), folded(levels * levels)
-    return torch.where((product > 0) & (square > 0), product / square, step)
+    <q, q> is what is left of the squares of x / step = q + o. Its last places do not matter, as they would if the error
+    were what is left of the squares of x.
+    """
+    square = folded(x * x)
+    best, least = whole, torch.full_like(whole, torch.inf)
+    for share in shares:
+        step = whole * share
+        ratio = x * step.reciprocal()
+        level = form.round(ratio)
+        off = ratio - level
+        error, slope = folded(off * off), folded(off * level)
+        levels = square / (step * step) - slope - slope - error
+        gain = torch.where(levels > 0, slope / levels, 0)
+        error = (error - slope * gain) * (step * step)
+        is_better = error < least
+        best, least = torch.where(is_better, step + step * gain, best), torch.where(is_better, error, least)
+    return best

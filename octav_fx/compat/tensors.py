@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -45,6 +45,7 @@ __all__ = [
     "transform",
     "validates_distributions",
     "version_of",
+    "versions_of",
     "without_modes",
 ]
 
@@ -137,6 +138,11 @@ def schema_of(op: OpOverload) -> torch.FunctionSchema:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor has been written into; 0 of one made in inference mode, which keeps no count."""
     return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor has been written into, as version_of does, in less time."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def has_vnni() -> bool:

@@ -46,7 +46,7 @@ _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ct
 _SIGNATURES: Final = {
     "octav_optimal_clip": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
     "octav_percentile": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _LONG, _INT),
-    "octav_search": (*(_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _INT, _INT),),
+    "octav_search": (*(_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _INT, _INT, _INT),),
     "octav_sweep": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT),
     "octav_dequantize": (_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
     "octav_fake_quantize": (_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT),

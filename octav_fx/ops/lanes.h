@@ -97,6 +97,13 @@ inline Lanes load(const float* x) {
 
 inline void save(Lanes value, float* x) { std::memcpy(x, &value, sizeof value); }
 
+#if defined(__AVX512F__)
+// In every lane the element of a table of LANES that stands at its place.
+inline Lanes entry(const float* table, Integers place) {
+  return (Lanes)_mm512_permutexvar_ps((__m512i)place, (__m512)load(table));
+}
+#endif
+
 // a[FROM], b[FROM], a[FROM + 1], b[FROM + 1], ..
 template <int FROM>
 inline Lanes zipped(Lanes a, Lanes b) {

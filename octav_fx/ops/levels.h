@@ -72,7 +72,8 @@ struct FloatingPoint {
   const float* levels;
 };
 
-// Up to SIZE levels, looked for one by one: no loop, for of that compilers make no vectors.
+// Up to SIZE levels, looked for one by one: no loop, for of that compilers make no vectors. Sixteen levels are as many as
+// some vectors hold: there each lane halves the edges that are left four times.
 template <int SIZE>
 struct Table {
   explicit Table(const Levels& of) : low(of.low) {
@@ -83,6 +84,13 @@ struct Table {
 
   template <class T>
   T operator()(T ratio) const {
+#if defined(__AVX512F__)
+    if constexpr (SIZE == LANES && sizeof(T) == sizeof(Lanes)) {
+      Integers below = (ratio > edges[7]) & 8;
+      for (int half = 4; half; half /= 2) below += (ratio > entry(edges, below + (half - 1))) & half;
+      return entry(levels, below);
+    }
+#endif
     return picked(ratio, std::make_integer_sequence<int, SIZE - 1>());
   }
 

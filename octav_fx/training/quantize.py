@@ -121,7 +121,9 @@ def _put_back(model: nn.Module, quantized: nn.Module) -> None:
             owner, _, last = name.rpartition(".")
             own = getattr(quantized.get_submodule(owner), last)
             is_dense = held.layout is torch.strided and not held.is_meta
-            if is_dense and isinstance(own, Tensor) and not torch.equal(own, held):
+            # Of another shape it is a table that forward has made, and that the graph reads.
+            is_same = isinstance(own, Tensor) and own.shape == held.shape
+            if is_dense and is_same and not torch.equal(own, held):
                 own.data.copy_(held)
 
 

@@ -13,7 +13,7 @@ from octav_fx.capture.symbolic.objects import is_object, proxies_in
 from octav_fx.capture.symbolic.reads import INTERNAL
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.dataflow import ancestors
-from octav_fx.ir.meta import set_fake
+from octav_fx.ir.meta import fake, set_fake
 
 if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
@@ -66,6 +66,8 @@ def _store(tracer: "ValueTracer", path: str, key: str, old: Any, new: Any, was_u
             f"forward computes {name} from its own last value, and a graph has no memory: write into it in place"
         )
     tracer.stored.append(name)
+    if was_read and isinstance(old, Tensor) and len(proxies) == 1 and old.shape != fake(proxies[0].node).shape:
+        tracer.resized.append(name)
     output = next(iter(tracer.graph.find_nodes(op="output")))
     with tracer.graph.inserting_before(output):
         value = tracer.create_arg(new)

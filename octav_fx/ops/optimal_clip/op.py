@@ -10,7 +10,7 @@ from torch import Tensor
 from octav_fx.clips.methods import searches
 from octav_fx.clips.newton import as_octav
 from octav_fx.clips.percentile import ONE_IN
-from octav_fx.clips.search import candidates
+from octav_fx.clips.search import COARSE, candidates
 from octav_fx.formats.format import Format
 from octav_fx.formats.granularity import Granularity
 from octav_fx.formats.grid import Grid
@@ -73,11 +73,10 @@ class _Passes:
         """Search for the least error."""
         if (levels := levels_of(spec.format)) is None:
             return None
-        clips, shares = self._clips(), floats(candidates(spec.format, spec.scale))
+        clips, shares = self._clips(), floats(candidates(spec.format, spec.scale, self.rows.shape[-1]))
         scale = (SCALE_CODES[spec.scale], float(self.unit(spec)))
-        self.library.octav_search(
-            *self._data(clips), ctypes.byref(levels), *scale, shares, len(shares), torch.get_num_threads()
-        )
+        tried = (shares, len(shares), spec.scale in COARSE)
+        self.library.octav_search(*self._data(clips), ctypes.byref(levels), *scale, *tried, torch.get_num_threads())
         return clips
 
     def solve(self, hint: Tensor, form: Format, method: str) -> Tensor | None:

@@ -18,6 +18,16 @@ constexpr int64_t PARALLEL_FROM = 1 << 14;
 struct Candidates {
   const float* shares;
   int count;
+  // Whether each is tried as it is stored, not the step of least squares for its codes.
+  bool as_stored;
+};
+
+// Two sums over the same elements.
+struct Pair {
+  Pair& operator+=(const Pair& other) { return first += other.first, second += other.second, *this; }
+  friend Pair operator+(Pair a, const Pair& b) { return a += b; }
+
+  Lanes first, second;
 };
 
 // Converts n elements; those that do not take part are zero.
@@ -36,7 +46,7 @@ template <bool SIDE_BY_SIDE>
 class Tile {
  public:
   explicit Tile(int64_t n)
-      : n_(n), lines_((n + COLUMNS - 1) / COLUMNS), x_(lines_ * WIDTH), sums_(lines_ * WIDTH) {}
+      : n_(n), lines_((n + COLUMNS - 1) / COLUMNS), x_(lines_ * WIDTH), sums_(lines_ * WIDTH), pairs_(lines_ * WIDTH) {}
 
   // Up to LANES rows, or one. lowest: 0 where levels below zero do not exist.
   template <class X>
@@ -71,11 +81,12 @@ class Tile {
     for (Lanes& value : x_) value *= factor;
   }
 
-  // In every lane the sum of term(element) over its row, in the order of search.folded.
+  // In every lane the sum of term(element), Lanes or a Pair of them, over its row, in the order of search.folded.
   template <class Term>
-  Lanes sum(Term term) {
+  auto sum(Term term) {
+    using Sum = decltype(term(Lanes{}));
     const Lanes* x = x_.data();
-    Lanes* sums = sums_.data();
+    Sum* sums = room(Sum{}).data();
     int64_t lines = lines_, width = WIDTH;
     const int64_t part = lines * width / 8;
     const bool is_whole = n_ % COLUMNS == 0, halves = lines % 8 == 0 || (SIDE_BY_SIDE && (lines & (lines - 1)) == 0);
@@ -90,8 +101,9 @@ class Tile {
     } else {
       for (int64_t i = 0; i < lines * width; i++) sums[i] = term(x[i]);
       // Behind the end of the row there is nothing, not the error of a zero.
-      float* each = reinterpret_cast<float*>(sums);
-      std::fill(each + n_ * (SIDE_BY_SIDE ? LANES : 1), each + lines * width * LANES, 0.f);
+      const int64_t lanes = SIDE_BY_SIDE ? 1 : LANES, last = n_ / lanes;
+      if (n_ % lanes) cut(sums[last], n_ % lanes);
+      std::fill(sums + (n_ + lanes - 1) / lanes, sums + lines * width, Sum{});
     }
     while (lines > 1) {
       const int64_t half = (lines + 1) / 2;
@@ -104,6 +116,16 @@ class Tile {
   }
 
  private:
+  std::vector<Lanes>& room(Lanes) { return sums_; }
+  std::vector<Pair>& room(Pair) { return pairs_; }
+
+  // Leaves zeros behind the first lanes.
+  static void cut(Lanes& sum, int64_t lanes) {
+    for (int64_t i = lanes; i < LANES; i++) sum[i] = 0;
+  }
+
+  static void cut(Pair& sum, int64_t lanes) { cut(sum.first, lanes), cut(sum.second, lanes); }
+
   static Lanes across(Lanes sum) {
     float lanes[LANES];
     save(sum, lanes);
@@ -112,10 +134,13 @@ class Tile {
     return all<Lanes>(lanes[0]);
   }
 
+  static Pair across(const Pair& sum) { return {across(sum.first), across(sum.second)}; }
+
   // Vectors of a line.
   static constexpr int64_t WIDTH = SIDE_BY_SIDE ? COLUMNS : COLUMNS / LANES;
   int64_t n_, lines_;
   std::vector<Lanes> x_, sums_;
+  std::vector<Pair> pairs_;
 };
 
 // The step with the least error, and that error.
@@ -127,6 +152,24 @@ struct Best {
 
   Lanes step, error;
 };
+
+// search._best_fit.
+template <bool SIDE_BY_SIDE, class Round>
+Lanes best_fit(Tile<SIDE_BY_SIDE>& tile, Lanes whole, const Round& round, const Candidates& candidates) {
+  const Lanes zero{}, square = tile.sum([](Lanes x) { return x * x; });
+  Best best{whole, all<Lanes>(INFINITY)};
+  for (int i = 0; i < candidates.count; i++) {
+    const Lanes step = whole * candidates.shares[i], inverse = 1.f / step;
+    const Pair sums = tile.sum([&](Lanes x) {
+      const Lanes ratio = x * inverse, level = round(ratio), off = ratio - level;
+      return Pair{off * off, off * level};
+    });
+    const Lanes levels = square / (step * step) - sums.second - sums.second - sums.first;
+    const Lanes gain = levels > zero ? sums.second / levels : zero;
+    best.offer(step + step * gain, (sums.first - sums.second * gain) * (step * step));
+  }
+  return best.step;
+}
 
 // The clips of the rows of a tile.
 template <bool SIDE_BY_SIDE, class Round>
@@ -150,26 +193,15 @@ Lanes searched(Tile<SIDE_BY_SIDE>& tile, const Levels& of, const Round& round, c
     });
     return step > zero ? sum * (step * step) : all<Lanes>(INFINITY);
   };
-  const auto least_squares = [&](Lanes step) {
-    const Lanes inverse = 1.f / step;
-    const Lanes product = tile.sum([&](Lanes x) { return x * round(x * inverse); });
-    const Lanes square = tile.sum([&](Lanes x) {
-      const Lanes level = round(x * inverse);
-      return level * level;
-    });
-    return (step > zero) & (product > zero) & (square > zero) ? product / square : step;
-  };
-
   const Lanes above = greatest / of.greatest;
   const Lanes whole = of.least < 0 ? larger(above, least / of.least) : above;
+  const auto offer = [&](Best& best, Lanes step) { best.offer(step, error(step)); };
   Best best{stored(larger(-least, greatest) / of.steps), zero};
   best.error = error(best.step);
-  for (int i = 0; i < candidates.count; i++) {
-    const Lanes step = stored(whole * candidates.shares[i]);
-    best.offer(step, error(step));
-  }
-  const Lanes refined = stored(least_squares(best.step));
-  best.offer(refined, error(refined));
+  if (candidates.as_stored)
+    for (int i = 0; i < candidates.count; i++) offer(best, stored(whole * candidates.shares[i]));
+  else
+    offer(best, stored(best_fit(tile, whole, round, candidates)));
   return smaller((best.step * of.steps) * up, all<Lanes>(FLT_MAX));
 }
 
@@ -195,13 +227,14 @@ void search(const X* x, int64_t rows, int64_t n, float* clip, const Levels& of, 
 
 // x: [rows, n] contiguous, elements of a type, n > 0. clip: [rows]. scale, unit: of Scale.
 extern "C" void octav_search(const void* x, int type, int64_t rows, int64_t n, float* clip, const Levels* of, int scale,
-                             float unit, const float* shares, int count, int threads) {
+                             float unit, const float* shares, int count, int as_stored,
+                             int threads) {
   with_element(type, [=](auto element) {
     const auto* from = static_cast<const decltype(element)*>(x);
     with_levels(*of, [=](auto round) {
       const auto run = n < LONG ? search<true, decltype(element), decltype(round)>
                                 : search<false, decltype(element), decltype(round)>;
-      run(from, rows, n, clip, *of, round, Scale{scale, unit}, Candidates{shares, count}, threads);
+      run(from, rows, n, clip, *of, round, Scale{scale, unit}, Candidates{shares, count, as_stored != 0}, threads);
     });
   });
 }

@@ -20,7 +20,7 @@ from octav_fx.formats.spec import Spec
 from octav_fx.ops.fake_quantize.kernel import FLOATS, kind_of, rounded, tables_of, to_mantissa
 from octav_fx.ops.kernels.solve_rows.kernel import power_of_two
 
-# Elements that a program holds, 16 registers for each of 128 threads, and the longest row.
+# Elements that a program holds, 8 registers for each of 256 threads, and the longest row, 16 for each of 512.
 ELEMENTS: Final = 2048
 LONGEST: Final = 2**13
 
@@ -103,10 +103,11 @@ def search_rows_kernel(
     LEAST_EXPONENT: tl.constexpr,
     SCALE: tl.constexpr,
     SEARCH: tl.constexpr,
+    COARSE: tl.constexpr,
     ROWS: tl.constexpr,
     HALVINGS: tl.constexpr,
 ):
-    """x: [rows, n] contiguous. clip: [rows] float32. SEARCH: else the largest magnitude."""
+    """x: [rows, n] contiguous. clip: [rows] float32. SEARCH: else the largest magnitude. COARSE: see search.COARSE."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, 1 << HALVINGS)
     there = i[None, :] < n
@@ -123,12 +124,30 @@ def search_rows_kernel(
         whole = tl.div_rn(above * down, above * 0.0 + GREATEST)
         if LEAST < 0:
             whole = tl.maximum(whole, tl.div_rn(below * down, below * 0.0 + LEAST))
+        if COARSE:
+            refined = whole
+        else:
+            # search._best_fit.
+            refined, smallest = whole, largest * 0.0 + float("inf")
+            square = folded(x * x, ROWS, HALVINGS)
+            for attempt in range(shares):
+                step = whole * tl.load(shares_ptr + attempt)
+                level, off = levels_of(
+                    x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
+                )
+                error, slope = folded(off * off, ROWS, HALVINGS), folded(off * level, ROWS, HALVINGS)
+                squared = tl.where(step > 0, step * step, 1.0)
+                levels = tl.div_rn(square, squared) - slope - slope - error
+                gain = tl.where(levels > 0, tl.div_rn(slope, tl.where(levels > 0, levels, 1.0)), 0.0)
+                error = (error - slope * gain) * squared
+                better = (error < smallest) & (step > 0)
+                refined, smallest = tl.where(better, step + step * gain, refined), tl.where(better, error, smallest)
         best, least = largest * 0.0, largest * 0.0 + float("inf")
-        candidate = tl.div_rn(largest * down, largest * 0.0 + STEPS)
-        # The largest magnitude, and shares of what clips nothing.
-        for attempt in range(shares + 1):
-            share = tl.load(shares_ptr + tl.maximum(attempt - 1, 0))
-            step = stored_in_units(tl.where(attempt == 0, candidate, whole * share), up, down, unit, SCALE)
+        # The largest magnitude, and what is compared with it.
+        for attempt in range(1 + (shares if COARSE else 1)):
+            step = refined * tl.load(shares_ptr + tl.maximum(attempt - 1, 0)) if COARSE else refined
+            step = tl.where(attempt == 0, tl.div_rn(largest * down, largest * 0.0 + STEPS), step)
+            step = stored_in_units(step, up, down, unit, SCALE)
             _, off = levels_of(
                 x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
             )
@@ -136,19 +155,6 @@ def search_rows_kernel(
             # The first is taken whatever its error is: of scales too small for the row it is infinite.
             better = (error < least) | (attempt == 0)
             best, least = tl.where(better, step, best), tl.where(better, error, least)
-        # The step of least squares.
-        level, _ = levels_of(
-            x, best, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
-        )
-        product, square = folded(x * level, ROWS, HALVINGS), folded(level * level, ROWS, HALVINGS)
-        fits = (best > 0) & (product > 0) & (square > 0)
-        refined = tl.where(fits, tl.div_rn(product, tl.where(fits, square, 1.0)), best)
-        step = stored_in_units(refined, up, down, unit, SCALE)
-        _, off = levels_of(
-            x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
-        )
-        error = tl.where(step > 0, folded(off * off, ROWS, HALVINGS) * (step * step), float("inf"))
-        best = tl.where(error < least, step, best)
         clip = best * STEPS * up
     else:
         clip = largest
@@ -171,9 +177,9 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
         return False
     clips = rows.new_empty(count, dtype=torch.float32)
     unit = tensor_scale(rows.float(), form) if spec.scale == "e4m3" else clips.new_ones(())
-    shares, (levels, edges) = _shares(form, spec.scale, x.device), tables_of(form, x.device)
+    shares, (levels, edges) = _shares(form, spec.scale, n, x.device), tables_of(form, x.device)
     per_program = max(ELEMENTS // columns, 1)
-    warps = min(max(per_program * columns // 512, 1), 16)
+    warps = min(max(per_program * columns // 256, 1), 16)
     # By itself an assembler may give threads of so large a program half of the registers that there are for them.
     registers = {"maxnreg": 128} if warps == 16 and not torch.version.hip else {}
     search_rows_kernel[(triton.cdiv(count, per_program),)](
@@ -181,6 +187,7 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
         **kind_of(form),
         SCALE=list(SCALES).index(spec.scale),
         SEARCH=searched,
+        COARSE=spec.scale in search.COARSE,
         ROWS=per_program,
         HALVINGS=columns.bit_length() - 1,
         num_warps=warps,
@@ -193,6 +200,6 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
 
 
 @functools.cache
-def _shares(form: Format, scale: str, device: torch.device) -> Tensor:
+def _shares(form: Format, scale: str, n: int, device: torch.device) -> Tensor:
     """Return the shares of candidates on a device."""
-    return torch.tensor(search.candidates(form, scale), device=device)
+    return torch.tensor(search.candidates(form, scale, n), device=device)
