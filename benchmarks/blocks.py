@@ -17,22 +17,39 @@ from benchmarks import result
 
 LAYERS, WIDTH, HEADS, BATCH, TOKENS = 12, 256, 4, 4, 128
 WARM_UP, STEPS = 3, 10
-# The arguments of compile().
-BACKENDS: dict[str, dict[str, Any]] = {
-    "float Inductor": {"backend": "inductor"},
-    "octav compiled": {"backend": "octav"},
-    "octav compiled, integer": {"backend": "octav", "options": {"integer": "auto"}},
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2, with weights [in, out]."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        linear = nn.Linear(width, outputs)
+        self.weight, self.bias = nn.Parameter(linear.weight.detach().t().contiguous()), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ weight + bias, [..., outputs], of x [..., width]."""
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+# The class of linear layers, and the arguments of compile().
+VARIANTS: dict[str, tuple[Callable[[int, int], nn.Module], dict[str, Any]]] = {
+    "float Inductor": (nn.Linear, {"backend": "inductor"}),
+    "octav compiled": (nn.Linear, {"backend": "octav"}),
+    "octav compiled, integer": (nn.Linear, {"backend": "octav", "options": {"integer": "auto"}}),
+    "float Inductor, Conv1D": (Conv1D, {"backend": "inductor"}),
+    "octav compiled, Conv1D": (Conv1D, {"backend": "octav"}),
 }
 
 
 class Block(nn.Module):
     """Attention and an MLP, each behind a norm and beside what it changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, linear: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.qkv, self.out = linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH)
+        self.up, self.down = linear(WIDTH, 4 * WIDTH), linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to x [batch, tokens, WIDTH], and x."""
@@ -46,9 +63,9 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Blocks, and a classifier over the mean of the tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, linear: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.blocks = nn.Sequential(*(Block(linear) for _ in range(LAYERS)))
         self.head = nn.Linear(WIDTH, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +77,7 @@ class Encoder(nn.Module):
 def main(rounds: int) -> None:
     """Measure STEPS steps of each in every round, and write results/blocks.json."""
     torch.set_num_threads(1)
-    steps = {name: training_step(prepared(name), *batch()) for name in BACKENDS}
+    steps = {name: training_step(prepared(name), *batch()) for name in VARIANTS}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(WARM_UP + rounds * STEPS):
         for name, step in steps.items():
@@ -69,8 +86,10 @@ def main(rounds: int) -> None:
             if index >= WARM_UP:
                 times[name].append(1e3 * (time.thread_time() - start))
     least = {name: min(found) for name, found in times.items()}
+    # The first variant of each class of linear layers is float.
+    floats = {linear: least[name] for name, (linear, _) in reversed(VARIANTS.items())}
     rows = [
-        {"variant": name, "ms": round(ms, 1), "ratio": round(ms / least["float Inductor"], 3)}
+        {"variant": name, "ms": round(ms, 1), "ratio": round(ms / floats[VARIANTS[name][0]], 3)}
         for name, ms in least.items()
     ]
     setting = {"layers": LAYERS, "width": WIDTH, "batch": BATCH, "tokens": TOKENS, "threads": 1}
@@ -87,12 +106,13 @@ def batch() -> tuple[Tensor, Tensor]:
 def prepared(name: str) -> nn.Module:
     """Return the model of a variant, each block of which is compiled at its first call."""
     torch.manual_seed(0)
-    model: nn.Module = Encoder()
+    linear, arguments = VARIANTS[name]
+    model: nn.Module = Encoder(linear)
     if name.startswith("octav"):
         model = octav_fx.quantize(model, batch()[0], blocks=[Block])
     for block in model.modules():
         if isinstance(block, Block):
-            block.compile(**BACKENDS[name])
+            block.compile(**arguments)
     return model
 
 

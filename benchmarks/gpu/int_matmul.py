@@ -1,13 +1,18 @@
-"""int_matmul against bfloat16 over shapes, with each tile that may be pinned: what configs.py is to be filled from."""
+"""int_matmul of 4-bit codes against bfloat16 over shapes, by what holds the codes and with each pinned tile.
 
-from collections.abc import Iterator
+What configs.py is to be filled from; measured.json, which says where integers pay, is written from these rows.
+"""
+
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.timing import median_ms
-from octav_fx.ops.int_matmul.configs import Architecture, architecture
+from octav_fx.ops.int_matmul.configs import Architecture, Config, architecture
+from octav_fx.ops.int_matmul.measured import Measured
 from octav_fx.ops.int_matmul.op import int_matmul
+from octav_fx.ops.int_matmul.reference import OPERANDS
 
 # M, N, K of matmuls in ResNet-50 (1 x 1), ViT-B/16 and BERT-base, and squares.
 SHAPES = (
@@ -25,33 +30,49 @@ TINY = ((64, 64, 64),)
 
 
 def measure(device: str) -> Iterator[dict[str, Any]]:
-    """For each shape bfloat16, the op as it is pinned, and every other way; ratio: time over that of bfloat16."""
+    """For each shape bfloat16, the op as it is pinned, and every other tile; ratio: time over that of bfloat16."""
+    of = architecture(torch.device(device))
     for m, n, k in SHAPES if device == "cuda" else TINY:
-        x, w = (torch.randint(-128, 128, (rows, k), device=device).to(torch.int8) for rows in (m, n))
+        codes = [torch.randint(-8, 8, (rows, k), device=device).to(torch.int8) for rows in (m, n)]
         scale, scales, bias = torch.rand((), device=device), torch.rand(n, device=device), torch.randn(n, device=device)
         out = torch.empty(m, n, device=device, dtype=torch.bfloat16)
-        args = (x, scale, w, scales, bias, 8, True, 8, torch.bfloat16)
         # Random values: multiplying zeros takes less power, and less time.
-        left, right = (torch.randn_like(codes, dtype=torch.bfloat16) for codes in (x, w))
+        left, right = (torch.randn_like(of_one, dtype=torch.bfloat16) for of_one in codes)
         addend = bias.to(torch.bfloat16)
         base = median_ms(lambda: torch.addmm(addend, left, right.t(), out=out), device)  # noqa: B023  run at once
         shape = {"m": m, "n": n, "k": k}
         yield _row(shape, "bfloat16", base, base)
-        yield _row(shape, "int_matmul", median_ms(lambda: int_matmul.out(*args, out=out), device), base)  # noqa: B023
-        for name, of in _ways(device):
-            from octav_fx.ops.int_matmul import kernel
+        for operand in OPERANDS if of.float8 else OPERANDS[:1]:
+            x, w = (of_one.to(operand) for of_one in codes)
+            args, name = (x, scale, w, scales, bias, 4, True, 4, torch.bfloat16), _name(operand)
+            yield _row(shape, name, median_ms(lambda: int_matmul.out(*args, out=out), device), base)  # noqa: B023
+            tiles = of.configs if operand is torch.int8 else of.float8
+            for tile, way in _ways(tiles) if device == "cuda" else ():
+                from octav_fx.ops.int_matmul import kernel
 
-            ms = median_ms(lambda: kernel.int_matmul(*args, out=out, of=of), device)  # noqa: B023
-            yield _row(shape, name, ms, base)
+                ms = median_ms(lambda: kernel.int_matmul(*args, out=out, of=way), device)  # noqa: B023
+                yield _row(shape, f"{name}, {tile}", ms, base)
 
 
-def _ways(device: str) -> Iterator[tuple[str, Architecture]]:
-    """Every pinned tile of this architecture, as integers."""
-    if device != "cuda":
-        return
-    for config in architecture(torch.device("cuda", 0)).configs:
+def table(rows: Iterable[dict[str, Any]]) -> list[Measured]:
+    """Return the ratios of the op, as they go into measured.json, for every shape that has one."""
+    found: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["m"], row["n"], row["k"]), {})[row["way"]] = row["ratio"]
+    int8, float8 = map(_name, OPERANDS)
+    return [Measured(*shape, ways[int8], ways.get(float8)) for shape, ways in found.items() if int8 in ways]
+
+
+def _name(operand: torch.dtype) -> str:
+    """torch.float8_e4m3fn -> float8."""
+    return str(operand).removeprefix("torch.").partition("_")[0]
+
+
+def _ways(tiles: Iterable[Config]) -> Iterator[tuple[str, Architecture]]:
+    """Each tile by itself."""
+    for config in tiles:
         tile = f"{config.block_m} x {config.block_n} x {config.block_k}"
-        yield f"{tile}, {config.num_warps} warps, {config.num_stages} stages", Architecture((config,))
+        yield f"{tile}, {config.num_warps} warps, {config.num_stages} stages", Architecture((config,), float8=(config,))
 
 
 def _row(shape: dict[str, int], way: str, ms: float, base: float) -> dict[str, Any]:

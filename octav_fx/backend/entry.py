@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import octav_fx
 from octav_fx.backend import inductor
+from octav_fx.backend.state import without_guards
 from octav_fx.capture.from_dynamo import find_opaque, from_dynamo, has_quantizers, is_within_quantized, lift_hints
 from octav_fx.compat.inductor import (
     CustomGraphPass,
@@ -70,6 +71,7 @@ def octav(
         gm, hints = (gm, []) if is_quantized else _quantize(gm, list(example_inputs), config)
     except OctavError as error:
         raise _Refusal(str(error)) from error
+    without_guards(gm)
     inductor.register()
     patches = _layouts(example_inputs) | patches
     patches |= {"joint_custom_pre_pass": _Stage(lower), "post_grad_custom_post_pass": _Stage(FUSE)}

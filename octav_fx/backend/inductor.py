@@ -2,7 +2,8 @@
 
 By itself Inductor would let each op allocate its result. Written into planned buffers instead, results reuse memory
 that is warm and mapped already; on a CPU fresh pages cost more than the passes that fill them. One op, divide, is code
-that Inductor generates; another, product_of_codes, allocates by itself.
+that Inductor generates; others, product_of_codes and the layers on codes, allocate by themselves. The latter are called
+past the dispatcher, with all that is no tensor bound beforehand: ops/bound.py.
 
 And how it reads codes of two bytes, those of 8 bits: by itself it would not vectorize a loop that int16 is in, which
 took four fifths of what it generates for backward with 8-bit activations.
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 from octav_fx.compat.inductor import (
+    Bound,
     fallback_handler,
     ir,
     lowerings,
@@ -22,6 +24,7 @@ from octav_fx.compat.inductor import (
     planned_fake_mode,
     register_lowering,
     vectorize_where,
+    writes_python,
 )
 from octav_fx.ir.joint import CONVERT, VIEWS
 from octav_fx.ops.product_of_codes.op import product_of_codes
@@ -40,6 +43,8 @@ def register() -> None:
             _register(name, packet)
     if product_of_codes.default not in lowerings:
         _register_channels_last(product_of_codes.default)
+        for op in (torch.ops.octav.integer_conv, torch.ops.octav.integer_linear):
+            _register_bound(op.__name__, op.default)
 
 
 # What shows a value as it is: of a copy in another dtype, or between other values, Inductor generates code.
@@ -94,3 +99,16 @@ def _register_channels_last(op: Any) -> None:
         if len(codes.get_size()) == 4:
             codes = ir.ExternKernel.require_channels_last(codes)
         return fallback_handler(op, add_to_fallback_set=False)(codes, *args)
+
+
+def _register_bound(name: str, op: Any) -> None:
+    @register_lowering(op, type_promotion_kind=None)
+    def lower(*args: Any) -> Any:
+        if not writes_python() or args[0].get_device_or_error().type != "cpu":
+            return fallback_handler(op, add_to_fallback_set=False)(*args)
+        with planned_fake_mode():
+            example, tensors, constants, unflatten, *_ = ir.FallbackKernel.process_kernel(op, *args)
+        given, _ = unflatten([...] * len(tensors), constants)
+        text = ", ".join(map(repr, (name, *given))).replace("Ellipsis", "...")
+        layout = ir.FallbackKernel.tensor_to_layout(example)
+        return ir.TensorBox.create(Bound(layout, list(tensors), "octav_fx.ops.bound.Bound", text))

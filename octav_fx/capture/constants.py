@@ -2,35 +2,38 @@
 
 Of the code that forward runs the names are known before it runs. So are the plain values that they may stand for:
 
-    FACTOR, cfg.scale, Config.depth, settings.EPS, TABLE["k"], os.environ["FLAG"]
+    FACTOR, cfg.scale, Config.depth, settings.EPS, TABLE["k"], os.environ["FLAG"], a count in a closure or a default
 
 Each is asked at every call, and where the call is compiled, by the compiler's own guards.
 """
 
 import copy
+import functools
 import inspect
 import math
 import os
 import sys
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
 
-from octav_fx.capture.kinds import MISSING, PLAIN
-from octav_fx.capture.module_state import CLOSED, is_users_object
+from octav_fx.capture.kinds import MISSING, PLAIN, kind_of
+from octav_fx.capture.module_state import CLOSED, is_users_class, is_users_object
 from octav_fx.capture.user_stack import is_users_code
 from octav_fx.compat.tensors import pytree
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.table.contractions import CONTRACTIONS
 
-# So deep below a global: cfg.model.scale.
-_DEEP: Final = 3
+# So deep below a global, or what a module holds: cfg.model.scale.
+_DEEP: Final = 6
 # Of larger lists and tables only what code names is asked.
 _SMALL: Final = 64
+# Defaults of functions that keep what is put into them.
+_CHANGING: Final = (list, dict, set)
 
 
 class _Held(NamedTuple):
@@ -64,18 +67,38 @@ class Constants:
         # Plain loops, which a compiler follows.
         for where, holder, names, values in self.attributes:
             for name, before in zip(names, values, strict=True):
-                if (now := getattr(holder, name, MISSING)) != before:
+                if (now := getattr(holder, name, MISSING)) != before and _is_other(now, before):
                     return _told(name, where, before, now)
         for where, holder, names, values in self.items:
             for name, before in zip(names, values, strict=True):
-                if (now := holder.get(name, MISSING)) != before:
+                if (now := holder.get(name, MISSING)) != before and _is_other(now, before):
                     return _told(name, where, before, now)
         return None
+
+
+def _is_other(now: Any, before: Any) -> bool:
+    """Tell whether a value that is not what is held for it is no partial of what is held."""
+    return not isinstance(now, functools.partial) or kind_of(now) != before
 
 
 def _told(name: str, where: str, before: Any, now: Any) -> str:
     # What a compiler takes a number for may have no text.
     return name if torch.compiler.is_compiling() else f"{name} of {where}: {before!r} at capture, {now!r} now"
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a function names, what `self` is in it, and where its names have been looked for, by identity."""
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    owner: Any
+    looked: set[int] = field(default_factory=set)
+
+    @classmethod
+    def by(cls, code: types.CodeType, owner: Any) -> "_Named":
+        names, keys = _names(code), (key for key in _constants(code) if isinstance(key, str))
+        return cls(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(keys)), owner)
 
 
 @dataclass(eq=False)
@@ -84,9 +107,11 @@ class _Found:
 
     attributes: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
     items: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
+    # Modules by class: what `self` is in its methods.
+    modules: dict[type, list[nn.Module]] = field(default_factory=dict)
     # Functions to be read, each with what `self` may be in it; and those that were.
     waiting: list[tuple[types.FunctionType, Any]] = field(default_factory=list)
-    seen: set[tuple[types.CodeType, int]] = field(default_factory=set)
+    seen: set[tuple[types.FunctionType, int]] = field(default_factory=set)
 
     def rows(self) -> Iterator[list[_Held]]:
         for kind in (self.attributes, self.items):
@@ -96,51 +121,83 @@ class _Found:
     def add_attributes(self, where: str, holder: Any, names: Iterable[str]) -> None:
         for name in names:
             value = inspect.getattr_static(holder, name, MISSING)
-            if _is_plain(value):
+            if value is not MISSING and _is_plain(value):
                 self._values(self.attributes, where, holder)[name] = copy.deepcopy(value)
 
     def add_named(self, root: nn.Module) -> None:
         """Add what the forwards of a module name, and the functions and methods that they call."""
-        for kind in {type(module) for module in root.modules()}:
+        for module in root.modules():
+            self.modules.setdefault(type(module), []).append(module)
+        for kind in self.modules:
             self.waiting += [(forward, kind) for forward in _functions(kind, "forward")]
         while self.waiting:
             function, owner = self.waiting.pop()
             function = inspect.unwrap(function)
             code = getattr(function, "__code__", None)
-            if code is None or (code, id(owner)) in self.seen or not _is_followed(function):
+            if code is None or (function, id(owner)) in self.seen or not _is_followed(function):
                 continue
-            self.seen.add((code, id(owner)))
-            names, keys = list(_names(code)), [key for key in _constants(code) if isinstance(key, str)]
-            self._look(function.__globals__, names, keys, owner, _DEEP)
-            for cell in function.__closure__ or ():
-                if isinstance(cell_value := _content(cell), types.FunctionType):
-                    self.waiting.append((cell_value, owner))
+            self.seen.add((function, id(owner)))
+            named = _Named.by(code, owner)
+            self._look(function.__globals__, named, _DEEP)
+            for cell in filter(_is_filled, function.__closure__ or ()):
+                self._meet(cell, "cell_contents", cell.cell_contents, named, _DEEP)
+            if any(type(value) in _CHANGING for value in function.__defaults__ or ()):
+                self._meet(function, "__defaults__", function.__defaults__, named, 0)
             if isinstance(owner, type):
-                self.waiting += [(method, owner) for name in names for method in _functions(owner, name)]
+                self.waiting += [(method, owner) for name in named.names for method in _functions(owner, name)]
+                self.add_attributes(owner.__name__, owner, named.names)
+                for module in self.modules.get(owner, ()):
+                    self._look_below(module, named)
             else:
-                self._look(owner, names, keys, owner, _DEEP)
+                self._look(owner, named, _DEEP)
 
-    def _look(self, space: Any, names: list[str], keys: list[str], owner: Any, depth: int) -> None:
+    def _look_below(self, module: nn.Module, named: "_Named") -> None:
+        """Look into what code names of a module: functions, and objects, of which guards ask what is not so deep."""
+        for name in named.names:
+            value = vars(module).get(name)
+            if isinstance(value, (types.FunctionType, functools.partial)) or _is_space(value):
+                self._meet(module, name, value, named, _DEEP)
+
+    def _look(self, space: Any, named: "_Named", depth: int) -> None:
         """Look in a place for what code names: globals, a module, a class, an object, or a table."""
+        if id(space) in named.looked:
+            return
+        named.looked.add(id(space))
         is_table = isinstance(space, dict) or space is os.environ
         is_globals = is_table and "__builtins__" in space
-        for name in dict.fromkeys(keys if is_table and not is_globals else names):
+        if not is_globals:
+            named = replace(named, owner=space)
+        for name in named.keys if is_table and not is_globals else named.names:
             value = space.get(name, MISSING) if is_table else inspect.getattr_static(space, name, MISSING)
-            if isinstance(value, (staticmethod, classmethod)):
-                value = value.__func__
-            if isinstance(value, types.FunctionType):
-                self.waiting.append((value, owner if is_globals else space))
-            elif isinstance(value, property) and isinstance(value.fget, types.FunctionType):
-                self.waiting.append((value.fget, space))
-            elif _is_plain(value) and (value is not MISSING or space is os.environ):
-                self._add_plain(space, is_globals, name, copy.deepcopy(value))
-            elif depth and _is_space(value):
-                self._look(value, names, keys, owner, depth - 1)
-        if space is os and "getenv" in names:
-            self._look(os.environ, names, keys, owner, 0)
+            if value is not MISSING or space is os.environ:
+                self._meet(space, name, value, named, depth)
+        if space is os and "getenv" in named.names:
+            self._look(os.environ, named, 0)
 
-    def _add_plain(self, space: Any, is_globals: bool, name: str, value: Any) -> None:
-        if is_globals:
+    def _meet(self, space: Any, name: str, value: Any, named: "_Named", depth: int) -> None:
+        """Take what stands in a place: a plain value, a function to be read, a place to look in."""
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if _is_alias(name, value) and not isinstance(space, (nn.Module, types.CellType)):
+            self._add(space, name, value)
+        if isinstance(value, functools.partial):
+            # A compiler sees another one in each that it looks at.
+            self._add(space, name, kind_of(value))
+            value = value.func
+        if isinstance(value, types.FunctionType):
+            self.waiting.append((value, named.owner))
+        elif isinstance(value, property) and isinstance(value.fget, types.FunctionType):
+            self.waiting.append((value.fget, space))
+        elif _is_plain(value):
+            self._add(space, name, copy.deepcopy(value))
+        elif isinstance(value, type) and issubclass(value, nn.Module):
+            # What its methods name is looked for where modules of it are.
+            self.add_attributes(value.__name__, value, named.names if is_users_class(value) else ())
+        elif depth and _is_space(value):
+            self._look(value, named, depth - 1)
+
+    def _add(self, space: Any, name: str, value: Any) -> None:
+        if isinstance(space, dict) and "__builtins__" in space:
             file = sys.modules.get(str(space.get("__name__")))
             if file is not None and vars(file) is space:
                 self._values(self.attributes, file.__name__, file)[name] = value
@@ -154,6 +211,11 @@ class _Found:
     @staticmethod
     def _values(kind: dict[int, tuple[str, Any, dict[Any, Any]]], where: str, holder: Any) -> dict[Any, Any]:
         return kind.setdefault(id(holder), (where, holder, {}))[2]
+
+
+def _is_alias(name: str, value: Any) -> bool:
+    """Tell whether a function stands under a name that is not its own: a choice that somebody may make anew."""
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) and value.__name__ != name
 
 
 def _settings(layer: nn.Module) -> list[str]:
@@ -177,7 +239,7 @@ def _is_space(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
         return value.__name__.partition(".")[0] not in CLOSED
     if isinstance(value, type):
-        return not issubclass(value, nn.Module) and value.__module__.partition(".")[0] not in CLOSED
+        return is_users_class(value)
     return isinstance(value, dict) or is_users_object(value)
 
 
@@ -209,5 +271,5 @@ def _constants(code: types.CodeType) -> Iterator[Any]:
             yield constant
 
 
-def _content(cell: types.CellType) -> Any:
-    return None if cell == types.CellType() else cell.cell_contents
+def _is_filled(cell: types.CellType) -> bool:
+    return cell != types.CellType()

@@ -1,5 +1,6 @@
 """What Python may have looked at in a value besides the contents of its tensors, as a value to compare."""
 
+import functools
 import types
 from collections.abc import Mapping
 from typing import Any, Final
@@ -43,6 +44,12 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         return (type(value).__name__, *value)
     if isinstance(value, fx.Proxy):
         return kind_of(fake(value.node), depth)
+    if isinstance(value, functools.partial):
+        # Under Dynamo of torch 2.11 the arguments are a list.
+        return ("partial", kind_of(value.func), kind_of(tuple(value.args), depth), kind_of(value.keywords, depth))
+    if type(value).__module__ == "numpy":
+        # Arrays are read by reference, whatever is in them.
+        return (type(value).__name__, *(value.shape or (value.item(),)))
     if depth and hasattr(value, "__dict__"):
         return (type(value).__name__, *[(key, kind_of(item, depth - 1)) for key, item in value.__dict__.items()])
     if depth and hasattr(value, "__slots__"):

@@ -52,6 +52,8 @@ class _Before:
 
     attributes: list[tuple[dict[str, Any], dict[str, Any]]]
     containers: list[tuple[Any, Any]]
+    # What is in the classes of the modules: a count of calls.
+    classes: list[tuple[type, dict[str, Any]]]
 
     @classmethod
     def of(cls, root: nn.Module) -> "_Before":
@@ -59,7 +61,12 @@ class _Before:
         # Those that forward ties.
         modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
         named += [(held, dict(held)) for held in map(parameters_of, modules)]
-        return cls(named, [(container, copy.copy(container)) for container in containers_of(root)])
+        kinds = {kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
+        return cls(
+            named,
+            [(container, copy.copy(container)) for container in containers_of(root)],
+            [(kind, dict(vars(kind))) for kind in kinds],
+        )
 
     def restore(self) -> None:
         for held, old in self.attributes:
@@ -68,6 +75,17 @@ class _Before:
             held.update(old)
         for container, content in self.containers:
             _refill(container, content)
+        for kind, names in self.classes:
+            for name in [name for name, value in vars(kind).items() if names.get(name, kind) is not value]:
+                if name in names:
+                    setattr(kind, name, names[name])
+                else:
+                    delattr(kind, name)
+
+
+def is_users_class(kind: type) -> bool:
+    """Tell whether a class is of the user's own files or of a library of models."""
+    return kind.__module__.partition(".")[0] not in CLOSED
 
 
 def containers_of(root: nn.Module) -> list[Any]:
@@ -114,10 +132,15 @@ def _refill(container: Any, content: Any) -> None:
 
 def state_tensors(root: nn.Module) -> list[torch.Tensor]:
     """Return the buffers of modules and the tensors in their attributes, parameters aside."""
+    leaves = (leaf for value in held_values(root) for leaf in pytree.tree_leaves(value))
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return [t for t in tensors.values() if not isinstance(t, nn.Parameter)]
+
+
+def held_values(root: nn.Module) -> list[Any]:
+    """Return the buffers of modules, what is in their attributes, and what is in the containers there, however deep."""
     held = [value for _, values in attributes(root) for name, value in values.items() if name not in PART_ATTRIBUTES]
-    held += [item for c in containers_of(root) for item in (c.values() if isinstance(c, dict) else c)]
-    tensors = [leaf for value in held for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return [t for t in {id(t): t for t in tensors}.values() if not isinstance(t, nn.Parameter)]
+    return held + [item for c in containers_of(root) for item in (c.values() if isinstance(c, dict) else c)]
 
 
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:

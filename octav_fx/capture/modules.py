@@ -20,7 +20,7 @@ from octav_fx.capture.guards import GuardedGraph, Guards
 from octav_fx.capture.held import hold, let_go, permitted
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
-from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, remember_structure
+from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, looked_at, remember_structure
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.capture.transformed import transformed
 from octav_fx.compat.modules import (
@@ -31,7 +31,7 @@ from octav_fx.compat.modules import (
     replace_children,
     share_parts,
 )
-from octav_fx.compat.tensors import pytree, transform, transforms
+from octav_fx.compat.tensors import is_sharded, pytree, transform, transforms
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.records import Record, graph_info
@@ -253,6 +253,11 @@ class QuantizedModule(GuardedModule):
             self.run_capture_again(args, kwargs)
         return self._dispatch(*args, **kwargs)
 
+    @torch.compiler.disable(reason="octav_fx captures what modules below were replaced by; the next call is compiled")
+    def _run_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if looked_at(self.owner):
+            self.run_capture_again(args, kwargs)
+
     def run_capture_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Get what is needed for a call. Raises OctavError where there is nothing to get it from."""
         if self.capture_again is None:
@@ -360,8 +365,8 @@ class WholeModule:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what a graph that holds for the call computes; after modules below were replaced, one of now."""
         graphs: QuantizedModule = vars(self)[GRAPHS]
-        if not torch.compiler.is_compiling() and is_changed(graphs.owner):
-            graphs.run_capture_again(args, kwargs)
+        if is_changed(graphs.owner):
+            graphs._run_look(args, kwargs)
         return vars(self)[GRAPHS].forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
@@ -369,6 +374,18 @@ class WholeModule:
         super().train(mode)  # type: ignore[misc]
         vars(self)[GRAPHS].follow(mode)
         return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter as the user's class does, but none of parallelize_module, whose products give parts of sums.
+
+        Those of FSDP2 do not come this way, and are whole when the graph runs.
+        """
+        if param is not None and is_sharded(param):
+            raise OctavError(
+                f"{name} of {type(self).__name__} is sharded by tensor parallelism, which no graph runs: shard blocks "
+                "by torch.distributed.fsdp.fully_shard, or make them stages of a pipeline"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         vars(self)[GRAPHS].forget()
@@ -487,13 +504,12 @@ def users_own(root: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
 @contextmanager
 def _hidden_quantizers(owner: nn.Module) -> Iterator[None]:
     """Let a module have the children inside that its class gave it."""
-    children = children_of(owner)
-    quantizers = children.pop(QUANTIZERS, None)
+    quantizers = children_of(owner).pop(QUANTIZERS, None)
     try:
         yield
     finally:
         if quantizers is not None:
-            children[QUANTIZERS] = quantizers
+            children_of(owner)[QUANTIZERS] = quantizers
 
 
 def graphs_of(module: nn.Module) -> QuantizedModule | None:
@@ -519,6 +535,7 @@ def graphs_in(q: nn.Module) -> list[QuantizedModule]:
 
 # Of a container, which must not count the quantizers among its children.
 _CONTAINER_METHODS: Final = ("__len__", "__getitem__", "__iter__", "__contains__", "__reversed__")
+_CONTAINER_CHANGES: Final = ("__setitem__", "__delitem__", "append", "insert", "extend", "pop", "clear")
 
 
 @functools.cache
@@ -531,6 +548,7 @@ def _whole_class(kind: Any) -> type[nn.Module]:
 
     names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
     names |= {name: _unseen(getattr(kind, name)) for name in _CONTAINER_METHODS if hasattr(kind, name)}
+    names |= {name: _shared(_unseen(getattr(kind, name))) for name in _CONTAINER_CHANGES if hasattr(kind, name)}
     return type(kind.__name__, (WholeModule, kind), names)
 
 
@@ -551,6 +569,18 @@ def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
         with _hidden_quantizers(self):
             found = method(self, *args)
             return iter(list(found)) if method.__name__ in ("__iter__", "__reversed__") else found
+
+    return call
+
+
+def _shared(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a container after which its graphs have what it has: in a new dict, where it deletes."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any) -> Any:
+        found = method(self, *args)
+        share_parts(self, vars(self)[GRAPHS])
+        return found
 
     return call
 

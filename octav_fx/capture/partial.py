@@ -12,8 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.held import is_permitted
 from octav_fx.capture.inputs import Inputs, call_of
+from octav_fx.capture.module_state import without_history
 from octav_fx.capture.modules import GRAPHS, graphs_of
-from octav_fx.capture.replaced import STRUCTURE, is_changed, remember_structure
+from octav_fx.capture.replaced import STRUCTURE, is_changed, looked_at, remember_structure
 from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 
@@ -53,6 +54,8 @@ class PartialModule:
         return _restore, (type(self).__mro__[2], self._state(), replace(self.octav_partial, example=None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner: Any = self
+        memo.update(without_history(owner))
         copied: Any = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self._state(), memo))
@@ -113,11 +116,17 @@ def _partial_class(kind: Any) -> type[nn.Module]:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and is_changed(self) and not is_permitted():
-            PartialModule.quantize_replaced(self, call_of(self, args, kwargs))
+        if is_changed(self) and not is_permitted():
+            _look(self, args, kwargs)
         return kind.forward(self, *args, **kwargs)
 
     return type(kind.__name__, (PartialModule, kind), {"__module__": kind.__module__, "forward": forward})
+
+
+@torch.compiler.disable(reason="octav_fx quantizes what modules below were replaced by; the next call is compiled")
+def _look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if looked_at(module):
+        PartialModule.quantize_replaced(module, call_of(module, args, kwargs))
 
 
 def _restore(kind: type[nn.Module], state: Any, descent: PartialInfo) -> nn.Module:

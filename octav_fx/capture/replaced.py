@@ -1,11 +1,13 @@
 """Modules that were put in the places of others since quantize(), which no graph knows."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from octav_fx.compat.modules import children_of
 from octav_fx.errors import OctavError
@@ -15,16 +17,39 @@ from octav_fx.nn.fake_quantizer import QUANTIZERS
 STRUCTURE: Final = "octav_structure"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Structure:
     """The children of a module and of those below it; modules that keep their own are not looked into."""
 
     children: list[tuple[nn.Module, dict[str, nn.Module | None]]]
+    # Whether any of them was given a child since somebody looked: what compiled code asks in each call.
+    is_touched: bool = False
 
+    def __post_init__(self) -> None:
+        for module, _ in self.children:
+            _STRUCTURES.setdefault(module, weakref.WeakSet()).add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @torch.compiler.assume_constant_result
     def is_changed(self) -> bool:
-        """Tell whether any module has other children now."""
+        """Tell whether any module has other children now; compiled code asks once, and is_touched in each call."""
         # A loop over many modules that runs in every call.
         return any(children_of(module) != known for module, known in self.children)
+
+
+# By module, those that it is in. Neither keeps the other.
+_STRUCTURES: Final = weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Structure]]()
+
+
+def _touch(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    for structure in _STRUCTURES.get(module, ()):
+        structure.is_touched = True
+
+
+register_module_module_registration_hook(_touch)
 
 
 def remember_structure(root: nn.Module) -> None:
@@ -34,9 +59,21 @@ def remember_structure(root: nn.Module) -> None:
 
 
 def is_changed(root: nn.Module) -> bool:
-    """Tell whether modules below one that knows what it was made of were replaced, added or removed."""
+    """Tell whether modules below one that knows what it was made of were replaced, added or removed.
+
+    Compiled code guards one bool, which a new child sets; what a graph reads of a removed one is guarded anyway.
+    """
     structure: Structure | None = vars(root).get(STRUCTURE)
-    return structure is not None and structure.is_changed()
+    if structure is None:
+        return False
+    return (torch.compiler.is_compiling() and structure.is_touched) or structure.is_changed()
+
+
+def looked_at(root: nn.Module) -> bool:
+    """Tell whether modules below are really others, and let it count as looked at."""
+    structure: Structure = vars(root)[STRUCTURE]
+    structure.is_touched = False
+    return structure.is_changed()
 
 
 def replaced(root: nn.Module) -> list[str]:

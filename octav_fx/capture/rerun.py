@@ -1,7 +1,5 @@
 """Running a model once without leaving a trace."""
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -9,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.chance import same_random_numbers
 from octav_fx.capture.held import permitted
 from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
 from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
@@ -80,23 +79,10 @@ def run_keeping_state(
     with (
         torch.set_grad_enabled(gradients),
         torch.random.fork_rng(devices=sorted(devices)),
-        _same_random_numbers(),
+        same_random_numbers(module),
         no_sync(),
     ):
         return (forward or module)(*args, **kwargs)
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Put back, afterwards, the random states of Python and NumPy; torch has fork_rng for its own."""
-    numpy = sys.modules.get("numpy")
-    drawn, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(drawn)
-        if numpy:
-            numpy.random.set_state(of_numpy)
 
 
 @contextmanager

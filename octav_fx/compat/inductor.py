@@ -6,17 +6,21 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
+from torch._guards import TracingContext
 from torch._inductor import ir, list_mode_options, list_options
 from torch._inductor.codegen import cpp
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.lowering import fallback_handler, lowerings, make_pointwise, register_lowering
 from torch._inductor.virtualized import V, ops
+from torch.utils._ordered_set import OrderedSet
 
 __all__ = [
+    "Bound",
     "CustomGraphPass",
     "ShortenTraceback",
     "compile_fx",
+    "drop_guards",
     "fallback_handler",
     "get_hash_for_files",
     "ir",
@@ -28,12 +32,51 @@ __all__ = [
     "planned_fake_mode",
     "register_lowering",
     "vectorize_where",
+    "writes_python",
 ]
 
 
 def planned_fake_mode() -> Any:
     """Return the mode in which the values of the graph that Inductor lowers are fake tensors."""
     return V.graph.fake_mode
+
+
+def drop_guards(objects: Iterable[str]) -> None:
+    """Let Dynamo guard none of some objects, nor what they hold, in the graph that it is compiling.
+
+    objects: where they come from, L['self']._modules['fc']. Whether two tensors are one is guarded still.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    within = tuple(f"{name}{end}" for name in objects for end in (".", "["))
+
+    def is_kept(guard: Any) -> bool:
+        return not f"{guard.name}.".startswith(within) or guard.inner_create_fn().__name__ == "DUPLICATE_INPUT"
+
+    guards = context.guards_context.dynamo_guards
+    context.guards_context.dynamo_guards = type(guards)(OrderedSet(filter(is_kept, guards)))
+
+
+def writes_python() -> bool:
+    """Tell whether the code that Inductor generates calls ops in Python, and not in C++."""
+    return not V.graph.cpp_wrapper
+
+
+class Bound(ir.ExternKernelAlloc):
+    """A call of an object that the generated module makes when it is loaded: function(constants)(tensors)."""
+
+    def __init__(self, layout: ir.Layout, tensors: list[ir.IRNode], function: str, constants: str) -> None:
+        super().__init__(layout, tensors)
+        self._function, self._constants = function, constants
+        self.python_kernel_name = f"bound_{self.get_name()}"
+
+    def codegen(self, wrapper: Any) -> None:
+        """Write the object and its call."""
+        module, _, name = self._function.rpartition(".")
+        wrapper.add_import_once(f"from {module} import {name}")
+        wrapper.header.writeline(f"{self.python_kernel_name} = {name}({self._constants})")
+        super().codegen(wrapper)
 
 
 class _Vectorizable(list[torch.dtype]):

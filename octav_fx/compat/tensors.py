@@ -1,7 +1,8 @@
 """Trees of tensors, fake tensors, dispatch."""
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ __all__ = [
     "has_vnni",
     "is_functorch_wrapped",
     "is_higher_order",
+    "is_sharded",
     "packet_of",
     "pytree",
     "replace_extended_shape",
@@ -43,6 +45,7 @@ __all__ = [
     "transform",
     "validates_distributions",
     "version_of",
+    "versions_of",
     "without_modes",
 ]
 
@@ -97,6 +100,13 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, of which each rank has a part."""
+    # Importing it takes long, and what nobody has imported nobody has made.
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
+
+
 def is_higher_order(op: Any) -> bool:
     """Tell whether an op takes functions or graphs among its arguments."""
     return isinstance(op, torch._ops.HigherOrderOperator)
@@ -128,6 +138,11 @@ def schema_of(op: OpOverload) -> torch.FunctionSchema:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor has been written into; 0 of one made in inference mode, which keeps no count."""
     return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor has been written into, as version_of does, in less time."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def has_vnni() -> bool:

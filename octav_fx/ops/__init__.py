@@ -13,6 +13,7 @@ import octav_fx.ops.fake_quantize.op
 import octav_fx.ops.fake_quantize_filters.op
 import octav_fx.ops.fake_quantize_weights.op
 import octav_fx.ops.gated_codes.op
+import octav_fx.ops.grouped_mm.op
 import octav_fx.ops.int_matmul.op
 import octav_fx.ops.integer_codes.op
 import octav_fx.ops.integer_conv.op

@@ -8,19 +8,18 @@ inline int lowest_code(int bits, int is_signed) { return is_signed ? -(1 << (bit
 
 // What rounds a result in steps and saturates it, at the ends of a grid and of a clamp in the units of the result.
 struct Saturation {
-  float bottom, top;
-  int zero;
+  // Counted from the lowest code, as results come and codes go.
+  float bottom, top, zero;
 
-  Saturation(float step, int bits, int is_signed, float low, float high) : zero(-lowest_code(bits, is_signed)) {
-    const float least = float(-zero), greatest = float((1 << bits) - 1 - zero);
-    bottom = std::min(std::max(std::nearbyint(low / step), least), greatest);
-    top = std::max(std::min(std::nearbyint(high / step), greatest), bottom);
+  Saturation(float step, int bits, int is_signed, float low, float high) : zero(float(-lowest_code(bits, is_signed))) {
+    const float greatest = float((1 << bits) - 1);
+    bottom = std::min(std::max(std::nearbyint(low / step) + zero, 0.f), greatest);
+    top = std::max(std::min(std::nearbyint(high / step) + zero, greatest), bottom);
   }
 
-  // Counted from the lowest code.
+  // The bounds are whole numbers: what is between them is rounded to one between them.
   uint8_t operator()(float in_steps) const {
-    const float nearest = std::nearbyint(in_steps);
-    const float raised = nearest > bottom ? nearest : bottom;
-    return uint8_t(int(raised < top ? raised : top) + zero);
+    const float raised = in_steps > bottom ? in_steps : bottom;
+    return uint8_t(int(std::nearbyint(raised < top ? raised : top)));
   }
 };

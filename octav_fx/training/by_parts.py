@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.module_state import attributes_kept_on_success
 from octav_fx.capture.modules import graphs_of, quantized_modules, users_own
 from octav_fx.capture.partial import ATTRIBUTES, PartialInfo, PartialModule, mark_partial
 from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
@@ -100,17 +101,19 @@ class PartsQuantizer:
 
     def _one_graph(self, module: nn.Module, calls: list[Inputs], path: str, both_modes: bool = True) -> nn.Module:
         tree, position = tree_of(module), replace(self._position(module, path), settings=self.settings)
-        try:
-            step("capturing", path)
-            prepare_module(module, calls[0], self.config, position, self.user, both_modes)
-            step("comparing", path)
-            for call in calls:
-                check_equal(module, call)
-            if not position.is_op:
-                check_in_turn(module, calls[0], self.config.fold_batchnorm)
-        except NotCaptured:
-            restore(tree)
-            raise
+        # A table that a first run leaves is for the graph that reads it.
+        with attributes_kept_on_success(module):
+            try:
+                step("capturing", path)
+                prepare_module(module, calls[0], self.config, position, self.user, both_modes)
+                step("comparing", path)
+                for call in calls:
+                    check_equal(module, call)
+                if not position.is_op:
+                    check_in_turn(module, calls[0], self.config.fold_batchnorm)
+            except NotCaptured:
+                restore(tree)
+                raise
         return module
 
     def descend(self, module: nn.Module, calls: list[Inputs], path: str, reason: str) -> nn.Module:

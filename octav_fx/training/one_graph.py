@@ -1,5 +1,6 @@
 """One module as one graph: capture, the passes, the records of what they did."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -338,18 +339,30 @@ def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> t
         if (change := constants.change()) is not None:
             raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")
     if captured.remembered and has_data(module, call):
-        # A table that forward makes once: after a first run it is there, and forward reads it like any buffer.
-        with attributes_kept_on_success(module):
-            _warm_up(module, call)
-            captured = _capture(module, call, mode, user)
-            _check_memory(captured.remembered)
-    else:
-        _check_memory(name for name in captured.remembered if name not in captured.stored)
+        with contextlib.suppress(_StoredAgain):
+            captured = _captured_warm(module, call, mode, user, captured.begun)
+    _check_memory(captured)
     return captured, list(captured.notes)
 
 
-def _check_memory(remembered: Iterable[str]) -> None:
-    for name in remembered:
+class _StoredAgain(Exception):
+    """Forward sets an attribute in every call that it reads: no table, which is made once."""
+
+
+def _captured_warm(module: nn.Module, call: Inputs, mode: bool, user: UserRules, begun: Iterable[str]) -> Capture:
+    """Capture with the tables that forward makes once: after a first run they are there, and read like any buffer."""
+    with attributes_kept_on_success(module):
+        _warm_up(module, call)
+        captured = _capture(module, call, mode, user)
+        _check_memory(captured)
+        if any(name in captured.stored for name in begun):
+            raise _StoredAgain
+        return captured
+
+
+def _check_memory(captured: Capture) -> None:
+    # What begins as a tensor of this call is stored by the graph, and guards ask what was there.
+    for name in (name for name in captured.remembered if name not in captured.begun):
         raise NotCaptured(f"forward reads {name} and changes it for the next call, and a graph has no memory")
 
 

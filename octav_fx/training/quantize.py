@@ -17,6 +17,7 @@ from octav_fx.capture.modules import graphs_in, graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
+from octav_fx.compat.tensors import is_sharded
 from octav_fx.config import Config, fits
 from octav_fx.errors import OctavError
 from octav_fx.ir.op import Op
@@ -120,7 +121,9 @@ def _put_back(model: nn.Module, quantized: nn.Module) -> None:
             owner, _, last = name.rpartition(".")
             own = getattr(quantized.get_submodule(owner), last)
             is_dense = held.layout is torch.strided and not held.is_meta
-            if is_dense and isinstance(own, Tensor) and not torch.equal(own, held):
+            # Of another shape it is a table that forward has made, and that the graph reads.
+            is_same = isinstance(own, Tensor) and own.shape == held.shape
+            if is_dense and is_same and not torch.equal(own, held):
                 own.data.copy_(held)
 
 
@@ -150,6 +153,11 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise OctavError(f"{name} has no shape yet: run the model once before quantizing it")
+        if is_sharded(parameter):
+            raise OctavError(
+                f"{name} is a DTensor: quantize the module first, with blocks=, and shard its blocks by "
+                "torch.distributed.fsdp.fully_shard afterwards; tensor parallelism no graph runs"
+            )
 
 
 def _begin_learned(q: nn.Module, example: Inputs) -> None:

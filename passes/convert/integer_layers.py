@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from octav_fx.compat.tensors import pytree
 from octav_fx.ir.arguments import argument, called_module
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import copy_meta
@@ -62,8 +63,12 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
         return f"computes in {weight.dtype}"
     if weight.codes.device.type != "cpu":
         return f"on {weight.codes.device}"
-    if op.spatial and isinstance(padding := argument(node, "padding"), str):
-        return f"padding {padding!r}"
+    for name in _WINDOW if op.spatial else ():
+        size = argument(node, name)
+        if isinstance(size, str):
+            return f"{name} {size!r}"
+        if any(isinstance(value, fx.Node) for value in pytree.tree_leaves(size)):
+            return f"a {name} that the graph computes"
     return onednn.refusal(grid[0], onednn.largest_code(weight.integers()))
 
 

@@ -14,7 +14,8 @@ The sum of integers is exact. So z differs from before only by the roundings of 
 
 int8() takes away what quantize adds to a code for backward's sake: beyond the clip is the outermost level, zero is
 zero, at a ceiling is not raised. Codes 0..255 become -128..127, which the op knows from bits and sign. What is not
-finite has no level: the step of its row becomes NaN, and with it all that the row or column is multiplied with.
+finite has no level: the step of its row becomes NaN, and with it all that the row or column is multiplied with. Codes
+of few bits are float8 instead, where that is as exact and faster.
 
 A convolution with kernels of one position is the same matmul on [positions, channels], in memory that is channels last;
 a stride leaves out positions first. Backward reads levels or codes as it did; levels that nobody reads go.
@@ -158,8 +159,8 @@ def _obstacle(matmul: _Matmul) -> str | None:
 def _rewrite(matmul: _Matmul, kernel: MatmulKernel, operands: "_Operands") -> None:
     node, graph = matmul.node, matmul.node.graph
     m, n, k = matmul.sizes
-    x, x_scale = operands.of(matmul.x, -1 if matmul.stride is None else 1)
-    w, w_scale = operands.of(matmul.w, *range(1, fake(matmul.w).dim()))
+    x, x_scale = operands.of(matmul.x, kernel.operand, -1 if matmul.stride is None else 1)
+    w, w_scale = operands.of(matmul.w, kernel.operand, *range(1, fake(matmul.w).dim()))
     with graph.inserting_before(node):
         if matmul.stride is not None:
             w = insert_aten(graph, aten.view.default, w, [n, k])
@@ -199,18 +200,19 @@ def _contiguous(node: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """The int8 operand and the steps of each quantizer, made once however many matmuls read it."""
+    """The operand and the steps of each quantizer, made once however many matmuls read it."""
 
     graph: fx.Graph
-    made: dict[tuple[fx.Node, tuple[int, ...]], tuple[fx.Node, fx.Node]]
+    made: dict[tuple[fx.Node, torch.dtype, tuple[int, ...]], tuple[fx.Node, fx.Node]]
 
-    def of(self, levels: fx.Node, *axes: int) -> tuple[fx.Node, fx.Node]:
+    def of(self, levels: fx.Node, dtype: torch.dtype, *axes: int) -> tuple[fx.Node, fx.Node]:
         """Return codes of these levels, and a scale for each place along all but these axes; NaN: one is not finite."""
-        if (levels, axes) not in self.made:
-            self.made[levels, axes] = self._make(levels, list(axes))
-        return self.made[levels, axes]
+        key = levels, dtype, axes
+        if key not in self.made:
+            self.made[key] = self._make(levels, dtype, list(axes))
+        return self.made[key]
 
-    def _make(self, levels: fx.Node, axes: list[int]) -> tuple[fx.Node, fx.Node]:
+    def _make(self, levels: fx.Node, dtype: torch.dtype, axes: list[int]) -> tuple[fx.Node, fx.Node]:
         graph, call, grid = self.graph, arguments_of(levels), _grid(levels)
         with graph.inserting_before(levels):
             if levels.target is octav.dequantize.default:
@@ -226,7 +228,10 @@ class _Operands:
             code = insert_aten(graph, aten.clamp_max.default, code, grid.high)
             if shift := offset(grid.bits, grid.signed):
                 code = insert_aten(graph, aten.sub.Tensor, code, shift)
-            operand = insert_aten(graph, CONVERT, code, torch.int8)
+            if dtype.is_floating_point:
+                # Triton has no cast from an integer to 8 bits.
+                code = insert_aten(graph, CONVERT, code, torch.float32)
+            operand = insert_aten(graph, CONVERT, code, dtype)
             # The least code stands for what is not finite.
             lowest = insert_aten(graph, aten.amin.default, codes, axes)
             unknown = insert_aten(graph, aten.eq.Scalar, lowest, torch.iinfo(grid.codes_dtype).min)

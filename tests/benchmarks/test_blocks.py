@@ -9,7 +9,10 @@ import octav_fx
 from benchmarks import blocks, result
 
 
-def test_each_block_of_both_variants_is_compiled_and_the_ratio_is_to_float(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("linear", [nn.Linear, blocks.Conv1D])
+def test_each_block_of_both_variants_is_compiled_and_the_ratio_is_to_float(
+    monkeypatch: pytest.MonkeyPatch, linear: Any
+) -> None:
     variants = ["float Inductor", "octav compiled"]
     written: dict[str, Any] = {}
     made: list[nn.Module] = []
@@ -21,7 +24,7 @@ def test_each_block_of_both_variants_is_compiled_and_the_ratio_is_to_float(monke
 
     for name, value in {"LAYERS": 2, "WIDTH": 8, "BATCH": 2, "TOKENS": 4, "WARM_UP": 1, "STEPS": 1}.items():
         monkeypatch.setattr(blocks, name, value)
-    monkeypatch.setattr(blocks, "BACKENDS", {name: {"backend": "eager"} for name in variants})
+    monkeypatch.setattr(blocks, "VARIANTS", {name: (linear, {"backend": "eager"}) for name in variants})
     monkeypatch.setattr(blocks, "prepared", noted)
     monkeypatch.setattr(result, "write", written.__setitem__)
     blocks.main(rounds=1)

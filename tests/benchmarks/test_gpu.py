@@ -14,6 +14,7 @@ import torch
 from benchmarks import result
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import dequantize, fake_quantize, int_matmul, limited, optimal_clip, quantize, step, worker
+from octav_fx.ops.int_matmul.measured import Measured
 
 pytestmark = pytest.mark.slow
 
@@ -224,7 +225,17 @@ def test_rows_of_a_kernel(question: Any) -> None:
 
 
 def test_rows_of_the_matmul() -> None:
-    assert [(row["way"], row["m"]) for row in int_matmul.measure("cpu")] == [("bfloat16", 64), ("int_matmul", 64)]
+    assert [(row["way"], row["m"]) for row in int_matmul.measure("cpu")] == [("bfloat16", 64), ("int8", 64)]
+
+
+def test_the_table_of_the_matmul() -> None:
+    shape = {"m": 64, "n": 32, "k": 16}
+    rows = [{**shape, "way": way, "ratio": ratio} for way, ratio in (("bfloat16", 1.0), ("int8", 0.7), ("float8", 0.6))]
+    other = {"m": 1, "n": 2, "k": 3, "way": "int8", "ratio": 2.0}
+    # One that the limit of time cut off has no ratio yet.
+    cut_off = {"m": 5, "n": 5, "k": 5, "way": "bfloat16", "ratio": 1.0}
+    table = int_matmul.table([*rows, {**rows[1], "way": "int8, a tile", "ratio": 0.1}, other, cut_off])
+    assert table == [Measured(64, 32, 16, 0.7, 0.6), Measured(1, 2, 3, 2.0)]
 
 
 @pytest.mark.parametrize("variant", ["float eager", "octav eager", step.VARIANTS[-1]])

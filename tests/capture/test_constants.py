@@ -1,7 +1,12 @@
 """Constants: a plain value that users set anew, on a layer or in a file, makes a new graph."""
 
+import copy
+import functools
+import itertools
 import os
+import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +38,20 @@ class Settings:
 
 
 SETTINGS = Settings()
+DEEP = types.SimpleNamespace(a=types.SimpleNamespace(b=types.SimpleNamespace(c=types.SimpleNamespace(gain=1.0))))
+
+
+def scaling(by: dict[str, float]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * by["y"]
+
+
+def defaulted(x: Tensor, by: dict[str, float] = {"y": 1.0}) -> Tensor:  # noqa: B006
+    return x * by["y"]
+
+
+BY = {"y": 1.0}
+by_closure, by_partial = scaling(BY), functools.partial(torch.mul, other=1.0)
+alias = torch.positive
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -87,9 +106,11 @@ class Configured(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
+        self.held, self.function = copy.deepcopy(DEEP), scaling({"y": 1.0})
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x) * SETTINGS.twice() * SETTINGS.below.gain * Settings.depth * TABLE["factor"] * elsewhere.FACTOR
+        y = alias(by_partial(by_closure(defaulted(y)))) * DEEP.a.b.c.gain * self.held.a.b.c.gain * self.function(1.0)
         return -y if os.environ.get("OCTAV_FX_TEST_SIGN", "0") == "1" else y
 
 
@@ -102,6 +123,12 @@ class Configured(nn.Module):
         (TABLE, "factor", -1.0),
         (elsewhere, "FACTOR", -1.0),
         (os.environ, "OCTAV_FX_TEST_SIGN", "1"),
+        (DEEP.a.b.c, "gain", -1.0),
+        (BY, "y", -1.0),
+        (defaulted.__defaults__[0], "y", -1.0),
+        (by_partial.keywords, "other", -1.0),
+        (sys.modules[__name__], "by_partial", functools.partial(torch.mul, other=-1.0)),
+        (sys.modules[__name__], "alias", torch.neg),
     ],
 )
 def test_what_lies_below_a_global_is_followed(
@@ -113,13 +140,26 @@ def test_what_lies_below_a_global_is_followed(
     compiled = torch.compile(q, backend="eager", fullgraph=True)
     before = q(x)
     assert torch.equal(compiled(x), before)
-    change = monkeypatch.setattr if not hasattr(holder, "get") else monkeypatch.setitem
+    change = monkeypatch.setitem if hasattr(holder, "__setitem__") else monkeypatch.setattr
     change(holder, name, value)
     after = q(x)
     assert torch.equal(after, -before)
     assert torch.equal(compiled(x), after)
     monkeypatch.undo()
     assert torch.equal(compiled(x), before)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_lies_deep_below_a_module_is_followed(is_compiled: bool) -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Configured().eval(), x)
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    before = call(x)
+    q.held.a.b.c.gain = -1.0
+    assert torch.equal(call(x), -before)
+    q.function.__closure__[0].cell_contents["y"] = -1.0
+    assert torch.equal(call(x), before)
 
 
 def test_a_setting_of_a_layer_and_a_global_are_followed_where_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,3 +194,59 @@ def test_a_module_that_changes_a_global_runs_its_own_python() -> None:
     q(x)
     assert len(SEEN) == before + 2
     assert "SEEN" in partial_lines(q)[0]
+
+
+def counting() -> Callable[[], int]:
+    n = 0
+
+    def count() -> int:
+        nonlocal n
+        n += 1
+        return n
+
+    return count
+
+
+def counted(memory: list[int] = [0]) -> int:  # noqa: B006
+    memory[0] += 1
+    return memory[0]
+
+
+class Counts(nn.Module):
+    calls = 0
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(8, 8), kind
+        self.count, self.iterator = counting(), itertools.count(1)
+
+    def count_by_class(self) -> int:
+        Counts.calls += 1
+        return Counts.calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.kind:
+            case "closure":
+                n = self.count()
+            case "default":
+                n = counted()
+            case "class":
+                n = self.count_by_class()
+            case _:
+                n = next(self.iterator)
+        return self.layer(x) * n
+
+
+@pytest.mark.parametrize("kind", ["closure", "default", "class", "iterator"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_count_outside_of_attributes_goes_on(kind: str, is_compiled: bool) -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Counts(kind).eval(), x)
+    assert len(partial_lines(q)) == 1
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    one, before = q.layer(x), Counts.calls
+    # quantize has moved it on, except where it is a class's.
+    counts = [round(float((call(x) / one).detach().mean())) for _ in range(3)]
+    assert counts == [counts[0], counts[0] + 1, counts[0] + 2]
+    assert kind != "class" or counts[0] == before + 1

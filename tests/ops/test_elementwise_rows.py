@@ -1,5 +1,7 @@
 """The elementwise passes over rows and over every format, in C++, against their definitions: equal to the bit."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -94,6 +96,40 @@ def test_no_element_is_left_out_of_many_rows(kernels, threads):
             assert torch.equal(
                 fake_quantize(x, clip, spec, "pwl"), of_fake_quantize.fake_quantize(x, clip, spec, "pwl")
             )
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize("shape", [(3, 40_000), (33, 7), (5, 1)])
+def test_channels_side_by_side(kernel_calls, dtype, shape):
+    x, spec = torch.randn(shape).to(dtype), "int4/channel.1"
+    clip = torch.tensor([1.0, 0.0, 0.3]).repeat(shape[1])[: shape[1]]
+    with filled_with_nan():
+        y, codes = fake_quantize(x, clip, spec, "mad"), quantize(x, clip, spec)
+        levels, factors = dequantize(codes, clip, spec, dtype), fake_quantize_backward(x, x, clip, spec, "mad")
+    assert_same_bits(y, of_fake_quantize.fake_quantize(x, clip, spec, "mad"))
+    assert torch.equal(codes, of_quantize.quantize(x, clip, spec))
+    assert_same_bits(levels, of_dequantize.dequantize(codes, clip, spec, dtype))
+    assert_same_bits(factors, of_fake_quantize.fake_quantize_backward(x, x, clip, spec, "mad"))
+    assert kernel_calls == ["octav_fake_quantize", "octav_quantize", "octav_dequantize", "octav_fake_quantize_backward"]
+
+
+def test_channels_side_by_side_take_no_longer_than_rows(kernels, threads):
+    threads(1)
+    x, clip = torch.randn(256, 256), torch.ones(256)
+    rows, columns = (
+        least_time(lambda spec=f"int4/channel.{axis}": fake_quantize(x, clip, spec, "mad")) for axis in range(2)
+    )
+    # Both read and write the same; a call for every element takes 15 to 25 times as long.
+    assert columns < 4 * rows
+
+
+def least_time(run):
+    times = []
+    for _ in range(30):
+        start = time.thread_time()
+        run()
+        times.append(time.thread_time() - start)
+    return min(times)
 
 
 @pytest.mark.parametrize("form", ALL)

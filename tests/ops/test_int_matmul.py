@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -11,11 +12,19 @@ from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
 from octav_fx.ops.int_matmul import configs, reference
 from octav_fx.ops.int_matmul.op import int_matmul
-from octav_fx.ops.int_matmul.range import largest_k, largest_k_in_halves, offset
+from octav_fx.ops.int_matmul.range import (
+    FLOAT32,
+    SLICE,
+    TENSOR_CORE,
+    largest_k,
+    largest_k_in_float8,
+    largest_k_in_halves,
+    offset,
+)
 from tests.support.compare import EXACT
 from tests.support.examples import examples
 from tests.support.interpreter import DEVICE
-from tests.support.offline import ROWS, compiled
+from tests.support.offline import ROWS, compiled, loops_with
 
 kernel = pytest.importorskip("octav_fx.ops.int_matmul.kernel")
 
@@ -47,6 +56,15 @@ def by_kernel(*args, out=None, of=None):
     out = reference.int_matmul(*args).fill_(math.nan) if out is None else out
     assert kernel.int_matmul(*args, out=out, of=of)
     return out
+
+
+FLOAT8 = torch.float8_e4m3fn
+# Tiles of whole slices on a GPU.
+IN_FLOAT8 = (
+    configs.architecture(torch.device(DEVICE))
+    if DEVICE == "cuda"
+    else configs.Architecture((), float8=(configs.Config(64, 64, SLICE, num_warps=4, num_stages=2),))
+)
 
 
 def how(halves):
@@ -169,6 +187,10 @@ def test_rows_far_apart():
     torch.testing.assert_close(y, reference.int_matmul(w, w_scale, x, x_scale, None, *rest), **EXACT)
 
 
+def ends(bits, signed):
+    return Grid(bits, signed).low, Grid(bits, signed).high
+
+
 def extremes(k, x_bits, x_signed, w_bits):
     """Two rows each: the products that are largest in magnitude, of either sign."""
     x_grid, w_grid = Grid(x_bits, x_signed), Grid(w_bits, True)
@@ -246,9 +268,10 @@ def test_a_scale_that_is_nan_stays_in_its_row_or_column(dtype):
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, torch.zeros(5, 19, dtype=torch.int8), "takes int8 codes"),
-        (0, torch.zeros(5, 20), "takes int8 codes"),
-        (2, torch.zeros(20, dtype=torch.int8), "takes int8 codes"),
+        (0, torch.zeros(5, 19, dtype=torch.int8), "takes codes"),
+        (0, torch.zeros(5, 20), "takes codes"),
+        (0, torch.zeros(5, 20).to(torch.float8_e4m3fn), "both int8 or both float8_e4m3fn"),
+        (2, torch.zeros(20, dtype=torch.int8), "takes codes"),
         (1, torch.ones(4), "x_scale has shape"),
         (3, torch.ones(8), "w_scale has shape"),
         (4, torch.ones(()), "bias has shape"),
@@ -279,16 +302,81 @@ def test_the_largest_tile_that_leaves_no_processor_idle():
 def test_every_pinned_tile_is_compiled_offline():
     for name, of in configs.ARCHITECTURES.items():
         rows = [row for row in ROWS["int_matmul"] if name in row.targets]
-        shapes = {(*(row.constexprs[f"BLOCK_{axis}"] for axis in "MNK"), row.num_warps, row.num_stages) for row in rows}
-        assert {dataclasses.astuple(config) for config in of.configs} <= shapes
+        for tiles, slice_length in ((of.configs, None), (of.float8, SLICE)):
+            shapes = {
+                (*(row.constexprs[f"BLOCK_{axis}"] for axis in "MNK"), row.num_warps, row.num_stages)
+                for row in rows
+                if row.constexprs["PROMOTED"] == slice_length
+            }
+            assert {dataclasses.astuple(config) for config in tiles} <= shapes
         assert of.halves == any(row.constexprs["HALVES"] for row in rows)
+
+
+def test_a_sum_of_float8_moves_to_float32_after_every_slice():
+    found = [one for one in compiled("int_matmul") if ROWS["int_matmul"][one.row].constexprs["PROMOTED"]]
+    assert found
+    for one in found:
+        row = ROWS["int_matmul"][one.row]
+        assert row.constexprs["BLOCK_K"] == SLICE
+        (loop,) = loops_with(one.machine, "QGMMA")
+        # Each thread holds its share of the tile, and adds all of it once.
+        held = row.constexprs["BLOCK_M"] * row.constexprs["BLOCK_N"] // (32 * row.num_warps)
+        assert sum("FADD" in text for text in loop) == held
+
+
+def test_float8_is_exact_up_to_its_largest_k():
+    for x_bits, x_signed, w_bits, k in ((4, True, 4, 262144), (4, False, 4, 139810), (5, True, 4, 131072)):
+        assert largest_k_in_float8(x_bits, x_signed, w_bits) == k
+        products = max(abs(a * b) for a in ends(x_bits, x_signed) for b in ends(w_bits, True))
+        # Of 14 bits a slice fills none beyond.
+        assert products * SLICE <= TENSOR_CORE
+        assert k * products <= FLOAT32 < (k + 1) * products
+    # 31 is no float8, and 16 times 16 fills more.
+    assert largest_k_in_float8(5, False, 4) == largest_k_in_float8(5, True, 5) == largest_k_in_float8(8, True, 4) == 0
+
+
+@examples(60 if DEVICE == "cpu" else 40)
+@given(data=st.data())
+def test_float8_is_the_reference_bit_for_bit(data):
+    m, n, k = (data.draw(st.sampled_from(SIZES)) for _ in "mnk")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    x_bits, x_signed, w_bits = data.draw(st.sampled_from([(4, True, 4), (4, False, 4), (5, True, 4), (2, False, 5)]))
+    x, w = codes(m, k, x_bits, x_signed, generator), codes(n, k, w_bits, True, generator)
+    x_scale, w_scale = torch.rand(m, generator=generator).to(DEVICE), torch.rand(n, generator=generator).to(DEVICE)
+    rest = (None, x_bits, x_signed, w_bits, data.draw(st.sampled_from(DTYPES)))
+    y = by_kernel(x.to(FLOAT8), x_scale, w.to(FLOAT8), w_scale, *rest, of=IN_FLOAT8)
+    torch.testing.assert_close(y, reference.int_matmul(x, x_scale, w, w_scale, *rest), **EXACT)
+    torch.testing.assert_close(int_matmul(x.to(FLOAT8), x_scale, w.to(FLOAT8), w_scale, *rest), y, **EXACT)
+
+
+# Of these the sums of a slice are the largest that there are, and odd beside them.
+@pytest.mark.parametrize("k", [128, 768, 3072])
+def test_the_largest_sums_in_float8(k):
+    x, x_scale, w, w_scale, bias, *rest = extremes(k, 4, False, 4)
+    x[1, ::2] -= 1
+    w[1, ::3] -= 1
+    expected = reference.int_matmul(x, x_scale, w, w_scale, bias, *rest)
+    y = by_kernel(x.to(FLOAT8), x_scale, w.to(FLOAT8), w_scale, bias, *rest, of=IN_FLOAT8)
+    torch.testing.assert_close(y, expected, **EXACT)
+
+
+def test_what_has_no_exact_sum_in_float8_is_left_to_the_reference():
+    x, x_scale, w, w_scale, bias, *rest = arguments(3, 5, 40, 8, True, 8)
+    out = torch.empty(3, 5, device=DEVICE)
+    assert not kernel.int_matmul(x.to(FLOAT8), x_scale, w.to(FLOAT8), w_scale, bias, *rest, out=out, of=IN_FLOAT8)
+    fours = arguments(3, 5, 40, 4, True, 4)
+    given = (fours[0].to(FLOAT8), x_scale, fours[2].to(FLOAT8), w_scale, bias, 4, True, 4, torch.float32)
+    assert not kernel.int_matmul(*given, out=out, of=configs.ARCHITECTURES["sm_80"])
 
 
 def test_tensor_cores_multiply():
     instruction = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "v_mfma_i32"}
     for one in compiled("int_matmul"):
-        if ROWS["int_matmul"][one.row].constexprs["HALVES"]:
+        constexprs = ROWS["int_matmul"][one.row].constexprs
+        if constexprs["HALVES"]:
             assert "tcgen05.mma" in one.text
+        elif constexprs["PROMOTED"]:
+            assert re.search(r"wgmma.mma_async\S*e4m3.e4m3", one.text)
         elif one.target in instruction:
             expected = instruction[one.target]
             assert any(expected in line and ("s8" in line or "i32" in line) for line in one.text.splitlines()), one.row

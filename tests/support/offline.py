@@ -47,18 +47,27 @@ class Row:
     options: tuple[tuple[str, int | bool], ...] = ()
 
 
-def _int_matmul(warps: int, stages: int, m: int, n: int, k: int, *targets: str, halves: bool = False) -> list[Row]:
+def _int_matmul(
+    warps: int, stages: int, m: int, n: int, k: int, *targets: str, halves: bool = False, float8: bool = False
+) -> list[Row]:
     """A tile at its best, and at its worst: codes 0..255, a rest of K, and a result of four bytes."""
-    pointers = {"x": "*i8", "x_scale": "*fp32", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*bf16"}
+    codes = "*fp8e4nv" if float8 else "*i8"
+    pointers = {"x": codes, "x_scale": "*fp32", "w": codes, "w_scale": "*fp32", "bias": "*fp32", "out": "*bf16"}
     best = {f"{name}_ptr": f"{kind}:16" for name, kind in pointers.items()}
     best |= dict.fromkeys(("out_n", "k", "x_stride", "w_stride", "out_stride"), "i32:16") | {"m": "i32", "n": "i32"}
     worst = {**best, "out_ptr": "*fp32:16", "w_sums_ptr": "*i32:16"}
     shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
-    flags = {"SCALED_ROWS": True, "SCALED_COLUMNS": True, "HALVES": halves, **shape}
+    flags = {
+        "SCALED_ROWS": True,
+        "SCALED_COLUMNS": True,
+        "HALVES": halves,
+        "PROMOTED": 128 if float8 else None,
+        **shape,
+    }
     launch = {"num_warps": warps, "num_stages": stages, "targets": targets, "options": (("enable_fp_fusion", False),)}
     return [
         Row("int_matmul_kernel", best, {"w_sums_ptr": None, "OFFSET": 0, "EVEN_K": True, **flags}, **launch),
-        Row("int_matmul_kernel", worst, {"OFFSET": 128, "EVEN_K": False, **flags}, **launch),
+        Row("int_matmul_kernel", worst, {"OFFSET": 0 if float8 else 128, "EVEN_K": False, **flags}, **launch),
     ]
 
 
@@ -203,6 +212,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         *_int_matmul(16, 3, 128, 256, 128, "sm_90"),
         *_int_matmul(8, 3, 128, 128, 128, "sm_80", "sm_90"),
         *_int_matmul(4, 4, 64, 64, 128, "sm_80", "sm_90"),
+        *_int_matmul(8, 3, 128, 128, 128, "sm_90", float8=True),
+        *_int_matmul(4, 4, 64, 64, 128, "sm_90", float8=True),
         *_int_matmul(8, 3, 128, 128, 128, "sm_100", halves=True),
         *_int_matmul(4, 4, 64, 64, 128, "sm_100", halves=True),
         *_int_matmul(8, 2, 128, 128, 64, "gfx942"),

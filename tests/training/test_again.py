@@ -251,6 +251,11 @@ def test_sizes_of_grouped_products_are_found_in_float32() -> None:
     few = torch.tensor([1, 3], dtype=torch.int32)
     check(q, float_module, x(3, 16), few)
     assert len(q.graphs_of(True)) == 2
+    # torch compiles none of these by itself.
+    torch.compiler.reset()
+    compiled = torch.compile(q, backend="eager")
+    for rows, at in ((x(5, 16), ends), (x(3, 16), few)):
+        assert torch.equal(compiled(rows, at), q(rows, at))
 
 
 def test_an_error_of_the_model_is_its_own() -> None:

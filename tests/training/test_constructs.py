@@ -4,9 +4,11 @@ import collections
 import dataclasses
 import enum
 import functools
+import random
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import octav_fx
 from octav_fx.capture.modules import quantized_modules
-from tests.support.alike import assert_follows, silent_quantizers
+from tests.support.alike import assert_follows, quantized_alike, silent_quantizers
 
 x, longer, one = (torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8))
 Step = Any
@@ -49,6 +51,12 @@ def put(**values: Any) -> Callable[[nn.Module], None]:
 
 class Kind(enum.Enum):
     SUM = "sum"
+    MEAN = "mean"
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any = None
 
 
 class Memory:
@@ -261,6 +269,34 @@ def has_a_layer_parametrized_later(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(x))
 
 
+@case((x,), lambda model: model.scaled.keywords.update(other=7.0), (x,), put(scaled=torch.neg), (longer,))
+class APartialOfAFunction(Net):
+    def __init__(self) -> None:
+        super().__init__(scaled=functools.partial(torch.mul, other=2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.scaled(self.a(x)))
+
+
+@case((x,), put(gain=numpy.float32(7)), (x,), (longer,), gain=numpy.float32(2))
+def is_scaled_by_a_number_of_numpy(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * float(self.gain)
+
+
+@case((x,), lambda model: model.settings.update(gain=7.0), (x,), (longer,), settings={"gain": 1.0})
+class FindsItsAttributesItself(Net):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in self.__dict__.get("settings", ()):
+                raise
+            return self.__dict__["settings"][name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.gain
+
+
 # Arguments and results.
 
 
@@ -305,6 +341,53 @@ class TiesItsWeightsLate(Net):
         if self.b.weight is not self.a.weight:
             self.b.weight = self.a.weight
         return self.b(self.a(x).tanh())
+
+
+@case((x,), (longer,), (x,))
+def remembers_its_last_result(self: Any, x: Tensor) -> Tensor:
+    last = getattr(self, "last", None)
+    y = self.b(self.a(x))
+    self.last = y.detach().mean()
+    return y if last is None else y + last
+
+
+@case((x,), (x,), (longer,), (x,))
+class KeepsATableInABuffer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(float(x.shape[1]))[:, None]
+        return self.b(self.a(x)) + self.table
+
+
+@case((x,), (x,), training=True)
+class HasAGeneratorOfPython(Net):
+    def __init__(self) -> None:
+        super().__init__(chance=random.Random(1), numpys=[numpy.random.default_rng(1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.chance.random() + self.numpys[0].random()
+
+
+@case((x,), (x,), training=True)
+def draws_from_a_generator_of_torch(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) + torch.rand(8, generator=torch.Generator().manual_seed(3))
+
+
+@case((Pair(x),), (Pair(longer, longer),), (Pair(x, 3.0),))
+def takes_a_named_tuple(self: Any, pair: Pair) -> Pair:
+    y = self.a(pair.first)
+    if pair.second is not None:
+        y = y * pair.second if isinstance(pair.second, float) else y + self.b(pair.second)
+    return pair._replace(first=y)
+
+
+@case((x, Kind.SUM), (longer, Kind.MEAN))
+def chooses_by_an_enum_in_a_dict(self: Any, x: Tensor, kind: Kind) -> Tensor:
+    return {Kind.SUM: self.a, Kind.MEAN: self.b}[kind](x)
 
 
 @case((x,), (longer,), _loss=None, training=True)
@@ -367,6 +450,10 @@ def test_what_is_stored_under_a_private_name_takes_part_in_one_graph() -> None:
     assert octav_fx.coverage(q).quantized_macs == octav_fx.coverage(q).total_macs
     assert len(quantized_modules(q)) == 1
     assert q._loss.requires_grad
+
+
+def test_a_table_in_a_buffer_is_made_before_the_graph() -> None:
+    quantized_alike(KeepsATableInABuffer(), (x,), (longer[:, :5],))
 
 
 def test_what_a_branch_of_cond_on_data_calls_stays_float() -> None:

@@ -1,12 +1,17 @@
 """Modules that a user puts in the places of others after quantize(): heads, adapters, fused layers."""
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import octav_fx
@@ -154,3 +159,81 @@ def test_a_frozen_model_says_that_it_has_to_be_frozen_again() -> None:
     q.head = nn.Linear(16, 7)
     with pytest.warns(UserWarning, match="finds its clip anew in each call: calibrate and freeze again"):
         q(x())
+
+
+class Layers(nn.Module):
+    """Layers in containers; in parts because of what forward asks, if is_apart."""
+
+    def __init__(self, is_apart: bool = False) -> None:
+        super().__init__()
+        self.layers, self.is_apart = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), is_apart
+        self.more = nn.ModuleList([nn.Linear(8, 8), nn.Tanh()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        if self.is_apart and y.sum() > 1e9:
+            return y
+        for layer in self.more:
+            y = layer(y)
+        return y
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "an activation": lambda q: q.layers.__setitem__(1, nn.Tanh()),
+    "an activation taken out": lambda q: q.layers.__delitem__(1),
+    "a layer": lambda q: q.layers.__setitem__(0, nn.Linear(8, 8, bias=False)),
+    "a layer taken out": lambda q: q.more.pop(0),
+    "an adapter": lambda q: q.layers.__setitem__(2, Adapted(q.layers[2])),
+    "a layer more": lambda q: q.more.append(nn.Linear(8, 8)),
+    "a weight": lambda q: setattr(q.more[0], "weight", nn.Parameter(torch.ones(8, 8))),
+    "a hook on the whole": lambda q: q.register_forward_hook(lambda q, given, y: 2 * y),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_compiled_code_sees_what_is_put_in_its_place(name: str, is_apart: bool) -> None:
+    torch.compiler.reset()
+    q = octav_fx.quantize(Layers(is_apart), x())
+    compiled = torch.compile(q, backend="eager")
+    before = [compiled(x()) for _ in range(2)][1]
+    CHANGES[name](q)
+    found = [compiled(x()) for _ in range(2)]
+    assert not torch.equal(found[0], before)
+    # That one captures what it finds by itself; a new quantizer finds its clip nearer with each call.
+    torch.testing.assert_close(q(x()), found[1], rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_code_that_nothing_was_changed_in_is_compiled_once() -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    q = octav_fx.quantize(Layers(), x())
+    compiled = torch.compile(q, backend=counter, fullgraph=True)
+    compiled(x())
+    # Another model's child, and one that was there.
+    Layers().layers[1] = nn.Tanh()
+    q.layers[1] = q.layers[1]
+    with pytest.raises(Unsupported):
+        compiled(x())
+    torch.compile(q, backend=counter)(x())
+    compiled(x())
+    assert counter.frame_count == 2
+
+
+def test_what_watches_for_changes_keeps_no_model() -> None:
+    q = octav_fx.quantize(Layers(), x())
+    other = copy.deepcopy(q)
+    dead = [weakref.ref(q), weakref.ref(q.layers[0]), weakref.ref(other)]
+    del q, other
+    gc.collect()
+    assert [ref() for ref in dead] == [None] * 3
+
+
+def test_a_sequential_that_is_quantized_takes_and_gives_layers() -> None:
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), x())
+    del q[1]
+    q.append(nn.Linear(8, 3)).insert(1, nn.Tanh())
+    q.pop(0)
+    assert q(x()).shape == (4, 3)
+    assert [type(layer) for layer in q] == [nn.Tanh, nn.Linear, nn.Linear]
+    assert octav_fx.coverage(q) == octav_fx.Coverage(4 * (64 + 24), 4 * (64 + 24), [])

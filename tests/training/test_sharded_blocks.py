@@ -99,9 +99,15 @@ def parallelized(rank: int, q: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+    mesh, plan = init_device_mesh("cpu", (2,)), {"up": ColwiseParallel()}
     with pytest.raises(OctavError, match="up of Block would never run this hook: the graph around it calls no such"):
-        parallelize_module(q.blocks[0], init_device_mesh("cpu", (2,)), {"up": ColwiseParallel()})
+        parallelize_module(q.blocks[0], mesh, plan)
+    block, x = Block(), torch.randn(4, 5, WIDTH)
+    with pytest.raises(OctavError, match="weight of Linear is sharded by tensor parallelism, which no graph runs"):
+        parallelize_module(quantize(block, x, blocks=[nn.Linear]), mesh, plan)
+    with pytest.raises(OctavError, match=r"up\.weight is a DTensor: quantize the module first"):
+        quantize(parallelize_module(block, mesh, plan), x)
 
 
-def test_layers_inside_a_graph_are_not_parallelized() -> None:
+def test_tensor_parallelism_is_refused_before_and_after() -> None:
     ranks.spawn(parallelized, made()[0])

@@ -70,6 +70,9 @@ class ValueProxy(fx.Proxy):
         if isinstance(value, torch.device) and name == "type":
             # Regions of autocast take nothing but a str.
             return self.tracer.decide(AttributeProxy(self, name), str)
+        if self._is_given() and name in getattr(value, "_fields", ()):
+            # What is None or a number in a named tuple is so for Python, as it is in a plain one.
+            return self[value._fields.index(name)]
         if value is not UNKNOWN and not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return AttributeProxy(self, name)

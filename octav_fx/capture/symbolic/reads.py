@@ -1,8 +1,8 @@
 """What forward looks at besides its arguments: plain attributes of modules, the gradient mode, the clock, chance."""
 
 import builtins
+import contextlib
 import inspect
-import random
 import sys
 import time
 import types
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.chance import without_chance
 from octav_fx.capture.kinds import MISSING, kind_of
 from octav_fx.capture.user_stack import caller, is_users
 from octav_fx.compat.modules import PART_ATTRIBUTES
@@ -40,7 +41,16 @@ class Reads:
 
     def remembered(self) -> list[tuple[nn.Module, str]]:
         """Return the attributes that forward has both read and changed."""
-        return [key for key, kind in self.attributes.items() if kind_of(_plain(*key)) != kind]
+        return [key for key, kind in self.attributes.items() if kind_of(_found(*key)) != kind]
+
+
+def _found(module: nn.Module, name: str) -> Any:
+    """Return a plain attribute, or what the user's own __getattr__ finds in its place."""
+    value, look = _plain(module, name), inspect.getattr_static(type(module), "__getattr__")
+    if value is MISSING and look is not nn.Module.__getattr__:
+        with contextlib.suppress(AttributeError):
+            return look(module, name)
+    return value
 
 
 def _plain(module: nn.Module, name: str) -> Any:
@@ -69,27 +79,12 @@ def watched_reads(tracer: "ValueTracer", root: nn.Module) -> Iterator[Reads]:
     """Note what forward reads inside. Raise NotCaptured where it asks for what differs in each call."""
     reads = Reads()
     with (
-        _without_chance(),
+        without_chance(root),
         _without_clocks(tracer, root),
         _watched_gradient_mode(tracer, reads),
         _watched_attributes(tracer, reads),
     ):
         yield reads
-
-
-@contextmanager
-def _without_chance() -> Iterator[None]:
-    numpy = sys.modules.get("numpy")
-    drawn, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
-    yield
-    is_drawn = random.getstate() != drawn
-    random.setstate(drawn)
-    if numpy is not None and of_numpy is not None:
-        now = numpy.random.get_state()
-        is_drawn = is_drawn or now[2:] != of_numpy[2:] or bool((now[1] != of_numpy[1]).any())
-        numpy.random.set_state(of_numpy)
-    if is_drawn:
-        raise NotCaptured("forward draws random numbers of Python or NumPy, which are others in each call")
 
 
 @contextmanager
@@ -99,7 +94,12 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
     def read(module: nn.Module, name: str) -> Any:
         if name in INTERNAL or tracer.evaluating:
             return object.__getattribute__(module, name)
-        key, value = (module, name), _plain(module, name)
+        key = (module, name)
+        tracer.evaluating = True
+        try:
+            value = _found(module, name)
+        finally:
+            tracer.evaluating = False
         if isinstance(value, Tensor) and key not in reads.written:
             tracer.read_first.add(key)
         if value is not _COMPUTED:

@@ -4,12 +4,14 @@ for p in self.parameters(): penalty = penalty + p.norm()    nodes, where Python 
 self.steps += 1                                             a plain tensor, written at each call
 """
 
+import copy
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from octav_fx.capture.module_state import attributes
 from octav_fx.capture.symbolic.proxies import PROXIES
 from octav_fx.compat.modules import PART_ATTRIBUTES
 from octav_fx.compat.tensors import NEEDS_DATA, pytree
@@ -33,6 +35,16 @@ def places_of_tensors(root: nn.Module) -> dict[int, Place]:
                 found |= {id(t): (f"{path}.{name}".lstrip("."), keys) for t, keys in _held(value)}
     named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
     return found | {id(tensor): (name, ()) for name, tensor in reversed(named)}
+
+
+def holders_of_tensors(root: nn.Module) -> dict[str, Any]:
+    """Return the tensors that are attributes of modules, and lists, tuples and dicts there that hold some, by name."""
+    found: dict[str, Any] = {}
+    for path, held in attributes(root):
+        for name, value in held.items():
+            if name not in PART_ATTRIBUTES and _held(value):
+                found[f"{path}.{name}".lstrip(".")] = value if isinstance(value, Tensor) else copy.copy(value)
+    return found
 
 
 def _held(value: Any, keys: tuple[Any, ...] = ()) -> list[tuple[Tensor, tuple[Any, ...]]]:

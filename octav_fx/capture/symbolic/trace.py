@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Guards
-from octav_fx.capture.kinds import kind_of
+from octav_fx.capture.kinds import MISSING, kind_of
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.names import symbolic_names
@@ -46,6 +46,8 @@ class Capture:
     stored: tuple[str, ...]
     # Attributes that forward both reads and changes: a graph that should follow them must not change them again.
     remembered: tuple[str, ...]
+    # Those of them that were None, not there or of another shape, as a guard asks, and are set to tensors of the call.
+    begun: tuple[str, ...]
     # What code has a part of forward recomputed in backward, which the graph does not, and where, as file:line.
     recomputed: Mapping[CodeType, str]
 
@@ -91,23 +93,37 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             setattr(root, name, constant)
     modes = tuple(dict.fromkeys(tracer.branched_on))
     paths = {module: name for name, module in reversed(list(root.named_modules()))}
-    kept = tuple(
-        f"{paths[module]}.{name}".lstrip(".")
+    named = {
+        (module, name): f"{paths[module]}.{name}".lstrip(".")
         for module, name in remembered
         if module in paths and not _is_constant(name)
-    )
+    }
+    begun = [
+        key
+        for key, name in named.items()
+        if name in tracer.stored and reads.attributes[key] in (None, kind_of(MISSING))
+    ]
     attributes = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
     attributes += [
         (f"{paths[module] or FLOAT_MODULE}.{name}", kind)
         for (module, name), kind in reads.attributes.items()
-        if module in paths and (module, name) not in remembered
+        if module in paths and ((module, name) not in remembered or (module, name) in begun)
     ]
     guards = take_guards(graph, root, kinds, attributes, reads.gradient_mode)
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
         node.meta.pop("is_wrapped", None)
-    return Capture(graph, guards, modes, tuple(tracer.notes), tuple(tracer.stored), kept, tracer.recomputed)
+    return Capture(
+        graph,
+        guards,
+        modes,
+        notes=tuple(tracer.notes),
+        stored=tuple(tracer.stored),
+        remembered=(*named.values(), *tracer.resized),
+        begun=(*(named[key] for key in begun), *tracer.resized),
+        recomputed=tracer.recomputed,
+    )
 
 
 def _is_constant(name: str) -> bool:

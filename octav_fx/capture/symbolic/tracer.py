@@ -1,6 +1,7 @@
 """ValueTracer: fx.Tracer whose proxies have values, whose branches leave checks, and that sees through wrappers."""
 
 import dataclasses
+import enum
 import inspect
 import itertools
 import operator
@@ -29,7 +30,7 @@ from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, Va
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.symbolic.stand_ins import STAND_INS
-from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, places_of_tensors
+from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, holders_of_tensors, places_of_tensors
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_forward_hooks
@@ -78,6 +79,8 @@ class ValueTracer(fx.Tracer):
     notes: list[str] = field(default_factory=list)
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
+    # Those of them that it read first, and sets to a tensor of another shape: a table for another length.
+    resized: list[str] = field(default_factory=list)
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
     # What has the value of a node since forward wrote into it.
     latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -98,13 +101,15 @@ class ValueTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in self.rules if isinstance(f, types.FunctionType)))
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.places: dict[int, Place] = {}
+        # What holds them, by name: forward may set it to something else before a node is made that reads it.
+        self.first_values: dict[str, Any] = {}
         self.attribute_nodes: dict[Place, fx.Node] = {}
         # Tensors of modules that forward read before it set them, by module and name.
         self.read_first: set[tuple[nn.Module, str]] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Learn first where the tensors of the modules are; readers of a tied one read one node."""
-        self.places = places_of_tensors(root)
+        self.places, self.first_values = places_of_tensors(root), holders_of_tensors(root)
         with StateTensors(self):
             return super().trace(root)
 
@@ -211,6 +216,8 @@ class ValueTracer(fx.Tracer):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
         if is_of_numpy(a, "generic"):
             a = a.item()
+        if isinstance(a, torch.Generator):
+            raise OctavError(f"{user_caller()}: forward draws from a torch.Generator, which a graph does not hold")
         if isinstance(a, torch.device) and "device" in self.arguments:
             # In generated code the name of the argument hides that of the class.
             return self.create_node("call_function", torch.device, (str(a),), {})
@@ -485,8 +492,8 @@ class ValueTracer(fx.Tracer):
             value = self.arguments[str(node.target).lstrip("*")]
             return pytree.tree_map_only(Tensor, self.fake_mode.from_tensor, value), 0
         if node.op == "get_attr":
-            value = self.root
-            for atom in str(node.target).split("."):
+            value = self.first_values.get(str(node.target), self.root)
+            for atom in () if value is not self.root else str(node.target).split("."):
                 value = getattr(value, atom)
             value = value.value if isinstance(value, TrainingFlag) else value
             return (self.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value), 0
@@ -542,7 +549,7 @@ def _mutable(argument: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, (*PLAIN, range)) or (type(value) is tuple and all(map(_is_plain, value)))
+    return isinstance(value, (*PLAIN, range, enum.Enum)) or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _is_user_function(target: Any) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from octav_fx.compat.modules import padding_of
 from octav_fx.compat.tensors import TORCH_GROUPED_MM
 from octav_fx.ir.op import MakeCall, Op, Trait, activation, either, parameters, weight
+from octav_fx.ops.grouped_mm.op import grouped_product
 
 aten = torch.ops.aten
 
@@ -215,8 +216,8 @@ CONTRACTIONS: Final = (
         "grouped_mm",
         # [rows, in] sorted by expert times [experts, in, out]: channel j of every expert shares a clip.
         (either(0, "mat_a", -2, "input", reduction=-1), either(1, "mat_b", -1, "mat2", reduction=-2)),
-        target=F.grouped_mm,
-        functions=(TORCH_GROUPED_MM, aten._grouped_mm.default),
+        target=grouped_product,
+        functions=(F.grouped_mm, TORCH_GROUPED_MM, aten._grouped_mm.default),
         parameters=parameters("mat_a", "mat_b", offs=None, bias=None, out_dtype=None),
     ),
     Op(

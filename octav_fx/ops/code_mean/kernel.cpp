@@ -18,6 +18,8 @@ extern "C" void octav_code_mean(const uint8_t* x, const float* x_scale, const fl
 #pragma omp simd
       for (int64_t c = 0; c < channels; c++) to[c] += from[c];
     }
-    for (int64_t c = 0; c < channels; c++) codes[image * channels + c] = saturated(float(sums[c]) * multiplier);
+    // Rounded before zero is added: about another zero there are other ties.
+    for (int64_t c = 0; c < channels; c++)
+      codes[image * channels + c] = saturated(std::nearbyint(float(sums[c]) * multiplier) + saturated.zero);
   }
 }

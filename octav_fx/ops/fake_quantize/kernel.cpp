@@ -9,31 +9,24 @@
 
 namespace {
 
-template <class X, class Y, class Round>
-void fake_quantize(const X* __restrict x, float step, Y* __restrict out, int64_t n, Round round) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float value = to_float(x[i]), level = round(value / step);
-    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? level * step : value);
-  }
-}
-
 // A clip of zero leaves nothing but what is not finite.
-template <class X, class Y>
-void clear(const X* __restrict x, Y* __restrict out, int64_t n) {
+template <int EACH, class X, class Y, class Round>
+void fake_quantize(const X* __restrict x, const float* __restrict clip, float steps, Y* __restrict out, int64_t n,
+                   Round round) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    const float value = to_float(x[i]);
-    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? 0.f : value);
+    const float value = to_float(x[i]), step = clip[EACH * i] / steps, level = round(value / step);
+    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? (step > 0 ? level * step : 0.f) : value);
   }
 }
 
-template <bool SIGNED, bool MAGNITUDE_AWARE, class G, class X>
-void backward(const G* __restrict grad, const X* __restrict x, float bound, X* __restrict out, int64_t n) {
+template <bool SIGNED, bool MAGNITUDE_AWARE, int EACH, class G, class X>
+void backward(const G* __restrict grad, const X* __restrict x, const float* __restrict clip, X* __restrict out,
+              int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    const float value = to_float(x[i]), m = std::fabs(value), outside = MAGNITUDE_AWARE ? bound / m : 0.f;
-    const float factor = m <= bound ? 1.f : outside;
+    const float value = to_float(x[i]), m = std::fabs(value), bound = clip[EACH * i];
+    const float outside = MAGNITUDE_AWARE ? bound / m : 0.f, factor = m <= bound ? 1.f : outside;
     out[i] = from_float<X>(to_float(grad[i]) * (SIGNED ? factor : value >= 0.f ? factor : 0.f));
   }
 }
@@ -47,12 +40,8 @@ extern "C" void octav_fake_quantize(const void* x, int x_type, const float* clip
     const auto* from = static_cast<const decltype(of_x)*>(x);
     auto* to = static_cast<decltype(of_out)*>(out);
     with_levels(*of, [=](auto round) {
-      stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
-        const float step = clip[channel] / of->steps;
-        if (step > 0)
-          fake_quantize(from + at, step, to + at, count, round);
-        else
-          clear(from + at, to + at, count);
+      channel_stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel, auto each) {
+        fake_quantize<each()>(from + at, clip + channel, of->steps, to + at, count, round);
       });
     });
   });
@@ -66,10 +55,12 @@ extern "C" void octav_fake_quantize_backward(const void* grad, int grad_type, co
   with_elements(grad_type, x_type, [=](auto of_grad, auto of_x) {
     using G = decltype(of_grad);
     using X = decltype(of_x);
-    const auto pass = is_signed ? (magnitude_aware ? backward<true, true, G, X> : backward<true, false, G, X>)
-                                : (magnitude_aware ? backward<false, true, G, X> : backward<false, false, G, X>);
-    stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel) {
-      pass(static_cast<const G*>(grad) + at, static_cast<const X*>(x) + at, clip[channel], static_cast<X*>(out) + at,
+    channel_stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel, auto each) {
+      constexpr int EACH = each();
+      const auto aware = is_signed ? backward<true, true, EACH, G, X> : backward<false, true, EACH, G, X>;
+      const auto unaware = is_signed ? backward<true, false, EACH, G, X> : backward<false, false, EACH, G, X>;
+      const auto pass = magnitude_aware ? aware : unaware;
+      pass(static_cast<const G*>(grad) + at, static_cast<const X*>(x) + at, clip + channel, static_cast<X*>(out) + at,
            count);
     });
   });

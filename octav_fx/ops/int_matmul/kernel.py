@@ -1,4 +1,4 @@
-"""int_matmul on GPUs: integer tensor cores, the scales and the bias in the epilogue."""
+"""int_matmul on GPUs: tensor cores of integers or of float8, the scales and the bias in the epilogue."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octav_fx.ops.int_matmul.configs import Architecture, architecture, choose, processors
-from octav_fx.ops.int_matmul.range import largest_k, largest_k_in_halves, offset
+from octav_fx.ops.int_matmul.range import SLICE, largest_k, largest_k_in_float8, largest_k_in_halves, offset
 from octav_fx.ops.int_matmul.reference import check
 
 # How many tiles of x in a column take turns with those of w.
@@ -75,16 +75,18 @@ def int_matmul_kernel(
     SCALED_ROWS: tl.constexpr,
     SCALED_COLUMNS: tl.constexpr,
     HALVES: tl.constexpr,
+    PROMOTED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Compute one tile of out [m, n] from int8 x [m, k] and w [n, k], whose rows are contiguous and begin aligned.
+    """Compute one tile of out [m, n] from codes x [m, k] and w [n, k], whose rows are contiguous and begin aligned.
 
     Up to out_n columns of out are written: n, or what is there beyond for the sake of alignment.
     HALVES: multiply as float16, which holds every int8, and sum in float32; exact while sums are at most 2**24.
+    PROMOTED: after how many products a sum of float8 moves to float32; None where codes are int8.
     """
     # Programs that run at the same time take tiles of the same rows of w: GROUP of them share what they read of it.
     tiles_m = tl.cdiv(m, BLOCK_M)
@@ -101,17 +103,17 @@ def int_matmul_kernel(
     # Rows beyond the last wrap around: they read what exists, and are not stored.
     x_tile = x_ptr + (rows % m).to(tl.int64)[:, None] * x_stride + inner[None, :]
     w_tile = w_ptr + (columns % n).to(tl.int64)[None, :] * w_stride + inner[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if HALVES else tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if PROMOTED is None and not HALVES else tl.float32)
     for start in range(0, k, BLOCK_K):
         if EVEN_K:
             a = tl.load(x_tile)
             b = tl.load(w_tile)
         else:
-            a = tl.load(x_tile, mask=inner[None, :] < k - start, other=0)
-            b = tl.load(w_tile, mask=inner[:, None] < k - start, other=0)
+            a = tl.load(x_tile, mask=inner[None, :] < k - start, other=0.0)
+            b = tl.load(w_tile, mask=inner[:, None] < k - start, other=0.0)
         if HALVES:
             a, b = a.to(tl.float16), b.to(tl.float16)
-        total = tl.dot(a, b, total, out_dtype=total.dtype)
+        total = tl.dot(a, b, total, max_num_imprecise_acc=PROMOTED, out_dtype=total.dtype)
         x_tile += BLOCK_K
         w_tile += BLOCK_K
 
@@ -159,15 +161,17 @@ def int_matmul(
     out: Tensor,
     of: Architecture | None = None,
 ) -> bool:
-    """Write the reference's result into out; False where only that will do: for a K that no accumulator can take.
+    """Write the reference's result into out; False where only that will do: where no accumulator here is exact.
 
     of: how to multiply; None: as is pinned for the device of x.
     """
     check(x, x_scale, w, w_scale, bias)
     (m, k), n, bits = x.shape, w.shape[0], (x_bits, x_signed, w_bits)
     of = of or architecture(x.device)
-    halves = of.halves and k <= largest_k_in_halves(*bits)
-    if dtype not in _DTYPES or not (halves or k <= largest_k(*bits)):
+    float8 = x.dtype is torch.float8_e4m3fn
+    halves = not float8 and of.halves and k <= largest_k_in_halves(*bits)
+    largest = largest_k_in_float8 if float8 else largest_k_in_halves if halves else largest_k
+    if dtype not in _DTYPES or k > largest(*bits) or (float8 and not of.float8):
         return False
     x, w = aligned(x), aligned(w)
     k = x.shape[1]
@@ -175,7 +179,7 @@ def int_matmul(
     fits = out.dtype is dtype and out.shape == (m, n) and is_aligned(out)
     # Else whole rows of 16 bytes, too: a store of single elements has as many addresses.
     target = out if fits else out.new_empty((m, triton.cdiv(n, 16) * 16), dtype=dtype)
-    config = choose(of.configs, m, n, processors(x.device))
+    config = choose(of.float8 if float8 else of.configs, m, n, processors(x.device))
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     if tiles:
         int_matmul_kernel[(tiles,)](
@@ -197,6 +201,7 @@ def int_matmul(
             SCALED_ROWS=x_scale.dim() == 1,
             SCALED_COLUMNS=w_scale.dim() == 1,
             HALVES=halves,
+            PROMOTED=SLICE if float8 else None,
             EVEN_K=k % config.block_k == 0,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

@@ -1,10 +1,15 @@
 """int_matmul, in pure torch: the definition."""
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from octav_fx.errors import OctavError
 from octav_fx.ops.int_matmul.range import offset
+
+# What holds codes: any of 8 bits, or integers up to 16.
+OPERANDS: Final = (torch.int8, torch.float8_e4m3fn)
 
 
 def int_matmul(
@@ -18,12 +23,13 @@ def int_matmul(
     w_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return codes x [M, K] and w [N, K], int8, scales x_scale [] or [M] and w_scale [] or [N] -> [M, N] in dtype.
+    """Return codes x [M, K] and w [N, K], scales x_scale [] or [M] and w_scale [] or [N] -> [M, N] in dtype.
 
     The levels of x are (x + offset) * x_scale, those of w are w * w_scale, and the result is levels of x times levels
     of w transposed plus bias [N]. offset is 128 where codes are 0..255, so that they fit int8, else 0.
-    The sum of integers is exact. It is multiplied by the product of the scales and bias is added, in float64; that is
-    rounded to float32 once, and from there to dtype as torch rounds a float32.
+    Codes are int8 or, both, float8_e4m3fn, which holds integers up to 16. The sum of integers is exact. It is
+    multiplied by the product of the scales and bias is added, in float64; that is rounded to float32 once, and from
+    there to dtype as torch rounds a float32.
     """
     check(x, x_scale, w, w_scale, bias)
     # Every sum is an integer below 2**53, for any K that fits a memory: exact in float64, in any order.
@@ -37,10 +43,11 @@ def int_matmul(
 
 def check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
     """Raise OctavError for what the kernel would read beyond the end of."""
-    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1] or {x.dtype, w.dtype} != {torch.int8}:
+    fits = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1]
+    if not fits or x.dtype is not w.dtype or x.dtype not in OPERANDS:
         raise OctavError(
-            f"int_matmul takes int8 codes [M, K] and [N, K], not {tuple(x.shape)} and {tuple(w.shape)} "
-            f"of {x.dtype} and {w.dtype}"
+            f"int_matmul takes codes [M, K] and [N, K], both int8 or both float8_e4m3fn, "
+            f"not {tuple(x.shape)} and {tuple(w.shape)} of {x.dtype} and {w.dtype}"
         )
     for name, value, length in (("x_scale", x_scale, len(x)), ("w_scale", w_scale, len(w)), ("bias", bias, len(w))):
         if value is not None and value.shape != (length,) and (value.dim() or name == "bias"):

@@ -8,7 +8,7 @@
 extern "C" void octav_integer_codes(const float* x, const float* scale, uint8_t* codes, int64_t n, int low, int high,
                                     int threads) {
   const float step = *scale, bottom = float(low), top = float(high);
-  stretches(1, 1, n, threads, [=](int64_t at, int64_t count, int64_t) {
+  stretches(n, threads, [=](int64_t at, int64_t count) {
     const float* __restrict from = x + at;
     uint8_t* __restrict to = codes + at;
 #pragma omp simd

@@ -53,8 +53,13 @@ def _empty(*args: Any) -> Tensor:
 
 
 def _cpu(*args: Any) -> Tensor | None:
-    run, x = onednn.planned(args, lambda: _run(Call(*args))), args[0]
+    run, x = prepared(*args), args[0]
     return run(x) if run is not None and x.numel() and x.dtype is torch.uint8 else None
+
+
+def prepared(*args: Any) -> onednn.Run | None:
+    """Return what computes integer_conv for all codes of a layer, made once; None: only the reference will do."""
+    return onednn.planned(args, lambda: _run(Call(*args)))
 
 
 def _run(call: Call) -> onednn.Run | None:
@@ -76,7 +81,9 @@ def _by_onednn(call: Call) -> onednn.Run | None:
         return None
     zero = onednn.zero_point(call.x_bits, call.x_signed)
     scale = onednn.channel_scale(call.x_scale, call.w_scale, call.shape[0])
-    packed = torch.ops.onednn.qconv_prepack(w, scale, 1.0, zero, *window, None)
+    # Packed for images of one size, which says how oneDNN goes about it; for others it may lay the weight out anew.
+    shape = list(call.x.shape) if call.x.numel() else None
+    packed = torch.ops.onednn.qconv_prepack(w, scale, 1.0, zero, *window, shape)
     bias = onednn.bias_levels(call.bias, scale, call.fraction)
     operands = 1.0, zero, packed, scale, onednn.zeros(call.shape[0]), bias, *window
     last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
@@ -95,17 +102,17 @@ def _leaves_one_column(call: Call, x: Tensor) -> bool:
 
 def _pointwise(call: Call) -> onednn.Run | None:
     """Filters of one element: a matmul at each position; as a convolution oneDNN can take ten times as long."""
-    rows, columns = call.shape[:2]
-    ending = call.low, call.high, call.step, call.bits, call.signed, call.fraction
-    multiply = linear_op.rows_run(linear_op.Call(*call[:6], [rows, columns], call.bias, *ending))
+    rank, ending = call.x.dim(), (call.low, call.high, call.step, call.bits, call.signed, call.fraction)
+    multiply = linear_op.rows_run(linear_op.Call(*call[:6], call.shape[:2], call.bias, *ending))
     if multiply is None:
         return None
+    channels_last, channels_first = (0, *range(2, rank), 1), (0, rank - 1, *range(1, rank - 1))
+    is_strided = any(step > 1 for step in call.stride)
 
     def run(x: Tensor) -> Tensor | None:
-        x = x.movedim(1, -1)
-        x = _strided(x, call.stride) if any(step > 1 for step in call.stride) else x
-        y = multiply(x.reshape(-1, columns))
-        return None if y is None else y.view(*x.shape[:-1], rows).movedim(-1, 1)
+        x = x.permute(channels_last)
+        y = multiply(_strided(x, call.stride) if is_strided else x)
+        return None if y is None else y.permute(channels_first)
 
     return run
 

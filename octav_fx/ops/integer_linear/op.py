@@ -37,16 +37,17 @@ def _empty(*args: Any) -> Tensor:
 
 
 def _cpu(*args: Any) -> Tensor | None:
-    run = onednn.planned(args, lambda: rows_run(Call(*args)))
-    x, (rows, columns) = args[0], args[6]
-    if run is None or not x.numel() or x.dtype is not torch.uint8:
-        return None
-    y = run(x.reshape(-1, columns))
-    return None if y is None else y.reshape(*x.shape[:-1], rows)
+    run, x = prepared(*args), args[0]
+    return run(x) if run is not None and x.numel() and x.dtype is torch.uint8 else None
+
+
+def prepared(*args: Any) -> onednn.Run | None:
+    """Return what computes integer_linear for all codes of a layer, made once; None: only the reference will do."""
+    return onednn.planned(args, lambda: rows_run(Call(*args)))
 
 
 def rows_run(call: Call) -> onednn.Run | None:
-    """Return what multiplies rows of codes [M, K] by a weight, with oneDNN; None where only the reference will do."""
+    """Return what multiplies codes [..., K] by a weight, with oneDNN; None where only the reference will do."""
     check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
     rows, columns = call.shape
     w = onednn.integers(call.w, (rows, columns))

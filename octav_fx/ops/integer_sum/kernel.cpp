@@ -10,7 +10,7 @@ extern "C" void octav_integer_sum(const float* x, const float* y, const float* s
                                   int64_t n, int relu, int low, int high, int threads) {
   const float step = *scale, bottom = float(low), top = float(high);
   const float floor = relu ? 0.f : -std::numeric_limits<float>::infinity();
-  stretches(1, 1, n, threads, [=](int64_t at, int64_t count, int64_t) {
+  stretches(n, threads, [=](int64_t at, int64_t count) {
     const float *__restrict left = x + at, *__restrict right = y + at;
     float* __restrict sums = total + at;
     uint8_t* __restrict to = codes + at;

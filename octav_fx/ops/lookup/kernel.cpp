@@ -29,7 +29,7 @@ static int64_t permuted(const uint8_t*, uint8_t*, int64_t, const uint8_t*) { ret
 // x, codes: dense, of n elements in the same order.
 extern "C" void octav_lookup(const uint8_t* x, const uint8_t* table, uint8_t* codes, int64_t n, int threads) {
   const bool permutes = HAS_BYTE_PERMUTES;
-  stretches(1, 1, n, threads, [=](int64_t at, int64_t count, int64_t) {
+  stretches(n, threads, [=](int64_t at, int64_t count) {
     int64_t i = permutes ? permuted(x + at, codes + at, count, table) : 0;
     for (; i < count; i++) codes[at + i] = table[x[at + i]];
   });

@@ -16,25 +16,25 @@ METHODS: Final = ("octav", "octav-tight")
 FALL: Final = 0.9
 
 
-def one_step(x: Tensor, hint: Tensor, spec: str, method: str, dim: int | None = None) -> Tensor:
+def one_step(x: Tensor, hint: Tensor, spec: str, method: str, dims: list[int] | None = None) -> Tensor:
     """Map x [...] and hint [], the clip of the last call, -> the clip [], float32.
 
     s' = sum(|x| over |x| >= s) / (noise * #{0 < |x| < s} + #{|x| >= s}), eq. 6 of arXiv 2206.06501, from s = hint; from
     none that is the mean magnitude, where the recursion begins. Near its fixed point the recursion squares the distance
     to it (clips/newton.py). Far above it falls too low, so it falls by a tenth at most, but to the largest magnitude.
-    dim: an axis that is reduced first.
+    dims: axes that are reduced first.
     """
     grid = spec_of(spec).format
     assert isinstance(grid, Grid)
     solved = Grid(as_octav(grid.bits, method)[0], grid.signed)
 
     def total(values: Tensor) -> Tensor:
-        return values.sum() if dim is None else values.sum(dim).sum()
+        return values.sum() if dims is None else values.sum(dims).sum()
 
     magnitude = magnitudes(x.to(torch.float32), solved)
     clipped = (magnitude >= hint) & (magnitude > 0)
     beyond, count = total(torch.where(clipped, magnitude, 0)), total(clipped.to(torch.float32))
     seen = total((magnitude > 0).to(torch.float32))
-    largest = magnitude.amax() if dim is None else magnitude.amax(dim).amax()
+    largest = magnitude.amax() if dims is None else magnitude.amax(dims).amax()
     step = beyond / (solved.noise * (seen - count) + count).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.maximum(step, FALL * hint).minimum(largest)

@@ -80,6 +80,7 @@ def test_a_shared_weight():
     ("forward", "x", "reason"),
     [
         (lambda s, x: F.conv2d(x, s.w, None, 1, "same"), (1, 3, 5, 5), "padding 'same'"),
+        (lambda s, x: F.conv2d(x, s.w, None, 1, s.w.shape[-1] - 1), (1, 3, 5, 5), "a padding that the graph computes"),
         (
             lambda s, x: F.conv_transpose2d(x, s.t),
             (1, 3, 5, 5),

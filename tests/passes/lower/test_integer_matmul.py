@@ -1,8 +1,10 @@
 """integer_matmul: forward multiplies the codes that are there anyway, backward stays as it is."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from octav_fx.formats.spec import integers
 from octav_fx.ir.calls import arguments_of
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops import matmuls
-from octav_fx.ops.int_matmul import configs
-from octav_fx.ops.matmuls import MatmulKernel, fits_int32
+from octav_fx.ops.int_matmul import configs, measured
+from octav_fx.ops.int_matmul.measured import Measured
+from octav_fx.ops.int_matmul.range import largest_k_in_float8
+from octav_fx.ops.matmuls import MatmulKernel, fits_float8, fits_int32
 from octav_fx.passes import integer_matmul, lower_passes
 from tests.support.joint import codes_of, joint, kept, leaf, lower, quantized, results, targets, weight
 from tests.support.matmuls import ON_CPU, forced
@@ -363,21 +367,70 @@ def test_twice_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes", "reason"),
+    ("family", "operand", "sizes", "reason"),
     [
-        ("sm_90", (4096, 4096, 4096), None),
-        ("sm_90", (2048, 1024, 1024), None),
-        ("sm_90", (2047, 1024, 1024), "where integers begin to pay"),
-        ("sm_90", (4096, 4096, 512), "where integers begin to pay"),
-        ("sm_90", (4096, 4096, 4104), "no multiple of 16"),
-        ("sm_100", (4096, 4096, 4096), "no gain from integers is known for sm_100"),
-        ("sm_70", (4096, 4096, 4096), "no gain from integers is known for sm_70"),
+        ("sm_90", torch.int8, (4096, 4096, 4096), None),
+        ("sm_90", torch.float8_e4m3fn, (4096, 4096, 4096), None),
+        ("sm_90", torch.int8, (2048, 1024, 1024), None),
+        ("sm_90", torch.int8, (2047, 1024, 1024), "where integers begin to pay"),
+        ("sm_90", torch.int8, (4096, 4096, 512), "where integers begin to pay"),
+        ("sm_90", torch.int8, (4096, 4096, 4104), "no multiple of 16"),
+        ("sm_80", torch.float8_e4m3fn, (4096, 4096, 4096), "no exact sum of float8 is known for sm_80"),
+        ("sm_100", torch.int8, (4096, 4096, 4096), "no gain from integers is known for sm_100"),
+        ("sm_70", torch.int8, (4096, 4096, 4096), "no gain from integers is known for sm_70"),
     ],
 )
-def test_what_pays(family: str, sizes: tuple[int, int, int], reason: str | None, monkeypatch: Any) -> None:
+def test_what_pays(
+    family: str, operand: torch.dtype, sizes: tuple[int, int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(configs, "_family", lambda device: family)
-    found = configs.declined(torch.device("cuda"), *sizes)
+    monkeypatch.setattr(configs, "_gpu", lambda device: "one that was not measured")
+    found = configs.declined(operand, torch.device("cuda"), *sizes)
     assert found is None if reason is None else reason in str(found)
+
+
+def test_what_was_measured_says_what_pays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
+    measured.FILE.write_text("{}")
+    small, large, wide = Measured(64, 64, 64, 1.1, 1.2), Measured(4096, 64, 64, 0.7, 0.8), Measured(64, 64, 4096, 0.8)
+    measured.write("this", [wide])
+    measured.write("other", [])
+    measured.write("this", [small, large, wide])
+    assert measured.nearest("this", 128, 64, 64) == small
+    assert measured.nearest("this", 2048, 64, 64) == large
+    assert measured.nearest("other", 64, 64, 64) is None
+    assert list(json.loads(measured.FILE.read_text())) == ["other", "this"]
+
+    monkeypatch.setattr(configs, "_family", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "_gpu", lambda device: "this")
+    cuda = torch.device("cuda")
+    assert configs.declined(torch.int8, cuda, 2048, 64, 64) is None
+    assert "took 1.1 of bfloat16's time for [64, 64]" in str(configs.declined(torch.int8, cuda, 128, 64, 64))
+    # Slower than bfloat16; slower than int8; never measured.
+    assert "float8_e4m3fn took 1.2" in str(configs.declined(torch.float8_e4m3fn, cuda, 128, 64, 64))
+    assert "int8 took 0.87 of float8's time" in str(configs.declined(torch.float8_e4m3fn, cuda, 4096, 64, 64))
+    assert "took None" in str(configs.declined(torch.float8_e4m3fn, cuda, 64, 64, 4096))
+
+
+IN_FLOAT8 = MatmulKernel("cpu", octav.int_matmul.default, fits_float8, lambda *sizes: None, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_of_few_bits_in_float8_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, inputs = CASES[name]
+    found = []
+    for rows in ((IN_FLOAT8, ON_CPU), (ON_CPU,)):
+        monkeypatch.setattr(matmuls, "MATMULS", rows)
+        gm = lowered(function, inputs)
+        found.append((gm, results(gm, inputs)))
+    (gm, in_float8), (_, in_int8) = found
+    for one, other in zip(in_float8, in_int8, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    # Beyond 16 a float8 holds no odd code.
+    for call in map(arguments_of, gm.graph.find_nodes(op="call_function", target=octav.int_matmul.default)):
+        fits = largest_k_in_float8(call.x_bits, call.x_signed, call.w_bits) > 0
+        dtypes = {operand.meta["val"].dtype for operand in (call.x, call.w)}
+        assert dtypes == {torch.float8_e4m3fn if fits else torch.int8}
 
 
 def test_a_small_matmul_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:

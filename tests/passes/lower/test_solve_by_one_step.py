@@ -1,6 +1,7 @@
 """solve_by_one_step: sums in place of a solve, and how far their clips are from the exact ones."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,20 +16,20 @@ from octav_fx.nn import FakeQuantizer
 from octav_fx.ops.optimal_clip.one_step import one_step
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from octav_fx.passes import lower_passes, solve_by_one_step, split_quantizers
-from tests.support.joint import after_relu, joint, layer_inputs, linear, lower, targets, weight
+from tests.support.joint import after_relu, joint, layer_inputs, linear, lower, quantized, targets, weight
 
 octav, aten = torch.ops.octav, torch.ops.aten
 # Sums of n numbers in other orders, n * 2**-24 of their sum at most, here far less.
 ORDER = {"rtol": 1e-5, "atol": 0.0}
 
 
-@pytest.mark.parametrize("dim", [None, 0, 2])
+@pytest.mark.parametrize("dims", [None, [0], [1, 2]])
 @pytest.mark.parametrize(("bits", "signed"), [(4, True), (8, False)])
-def test_it_is_a_step_of_the_recursion(bits: int, signed: bool, dim: int | None) -> None:
+def test_it_is_a_step_of_the_recursion(bits: int, signed: bool, dims: list[int] | None) -> None:
     torch.manual_seed(0)
     x, grid = torch.randn(5, 6, 7), Grid(bits, signed)
     numerator, denominator = octav_step(x.reshape(1, -1), torch.tensor([1.5]), grid)
-    found = one_step(x, torch.tensor(1.5), integers(bits, signed, None), "octav", dim)
+    found = one_step(x, torch.tensor(1.5), integers(bits, signed, None), "octav", dims)
     torch.testing.assert_close(found, (numerator / denominator).squeeze(0), **ORDER)
 
 
@@ -73,6 +74,27 @@ def test_graphs() -> None:
         assert [(edit.verb, edit.detail) for edit in lower(gm, solve_by_one_step)] == [("one step", "octav")]
         assert octav.optimal_clip.default not in targets(gm)
         assert lower(gm, solve_by_one_step) == []
+
+
+def rows_summed(function: Callable[[Tensor], Tensor], x: Tensor) -> list[int]:
+    """Of which axes the sums come first when what function computes of x is quantized."""
+    gm = joint(lambda x, hint: (quantized(function(x), hint),), x.requires_grad_(), torch.ones(()))
+    lower(gm, split_quantizers, solve_by_one_step)
+    # amax is the only one that no norm has.
+    first, second = gm.graph.find_nodes(op="call_function", target=aten.amax.default)
+    assert second.args == (first,)
+    axes: list[int] = first.args[1]
+    return axes
+
+
+def test_rows_are_those_of_the_kernel_that_computes_x() -> None:
+    tokens, image = torch.randn(2, 9, 64), torch.randn(2, 64, 16, 16)
+    assert rows_summed(torch.relu, tokens) == [1, 2]
+    assert rows_summed(lambda x: nn.functional.layer_norm(x, (64,)), tokens) == [2]
+    # Of 256 positions, and of 8 with their 64 channels.
+    assert rows_summed(torch.relu, image) == [1, 2, 3]
+    assert rows_summed(torch.relu, image.to(memory_format=torch.channels_last)) == [1, 3]
+    assert rows_summed(torch.relu, torch.randn(2, 1, 1, 1024)) == [3]
 
 
 def test_clips_of_channels_are_solved() -> None:

@@ -16,6 +16,7 @@ from octav_fx.ir.meta import info
 from octav_fx.ir.ops import op_of
 from octav_fx.ir.printer import graph_text
 from octav_fx.ir.table.contractions import CONTRACTIONS
+from octav_fx.ops.grouped_mm.op import grouped_product
 from octav_fx.passes import canonicalize
 from tests.support.graphs import captured, model, parameter, run_alike
 from tests.support.layers import LAYERS, Layer
@@ -72,6 +73,7 @@ FUNCTIONS = [
     sum_of_products(aten.addbmm.default, ADDBMM, "self", "batch1", "batch2"),
     sum_of_products(torch.baddbmm, BADDBMM, "input", "batch1", "batch2"),
     sum_of_products(aten.baddbmm.default, BADDBMM, "self", "batch1", "batch2"),
+    product(grouped_product, *GROUPS, "mat_a", "mat_b"),
     product(F.grouped_mm, *GROUPS, "mat_a", "mat_b"),
     product(torch._grouped_mm, *GROUPS, "input", "mat2"),
     product(aten._grouped_mm.default, *GROUPS, "self", "mat2"),

@@ -1,0 +1,66 @@
+"""Random numbers of Python and NumPy, and of generators that modules hold: what forward draws differs in each call."""
+
+import pickle
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from octav_fx.capture.module_state import held_values
+from octav_fx.errors import NotCaptured
+
+
+@contextmanager
+def same_random_numbers(root: nn.Module) -> Iterator[None]:
+    """Put back, afterwards, every random state but torch's own, which has fork_rng."""
+    before = _states(root)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+@contextmanager
+def without_chance(root: nn.Module) -> Iterator[None]:
+    """Raise NotCaptured where a random number is drawn inside, except by torch; the states are put back."""
+    before = _states(root)
+    yield
+    is_drawn = any(pickle.dumps(_state(source)) != pickle.dumps(state) for source, state in before)
+    _restore(before)
+    if is_drawn:
+        raise NotCaptured("forward draws random numbers of Python or NumPy, which are others in each call")
+
+
+def _states(root: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the sources of random numbers, each with its state."""
+    numpy = sys.modules.get("numpy")
+    # Both modules have the functions of their generators.
+    shared = [random] if numpy is None else [random, numpy.random]
+    return [(source, _state(source)) for source in (*shared, *filter(_is_generator, held_values(root)))]
+
+
+def _is_generator(value: Any) -> bool:
+    if isinstance(value, random.Random):
+        return not isinstance(value, random.SystemRandom)
+    is_numpys = type(value).__module__.startswith("numpy.random.")
+    return isinstance(value, torch.Generator) or (is_numpys and hasattr(value, "standard_normal"))
+
+
+def _state(source: Any) -> Any:
+    if hasattr(source, "getstate"):
+        return source.getstate()
+    return source.get_state() if hasattr(source, "get_state") else source.bit_generator.state
+
+
+def _restore(states: list[tuple[Any, Any]]) -> None:
+    for source, state in states:
+        if hasattr(source, "setstate"):
+            source.setstate(state)
+        elif hasattr(source, "set_state"):
+            source.set_state(state)
+        else:
+            source.bit_generator.state = state
