@@ -2,9 +2,10 @@
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from octav_fx.clips.gradients import GRADIENTS
 from octav_fx.clips.learned import LEARNED
@@ -14,6 +15,8 @@ from octav_fx.formats.granularity import granularity
 from octav_fx.formats.kmeans import KMEANS_BITS
 from octav_fx.formats.registry import NAMES
 from octav_fx.formats.scales import SCALES
+
+_Kind = TypeVar("_Kind", bound=type[Any])
 
 _BITS: Final = range(2, 9)
 # What an override may set for a node.
@@ -25,6 +28,21 @@ _OVERRIDABLE: Final = (
 _GRANULARITIES: Final = {"weight": ("tensor", "channel", "group"), "activation": ("tensor", "token", "group")}
 
 
+def _with_named_fields(kind: _Kind) -> _Kind:
+    """Let a dataclass raise OctavError for a keyword that is no field of it, and name those that are."""
+    names, init = [field.name for field in dataclasses.fields(kind)], kind.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **settings: Any) -> None:
+        if unknown := sorted(map(str, settings.keys() - set(names))):
+            raise OctavError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(names)}")
+        init(self, *args, **settings)
+
+    kind.__init__ = checked
+    return kind
+
+
+@_with_named_fields
 @dataclass(frozen=True)
 class Config:
     """The defaults are the paper's recipe: 4 bits, 8 at the edge, MAD for weights and PWL for activations (MPH)."""
@@ -191,9 +209,6 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
         """Return the Config of to_dict's values; raise OctavError for a key that is not a field."""
-        fields = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(fields)):
-            raise OctavError(f"Config has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         return cls(**values)
 
     def pattern_for(self, site: str, operand: str | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """Config: what it accepts, which override wins, JSON both ways."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -308,6 +309,10 @@ def test_json_both_ways():
 def test_a_key_that_is_no_field_is_an_error():
     with pytest.raises(OctavError, match="Config has no field bits; it has weight_bits, activation_bits, edge_bits"):
         Config.from_dict({"bits": 4})
+    with pytest.raises(OctavError, match="Config has no field bits; it has weight_bits, activation_bits, edge_bits"):
+        Config(bits=4)
+    # What help() shows and editors complete.
+    assert list(inspect.signature(Config).parameters) == [field.name for field in dataclasses.fields(Config)]
 
 
 def test_frozen_and_apart_from_its_dict():

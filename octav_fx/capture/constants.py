@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octav_fx.capture.kinds import MISSING, PLAIN, kind_of
 from octav_fx.capture.module_state import CLOSED, is_users_class, is_users_object
@@ -51,6 +51,8 @@ class Constants:
 
     attributes: tuple[_Held, ...]
     items: tuple[_Held, ...]
+    # Attributes that are tensors and modules, which count by being themselves.
+    objects: tuple[_Held, ...]
 
     @classmethod
     def of(cls, root: nn.Module) -> "Constants":
@@ -73,6 +75,10 @@ class Constants:
             for name, before in zip(names, values, strict=True):
                 if (now := holder.get(name, MISSING)) != before and _is_other(now, before):
                     return _told(name, where, before, now)
+        for where, holder, names, values in self.objects:
+            for name, before in zip(names, values, strict=True):
+                if getattr(holder, name, MISSING) is not before:
+                    return f"{name} of {where} is another one than at capture"
         return None
 
 
@@ -93,12 +99,15 @@ class _Named:
     names: tuple[str, ...]
     keys: tuple[str, ...]
     owner: Any
+    # Whether it looks into what modules hold past their attributes: self.__dict__["scale"].
+    asks_dict: bool
     looked: set[int] = field(default_factory=set)
 
     @classmethod
     def by(cls, code: types.CodeType, owner: Any) -> "_Named":
         names, keys = _names(code), (key for key in _constants(code) if isinstance(key, str))
-        return cls(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(keys)), owner)
+        asks_dict = not {"__dict__", "vars"}.isdisjoint(code.co_names)
+        return cls(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(keys)), owner, asks_dict)
 
 
 @dataclass(eq=False)
@@ -107,6 +116,7 @@ class _Found:
 
     attributes: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
     items: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
+    objects: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
     # Modules by class: what `self` is in its methods.
     modules: dict[type, list[nn.Module]] = field(default_factory=dict)
     # Functions to be read, each with what `self` may be in it; and those that were.
@@ -114,7 +124,7 @@ class _Found:
     seen: set[tuple[types.FunctionType, int]] = field(default_factory=set)
 
     def rows(self) -> Iterator[list[_Held]]:
-        for kind in (self.attributes, self.items):
+        for kind in (self.attributes, self.items, self.objects):
             held = [(where, holder, values) for where, holder, values in kind.values() if values]
             yield [_Held(where, holder, tuple(values), tuple(values.values())) for where, holder, values in held]
 
@@ -157,6 +167,8 @@ class _Found:
             value = vars(module).get(name)
             if isinstance(value, (types.FunctionType, functools.partial)) or _is_space(value):
                 self._meet(module, name, value, named, _DEEP)
+        if named.asks_dict:
+            self.add_attributes(type(module).__name__, module, named.keys)
 
     def _look(self, space: Any, named: "_Named", depth: int) -> None:
         """Look in a place for what code names: globals, a module, a class, an object, or a table."""
@@ -190,6 +202,10 @@ class _Found:
             self.waiting.append((value.fget, space))
         elif _is_plain(value):
             self._add(space, name, copy.deepcopy(value))
+        elif isinstance(value, (Tensor, nn.Module)):
+            holder = sys.modules.get(str(space.get("__name__"))) if isinstance(space, dict) else space
+            if getattr(holder, name, MISSING) is value:
+                self._values(self.objects, getattr(holder, "__name__", type(holder).__name__), holder)[name] = value
         elif isinstance(value, type) and issubclass(value, nn.Module):
             # What its methods name is looked for where modules of it are.
             self.add_attributes(value.__name__, value, named.names if is_users_class(value) else ())

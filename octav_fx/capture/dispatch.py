@@ -7,6 +7,7 @@ from torch import fx
 
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.compat.graphs import forward_from
+from octav_fx.errors import OctavError
 
 
 class GuardedModule(fx.GraphModule):
@@ -22,6 +23,13 @@ class GuardedModule(fx.GraphModule):
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph that holds for a call: its values are in the order of the parameters."""
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> Any:
+        # What torch.jit.script asks a module for before it reads its source.
+        raise OctavError(
+            f"torch.jit.script reads source code, and {type(self).__name__} runs graphs: torch.jit.trace, "
+            "torch.export.export and octav_fx.export_onnx write them down"
+        )
 
     def recompile(self) -> Any:
         """Generate the code of the present graph anew, and a forward that runs it where it holds."""

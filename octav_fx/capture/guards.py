@@ -40,7 +40,11 @@ class Facts:
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say which value is not what it was at capture, or return None."""
-        values = self._function(module, *args, **kwargs)
+        try:
+            values = self._function(module, *args, **kwargs)
+        except AttributeError as error:
+            # Deleted since.
+            return str(error)
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
             if not _equal(value, expected):
                 # What a compiler takes a number for may have no text.

@@ -1,5 +1,6 @@
 """What Python may have looked at in a value besides the contents of its tensors, as a value to compare."""
 
+import collections
 import functools
 import types
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         return value
     if isinstance(value, Mapping):
         return (type(value).__name__, *[(key, kind_of(item, depth)) for key, item in value.items()])
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, collections.deque)):
         return (type(value).__name__, *[kind_of(item, depth) for item in value])
     if isinstance(value, (set, frozenset, range)):
         return (type(value).__name__, *value)

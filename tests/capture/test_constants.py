@@ -52,6 +52,14 @@ def defaulted(x: Tensor, by: dict[str, float] = {"y": 1.0}) -> Tensor:  # noqa: 
 BY = {"y": 1.0}
 by_closure, by_partial = scaling(BY), functools.partial(torch.mul, other=1.0)
 alias = torch.positive
+ACT = nn.Identity()
+ONES = torch.ones(8)
+SIGNS = types.SimpleNamespace(ones=torch.ones(8))
+
+
+class Negated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -111,6 +119,7 @@ class Configured(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x) * SETTINGS.twice() * SETTINGS.below.gain * Settings.depth * TABLE["factor"] * elsewhere.FACTOR
         y = alias(by_partial(by_closure(defaulted(y)))) * DEEP.a.b.c.gain * self.held.a.b.c.gain * self.function(1.0)
+        y = ACT(y) * ONES * SIGNS.ones
         return -y if os.environ.get("OCTAV_FX_TEST_SIGN", "0") == "1" else y
 
 
@@ -129,6 +138,9 @@ class Configured(nn.Module):
         (by_partial.keywords, "other", -1.0),
         (sys.modules[__name__], "by_partial", functools.partial(torch.mul, other=-1.0)),
         (sys.modules[__name__], "alias", torch.neg),
+        (sys.modules[__name__], "ACT", Negated()),
+        (sys.modules[__name__], "ONES", -torch.ones(8)),
+        (SIGNS, "ones", -torch.ones(8)),
     ],
 )
 def test_what_lies_below_a_global_is_followed(

@@ -1,4 +1,4 @@
-"""Weights as compressed-tensors writes and reads them, an encoder that others serve: the same levels at the same scales."""
+"""Weights as compressed-tensors, an encoder that others serve, writes and reads them: equal levels at equal scales."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def library() -> Any:
 
 
 def weight() -> Tensor:
-    """A weight whose largest magnitude is that of E2M1 times that of E4M3: NVFP4's scale of the tensor is 1, exactly."""
+    """A weight whose largest magnitude is that of E2M1 times that of E4M3: the scale of the tensor of NVFP4 is 1."""
     x = torch.randn(24, 256) * torch.randn(24, 1).exp() * 100
     return x.clamp(-6 * 448, 6 * 448).index_put((torch.tensor([3]), torch.tensor([5])), torch.tensor(6 * 448.0))
 

@@ -297,6 +297,49 @@ class FindsItsAttributesItself(Net):
         return self.b(self.a(x)) * self.gain
 
 
+@case((x,), put(gain=7.0), (x,), (longer,), gain=2.0)
+def looks_into_its_dict(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * self.__dict__["gain"] + vars(self).get("gain", 1.0)
+
+
+@case((x,), lambda model: delattr(model, "gain"), (x,), (longer,), gain=2.0)
+def asks_for_what_is_deleted(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * (self.gain if hasattr(self, "gain") else 3.0)
+
+
+@case((x,), lambda model: model.last.append(5.0), (x,), (longer,), last=collections.deque([1.0, 2.0], maxlen=2))
+def sums_a_queue(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * sum(self.last)
+
+
+@case((x,), lambda model: setattr(model.memory, "last", torch.zeros(8)), (x,), (longer,))
+class HoldsATensorInAnObject(Net):
+    def __init__(self) -> None:
+        super().__init__(memory=Memory())
+        self.memory.last = torch.ones(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.memory.last
+
+
+@case((x,), put(is_on=True), (x,), (longer,))
+class IsCalledUnderAutocast(Net):
+    is_on: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        with torch.autocast("cpu", enabled=self.is_on):
+            return super().__call__(*args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * (3 if torch.is_autocast_enabled("cpu") else 1)
+
+
+@case((x,), (x,), (longer,))
+def seeds_torch(self: Any, x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return self.b(self.a(x)) + torch.rand(8)
+
+
 # Arguments and results.
 
 

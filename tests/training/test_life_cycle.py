@@ -565,3 +565,11 @@ def test_export_and_trace():
     _, q, x = quantized(False)
     assert torch.equal(torch.export.export(q, (x,)).module()(x), q(x))
     assert torch.equal(torch.jit.trace(q, x)(x), q(x))
+
+
+def test_scripting_is_refused():
+    _, q, x = quantized(False)
+    frozen = octav_fx.freeze(octav_fx.calibrate(quantize(Net().eval(), x), [x]))
+    for module in (q, nn.Sequential(q), octav_fx.convert(frozen)):
+        with pytest.raises(octav_fx.OctavError, match=r"torch\.jit\.script reads source code, and Net runs graphs"):
+            torch.jit.script(module)

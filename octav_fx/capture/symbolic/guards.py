@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Facts, Guards
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute
+from octav_fx.capture.symbolic.reads import Reads
 from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import pytree
@@ -30,12 +31,12 @@ def take_guards(
     root: nn.Module,
     kinds: Mapping[str, Any],
     attributes: Sequence[tuple[str, Any]] = (),
-    gradient_mode: bool | None = None,
+    modes: Reads | None = None,
 ) -> Guards:
     """Make guards of the checks in a trace, which keeps only those of sizes that it computes on its way.
 
     kinds: what kind_of found in each argument of forward. attributes: paths of plain attributes that forward read, and
-    what kind_of found there. gradient_mode: that of the call, if forward asked for it.
+    what kind_of found there. modes: those of the call that forward asked for.
     """
     for check in graph.find_nodes(op="call_function", target=guard_equal):
         if _is_number_of_axes(check.args[0]):
@@ -57,7 +58,7 @@ def take_guards(
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
-    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, gradient_mode), sizes, deep)
+    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, modes), sizes, deep)
 
 
 def _without_statistics(graph: fx.Graph) -> None:
@@ -123,7 +124,7 @@ def _arguments(graph: fx.Graph, kinds: Mapping[str, Any]) -> Facts:
     return _facts(asked, rows)
 
 
-def _attributes(graph: fx.Graph, attributes: Sequence[tuple[str, Any]], gradient_mode: bool | None) -> Facts | None:
+def _attributes(graph: fx.Graph, attributes: Sequence[tuple[str, Any]], modes: Reads | None) -> Facts | None:
     asked = _with_inputs(graph)
     rows = []
     for path, kind in attributes:
@@ -132,8 +133,10 @@ def _attributes(graph: fx.Graph, attributes: Sequence[tuple[str, Any]], gradient
         is_missing = kind == kind_of(MISSING)
         args = (asked.get_attr(owner), name) if is_missing else (asked.get_attr(path),)
         rows.append((asked.call_function(kind_of_attribute if is_missing else kind_of, args), kind, path))
-    if gradient_mode is not None:
-        rows.append((asked.call_function(torch.is_grad_enabled), gradient_mode, "torch.is_grad_enabled()"))
+    if modes is not None and modes.gradient_mode is not None:
+        rows.append((asked.call_function(torch.is_grad_enabled), modes.gradient_mode, "torch.is_grad_enabled()"))
+    for kind, mode in () if modes is None else modes.autocast.items():
+        rows.append((asked.call_function(torch.is_autocast_enabled, (kind,)), mode, "torch.is_autocast_enabled()"))
     return _facts(asked, rows) if rows else None
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INTERNAL: Final = frozenset({*vars(nn.Module()), "_is_hf_initialized"})
 # In place of an attribute that a class computes.
 _COMPUTED: Final = object()
+_DEVICES: Final = ("cpu", "cuda")
 _CLOCKS: Final = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "process_time")
 
 
@@ -38,6 +39,8 @@ class Reads:
     # Set before it was read: what was there before does not matter.
     written: set[tuple[nn.Module, str]] = field(default_factory=set)
     gradient_mode: bool | None = None
+    # Whether the call is under autocast, for each kind of device that forward asked for.
+    autocast: dict[str, bool] = field(default_factory=dict)
 
     def remembered(self) -> list[tuple[nn.Module, str]]:
         """Return the attributes that forward has both read and changed."""
@@ -81,7 +84,7 @@ def watched_reads(tracer: "ValueTracer", root: nn.Module) -> Iterator[Reads]:
     with (
         without_chance(root),
         _without_clocks(tracer, root),
-        _watched_gradient_mode(tracer, reads),
+        _watched_modes(tracer, reads),
         _watched_attributes(tracer, reads),
     ):
         yield reads
@@ -126,9 +129,13 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
 
 
 @contextmanager
-def _watched_gradient_mode(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
-    """Answer with the mode of the caller where forward has not changed it: the trace itself has gradients on."""
+def _watched_modes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
+    """Answer with the modes of the caller where forward has not changed them: the trace itself has gradients on."""
     original, outer = torch.is_grad_enabled, torch.is_grad_enabled()
+    original_autocast, outer_autocast = (
+        torch.is_autocast_enabled,
+        {kind: torch.is_autocast_enabled(kind) for kind in _DEVICES},
+    )
 
     def asked() -> bool:
         if tracer.evaluating or not is_users(sys._getframe(1)):
@@ -136,11 +143,19 @@ def _watched_gradient_mode(tracer: "ValueTracer", reads: Reads) -> Iterator[None
         reads.gradient_mode = outer
         return outer and original()
 
-    torch.is_grad_enabled = asked
+    def asked_autocast(kind: str = "cuda") -> bool:
+        found = original_autocast(kind)
+        # Inside of a region of forward's own it does not depend on the call.
+        if not tracer.evaluating and is_users(sys._getframe(1)) and found == outer_autocast.get(kind):
+            reads.autocast[kind] = found
+        return found
+
+    modes: Any = torch
+    modes.is_grad_enabled, modes.is_autocast_enabled = asked, asked_autocast
     try:
         yield
     finally:
-        torch.is_grad_enabled = original
+        modes.is_grad_enabled, modes.is_autocast_enabled = original, original_autocast
 
 
 @contextmanager
@@ -148,15 +163,18 @@ def _without_clocks(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
     def refused(original: Callable[..., Any], what: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not tracer.evaluating and id(sys._getframe(1).f_globals) in files:
-                raise NotCaptured(f"{caller()}: forward {what}, which is another one in each call")
+                raise NotCaptured(f"{caller()}: forward {what}")
             return original(*args, **kwargs)
 
         return call
 
     forwards = (inspect.getattr_static(type(m), "forward", None) for m in root.modules())
     files = {id(f.__globals__) for f in forwards if isinstance(f, types.FunctionType)}
-    places: list[tuple[Any, str, str]] = [(time, name, "reads the clock") for name in _CLOCKS]
-    places.append((builtins, "open", "opens a file"))
+    places: list[tuple[Any, str, str]] = [
+        (time, name, "reads the clock, which is another one in each call") for name in _CLOCKS
+    ]
+    places.append((builtins, "open", "opens a file, which is another one in each call"))
+    places.append((torch, "manual_seed", "seeds torch's generator, which a graph does not"))
     originals = [getattr(place, name) for place, name, _ in places]
     try:
         for (place, name, what), original in zip(places, originals, strict=True):

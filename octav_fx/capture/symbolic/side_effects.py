@@ -66,7 +66,12 @@ def _store(tracer: "ValueTracer", path: str, key: str, old: Any, new: Any, was_u
             f"forward computes {name} from its own last value, and a graph has no memory: write into it in place"
         )
     tracer.stored.append(name)
-    if was_read and isinstance(old, Tensor) and len(proxies) == 1 and old.shape != fake(proxies[0].node).shape:
+    if (
+        was_read
+        and isinstance(old, Tensor)
+        and len(proxies) == 1
+        and old.shape != getattr(fake(proxies[0].node), "shape", None)
+    ):
         tracer.resized.append(name)
     output = next(iter(tracer.graph.find_nodes(op="output")))
     with tracer.graph.inserting_before(output):

@@ -109,7 +109,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         for (module, name), kind in reads.attributes.items()
         if module in paths and ((module, name) not in remembered or (module, name) in begun)
     ]
-    guards = take_guards(graph, root, kinds, attributes, reads.gradient_mode)
+    guards = take_guards(graph, root, kinds, attributes, reads)
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
