@@ -1,5 +1,6 @@
 """Trees of tensors, fake tensors, dispatch."""
 
+import functools
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,7 @@ __all__ = [
     "is_functorch_wrapped",
     "is_higher_order",
     "is_sharded",
+    "multiplies_unsigned_bytes",
     "packet_of",
     "pytree",
     "replace_extended_shape",
@@ -148,6 +150,16 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
 def has_vnni() -> bool:
     """Tell whether the CPU adds up products of 8-bit integers in 32 bits."""
     return bool(torch.cpu._is_vnni_supported())
+
+
+@functools.cache
+def multiplies_unsigned_bytes() -> bool:
+    """Tell whether torch's matmul of integers takes unsigned ones on a CPU; that of 2.11 does not."""
+    try:
+        torch._int_mm(torch.zeros(1, 1, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int8))
+    except RuntimeError:
+        return False
+    return True
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from octav_fx.compat.tensors import has_vnni
+from octav_fx.compat.tensors import has_vnni, multiplies_unsigned_bytes
 from octav_fx.formats.grid import Grid
 from octav_fx.ops import cpu, onednn
 from octav_fx.ops.int_matmul.range import largest_k
@@ -90,6 +90,8 @@ def refusal(layer: Layer, x: Grid, w: Grid, dtype: torch.dtype) -> str | None:
         return "oneDNN has no integer convolution that is right for its padding or its groups"
     if not layer.is_convolved and not has_vnni():
         return "integer matmuls are slow on this CPU, which has no VNNI"
+    if not layer.is_convolved and not multiplies_unsigned_bytes():
+        return f"torch {torch.__version__} multiplies no unsigned bytes"
     return onednn.refusal(x.bits, 2 ** (w.bits - 1))
 
 

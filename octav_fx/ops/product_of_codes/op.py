@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from octav_fx.compat.tensors import memory_format_of
+from octav_fx.compat.tensors import memory_format_of, multiplies_unsigned_bytes
 from octav_fx.ops import cpu, onednn
 from octav_fx.ops.product_of_codes import reference
 from octav_fx.ops.product_of_codes.choice import Layer
@@ -128,7 +128,7 @@ def _convolution(call: Call, x: Tensor) -> Tensor | None:
 
 
 def _matmul(call: Call, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    weight = _weight(call, transposed=True)
+    weight = _weight(call, transposed=True) if multiplies_unsigned_bytes() else None
     if weight is None:
         return None
     w, sums = weight
