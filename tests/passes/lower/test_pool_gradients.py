@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
 import octav_fx.compat.inductor  # noqa: F401  what decomposes a max pool asks Inductor's lowerings
@@ -13,6 +14,11 @@ from octav_fx.passes import pool_gradients
 from tests.support.joint import joint, leaf, lower
 
 octav = torch.ops.octav
+
+pytestmark = pytest.mark.skipif(
+    torch.ops.aten.max_pool2d_with_indices_backward.default not in select_decomp_table(),
+    reason="torch 2.11 keeps its own kernel in the graph",
+)
 
 
 def pooled(*window: Any, **options: Any) -> Any:
