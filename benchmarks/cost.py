@@ -9,6 +9,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import result, worker
+from benchmarks.least import least_time
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import integers
 from octav_fx.ops.dequantize.op import dequantize
@@ -41,16 +42,9 @@ def _size(elements: int) -> dict[str, Any]:
         "gradient": lambda: fake_quantize_backward.out(x, x, clip, integers(4, False, None), "pwl", out=y),
         "copy": lambda: y.copy_(x),
     }
-    return {"elements": elements} | {name: round(_best(run) / elements * 1e9, 3) for name, run in passes.items()}
-
-
-def _best(run: Callable[[], Tensor]) -> float:
-    times = []
-    for _ in range(30):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return {"elements": elements} | {
+        name: round(least_time(run, clock=time.perf_counter) / elements * 1e9, 3) for name, run in passes.items()
+    }
 
 
 def _width(width: int, rounds: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ one that clips nothing.
 """
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import result
+from benchmarks.least import least_time
 from octav_fx.formats.format import Format
 from octav_fx.formats.registry import CODEBOOKS, format_of
 from octav_fx.formats.spec import spec_of
@@ -79,12 +79,8 @@ def _row(spec: str, method: str, data: dict[str, Tensor], rounds: int) -> dict[s
     for name, x in data.items():
         noise = (x - _quantized(x, spec, method)).double().square().sum()
         found[name] = round(10 * math.log10(x.double().square().sum() / noise), 2)
-    x, times = next(iter(data.values())), []
-    for _ in range(rounds):
-        start = time.thread_time()
-        _quantized(x, spec, method)
-        times.append(time.thread_time() - start)
-    return found | {"ns": round(min(times) / x.numel() * 1e9, 1)}
+    x = next(iter(data.values()))
+    return found | {"ns": _ns(lambda: _quantized(x, spec, method), x, rounds)}
 
 
 def _quantized(x: Tensor, spec: str, method: str) -> Tensor:
@@ -100,12 +96,14 @@ def _searched(name: str, rounds: int) -> dict[str, Any]:
         kinds = ROWS_OF if form.signed else NON_NEGATIVE
         ratios = [_over_brute_force(ROWS_OF[kind](ELEMENTS // n, n), form) for kind in kinds]
         found[str(n)] = f"{sum(ratios) / len(ratios):.3f} ({max(ratios):.3f})"
-    x, times = torch.randn(ROWS, COLUMNS), []
-    for _ in range(rounds):
-        start = time.thread_time()
-        torch.ops.octav.optimal_clip(x, torch.zeros(()), f"{name}/group-32.1", "octav")
-        times.append(time.thread_time() - start)
-    return found | {"ns": round(min(times) / x.numel() * 1e9, 1)}
+    x = torch.randn(ROWS, COLUMNS)
+    solve = torch.ops.octav.optimal_clip
+    return found | {"ns": _ns(lambda: solve(x, torch.zeros(()), f"{name}/group-32.1", "octav"), x, rounds)}
+
+
+def _ns(run: Callable[[], object], x: Tensor, rounds: int) -> float:
+    """Return the least nanoseconds of a call for each element of x."""
+    return round(least_time(run, rounds) / x.numel() * 1e9, 1)
 
 
 def _over_brute_force(x: Tensor, form: Format) -> float:

@@ -17,22 +17,28 @@ from octav_fx.errors import NotCaptured
 @contextmanager
 def same_random_numbers(root: nn.Module) -> Iterator[None]:
     """Put back, afterwards, every random state but torch's own, which has fork_rng."""
-    before = _states(root)
-    try:
+    with _kept_states(root):
         yield
-    finally:
-        _restore(before)
 
 
 @contextmanager
 def without_chance(root: nn.Module) -> Iterator[None]:
     """Raise NotCaptured where a random number is drawn inside, except by torch; the states are put back."""
-    before = _states(root)
-    yield
-    is_drawn = any(pickle.dumps(_state(source)) != pickle.dumps(state) for source, state in before)
-    _restore(before)
+    with _kept_states(root) as before:
+        yield
+        is_drawn = any(pickle.dumps(_state(source)) != pickle.dumps(state) for source, state in before)
     if is_drawn:
         raise NotCaptured("forward draws random numbers of Python or NumPy, which are others in each call")
+
+
+@contextmanager
+def _kept_states(root: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+    """Give the sources of random numbers, each with its state, and put the states back afterwards."""
+    before = _states(root)
+    try:
+        yield before
+    finally:
+        _restore(before)
 
 
 def _states(root: nn.Module) -> list[tuple[Any, Any]]:

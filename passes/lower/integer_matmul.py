@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import spec_of
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit, insert_aten
@@ -39,6 +38,7 @@ from octav_fx.ir.joint import CONVERT, erase_unread, origin, replace
 from octav_fx.ir.meta import fake
 from octav_fx.ops.int_matmul.range import offset
 from octav_fx.ops.matmuls import CodesMatmul, MatmulKernel, has_kernel, kernel_for
+from octav_fx.ops.product_of_codes.reference import grid_of
 
 octav, aten = torch.ops.octav, torch.ops.aten
 
@@ -89,14 +89,9 @@ class _Matmul:
     @property
     def of_codes(self) -> CodesMatmul:
         """Return what a kernel has to know of it."""
-        return CodesMatmul(*self.sizes, _grid(self.x), _grid(self.w), fake(self.node).dtype)
-
-
-def _grid(levels: fx.Node) -> Grid:
-    call = arguments_of(levels)
-    plain = spec_of(call.spec).plain
-    assert plain is not None
-    return plain[0]
+        return CodesMatmul(
+            *self.sizes, grid_of(arguments_of(self.x).spec), grid_of(arguments_of(self.w).spec), fake(self.node).dtype
+        )
 
 
 def _mm(node: fx.Node) -> _Matmul | None:
@@ -213,7 +208,8 @@ class _Operands:
         return self.made[key]
 
     def _make(self, levels: fx.Node, dtype: torch.dtype, axes: list[int]) -> tuple[fx.Node, fx.Node]:
-        graph, call, grid = self.graph, arguments_of(levels), _grid(levels)
+        graph, call = self.graph, arguments_of(levels)
+        grid = grid_of(call.spec)
         with graph.inserting_before(levels):
             if levels.target is octav.dequantize.default:
                 codes: fx.Node = call.codes

@@ -1,12 +1,11 @@
 """The elementwise passes over rows and over every format, in C++, against their definitions: equal to the bit."""
 
-import time
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.least import least_time
 from octav_fx.formats.registry import CODEBOOKS, format_of
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops.dequantize import reference as of_dequantize
@@ -121,15 +120,6 @@ def test_channels_side_by_side_take_no_longer_than_rows(kernels, threads):
     )
     # Both read and write the same; a call for every element takes 15 to 25 times as long.
     assert columns < 4 * rows
-
-
-def least_time(run):
-    times = []
-    for _ in range(30):
-        start = time.thread_time()
-        run()
-        times.append(time.thread_time() - start)
-    return min(times)
 
 
 @pytest.mark.parametrize("form", ALL)
