@@ -52,6 +52,7 @@ _KNOWN = (triton_of_torch.has_triton, triton_of_torch.triton_backend, triton_of_
 def absent_gpu() -> Iterator[None]:
     """Let torch, Inductor and Triton believe that there is one."""
     from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.fx_passes import reinplace
     from triton.backends import compiler
     from triton.runtime import driver
 
@@ -85,6 +86,8 @@ def absent_gpu() -> Iterator[None]:
             patch.object(CudaInterface.Worker, "get_device_properties", staticmethod(lambda *of: PROPERTIES))
         )
         stack.enter_context(patch.object(CudaInterface.Worker, "current_device", staticmethod(lambda *of: 0)))
+        # It copies fake values in place, which a build without CUDA refuses.
+        stack.enter_context(patch.object(reinplace, "_inplace_generalized_scatter", lambda into, *of: into))
         for known in _KNOWN:
             known.cache_clear()
         driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_active_torch_device=lambda: GPU))

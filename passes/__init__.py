@@ -36,6 +36,7 @@ from octav_fx.passes.lower.mask_from_value import mask_from_value
 from octav_fx.passes.lower.mask_in_place import mask_in_place
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
+from octav_fx.passes.lower.select_gradients import select_gradients
 from octav_fx.passes.lower.solve_by_one_step import solve_by_one_step
 from octav_fx.passes.lower.split_quantizers import split_quantizers
 from octav_fx.passes.lower.strided_gradients import strided_gradients
@@ -83,6 +84,7 @@ LOWER: Final[tuple[Pass, ...]] = (
 FUSE: Final[tuple[Pass, ...]] = (
     pool_gradients,  # any time
     strided_gradients,  # any time
+    select_gradients,  # any time
     update_at_once,  # before write_out: it looks for clips, not for what they are written out as
     write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
@@ -192,6 +194,7 @@ __all__ = [
     "round_biases",
     "saturate_codes",
     "save_codes",
+    "select_gradients",
     "solve_by_one_step",
     "split_quantizers",
     "strided_gradients",
