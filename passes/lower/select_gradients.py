@@ -7,7 +7,7 @@ on the half of the graph that it is in. The left side is what AOTAutograd makes 
 the same values. For select_scatter Inductor computes g for all elements of dx and then takes zero for most of them, for
 slice_scatter it reads g only where it lies. nn.MultiheadAttention takes query, key and value out of one tensor, whose
 gradient is the sum of three such dx: for each part the kernel read the gradients of all three, and the values that they
-are masked by. In ViT-B/16 on an H200 it took 194 us of each layer. In the code for slices each is read for its own part.
+are masked by. In ViT-B/16 on an H200 it took 194 us of each layer. The slices read each for its own part.
 
 Parts that chunk, split and unbind make have no such sum: their gradient is a cat. On a CPU the slices take 1.3 times
 as long.
