@@ -34,6 +34,7 @@ from octav_fx.passes.lower.levels_as_read import levels_as_read
 from octav_fx.passes.lower.mask_from_codes import mask_from_codes
 from octav_fx.passes.lower.mask_from_value import mask_from_value
 from octav_fx.passes.lower.mask_in_place import mask_in_place
+from octav_fx.passes.lower.permute_summands import permute_summands
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.select_gradients import select_gradients
@@ -85,6 +86,7 @@ FUSE: Final[tuple[Pass, ...]] = (
     pool_gradients,  # any time
     strided_gradients,  # any time
     select_gradients,  # any time
+    permute_summands,  # after select_gradients, of whose slices the sums are
     update_at_once,  # before write_out: it looks for clips, not for what they are written out as
     write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
@@ -186,6 +188,7 @@ __all__ = [
     "mask_in_place",
     "multiply_codes",
     "pack_weights",
+    "permute_summands",
     "pool_gradients",
     "pools_of_layers",
     "prepare_passes",
