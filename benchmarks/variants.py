@@ -100,8 +100,15 @@ AUTOCAST = {
     "octav compiled, bf16 autocast": Variant(octav_fx.quantize, "octav", autocast=True),
     "octav compiled, integer, bf16 autocast": Variant(octav_fx.quantize, "octav", _INTEGER, autocast=True),
 }
+# With options that a GPU profits from.
+FOR_GPU = {
+    "octav compiled, levels kept, solve by one step": Variant(
+        octav_fx.quantize, "octav", {"keep": "levels", "solve": "step"}
+    ),
+}
 VARIANTS = {
     **OWN,
     **AUTOCAST,
+    **FOR_GPU,
     **{name: Variant(peer.prepare, note=peer.note) for name, peer in PEERS.items()},
 }

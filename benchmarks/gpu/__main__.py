@@ -1,10 +1,11 @@
 """./dev gpu [kernels | resnet50 | transformers]: is every kernel right on this GPU, and if so, how fast.
 
 kernels runs the tests of the kernels, which then run compiled and not interpreted, and times each kernel; the other two
-time training steps and list the kernels of a step. Without a name all three run, one after the other. Each writes a
-file of its own, benchmarks/results/<gpu>-<name>.json, after every row, so whatever stops a command leaves what was
-found, and another run goes on from there. If a test fails, or none ran to the end, nothing is measured and no file is
-touched; steps are timed only where kernels was green for the same sources on the same GPU.
+time training steps and list the kernels of a step. Without a name all three run: while the tests do, the steps are
+compiled, and then timed one after the other. Each writes a file of its own, benchmarks/results/<gpu>-<name>.json, after
+every row, so whatever stops a command leaves what was found, and another run goes on from there. If a test fails, or
+none ran to the end, nothing is measured and no file is touched; steps are timed only where kernels was green for the
+same sources on the same GPU.
 
 Exit codes: 0, measured; 1, a test failed, or was not run; 3, no GPU.
 """
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 ALL, TESTS, KERNEL = 520.0, 330.0, 20.0
 LIMITS = {"optimal_clip": 30.0, "int_matmul": 40.0, "solves": 60.0}
 # Processes of the tests, each of which compiles.
-WORKERS = 8
+WORKERS = 10
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Report:
     name: str
     folder: Path
     device: str
-    tests: str
     begun: float
+    tests: str = ""
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def left(self) -> float:
@@ -66,14 +67,19 @@ class Report:
         return any("ms" in row and fields.items() <= row.items() for row in found["rows"])
 
     def ask(self, part: str, arguments: list[str], seconds: float) -> str | None:
-        """Let a worker add rows to a part; return why it stopped early, or None."""
+        """Let a new worker add rows to a part; return why it stopped early, or None."""
+        return self.take(part, limited.Worker(["benchmarks.gpu.worker", *arguments]), seconds)
+
+    def take(self, part: str, prepared: limited.Worker, seconds: float) -> str | None:
+        """Let a worker go on, and add its rows to a part; return why it stopped early, or None."""
         rows = self.parts.setdefault(part, {"rows": []})["rows"]
 
         def take(row: dict[str, Any]) -> None:
             rows.append(row)
             self.write()
 
-        return limited.rows(["benchmarks.gpu.worker", *arguments], max(1.0, min(seconds, self.left())), take)
+        prepared.go_on()
+        return prepared.rows(max(1.0, min(seconds, self.left())), take)
 
     def write(self) -> None:
         """Write the file as it now is."""
@@ -87,7 +93,7 @@ class Report:
 _SETTING = {
     "time": "median of CUDA events",
     "attained": "bytes that the op cannot do without, at the bandwidth of a copy of as many elements, over its time",
-    "step": f"bfloat16 autocast, SGD, {step.REPEATS} steps; ratio and memory over {step.FLOAT}",
+    "step": f"bfloat16 autocast, SGD, {step.REPEATS} steps; busy_ms: all kernels; ratio and memory over {step.FLOAT}",
 }
 
 
@@ -107,57 +113,103 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_GPU
     if device != "cuda" and given.folder == result.RESULTS:
         parser.error("--device is for trying this command: it takes a --folder, too")
-    for name in given.names or COMMANDS:
-        if code := COMMANDS[name](name, device, given.folder, given.tests):
-            return code
+    names = given.names or list(COMMANDS)
+    begun = time.monotonic()
+    steps = _Steps([_report(name, device, given.folder, begun) for name in names if name != "kernels"])
+    try:
+        if "kernels" in names:
+            # Compiling takes a CPU as long as testing takes the GPU.
+            steps.prepare()
+            passed, summary = _tests([given.tests] if given.tests else kernel_tests())
+            print(summary, flush=True)
+            if not passed:
+                print(
+                    "a kernel is wrong on this GPU, or its tests did not end: no speed is measured, no file written"
+                )
+                return RED
+            kernels = _report("kernels", device, given.folder, begun)
+            kernels.tests = summary
+            kernels.write()
+        green = _green(device, given.folder)
+        if green is None:
+            print(f"the kernels of these sources have not been tested on this GPU: ./dev gpu --folder {given.folder}")
+            return RED
+        steps.measure(green)
+    finally:
+        steps.end()
+    if "kernels" in names:
+        _measure_kernels(kernels)
     return 0
 
 
-def _kernels(name: str, device: str, folder: Path, tests: str | None) -> int:
-    """Test the kernels, and if they are green, time each."""
-    begun = time.monotonic()
-    passed, summary = _tests([tests] if tests else kernel_tests())
-    print(summary, flush=True)
-    if not passed:
-        print("a kernel is wrong on this GPU, or its tests did not end: no speed is measured, no file is written")
-        return RED
-    report = Report(_file(name, device), folder, device, summary, begun)
+def _report(name: str, device: str, folder: Path, begun: float) -> Report:
+    report = Report(_file(name, device), folder, device, begun)
     report.resume()
-    report.write()
+    return report
+
+
+def _measure_kernels(report: Report) -> None:
+    """Time each kernel."""
     for op in worker.KERNELS:
         if report.has(op):
             continue
         report.parts.pop(op, None)
-        if stopped := report.ask(op, [op, device], LIMITS.get(op, KERNEL)):
+        if stopped := report.ask(op, [op, report.device], LIMITS.get(op, KERNEL)):
             report.parts[op]["stopped"] = stopped
-    if device == "cuda" and folder == result.RESULTS:
+    if report.device == "cuda" and report.folder == result.RESULTS:
         # From here on the compiler goes by it.
         measured.write(torch.cuda.get_device_name(), int_matmul.table(report.parts["int_matmul"]["rows"]))
-    return _end(report)
+    _end(report)
 
 
-def _steps(name: str, device: str, folder: Path, _: str | None) -> int:
-    """Time the training steps of some models; refuse where the kernels have not been green for these sources."""
-    begun = time.monotonic()
-    green = _green(device, folder)
-    if green is None:
-        print(f"the kernels of these sources have not been tested on this GPU: ./dev gpu kernels --folder {folder}")
-        return RED
-    report = Report(_file(name, device), folder, device, green, begun)
-    report.resume()
-    models = step.MODELS[name] if device == "cuda" else step.TINY
-    # Of every model first what the ratio needs.
-    for variant in step.VARIANTS:
-        for model in models:
-            if report.has("step", model=model, variant=variant):
-                continue
-            if stopped := report.ask("step", ["step", device, model, variant], report.left()):
-                report.parts["step"]["rows"].append({"model": model, "variant": variant, "error": stopped})
-    return _end(report)
+class _Steps:
+    """Training steps that are compiled at the same time, as many as fit the GPU, and timed one after the other."""
+
+    def __init__(self, reports: list[Report]) -> None:
+        self._reports = reports
+        models = {report.name: step.models_of(report.name, report.device) for report in reports}
+        # Of every model first what the ratio needs.
+        self._asked = [
+            (report, model, variant)
+            for report in reports
+            for variant in step.VARIANTS
+            for model in models[report.name]
+            if not report.has("step", model=model, variant=variant)
+        ]
+        self._prepared: list[limited.Worker] = []
+
+    def prepare(self) -> None:
+        """Start to compile those that are next."""
+        if self._asked:
+            device = self._reports[0].device
+            self._prepared = [
+                limited.Worker(["benchmarks.gpu.worker", "step", device, model, variant])
+                for _, model, variant in self._asked[: step.room(device)]
+            ]
+
+    def measure(self, green: str) -> None:
+        """Time them all."""
+        while self._asked:
+            if not self._prepared:
+                self.prepare()
+            for prepared in self._prepared:
+                prepared.wait(self._asked[0][0].left())
+            while self._prepared:
+                report, model, variant = self._asked.pop(0)
+                report.tests = green
+                if stopped := report.take("step", self._prepared.pop(0), report.left()):
+                    report.parts["step"]["rows"].append({"model": model, "variant": variant, "error": stopped})
+        for report in self._reports:
+            _end(report)
+
+    def end(self) -> None:
+        """End those that are not to be timed any more."""
+        for prepared in self._prepared:
+            prepared.end()
 
 
-# In this order; none may take ten minutes.
-COMMANDS = {"kernels": _kernels, "resnet50": _steps, "transformers": _steps}
+# Each writes a file; together, or one by one, none may take ten minutes.
+COMMANDS = ("kernels", "resnet50", "transformers")
 
 
 def _end(report: Report) -> int:

@@ -1,4 +1,7 @@
-"""python -m benchmarks.gpu.worker QUESTION DEVICE [...]: one question in a process of its own, a line of JSON a row."""
+"""python -m benchmarks.gpu.worker QUESTION DEVICE [...]: one question in a process of its own, a line of JSON a row.
+
+A step, of a model and a variant, is prepared, says so, and is timed when a line comes.
+"""
 
 import json
 import sys
@@ -12,6 +15,7 @@ from benchmarks.gpu import (
     fake_quantize,
     fake_quantize_weights,
     int_matmul,
+    limited,
     optimal_clip,
     quantize,
     solves,
@@ -36,7 +40,12 @@ def _answer(question: str, device: str, rest: list[str]) -> Iterator[dict[str, A
             yield from KERNELS[question](device)
     else:
         model, variant = rest
-        yield from step.measure(model, variant, device)
+        yield from step.measure(model, variant, device, hold=_hold)
+
+
+def _hold() -> None:
+    print(limited.READY, flush=True)
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":

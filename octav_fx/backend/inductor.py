@@ -1,9 +1,9 @@
 """How Inductor calls the ops of octav_fx: into memory that it has planned.
 
 By itself Inductor would let each op allocate its result. Written into planned buffers instead, results reuse memory
-that is warm and mapped already; on a CPU fresh pages cost more than the passes that fill them. One op, divide, is code
-that Inductor generates; others, product_of_codes and the layers on codes, allocate by themselves. The latter are called
-past the dispatcher, with all that is no tensor bound beforehand: ops/bound.py.
+that is warm and mapped already; on a CPU fresh pages cost more than the passes that fill them. Two ops, divide and
+ratio, are code that Inductor generates; others, product_of_codes and the layers on codes, allocate by themselves. The
+latter are called past the dispatcher, with all that is no tensor bound beforehand: ops/bound.py.
 
 And how it reads codes of two bytes, those of 8 bits: by itself it would not vectorize a loop that int16 is in, which
 took four fifths of what it generates for backward with 8-bit activations.
@@ -37,8 +37,8 @@ def register() -> None:
     for name, packet in REGISTERED.items():
         if packet.default in lowerings:
             continue
-        if name == "divide":
-            register_lowering(packet.default, broadcast=True)(_divide)
+        if name in _GENERATED:
+            register_lowering(packet.default, broadcast=True)(_GENERATED[name])
         else:
             _register(name, packet)
     if product_of_codes.default not in lowerings:
@@ -73,6 +73,45 @@ def _divide(x: ir.TensorBox, y: ir.TensorBox) -> ir.TensorBox:
 
     dtype = x.get_dtype()
     return make_pointwise(quotient)(x, y)
+
+
+# With the step times a power of two, unit, from 1 up to 4, in $2, as a sum, so that nothing over- or underflows. The
+# second is the reciprocal's own error. The third is Markstein's: the reciprocal is rounded to the nearest, the first
+# quotient is one of the two nearest, what is left of x is exact, and so the last rounding is that of x / step.
+_UNIT: Final = (
+    "{.reg .b32 e; and.b32 e, $1, 0x7F800000; sub.s32 e, 0x7F000000, e; max.s32 e, e, 0x00800000; mov.b32 $0, e;}"
+)
+_RECIPROCAL: Final = "rcp.rn.f32 $0, $1;"
+_LOW_RECIPROCAL: Final = "{.reg .f32 e, s; neg.f32 s, $1; fma.rn.f32 e, s, $2, 0f3F800000; mul.rn.f32 $0, e, $2;}"
+_RATIO: Final = (
+    "{.reg .f32 a, s, q, e; .reg .b32 b, c; mul.rn.f32 a, $1, $2; min.NaN.f32 a, a, 0f49800000; "
+    "max.NaN.f32 a, a, 0fC9800000; mul.rn.f32 q, a, $5; fma.rn.f32 q, a, $4, q; neg.f32 s, $3; "
+    "fma.rn.f32 e, s, q, a; fma.rn.f32 q, e, $4, q; mov.b32 b, $1; mov.b32 c, q; and.b32 b, b, 0x80000000; "
+    "or.b32 c, c, b; mov.b32 $0, c;}"
+)
+
+
+def _ratio(x: ir.TensorBox, step: ir.TensorBox) -> ir.TensorBox:
+    on_gpu = x.get_device_or_error().type == "cuda"
+
+    def assembled(text: str, *inputs: Any) -> Any:
+        constraints = ",".join(["=f", *["f"] * len(inputs)])
+        return ops.inline_asm_elementwise(*inputs, asm=text, constraints=constraints, dtype=torch.float32)
+
+    def quotient(x: Any, step: Any) -> Any:
+        if not on_gpu or dtype is not torch.float32:
+            return ops.truediv(x, step)
+        unit = assembled(_UNIT, step)
+        scaled = ops.mul(step, unit)
+        reciprocal = assembled(_RECIPROCAL, scaled)
+        low = assembled(_LOW_RECIPROCAL, scaled, reciprocal)
+        return assembled(_RATIO, x, unit, scaled, reciprocal, low)
+
+    dtype = x.get_dtype()
+    return make_pointwise(quotient)(x, step)
+
+
+_GENERATED: Final = {"divide": _divide, "ratio": _ratio}
 
 
 def _register(name: str, packet: Any) -> None:

@@ -12,6 +12,7 @@ from octav_fx.clips.mse import mse_search
 from octav_fx.clips.newton import max_abs, octav, octav_grid, octav_tight, power_of_two
 from octav_fx.clips.percentile import ONE_IN, percentile
 from octav_fx.clips.search import Store, search
+from octav_fx.formats.format import divided
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.kmeans import KMeans
 from octav_fx.formats.scales import SCALES, tensor_scale
@@ -75,7 +76,7 @@ def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
     scale = _scale(rows) if store is None else rows.new_ones(len(rows), 1)
     known = torch.zeros_like(hint) if spec.granularity.is_short else hint / scale.squeeze(-1)
     clip = METHODS[method].solve(rows / scale, known, form) * scale.squeeze(-1)
-    return clip if store is None else store(clip / form.steps) * form.steps
+    return clip if store is None else store(divided(clip, form.steps)) * form.steps
 
 
 def _scale(rows: Tensor) -> Tensor:

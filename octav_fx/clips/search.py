@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from octav_fx.clips.newton import power_of_two
 from octav_fx.formats.floats import FloatFormat
-from octav_fx.formats.format import Format
+from octav_fx.formats.format import Format, divided
 from octav_fx.formats.grid import Grid
 
 # Formats of scales with so few numbers that each one near is tried as it is: a step of least squares cannot be stored.
@@ -74,7 +74,7 @@ def search(rows: Tensor, form: Format, scales: str, store: Store) -> Tensor:
         return step if store is None else store(step * scale) / scale
 
     whole, shares = _without_clipping(x, form), candidates(form, scales, x.shape[-1])
-    best = stored(largest / form.steps)
+    best = stored(divided(largest, form.steps))
     least = squared_error(x, best, form)
     tried = (whole * share for share in shares) if scales in COARSE else [_best_fit(x, whole, shares, form)]
     for step in map(stored, tried):
@@ -168,8 +168,10 @@ def folded(x: Tensor) -> Tensor:
 
 def _without_clipping(x: Tensor, form: Format) -> Tensor:
     """Return the least step [R, 1] for which no value lies beyond the levels."""
-    above = x.amax(-1, keepdim=True).clamp(min=0) / form.greatest
-    return torch.maximum(above, x.amin(-1, keepdim=True).clamp(max=0) / form.least) if form.signed else above
+    above = divided(x.amax(-1, keepdim=True).clamp(min=0), form.greatest)
+    if not form.signed:
+        return above
+    return torch.maximum(above, divided(x.amin(-1, keepdim=True).clamp(max=0), form.least))
 
 
 def _best_fit(x: Tensor, whole: Tensor, shares: tuple[float, ...], form: Format) -> Tensor:

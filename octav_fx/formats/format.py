@@ -1,9 +1,15 @@
 """Format: the levels that a number can take, in units of a step, and the integer codes that stand for them."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """Return x / number, rounded to the nearest: a GPU multiplies by the reciprocal of what is no tensor."""
+    return x / (number if math.frexp(number)[0] == 0.5 else torch.full_like(x, number))
 
 
 class Format(ABC):
@@ -67,7 +73,7 @@ class Format(ABC):
 
     def step(self, clip: Tensor) -> Tensor:
         """Return what one step is, in the units of clip."""
-        return clip / self.steps
+        return divided(clip, self.steps)
 
     @property
     def underflow_code(self) -> int:

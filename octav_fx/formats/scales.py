@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.floats import E4M3
-from octav_fx.formats.format import Format
+from octav_fx.formats.format import Format, divided
 
 # So many bits of the float32 scale of a tensor are kept: its product with a level and with a scale of 8 bits is exact.
 _KEPT: Final = 12
@@ -22,7 +22,7 @@ def tensor_scale(x: Tensor, form: Format) -> Tensor:
 
 def scale_for(largest: Tensor, form: Format) -> Tensor:
     """Return the float32 scale [] of a tensor with this largest magnitude []."""
-    fraction, exponent = torch.frexp(largest / (form.steps * E4M3.steps))
+    fraction, exponent = torch.frexp(divided(largest, form.steps * E4M3.steps))
     return torch.ldexp((fraction * 2**_KEPT).ceil(), exponent - _KEPT)
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import Config
+from octav_fx.backend import inductor
+from tests.support.compare import assert_same_bits
 from tests.support.interpreter import DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compile]
@@ -75,6 +77,26 @@ def test_compiled_training_is_eager_training(net, setting):
     # moves the loss by more than either; over ten steps a hundredth.
     assert eager[0] == pytest.approx(compiled[0], rel=2**-6 if setting == "bfloat16" else 2**-10)
     assert eager == pytest.approx(compiled, rel=0.05 if setting == "bfloat16" else 0.02)
+
+
+@pytest.mark.parametrize("step", [1e-40, 2.0**-126, 0.37, 1.0, 3.0, 2.0**127])
+def test_a_ratio_in_generated_code_is_the_nearest(step):
+    inductor.register()
+    torch.manual_seed(0)
+    # Any pattern; and numbers about as large as the step, ties among them.
+    some = torch.randint(-(2**31), 2**31 - 1, (2**18,), dtype=torch.int32, device=DEVICE).view(torch.float32)
+    near = torch.cat([torch.arange(-300, 300, 0.5), 20 * torch.randn(2**18)]).to(DEVICE)
+    step = torch.tensor(step, device=DEVICE)
+    x = torch.cat([some, near * step, torch.tensor([0.0, -0.0], device=DEVICE)])
+    found, exact = torch.compile(torch.ops.octav.ratio)(x, step), x / step
+    least, most = 2.0**-100, 2.0**18
+    on_grid = (exact.abs() >= least) & (exact.abs() <= most)
+    assert_same_bits(found[on_grid], exact[on_grid])
+    assert torch.equal(found.isnan(), exact.isnan())
+    known = ~exact.isnan()
+    assert torch.equal(found.signbit()[known], exact.signbit()[known])
+    assert torch.equal(found[known].abs() < least, exact[known].abs() < least)
+    assert torch.equal(found[known].abs() > most, exact[known].abs() > most)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs are a GPU's")

@@ -81,11 +81,12 @@ def test_another_run_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypa
     first = result.read("cpu-kernels", tmp_path / "results")
     asked = []
 
-    def rows(arguments: list[str], seconds: float, take: Any) -> None:
-        asked.append(arguments[1])
-        take({"op": arguments[1]})
+    class Worker(Stub):
+        def rows(self, seconds: float, take: Any) -> None:
+            asked.append(self.arguments[1])
+            take({"op": self.arguments[1]})
 
-    monkeypatch.setattr(limited, "rows", rows)
+    monkeypatch.setattr(limited, "Worker", Worker)
     monkeypatch.setattr(worker, "KERNELS", {"quantize": quantize.measure, "dequantize": dequantize.measure})
     assert tried(tmp_path, "pass") == 0
     assert asked == ["dequantize"]
@@ -96,18 +97,32 @@ def test_another_run_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypa
     assert asked == ["dequantize", "quantize", "dequantize"]
 
 
+class Stub:
+    """A process of which only its rows are asked."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+
+    def wait(self, seconds: float) -> None: ...
+
+    def go_on(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
 def test_steps_are_timed_only_where_the_kernels_were_green(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def rows(arguments: list[str], seconds: float, take: Any) -> None:
-        _, model, variant = arguments[1:][-3:]
-        take({"model": model, "variant": variant, "ms": 2.0, "mb": 1.0, "note": ""})
+    class Worker(Stub):
+        def rows(self, seconds: float, take: Any) -> None:
+            _, model, variant = self.arguments[-3:]
+            take({"model": model, "variant": variant, "ms": 2.0, "mb": 1.0, "note": ""})
 
-    monkeypatch.setattr(limited, "rows", rows)
+    monkeypatch.setattr(limited, "Worker", Worker)
     monkeypatch.setattr(worker, "KERNELS", {})
     steps = ["resnet50", "--device", "cpu", "--folder", str(tmp_path / "results")]
     assert command.main(steps) == command.RED
-    assert "./dev gpu kernels" in capsys.readouterr().out
+    assert "./dev gpu --folder" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
     assert tried(tmp_path, "pass") == 0
     assert command.main(steps) == 0
@@ -186,17 +201,38 @@ def test_a_limit_of_time_leaves_what_was_found(tmp_path: Path, monkeypatch: pyte
     assert found == [{"row": 1}, {"row": 2}]
 
 
+def test_what_is_prepared_goes_on_when_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "held.py").write_text(
+        "import sys\nprint('ready', flush=True)\nsys.stdin.readline()\nprint('{\"row\": 1}', flush=True)\n"
+    )
+    (tmp_path / "broken.py").write_text("raise ValueError('why')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found: list[dict[str, Any]] = []
+    held, broken = limited.Worker(["held"]), limited.Worker(["broken"])
+    for one in (held, broken):
+        one.wait(60)
+    assert held.rows(1, found.append) == "over 1 s"
+    assert found == []
+    held = limited.Worker(["held"])
+    for one in (held, broken):
+        one.go_on()
+    assert held.rows(60, found.append) is None
+    assert found == [{"row": 1}]
+    assert broken.rows(60, found.append) == "exit 1: ValueError: why"
+
+
 def test_a_report_is_on_disk_after_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = command.Report("some", tmp_path, "cpu", "1 passed", begun=0.0)
+    report = command.Report("some", tmp_path, "cpu", begun=0.0, tests="1 passed")
     seen = []
 
-    def rows(arguments: list[str], seconds: float, take: Any) -> str:
-        for row in ({"model": "a", "variant": step.FLOAT, "ms": 2.0, "mb": 8.0}, {"model": "a", "variant": "other"}):
-            take(row)
-            seen.append(len(result.read("some", tmp_path)["step"]["rows"]))
-        return "over 1 s"
+    class Worker(Stub):
+        def rows(self, seconds: float, take: Any) -> str:
+            for row in ({"model": "a", "variant": step.FLOAT, "ms": 2.0, "mb": 8.0}, {"model": "a", "variant": "other"}):
+                take(row)
+                seen.append(len(result.read("some", tmp_path)["step"]["rows"]))
+            return "over 1 s"
 
-    monkeypatch.setattr(limited, "rows", rows)
+    monkeypatch.setattr(limited, "Worker", Worker)
     assert report.ask("step", ["step", "cpu"], 1.0) == "over 1 s"
     assert seen == [1, 2]
 
@@ -238,7 +274,7 @@ def test_the_table_of_the_matmul() -> None:
     assert table == [Measured(64, 32, 16, 0.7, 0.6), Measured(1, 2, 3, 2.0)]
 
 
-@pytest.mark.parametrize("variant", ["float eager", "octav eager", step.VARIANTS[-1]])
+@pytest.mark.parametrize("variant", ["float eager", "octav eager", "ten cold Newton steps, plain PyTorch eager"])
 def test_a_row_of_a_step(variant: str) -> None:
     (row,) = step.measure("tiny", variant, "cpu", 1)
     assert list(row) == ["model", "variant", "ms", "mb", "note"]

@@ -50,7 +50,8 @@ def test_the_tail_is_counted_in_registers():
     row = ROWS["kernels.solve_tail"][0]
     elements = 2 * row.constexprs["BLOCK"] // (32 * row.num_warps)
     (warm,) = (one for one in compiled("kernels.solve_tail") if one.row == 0 and one.target == "sm_90")
-    loops = loops_with(warm.machine, "REDG")
+    # Not that which adds a copy of the bins to another.
+    loops = [loop for loop in loops_with(warm.machine, "REDG") if sum("LDG" in text for text in loop) >= elements // 2]
     assert len(loops) == 2
     # With a bin that is counted apart, and without: 128 instructions in a clock and multiprocessor read 2 bytes for 17,
     # which is 3.5 TB/s at 1.75 GHz, what the memory of an H100 gives.

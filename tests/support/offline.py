@@ -125,12 +125,19 @@ def _solve_tail(stage: int, dtype: int, pairs: bool = True, **ones) -> Row:
     infinite, shift, span = [(0x7F80, 0, 3072), (0x7C00, 0, 9216), (0x7F800000, 16, 3072)][dtype]
     bins = "*i64" if shift and stage < 2 else "*i32"
     pointers = {"x": "*i32" if pairs or shift else "*i16", "hint": "*fp32", "clip": "*fp32", "bins": bins}
-    pointers |= {"every_bin": "*i64" if shift else "*i32", "counters": "*i64", "numbers": "*fp64"}
+    pointers |= {"merged": "*i64" if stage < 2 else "*i32", "every_bin": "*i64" if shift else "*i32"}
+    pointers |= {"counters": "*i64", "numbers": "*fp64"}
     signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in pointers.items()}
     constexprs = {"STAGE": stage, "SPAN": [span, 2**15, 2**16][stage], "UNKNOWN": 14720, "SIGNED": True}
     constexprs |= {"NOISE": 1 / 768, "INFINITE": infinite, "SHIFT": shift, "DTYPE": dtype}
     constexprs |= {"PAIRS": pairs and not shift, "BLOCK": 2048, "CHUNK": 1024}
-    sizes = {"n": "i32:16", "keep": "fp32", "unit": "i32", **({} if ones else {"replicas": "i32"})}
+    sizes = {
+        "n": "i32:16",
+        "keep": "fp32",
+        "unit": "i32",
+        "cold_replicas": "i32",
+        **({} if ones else {"replicas": "i32"}),
+    }
     # As solve_tail launches it on NVIDIA's.
     registers = (("maxnreg", 96),)
     return Row("solve_tail_kernel", {**signature, **sizes}, {**constexprs, **ones}, num_warps=8, options=registers)

@@ -19,3 +19,13 @@ def dequantize(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Te
     level = form.levels(code.clamp(form.low, form.high).to(value))
     level = level * form.step(represented.granularity.along(clip, codes).to(value))
     return torch.where(codes == torch.iinfo(codes.dtype).min, torch.nan, level).to(dtype)
+
+
+def levels_of(x: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    """Return dequantize(quantize(x, clip), clip) [...] in dtype without the codes, but for the sign of a zero."""
+    represented = spec_of(spec)
+    form, clip = represented.fitted(clip)
+    value = x.to(torch.promote_types(dtype, torch.float32))
+    step = form.step(represented.granularity.along(clip, x).to(value.dtype))
+    level = torch.where(step > 0, form.round(value / step), 0)
+    return torch.where(x.isfinite(), level * step, torch.nan).to(dtype)

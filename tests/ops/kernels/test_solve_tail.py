@@ -68,12 +68,12 @@ def test_only_a_hint_that_is_too_high_costs_a_second_pass(monkeypatch, factor, s
 
     class Recorded:
         def __getitem__(self, grid):
-            def launch(x, hint, out, bins, every_bin, counters, *args, STAGE, **kwargs):
+            def launch(x, hint, out, bins, merged, every_bin, counters, *args, STAGE, **kwargs):
                 if STAGE == kernel.COLD:
                     cold.append(bool(counters[kernel.SOLVED.value]))
                     # What it must not read then.
                     x = torch.full_like(x, 0x3F803F80) if cold[0] else x
-                launched[grid](x, hint, out, bins, every_bin, counters, *args, STAGE=STAGE, **kwargs)
+                launched[grid](x, hint, out, bins, merged, every_bin, counters, *args, STAGE=STAGE, **kwargs)
 
             return launch
 

@@ -56,14 +56,20 @@ PASSES: Final = {
 
 
 @triton.jit
-def is_last(counters_ptr):
-    """Tell whether all other programs of the launch have stored what they had to; resets the ticket then."""
+def is_last_of(ticket_ptr, programs):
+    """Tell whether all others of so many programs have stored what they had to; resets the ticket then."""
     # All threads' stores come before the ticket of one.
     tl.debug_barrier()
-    last = tl.atomic_add(counters_ptr + TICKET, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1
     if last:
-        tl.store(counters_ptr + TICKET, 0)
+        tl.store(ticket_ptr, 0)
     return last
+
+
+@triton.jit
+def is_last(counters_ptr):
+    """Tell whether all other programs of the launch have stored what they had to; resets the ticket then."""
+    return is_last_of(counters_ptr + TICKET, tl.num_programs(0))
 
 
 @triton.jit

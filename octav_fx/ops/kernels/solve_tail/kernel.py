@@ -7,7 +7,8 @@ S / D), v the largest bin with g(v) >= 0, and S and D of what lies above v. That
 bound was low enough.
 
 The first launch counts SPAN bins from a bound that the hint gives, 16 octaves and more. If no bin has g >= 0, or
-something lies above them all, a second launch counts every bin there is; else it exits at once.
+something lies above them all, a second launch counts every bin there is; else it exits at once. Programs count in
+several copies of the bins. The last of a copy's programs adds it to what is merged; the last of these finds the clip.
 
 In half precision each magnitude has a bin of its own. Those of float32 are the upper 16 bits, with the sum of the lower
 ones beside the count; a last launch takes apart, by the lower bits, the one bin in which g changes its sign. Counts and
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from octav_fx.formats.grid import Grid
 from octav_fx.ops import cpu
-from octav_fx.ops.kernels.solve_passes.kernel import is_last, program_count
+from octav_fx.ops.kernels.solve_passes.kernel import is_last_of, program_count
+from octav_fx.ops.launch import launch
 
 # How far below the hint the bound lies. What lies above it costs an atomic each: at few bits that is much of the
 # tensor, but then the clip moves less from step to step, too. 1 bit: "octav-tight" at 2.
@@ -41,8 +43,10 @@ BLOCK: Final = 256 * ROWS
 REGISTERS: Final = 96
 # How many of a tile, or of its lower halves, are in the highest bin if that is counted apart.
 HOT: Final = 8
-# So that programs do not queue for the bins next to the bound.
-REPLICAS: Final = 8
+# Copies of the bins: an H200 adds to the few next to the bound, half of all there is to add, one behind the other. With
+# 8 copies that took four times as long as reading the tensor. Of every bin, which are seldom counted, there are fewer.
+REPLICAS: Final = 128
+COLD_REPLICAS: Final = 8
 # A counter of float32 holds a count in its upper and a sum of 16 bits each in its lower 40 bits, of so many elements.
 PACKED: Final = 2**23
 
@@ -66,7 +70,8 @@ _LOW_BITS = tl.constexpr(2**40 - 1)
 # What counters hold, behind the ticket. NONZERO: of the tensor. CROSSING: the bin of float32 in which g changes its
 # sign; COUNT and SUM (float64): what lies above it.
 NONZERO, SOLVED, CROSSING, COUNT, SUM = (tl.constexpr(i) for i in range(1, 6))
-COUNTERS: Final = 16
+# Behind them the ticket of each copy.
+TICKETS = tl.constexpr(16)
 
 
 @triton.jit
@@ -95,34 +100,44 @@ def value_of(pattern, INFINITE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def merge(bins_ptr, merged_ptr, SPAN: tl.constexpr, HAS_SUMS: tl.constexpr, CHUNK: tl.constexpr):
+    """Add a copy of [SPAN] bins to [SPAN] counts, int64, and where it HAS_SUMS to as many sums behind them."""
+    lanes = tl.arange(0, CHUNK)
+    for begin in range(0, SPAN, CHUNK):
+        there = begin + lanes < SPAN
+        # Past the cache of this multiprocessor, which does not see what others add.
+        stored = tl.load(bins_ptr + begin + lanes, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
+        count = stored
+        if HAS_SUMS:
+            count = stored >> 40
+            low = stored & _LOW_BITS
+            tl.atomic_add(merged_ptr + SPAN + begin + lanes, low, mask=there & (low != 0), sem="relaxed")
+        tl.atomic_add(merged_ptr + begin + lanes, count, mask=there & (count != 0), sem="relaxed")
+
+
+@triton.jit
 def contents(
-    bins_ptr,
+    merged_ptr,
     bins,
     origin,
-    replicas,
-    stride,
+    sums,
     SHIFT: tl.constexpr,
     INFINITE: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
 ):
-    """Return least magnitude, number and sum of the magnitudes in each bin, exact but for the sum's rounding."""
-    count = tl.zeros_like(bins).to(tl.int64)
-    low = tl.zeros_like(bins).to(tl.int64)
-    for replica in range(replicas):
-        # Past the cache of this multiprocessor, which does not see what others add.
-        stored = tl.load(bins_ptr + replica * stride + bins, cache_modifier=".cg").to(tl.int64)
-        if HAS_SUMS:
-            count += stored >> 40
-            low += stored & _LOW_BITS
-        else:
-            count += stored
+    """Return least magnitude, number and sum of the magnitudes in each bin, exact but for the sum's rounding.
+
+    sums: how far behind the counts the sums of lower bits are.
+    """
+    count = tl.load(merged_ptr + bins, cache_modifier=".cg").to(tl.int64)
     pattern = origin + (bins << SHIFT)
     # Behind the largest number the edges are inf, and nothing is counted.
     edge = value_of(pattern, INFINITE, DTYPE)
     least = tl.where(count > 0, edge, 0.0)
     total = count.to(tl.float64) * least
     if HAS_SUMS:
+        low = tl.load(merged_ptr + sums + bins, cache_modifier=".cg")
         above = value_of(tl.where(count > 0, pattern + 1, 0), INFINITE, DTYPE)
         total += low.to(tl.float64) * (above - least)
     return edge, count, total
@@ -130,11 +145,10 @@ def contents(
 
 @triton.jit
 def search(
-    bins_ptr,
+    merged_ptr,
     lowest,
     origin,
-    replicas,
-    stride,
+    sums,
     count,
     total,
     nonzero,
@@ -156,7 +170,7 @@ def search(
     searching = True
     while searching:
         edge, counts, totals = contents(
-            bins_ptr, chunk * CHUNK + lanes, origin, replicas, stride, SHIFT, INFINITE, DTYPE, HAS_SUMS
+            merged_ptr, chunk * CHUNK + lanes, origin, sums, SHIFT, INFINITE, DTYPE, HAS_SUMS
         )
         n, s = count + tl.sum(counts), total + tl.sum(totals)
         edge = value_of(origin + (tl.maximum(chunk * CHUNK, lowest) << SHIFT), INFINITE, DTYPE)
@@ -165,7 +179,7 @@ def search(
         count, total = tl.where(searching, n, count), tl.where(searching, s, total)
         chunk = tl.where(searching, chunk - 1, chunk)
     bins = chunk * CHUNK + lanes
-    edge, counts, totals = contents(bins_ptr, bins, origin, replicas, stride, SHIFT, INFINITE, DTYPE, HAS_SUMS)
+    edge, counts, totals = contents(merged_ptr, bins, origin, sums, SHIFT, INFINITE, DTYPE, HAS_SUMS)
     n = count + tl.cumsum(counts, reverse=True)
     s = total + tl.cumsum(totals, reverse=True)
     holds = s >= edge * (n.to(tl.float64) * (1 - NOISE) + nonzero.to(tl.float64) * NOISE)
@@ -272,9 +286,11 @@ def tally_all(
     """Count this program's tiles; return how many are finite and not zero, if it is the first launch."""
     seen = tl.zeros((BLOCK // _ROWS,), tl.int32)
     hot_count, hot_low = tl.zeros((_ROWS, BLOCK // _ROWS), tl.int32), tl.zeros((_ROWS, BLOCK // _ROWS), tl.int32)
+    word = words_of(x_ptr, tl.program_id(0) * BLOCK + within, n)
     # Tiles of 2**31 words at most, in 32 bits: the host takes care of it.
     for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
-        word = words_of(x_ptr, tile * BLOCK + within, n)
+        # On its way while this one is counted: there are too few programs at a time for others to fill the wait.
+        following = words_of(x_ptr, (tile + tl.num_programs(0)) * BLOCK + within, n)
         if IS_FIRST:
             seen += nonzeros(word, SIGNED, INFINITE, PAIRS)
         lower, upper = patterns_of(word, SIGNED, INFINITE, PAIRS)
@@ -285,6 +301,7 @@ def tally_all(
             hot_count, hot_low = tally(
                 upper, low, width, base, last, own, unit, hot, hot_count, hot_low, SHIFT, HAS_HOT, HAS_SUMS
             )
+        word = following
     if HAS_HOT:
         hot_total = tl.sum(tl.sum(hot_count, 0), 0)
         packed = hot_total
@@ -306,11 +323,13 @@ def solve_tail_kernel(
     hint_ptr,
     clip_ptr,
     bins_ptr,
+    merged_ptr,
     every_bin_ptr,
     counters_ptr,
     numbers_ptr,
     n,
     replicas,
+    cold_replicas,
     keep,
     unit,
     STAGE: tl.constexpr,
@@ -325,15 +344,15 @@ def solve_tail_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """x: [n] words as they lie in memory, one number each, or PAIRS. bins: [replicas, SPAN + 1], zeros, of FINE [SPAN].
+    """x: [n] words as they lie in memory, one number each, or PAIRS. bins: [replicas, SPAN + 1], of FINE [1, SPAN].
 
-    every_bin: [replicas, BINS], which the first launch fills with zeros if the second needs it. unit: 1. The compiler
+    merged: [SPAN + 1], int64, and as many sums; of FINE its bins. All are zeros. every_bin: the bins of the second
+    launch, [cold_replicas, SPAN], which the first fills with zeros if that needs them. unit: 1. The compiler
     must not know: it would load 16 bytes in each thread, and carry every element through shared memory to the threads
     that add it to its bin.
     """
     has_sums: tl.constexpr = STAGE != FINE and SHIFT > 0
     stride: tl.constexpr = SPAN + (STAGE == WARM)
-    copies = 1 if STAGE == FINE else replicas
     floor, origin, active = tl.zeros((), tl.int32), tl.zeros((), tl.int32), True
     end = origin + INFINITE
     if STAGE == WARM:
@@ -356,7 +375,8 @@ def solve_tail_kernel(
         base = low if shift == 0 else origin.to(tl.uint32)
         skipped = (base - origin.to(tl.uint32)) >> shift
         last = SPAN - skipped
-        own = bins_ptr + tl.program_id(0) % copies * stride + skipped
+        replica = tl.program_id(0) % replicas
+        own = bins_ptr + replica * stride + skipped
         # Of a ceiling, or of the only magnitude there is: programs would queue for it. Seldom enough in COLD.
         word = words_of(x_ptr, tl.program_id(0) * BLOCK + within, n)
         lower, upper = patterns_of(word, SIGNED, INFINITE, PAIRS)
@@ -376,7 +396,13 @@ def solve_tail_kernel(
             )
         if STAGE == WARM:
             tl.atomic_add(counters_ptr + NONZERO, seen, sem="relaxed")
-        if is_last(counters_ptr):
+        last = is_last_of(counters_ptr + TICKETS + replica, (tl.num_programs(0) - 1 - replica) // replicas + 1)
+        # Not in one condition: of the first the compiler knows the value.
+        if STAGE != FINE:  # noqa: SIM102
+            if last:
+                merge(bins_ptr + replica * stride, merged_ptr, stride, has_sums, CHUNK)
+                last = is_last_of(counters_ptr, replicas)
+        if last:
             nonzero = tl.load(counters_ptr + NONZERO, cache_modifier=".cg")
             if STAGE == FINE:
                 count, total = tl.load(counters_ptr + COUNT), tl.load(numbers_ptr + SUM)
@@ -384,7 +410,7 @@ def solve_tail_kernel(
                 count, total = tl.zeros((), tl.int64), tl.zeros((), tl.float64)
             lowest = floor - (origin >> SHIFT) if STAGE == WARM else origin * 0
             found, count, total = search(
-                *(bins_ptr, lowest, origin, copies, stride, count, total, nonzero),
+                *(merged_ptr, lowest, origin, stride, count, total, nonzero),
                 *(SPAN, NOISE, shift, INFINITE, DTYPE, has_sums, CHUNK),
             )
             if SHIFT > 0 and STAGE != FINE:
@@ -400,14 +426,11 @@ def solve_tail_kernel(
                 at = value_of(origin + (tl.maximum(found, 0) << shift), INFINITE, DTYPE)
                 tl.store(clip_ptr, tl.where(nonzero > 0, tl.maximum(ratio, at), 0.0).to(tl.float32))
             if STAGE == WARM:
-                above = tl.zeros((), tl.int64)
-                for replica in range(replicas):
-                    stored = tl.load(bins_ptr + replica * stride + SPAN, cache_modifier=".cg").to(tl.int64)
-                    above += tl.where(stored != 0, 1, 0)
+                above = tl.load(merged_ptr + SPAN, cache_modifier=".cg")
                 solved = ((found >= 0) & (above == 0)) | (nonzero == 0)
                 tl.store(counters_ptr + SOLVED, solved.to(tl.int64))
                 if solved == 0:
-                    for begin in range(0, replicas * _BINS, CHUNK):
+                    for begin in range(0, cold_replicas * _BINS, CHUNK):
                         tl.store(every_bin_ptr + begin + tl.arange(0, CHUNK), 0)
 
 
@@ -424,47 +447,62 @@ def solve_tail(
     dtype, infinite, shift, span, unknown = PATTERNS[x.dtype]
     words = _words(x)
     programs = program_count(words, block)
-    replicas = min(REPLICAS, programs)
+    # A program looks for its next tile behind the last one, in 32 bits.
+    if words.numel() + (programs + 2) * block > 2**31:
+        return False
+    needed = 1
     if shift:
-        # A program's share is of whole tiles, a replica's of whole programs.
+        # A program's share is of whole tiles, a copy's of whole programs.
         share = triton.cdiv(triton.cdiv(x.numel(), block), programs) * block
-        replicas = min(programs, max(replicas, triton.cdiv(programs, max(1, (PACKED - 1) // share))) if share else 1)
-        if triton.cdiv(programs, replicas) * share >= PACKED:
+        needed = min(programs, triton.cdiv(programs, max(1, (PACKED - 1) // share))) if share else 1
+        if triton.cdiv(programs, needed) * share >= PACKED:
             return False
-    # One allocation and one launch that zeroes it: the counters, the bins, and those of FINE.
-    count = torch.int64 if shift else torch.int32
-    of_warm = math.ceil(replicas * (span + 1) * count.itemsize / 16) * 2
-    scratch = torch.zeros(COUNTERS + of_warm + (FINE_BINS // 2 if shift else 0), dtype=torch.int64, device=x.device)
-    counters, warm, fine = scratch.tensor_split([COUNTERS, COUNTERS + of_warm])
-    every_bin = torch.empty(replicas * BINS, dtype=count, device=x.device)
-    stages = [(WARM, warm.view(count), span), (COLD, every_bin, BINS)]
+    replicas, cold_replicas = (min(programs, max(count, needed)) for count in (REPLICAS, COLD_REPLICAS))
+    # One allocation and one launch that zeroes it.
+    count, sums = (torch.int64, 2) if shift else (torch.int32, 1)
+    sizes = {
+        "counters": TICKETS.value + replicas,
+        "bins": math.ceil(replicas * (span + 1) * count.itemsize / 8),
+        "merged": sums * (span + 1),
+        "all merged": sums * BINS,
+        "fine": FINE_BINS // 2 if shift else 0,
+    }
+    # Each begins at a multiple of 16 bytes.
+    lengths = [math.ceil(size / 2) * 2 for size in sizes.values()]
+    scratch = torch.zeros(sum(lengths), dtype=torch.int64, device=x.device)
+    counters, bins, merged, all_merged, fine = scratch.split(lengths)
+    every_bin = torch.empty(cold_replicas * BINS, dtype=count, device=x.device)
+    stages = [
+        (WARM, bins.view(count), merged, replicas, span),
+        (COLD, every_bin, all_merged, cold_replicas, BINS),
+    ]
     if shift:
-        stages.append((FINE, fine.view(torch.int32), FINE_BINS))
+        fine = fine.view(torch.int32)
+        stages.append((FINE, fine, fine, 1, FINE_BINS))
     registers = {} if torch.version.hip else {"maxnreg": REGISTERS}
-    for stage, bins, size in stages:
-        solve_tail_kernel[(programs,)](
+    constants = {
+        **{"UNKNOWN": unknown, "SIGNED": signed, "NOISE": Grid(bits, signed).noise, "INFINITE": infinite},
+        **{"SHIFT": shift, "DTYPE": dtype.value, "PAIRS": words.dtype is torch.int32 and not shift},
+        **{"BLOCK": block, "CHUNK": chunk},
+    }
+    for stage, bins, merged, copies, size in stages:
+        launch(
+            solve_tail_kernel,
+            programs,
             words,
             hint,
             out,
             bins,
+            merged,
             every_bin,
             counters,
             counters.view(torch.float64),
             words.numel(),
-            replicas,
+            copies,
+            cold_replicas,
             KEEP[bits],
             1,
-            STAGE=stage,
-            SPAN=size,
-            UNKNOWN=unknown,
-            SIGNED=signed,
-            NOISE=Grid(bits, signed).noise,
-            INFINITE=infinite,
-            SHIFT=shift,
-            DTYPE=dtype,
-            PAIRS=words.dtype is torch.int32 and not shift,
-            BLOCK=block,
-            CHUNK=chunk,
+            constants={**constants, "STAGE": stage.value, "SPAN": size},
             num_warps=8,
             **registers,
         )
