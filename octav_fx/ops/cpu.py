@@ -57,6 +57,7 @@ _SIGNATURES: Final = {
     "octav_code_sum": (*(_POINTER,) * 6, _LONG, *(_INT,) * 6, _FLOAT, _FLOAT, _INT),
     "octav_gated_codes": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
+    "octav_integer_linear": (*(_POINTER,) * 6, _LONG, _LONG, _LONG, _INT, *(_FLOAT,) * 4, _INT),
     "octav_lookup": (_POINTER, _POINTER, _POINTER, _LONG, _INT),
     "octav_max_pool": (_POINTER, _POINTER, _INT, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),
