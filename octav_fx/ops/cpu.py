@@ -55,6 +55,7 @@ _SIGNATURES: Final = {
     ),
     "octav_code_mean": (*(_POINTER,) * 4, *(_LONG,) * 3, *(_INT,) * 4, _FLOAT, _FLOAT),
     "octav_code_sum": (*(_POINTER,) * 6, _LONG, *(_INT,) * 6, _FLOAT, _FLOAT, _INT),
+    "octav_depthwise": (*(_POINTER,) * 7, *(_LONG,) * 6, _INT, *(_FLOAT,) * 4, _INT),
     "octav_gated_codes": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
     "octav_integer_linear": (*(_POINTER,) * 6, _LONG, _LONG, _LONG, _INT, *(_FLOAT,) * 4, _INT),

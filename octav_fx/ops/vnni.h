@@ -42,8 +42,8 @@ ALWAYS_INLINE void add_products(__m512i& sum, __m512i codes, __m512i weights) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
 }
 
-// What becomes of a sum: f32(sum) * scale + bias between bottom and top; or, of that * inverse + zero, the nearest code.
-// offset: what sums begin with. Rounding is monotone, so that the bounds of codes are those of a clamp before, too.
+// What becomes of a sum: f32(sum) * scale + bias, and of codes that * inverse + zero, between bottom and top.
+// offset: what sums begin with. Each step is monotone, so that a clamp of levels can be one of codes.
 struct Ending {
   const int32_t* offset;
   const float *scale, *bias;
@@ -63,9 +63,12 @@ struct Ending {
     _mm512_mask_storeu_ps(y, there, bounded(level(sum, channel)));
   }
 
-  void write(uint8_t* y, __m512i sum, int64_t channel, __mmask16 there) const {
+  __m512i code(__m512i sum, int64_t channel) const {
     const __m512 steps = _mm512_mul_ps(level(sum, channel), _mm512_set1_ps(inverse));
-    const __m512i code = _mm512_cvtps_epi32(bounded(_mm512_add_ps(steps, _mm512_set1_ps(zero))));
-    _mm_mask_storeu_epi8(y, there, _mm512_cvtepi32_epi8(code));
+    return _mm512_cvtps_epi32(bounded(_mm512_add_ps(steps, _mm512_set1_ps(zero))));
+  }
+
+  void write(uint8_t* y, __m512i sum, int64_t channel, __mmask16 there) const {
+    _mm_mask_storeu_epi8(y, there, _mm512_cvtepi32_epi8(code(sum, channel)));
   }
 };

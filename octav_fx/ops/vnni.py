@@ -37,6 +37,21 @@ def packed(w: Tensor) -> Tensor:
     return torch.cat([part.reshape(-1) for part in fours.split(_BLOCK, 1)])
 
 
+def dealt(x: Tensor, columns: int = 1) -> Tensor:
+    """Return what belongs to channels [C, K], C a multiple of 16, as the depthwise pass reads it.
+
+    Blocks of 64 channels, then one of 32, twice, and one of 16, four times, each as [K / columns, 4, 16, columns]: the
+    second axis says which four of each sixteen channels, the third goes through the sixteens and those four.
+    """
+    parts, at = [], 0
+    for size in (64, 32, 16):
+        while x.shape[0] - at >= size:
+            block = x[at : at + size].reshape(size // 16, 4, 4, -1, columns).permute(3, 1, 0, 2, 4)
+            parts.append(block.repeat(1, 1, 64 // size, 1, 1).reshape(-1))
+            at += size
+    return torch.cat(parts)
+
+
 def padded(x: Tensor) -> Tensor:
     """Return a tensor [O, ...] with zeros behind it, up to a multiple of 16."""
     y = x.new_zeros((-(-x.shape[0] // _SUMS) * _SUMS, *x.shape[1:]))

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from octav_fx.ops import vnni
+from octav_fx.ops import onednn, vnni
+from octav_fx.ops.integer_conv import op as conv
+from octav_fx.ops.integer_conv import reference
 from octav_fx.ops.integer_linear import op as linear
-from tests.support.integers import needs_onednn
+from tests.support.integers import needs_onednn, numbers
 
 needs_vnni = pytest.mark.skipif(vnni.library() is None, reason="no AVX-512 with VNNI, or no C++ compiler")
 
@@ -38,6 +42,49 @@ def test_threads_share_rows_and_channels(threads, monkeypatch):
     expected = run(arguments[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert torch.equal(run(arguments[0]), expected)
+
+
+@st.composite
+def depthwise(draw: st.DrawFn) -> tuple:
+    """The arguments of integer_conv for a filter of each channel, with codes as results."""
+    generator, channels = torch.Generator().manual_seed(draw(st.integers(0, 2**31))), 16 * draw(st.integers(1, 13))
+    pairs = [draw(st.lists(st.integers(low, high), min_size=2, max_size=2)) for low, high in ((1, 5), (1, 3), (1, 2))]
+    padding = draw(st.lists(st.integers(0, 3), min_size=2, max_size=2))
+    kernel, stride, dilation = pairs
+    size = [draw(st.integers(extent, 11)) for extent in onednn.extents(kernel, dilation)]
+    x = torch.randint(0, 256, (2, channels, *size), generator=generator).to(torch.uint8)
+    if draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    w = torch.randint(-128, 128, (channels, 1, *kernel), generator=generator).to(torch.int8)
+    bias = numbers(generator, channels) if draw(st.booleans()) else None
+    end = (None, draw(st.sampled_from([None, 6.0])), torch.tensor(0.03), draw(st.integers(2, 8)), draw(st.booleans()))
+    scales = torch.tensor(0.4), 8, draw(st.booleans()), w, 1e-2 * numbers(generator, channels)
+    return x, *scales, list(w.shape), bias, stride, padding, dilation, channels, *end
+
+
+@needs_vnni
+@needs_onednn
+@settings(max_examples=150)
+@given(given=depthwise(), threads=st.sampled_from([1, 3]))
+def test_depthwise_is_the_reference_bit_for_bit(given, threads):
+    run = conv._depthwise(conv.Call(*given))
+    assert run is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        y = run(given[0])
+    assert torch.equal(y, reference.integer_conv(*given))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_belongs_to_channels_is_dealt_in_fours():
+    x = torch.arange(112 * 4).reshape(112, 4)
+    found = vnni.dealt(x, 4).reshape(3, 4, 4, 4, 4)
+    # Third four of the second sixteen of 64; of 32 at both places; of 16 at each of four.
+    assert torch.equal(found[0, 2, 1], x[24:28])
+    assert torch.equal(found[1, 2, 1], x[88:92])
+    assert torch.equal(found[1, 2, 3], x[88:92])
+    assert all(torch.equal(found[2, 2, i], x[104:108]) for i in range(4))
+    assert torch.equal(vnni.dealt(x[:, 0]).reshape(3, 4, 4, 4)[0, 2, 1], x[24:28, 0])
 
 
 def test_weights_lie_in_fours_of_codes_and_blocks_of_64_rows():

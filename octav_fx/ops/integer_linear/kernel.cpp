@@ -60,7 +60,7 @@ inline void strip(const uint8_t* x, const int8_t* w, Y* y, int64_t rows, int64_t
   }
 }
 
-// The channels of one block of weights. So many rows that the sums take 24 of 32 registers, or 14 where one is a vector.
+// The channels of one block of weights, and so many rows at once that sums take most of 32 registers.
 template <class Y>
 void block(const uint8_t* x, const int8_t* w, Y* y, int64_t rows, int64_t columns, int64_t channels, int64_t channel,
            const Ending& ending) {
@@ -97,7 +97,7 @@ void all_rows(const uint8_t* x, const int8_t* w, Y* y, int64_t rows, int64_t col
 #endif
 #endif
 
-// x [rows, columns], columns a multiple of 4. w: as vnni.packed has it. offset, scale, bias [channels, rounded up to 16].
+// x [rows, columns], columns a multiple of 4. w: as vnni.packed has it. offset, scale, bias [channels, up to the next 16].
 // y [rows, channels]: codes, or floats where is_float.
 extern "C" void octav_integer_linear(const uint8_t* x, const int8_t* w, const int32_t* offset, const float* scale,
                                      const float* bias, void* y, int64_t rows, int64_t columns, int64_t channels,
