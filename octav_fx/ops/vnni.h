@@ -1,13 +1,28 @@
 // What the passes that multiply codes have in common: vectors of sums that stay in registers, and what becomes of sums.
-// To be included where the compiler may use AVX-512 and VNNI, after immintrin.h.
+// HAS_VNNI_PASSES where the build is for AVX-512. It need not be for VNNI: who calls asks whether the processor has it.
 #pragma once
 #include <cstdint>
 #include <utility>
+
+#if defined(__AVX512BW__)
+#define HAS_VNNI_PASSES
+#include <immintrin.h>
+
+// Around code that multiplies. Clang assembles what it may choose itself, GCC all that the assembler knows.
+#if defined(__clang__)
+#define VNNI_BEGIN _Pragma("clang attribute push(__attribute__((target(\"avx512vnni\"))), apply_to = function)")
+#define VNNI_END _Pragma("clang attribute pop")
+#else
+#define VNNI_BEGIN
+#define VNNI_END
+#endif
 
 #define INLINED __attribute__((always_inline))
 #define ALWAYS_INLINE inline INLINED
 
 constexpr int SUMS = 16, QUADS = 64;
+
+VNNI_BEGIN
 
 // Calls run(0), run(1), .. with constants.
 template <class Run, size_t... I>
@@ -72,3 +87,6 @@ struct Ending {
     _mm_mask_storeu_epi8(y, there, _mm512_cvtepi32_epi8(code(sum, channel)));
   }
 };
+
+VNNI_END
+#endif

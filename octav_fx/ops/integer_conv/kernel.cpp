@@ -3,17 +3,10 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__AVX512BW__)
-#include <immintrin.h>
-// The build is for AVX-512 without VNNI: who calls asks whether the processor has it.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512vnni"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512vnni")
-#endif
 #include "../vnni.h"
 
+#if defined(HAS_VNNI_PASSES)
+VNNI_BEGIN
 namespace {
 
 // How a filter moves, along height and width.
@@ -155,13 +148,7 @@ void all_rows(const Layer& layer, int64_t images, int threads) {
 }
 
 }  // namespace
-
-#define OCTAV_HAS_VNNI_PASS
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+VNNI_END
 #endif
 
 // x [images, height, width, channels], channels a multiple of 16. y [images, out_height, out_width, channels].
@@ -170,7 +157,7 @@ extern "C" void octav_depthwise(const uint8_t* x, const int8_t* w, const int32_t
                                 const float* bias, const int64_t* window, uint8_t* y, int64_t images, int64_t height,
                                 int64_t width, int64_t channels, int64_t out_height, int64_t out_width, int x_zero,
                                 float inverse, float zero, float bottom, float top, int threads) {
-#if defined(OCTAV_HAS_VNNI_PASS)
+#if defined(HAS_VNNI_PASSES)
   const Window moves{{window[0], window[1]}, {window[2], window[3]}, {window[4], window[5]}, {window[6], window[7]}};
   const Ending ending{offset, scale, bias, inverse, zero, bottom, top};
   all_rows({x, w, y, height, width, channels, out_height, out_width, x_zero, moves, ending}, images, threads);

@@ -3,17 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BW__)
-#include <immintrin.h>
-// The build is for AVX-512 without VNNI: who calls asks whether the processor has it.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512vnni"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512vnni")
-#endif
 #include "../vnni.h"
 
+#if defined(HAS_VNNI_PASSES)
+VNNI_BEGIN
 namespace {
 
 // ROWS rows of x, columns codes each, times VECTORS vectors of channels from one on: all sums stay in registers.
@@ -88,13 +81,7 @@ void all_rows(const uint8_t* x, const int8_t* w, Y* y, int64_t rows, int64_t col
 }
 
 }  // namespace
-
-#define OCTAV_HAS_VNNI_PASS
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+VNNI_END
 #endif
 
 // x [rows, columns], columns a multiple of 4. w: as vnni.packed has it. offset, scale, bias [channels, up to the next 16].
@@ -102,7 +89,7 @@ void all_rows(const uint8_t* x, const int8_t* w, Y* y, int64_t rows, int64_t col
 extern "C" void octav_integer_linear(const uint8_t* x, const int8_t* w, const int32_t* offset, const float* scale,
                                      const float* bias, void* y, int64_t rows, int64_t columns, int64_t channels,
                                      int is_float, float inverse, float zero, float bottom, float top, int threads) {
-#if defined(OCTAV_HAS_VNNI_PASS)
+#if defined(HAS_VNNI_PASSES)
   const Ending ending{offset, scale, bias, inverse, zero, bottom, top};
   if (is_float)
     all_rows(x, w, static_cast<float*>(y), rows, columns, channels, ending, threads);
