@@ -51,6 +51,15 @@ def read(name: str, folder: Path | None = None) -> dict[str, Any]:
     return dict(json.loads(((folder or RESULTS) / f"{name}.json").read_text()))
 
 
+def kept(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a result that these very sources gave; none where it is of others."""
+    try:
+        found = read(name)
+    except FileNotFoundError:
+        return []
+    return list(found["rows"]) if found["setting"].get("sources") == sources() else []
+
+
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -60,7 +69,9 @@ def _cpu() -> str:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=True)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
