@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit; no commit where only the files are, without their history."""
-    changed = _git("status", "--porcelain", "--", "octav_fx", "passes", "examples", "benchmarks/*.py")
+    # Paths from the top of the checkout, wherever git runs.
+    changed = _git("status", "--porcelain", "--", ":/octav_fx", ":/passes", ":/examples", ":/benchmarks/*.py")
     return {
         "cpu": _cpu(),
         "python": platform.python_version(),
@@ -69,9 +70,7 @@ def _cpu() -> str:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True
-        )
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
