@@ -69,6 +69,8 @@ Make = Callable[[Case], Run]
 class GPT(nn.Module):
     """Four pre-norm transformer layers, 256 wide with 4 heads, causal, and the next of 1000 tokens at each place."""
 
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
@@ -77,8 +79,10 @@ class GPT(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(128), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [batch, 128] -> logits [batch, 128, 1000]."""
-        logits: Tensor = self.head(self.blocks(self.tokens(tokens), self.mask, is_causal=True))
+        """Tokens int64 [batch, up to 128] -> logits [batch, as many, 1000]."""
+        length = tokens.shape[1]
+        mask = self.mask[:length, :length]
+        logits: Tensor = self.head(self.blocks(self.tokens(tokens), mask, is_causal=True))
         return logits
 
 
@@ -111,7 +115,7 @@ def _float_onnx(case: Case) -> Run:
     return _session(_float_file(case), case.x)
 
 
-def _static(case: Case) -> Run:
+def static_file(case: Case) -> Path:
     """Onnxruntime's own: unsigned activations, signed weights for each channel, calibrated on the batch."""
     tools: Any = importlib.import_module("onnxruntime.quantization")
     source = _float_file(case)
@@ -121,7 +125,11 @@ def _static(case: Case) -> Run:
     reader = type("Reader", (tools.CalibrationDataReader,), {"get_next": lambda self: next(batches, None)})
     kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
     tools.quantize_static(str(prepared), str(target), reader(), per_channel=True, **kinds)
-    return _session(target, case.x)
+    return target
+
+
+def _static(case: Case) -> Run:
+    return _session(static_file(case), case.x)
 
 
 def _ours(case: Case, config: Config) -> nn.Module:
@@ -148,9 +156,14 @@ def _our_openvino(config: Config) -> Make:
 
 
 def _in_openvino(path: Path, x: Tensor) -> Run:
+    return _openvino_run(openvino_model(path), x)
+
+
+def openvino_model(model: Path | bytes) -> Any:
+    """Compile an ONNX file, or its bytes, with OpenVINO for one thread, in float32 where it is no integer."""
     core = importlib.import_module("openvino").Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    return _openvino_run(core.compile_model(str(path), "CPU", options), x)
+    return core.compile_model(core.read_model(model), "CPU", options)
 
 
 def _openvino_run(model: Any, x: Tensor) -> Run:
@@ -251,21 +264,12 @@ _NEEDS: Final = {
 def main(rounds: int, nets: str = "*", batches: Sequence[int] = BATCHES) -> None:
     """Measure the cases that a glob of models and some batches name, and keep each when it is done."""
     torch.set_num_threads(1)
-    rows = _known()
+    rows = result.kept("inference")
     for name, batch in ((name, batch) for name in MODELS if fnmatch.fnmatch(name, nets) for batch in batches):
         if not any(row["model"] == name and row["batch"] == batch for row in rows):
             rows += measured(name, batch, rounds)
             _keep(rows, rounds)
     print(tabulate(rows, headers="keys"))
-
-
-def _known() -> list[dict[str, Any]]:
-    """Return the rows that are kept of these very sources."""
-    try:
-        kept = result.read("inference")
-    except FileNotFoundError:
-        return []
-    return list(kept["rows"]) if kept["setting"].get("sources") == result.sources() else []
 
 
 def _keep(rows: list[dict[str, Any]], rounds: int) -> None:

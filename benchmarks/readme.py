@@ -85,6 +85,26 @@ def _inference(found: dict[str, Any]) -> str:
     return "\n\n".join([f"{_where(found)}.", *tables])
 
 
+def _equal(found: dict[str, Any]) -> str:
+    """Return a row for each runtime and bits and a column for each net: results, moved codes, accuracy."""
+    nets = list(dict.fromkeys(row["net"] for row in found["rows"]))
+    variants = list(dict.fromkeys((row["bits"], row["runtime"]) for row in found["rows"]))
+    cells = {(row["bits"], row["runtime"], row["net"]): _equality(row) for row in found["rows"]}
+    lines = [
+        [f"{bits} {runtime}", *(cells.get((bits, runtime, net), "") for net in nets)] for bits, runtime in variants
+    ]
+    title = "equal results of 256, codes moved of a million, accuracy in %"
+    return f"{_where(found)}.\n\n{tabulate(lines, [title, *nets], 'github', disable_numparse=True)}"
+
+
+def _equality(row: dict[str, Any]) -> str:
+    accuracy = f"{100 * row['accuracy']:.1f}"
+    if row["bits"] == "float":
+        return accuracy
+    moved = "0" if not row["moved"] else f"{1e6 * row['moved'] / row['codes']:.2g}"
+    return f"{row['equal']}, {moved}, {accuracy}"
+
+
 def _rows(found: dict[str, Any], part: str = "rows") -> str:
     """Return the rows as they are."""
     return f"{_where(found)}.\n\n{tabulate(found[part], 'keys', 'github')}"
@@ -134,6 +154,7 @@ _TABLES: Final[dict[str, Callable[[], str]]] = {
     "peers": _of("peers", _peers),
     "memory": _of("memory", _memory),
     "compile": _of("compile", _compile),
+    "equal": _of("equal", _equal),
     "inference": _of("inference", _inference),
     "blocks": _of("blocks", _rows),
     "bytes": _of("bytes", _rows),

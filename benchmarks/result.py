@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit; no commit where only the files are, without their history."""
-    changed = _git("status", "--porcelain", "--", "octav_fx", "passes", "examples", "benchmarks/*.py")
+    # Paths from the top of the checkout, wherever git runs.
+    changed = _git("status", "--porcelain", "--", ":/octav_fx", ":/passes", ":/examples", ":/benchmarks/*.py")
     return {
         "cpu": _cpu(),
         "python": platform.python_version(),
@@ -49,6 +50,15 @@ def write(name: str, values: dict[str, Any], folder: Path | None = None) -> Path
 def read(name: str, folder: Path | None = None) -> dict[str, Any]:
     """The committed results of a benchmark, or those in another folder."""
     return dict(json.loads(((folder or RESULTS) / f"{name}.json").read_text()))
+
+
+def kept(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a result that these very sources gave; none where it is of others."""
+    try:
+        found = read(name)
+    except FileNotFoundError:
+        return []
+    return list(found["rows"]) if found["setting"].get("sources") == sources() else []
 
 
 def _cpu() -> str:

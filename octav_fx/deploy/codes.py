@@ -29,18 +29,25 @@ from octav_fx.passes.convert.codes_between_layers import MOVING
 _STATE: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, gated_codes: 3, lookup: 1}
 
 
+# Of each quantizer of activations, in the order of its calls, uint8 counted from the lowest.
+Codes = dict[str, list[Tensor]]
+
+
 def codes_of_quantizers(
-    module: IntegerModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, list[Tensor]]:
-    """Return the codes of each quantizer of activations, in the order of its calls, uint8, counted from the lowest."""
-    given = inspect.signature(module.forward).bind(*args, **kwargs)
-    run = _Run(module)
+    module: IntegerModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Codes | None = None
+) -> Codes:
+    """Return the codes of each quantizer of activations.
+
+    given: what is read in place of them, so that each layer computes from these codes, whatever those before it return.
+    """
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    run = _Run(module, given)
     with torch.no_grad():
-        run.run(*given.args, *given.kwargs.values())
+        run.run(*bound.args, *bound.kwargs.values())
     return run.found
 
 
-def moved(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> dict[str, float]:
+def moved(found: Codes, expected: Codes) -> dict[str, float]:
     """Return the share of codes that differ, by quantizer."""
     shares = {}
     for name, calls in expected.items():
@@ -52,9 +59,10 @@ def moved(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> 
 class _Run(fx.Interpreter):
     """Runs a model and keeps the codes of each quantizer, where the quantizer stood before codes flowed."""
 
-    def __init__(self, module: IntegerModule) -> None:
+    def __init__(self, module: IntegerModule, given: Codes | None) -> None:
         super().__init__(module)
-        self.found: dict[str, list[Tensor]] = {}
+        self.given = given
+        self.found: Codes = {}
         scales = {node: _scale(node) for node in module.graph.nodes}
         self.places = {_last(node): scale for node, scale in scales.items() if scale is not None}
 
@@ -62,13 +70,20 @@ class _Run(fx.Interpreter):
         value = super().run_node(n)
         quantizer = module_of(n) if n.op == "call_module" else None
         if isinstance(quantizer, StaticQuantizer):
-            grid = Grid(quantizer.bits, quantizer.signed)
-            codes = (value / along(quantizer.scale, value, quantizer.dim)).round() - grid.low
-            self.found.setdefault(str(n.target), []).append(codes.to(torch.uint8))
-        elif n in self.places:
-            codes = value[1] if isinstance(value, tuple) else value
-            self.found.setdefault(self.places[n], []).append(codes)
-        return value
+            scale, low = along(quantizer.scale, value, quantizer.dim), Grid(quantizer.bits, quantizer.signed).low
+            codes = self._read(str(n.target), ((value / scale).round() - low).to(torch.uint8))
+            return value if self.given is None else (codes.to(value.dtype) + low) * scale
+        if n not in self.places:
+            return value
+        if isinstance(value, tuple):
+            return value[0], self._read(self.places[n], value[1])
+        return self._read(self.places[n], value)
+
+    def _read(self, name: str, codes: Tensor) -> Tensor:
+        """Keep the codes of a call of a quantizer; return those that are read."""
+        calls = self.found.setdefault(name, [])
+        calls.append(codes)
+        return codes if self.given is None else self.given[name][len(calls) - 1]
 
 
 def _scale(node: fx.Node) -> str | None:

@@ -67,6 +67,20 @@ def test_codes_that_moved_are_counted():
     assert moved(found, expected) == {"a": 0.25, "b": 0}
 
 
+@pytest.mark.parametrize("integers", [False, True])
+def test_layers_read_the_codes_that_are_given(integers):
+    q, x = ready()
+    converted = convert(q, integers=integers)
+    expected = codes_of_quantizers(converted, (x,), {})
+    image, hidden = expected
+    zeros = {image: [torch.full_like(expected[image][0], 8)], hidden: expected[hidden]}
+    found = codes_of_quantizers(converted, (x,), {}, zeros)
+    # What a quantizer returns is that of its own input; the layer behind it reads an image of zeros.
+    assert torch.equal(found[image][0], expected[image][0])
+    assert not torch.equal(found[hidden][0], expected[hidden][0])
+    assert all(len(channel.unique()) == 1 for channel in found[hidden][0].unflatten(1, (4, 36)).unbind(1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "encoder", "gpt"])

@@ -8,23 +8,12 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from octav_fx import Config, calibrate, convert, freeze, quantize
-from octav_fx.capture.modules import IntegerModule
+from octav_fx.deploy.codes import codes_of_quantizers, moved
 from octav_fx.deploy.convert import integer_layers, rewritten, size_of
-from octav_fx.formats.grid import Grid
 from octav_fx.nn import StaticQuantizer
-from octav_fx.nn.integer import (
-    code_mean,
-    code_sum,
-    gated_codes,
-    integer_codes,
-    integer_conv,
-    integer_linear,
-    integer_sum,
-    lookup,
-)
 from octav_fx.ops import onednn
 from octav_fx.passes import CONVERT
 from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, images, made, named, relative
@@ -53,56 +42,6 @@ def ready(config: Config | None = None):
     return freeze(calibrate(q, [x])), x
 
 
-class Codes(fx.Interpreter):
-    """Runs an integer model, gives every layer the codes of the model on levels, and counts those that it moved."""
-
-    def __init__(self, module: IntegerModule, given: dict[str, list[Tensor]]) -> None:
-        super().__init__(module)
-        self.given, self.moved, self.count = {name: list(calls) for name, calls in given.items()}, 0, 0
-
-    def run_node(self, node: fx.Node) -> object:
-        value = super().run_node(node)
-        scale = None
-        match node.target:
-            case target if target in (integer_codes, lookup):
-                scale = node.args[1]
-            case target if target in (integer_sum, gated_codes):
-                scale = node.args[3]
-            case target if target is code_sum:
-                scale = node.args[4]
-            case target if target is code_mean:
-                scale = node.args[2]
-            case target if target in (integer_conv, integer_linear):
-                scale = node.kwargs.get("step")
-        # Codes behind a pool or a flatten are compared where the quantizer was: after it.
-        if scale is None or any(str(user.target) != str(node.target) and _moves(user) for user in node.users):
-            return value
-        codes = value[1] if isinstance(value, tuple) else value
-        expected = self.given[scale.target.rpartition(".")[0]].pop(0)
-        self.moved += int((codes != expected).sum())
-        self.count += codes.numel()
-        return (value[0], expected) if isinstance(value, tuple) else expected
-
-
-def _moves(user: fx.Node) -> bool:
-    return getattr(user.target, "__name__", user.target) in ("max_pool", "flatten") or user.op == "call_module"
-
-
-def codes_on_levels(levels: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Tensor]]:
-    """What each quantizer returned, as codes counted from the lowest."""
-    found: dict[str, list[Tensor]] = {}
-    for name, part in levels.named_modules():
-        if isinstance(part, StaticQuantizer):
-
-            def keep(m: StaticQuantizer, _: object, y: Tensor, name: str = name) -> None:
-                codes = (y / m.scale).round() - Grid(m.bits, m.signed).low
-                found.setdefault(name, []).append(codes.to(torch.uint8))
-
-            part.register_forward_hook(keep)
-    levels(*inputs)
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
 @pytest.mark.parametrize("residual_bits", [None, 8])
@@ -111,11 +50,12 @@ def test_codes_are_those_of_the_definition(name, bits, residual_bits):
     q, _ = frozen(WHOLE[name], Config(*bits, residual_bits=residual_bits))
     c, levels = convert(q), convert(q, integers=False)
     inputs = WHOLE[name].inputs(32)
-    run = Codes(c, codes_on_levels(levels, inputs))
-    run.run(*inputs)
-    assert run.count > 10_000
+    expected = codes_of_quantizers(levels, inputs, {})
+    shares = moved(codes_of_quantizers(c, inputs, {}, given=expected), expected)
+    counts = {name: sum(codes.numel() for codes in calls) for name, calls in expected.items()}
+    assert sum(counts.values()) > 10_000
     # The definition rounds in another order: what lies at a tie may fall to its other side.
-    assert run.moved <= 1e-5 * run.count
+    assert sum(shares[name] * counts[name] for name in counts) <= 1e-5 * sum(counts.values())
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from tests.support.integers import ends, needs_onednn, numbers
 @st.composite
 def operands(draw: st.DrawFn) -> tuple:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    leading = draw(st.sampled_from([(), (1,), (7,), (2, 3), (2, 1, 3)]))
-    columns, rows = draw(st.sampled_from([1, 3, 16, 65, 300])), draw(st.sampled_from([1, 2, 16, 33]))
+    leading = draw(st.sampled_from([(), (1,), (7,), (2, 3), (2, 1, 3), (31,), (2, 100)]))
+    columns, rows = draw(st.sampled_from([1, 3, 4, 16, 65, 300])), draw(st.sampled_from([1, 2, 16, 33, 60, 130]))
     x_bits, w_bits = draw(st.integers(2, 8)), draw(st.integers(2, 8))
     x = torch.randint(0, 2**x_bits, (*leading, columns), generator=generator).to(torch.uint8)
     steps = 2 ** (w_bits - 1)

@@ -168,6 +168,11 @@ def observed(q: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str
     return out, activations, weights
 
 
+def levels_of(activations: dict[str, list[Seen]]) -> dict[str, list[Tensor]]:
+    """What the quantizers returned."""
+    return {name: [seen.y for seen in calls] for name, calls in activations.items()}
+
+
 def forced(
     c: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, list[Seen]]
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:

@@ -1,17 +1,15 @@
-"""ONNX files of deployed models: small nets to write, and a file run with every layer reading what it is given."""
+"""ONNX files of deployed models: small nets to write, and the ops that onnxruntime makes of a file."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from octav_fx import Config, calibrate, freeze, quantize
-from octav_fx.deploy.runtimes import onnx_session, run_onnx
-from tests.support.deployable_models import LANGUAGE, Case, Seen, images, models, named
+from octav_fx.deploy.runtimes import onnx_session
+from tests.support.deployable_models import LANGUAGE, Case, images, models, named
 
 
 def shortened() -> dict[str, Case]:
@@ -57,52 +55,3 @@ def optimized_ops(path: Path) -> Counter[str]:
     optimized = path.with_suffix(".optimized")
     onnx_session(path, 1, optimized)
     return Counter(node.op_type for node in onnx.load(optimized).graph.node)
-
-
-def with_given_activations(path: Path, given: dict[str, list[Seen]]) -> tuple[bytes, dict[str, Seen]]:
-    """The model with every activation read from an input, and its levels an output: call -> what is given to it.
-
-    A call is named quantizers.<quantizer>/<value>; its input is <call>.given, its output <call>.levels. What is given
-    is rounded again, to itself: the pattern that runtimes fuse stays whole.
-    """
-    model = onnx.load(path)
-    graph = model.graph
-    calls: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        # quantizers.<quantizer>/<value>.<step>
-        if node.name.startswith("quantizers.") and "/" in node.name:
-            calls.setdefault(node.name.rpartition(".")[0], []).append(node)
-    assert Counter(call.partition("/")[0] for call in calls) == {name: len(seen) for name, seen in given.items()}
-    order = {name: iter(seen) for name, seen in given.items()}
-    values = {call: next(order[call.partition("/")[0]]) for call in calls}
-    for call, chain in calls.items():
-        previous = chain[0].input[0]
-        for node in chain:
-            copied = onnx.NodeProto()
-            copied.CopyFrom(node)
-            copied.name += ".seen"
-            copied.input[0], copied.output[0] = previous, f"{node.output[0]}.seen"
-            previous = copied.output[0]
-            graph.node.append(copied)
-        graph.node[-1].output[0] = f"{call}.levels"
-        chain[0].input[0] = f"{call}.given"
-        graph.input.append(helper.make_tensor_value_info(f"{call}.given", TensorProto.FLOAT, values[call].y.shape))
-        graph.output.append(helper.make_tensor_value_info(f"{call}.levels", TensorProto.FLOAT, None))
-    return model.SerializeToString(), values
-
-
-def computed(
-    path: Path,
-    inputs: tuple[Tensor, ...],
-    given: dict[str, list[Seen]],
-    run: Callable[[bytes, dict[str, Tensor]], dict[str, Tensor]] = run_onnx,
-) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """The output of an ONNX file and what its quantizers return, where every layer reads the levels given."""
-    model, values = with_given_activations(path, given)
-    names = [value.name for value in onnx.load(path).graph.input]
-    feed = dict(zip(names, inputs, strict=True)) | {f"{call}.given": seen.y for call, seen in values.items()}
-    outputs = run(model, feed)
-    found: dict[str, list[Tensor]] = {}
-    for call in values:
-        found.setdefault(call.partition("/")[0], []).append(outputs[f"{call}.levels"])
-    return next(iter(outputs.values())), found

@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from octav_fx.ops import onednn
+from octav_fx.ops import onednn, vnni
 from octav_fx.ops.integer_conv import reference
 from octav_fx.ops.integer_linear import op as linear_op
 from octav_fx.ops.register import register_allocating
@@ -69,6 +70,8 @@ def _run(call: Call) -> onednn.Run | None:
         return _pointwise(call)
     if call.x.dim() == 3:
         return _planar(call)
+    if (run := _depthwise(call)) is not None:
+        return run
     if call.x.dim() == 5 and onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)[3] != "none":
         return _ended(call)
     return _by_onednn(call)
@@ -126,6 +129,38 @@ def _strided(x: Tensor, strides: list[int]) -> Tensor:
     for axis, step in enumerate(strides, 1):
         x = torch.ops.aten.slice.Tensor(x, axis, 0, None, step)
     return x.contiguous().view(torch.uint8)
+
+
+def _depthwise(call: Call) -> onednn.Run | None:
+    """Run a filter for each channel by the pass for it; None where there is none."""
+    channels, library = call.shape[0], vnni.library()
+    is_depthwise = call.x.dim() == 4 and call.groups == channels == call.x.shape[1] and channels % 16 == 0
+    if library is None or not is_depthwise or call.step is None:
+        return None
+    w = onednn.integers(call.w, tuple(call.shape)).reshape(channels, -1)
+    if onednn.refusal(call.x_bits, onednn.largest_code(w)):
+        return None
+    zero = onednn.zero_point(call.x_bits, call.x_signed)
+    scale = onednn.channel_scale(call.x_scale, call.w_scale, channels)
+    bias = onednn.bias_levels(call.bias, scale, call.fraction)
+    fours = F.pad(w, (0, -w.shape[1] % 4))
+    each_channel = -zero * w.sum(1, dtype=torch.int32), scale, torch.zeros(channels) if bias is None else bias
+    window = torch.tensor([*call.shape[2:], *call.stride, *call.padding, *call.dilation])
+    parts = [vnni.dealt(fours, 4), *map(vnni.dealt, each_channel), window]
+    _, *last = vnni.ending(call.low, call.high, call.step, call.bits, call.signed)
+    extents = onednn.extents(call.shape[2:], call.dilation)
+
+    def run(x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).contiguous()
+        count, *sizes = x.shape[:3]
+        moves = zip(sizes, call.padding, extents, call.stride, strict=True)
+        found = [(size + 2 * padding - extent) // stride + 1 for size, padding, extent, stride in moves]
+        y = x.new_empty((count, *found, channels))
+        places, pointers = (count, *sizes, channels, *found), map(Tensor.data_ptr, parts)
+        library.octav_depthwise(x.data_ptr(), *pointers, y.data_ptr(), *places, zero, *last, torch.get_num_threads())
+        return y.permute(0, 3, 1, 2)
+
+    return run
 
 
 def _planar(call: Call) -> onednn.Run | None:

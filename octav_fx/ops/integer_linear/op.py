@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octav_fx.ops import onednn
+from octav_fx.ops import onednn, vnni
 from octav_fx.ops.integer_conv.reference import check
 from octav_fx.ops.integer_linear import reference
 from octav_fx.ops.register import register_allocating
@@ -47,18 +47,37 @@ def prepared(*args: Any) -> onednn.Run | None:
 
 
 def rows_run(call: Call) -> onednn.Run | None:
-    """Return what multiplies codes [..., K] by a weight, with oneDNN; None where only the reference will do."""
+    """Return what multiplies codes [..., K] by a weight; None where only the reference will do."""
     check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
     rows, columns = call.shape
     w = onednn.integers(call.w, (rows, columns))
     if onednn.refusal(call.x_bits, onednn.largest_code(w)):
         return None
     scale = onednn.channel_scale(call.x_scale, call.w_scale, rows)
-    operands = 1.0, onednn.zero_point(call.x_bits, call.x_signed), torch.ops.onednn.qlinear_prepack(w, None)
     bias = onednn.bias_levels(call.bias, scale, call.fraction)
+    if columns % 4 == 0 and (library := vnni.library()) is not None:
+        return _by_pass(call, library, w, scale, bias)
+    operands = 1.0, onednn.zero_point(call.x_bits, call.x_signed), torch.ops.onednn.qlinear_prepack(w, None)
     last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
     multiply, zeros = torch.ops.onednn.qlinear_pointwise.default, onednn.zeros(rows)
     return lambda x: multiply(x, *operands, scale, zeros, bias, *last)
+
+
+def _by_pass(call: Call, library: Any, w: Tensor, scale: Tensor, bias: Tensor | None) -> onednn.Run:
+    rows, columns = call.shape
+    is_float, *last = vnni.ending(call.low, call.high, call.step, call.bits, call.signed)
+    dtype, multiply = torch.float32 if is_float else torch.uint8, library.octav_integer_linear
+    offset = -onednn.zero_point(call.x_bits, call.x_signed) * w.sum(1, dtype=torch.int32)
+    parts = [vnni.packed(w), *map(vnni.padded, (offset, scale, torch.zeros(rows) if bias is None else bias))]
+
+    def run(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+        sizes, pointers = (x.numel() // columns, columns, rows), map(Tensor.data_ptr, parts)
+        multiply(x.data_ptr(), *pointers, y.data_ptr(), *sizes, is_float, *last, torch.get_num_threads())
+        return y
+
+    return run
 
 
 integer_linear = register_allocating(

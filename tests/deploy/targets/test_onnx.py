@@ -14,8 +14,9 @@ from octav_fx.demo import accuracy, digits
 from octav_fx.deploy.convert import rewritten
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.passes import CONVERT
-from tests.support.deployable_models import LANGUAGE, check_codes, frozen, observed, relative
-from tests.support.onnx_files import computed, ready, shortened, small
+from tests.support.deployable_models import LANGUAGE, check_codes, frozen, levels_of, observed, relative
+from tests.support.given_levels import computed
+from tests.support.onnx_files import ready, shortened, small
 
 CASES = shortened()
 
@@ -39,7 +40,7 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
     # Another batch than the one that was exported.
     for given in (inputs, CASES[name].inputs(3)):
         out, activations, _ = observed(levels, given)
-        ours, found = computed(path, given, activations)
+        ours, found = computed(path, given, levels_of(activations))
         moved = check_codes(activations, found)
         assert relative(ours, out) < 1e-4
         # Every code is the same from equal operands: then so is the whole model, unless rounding adds up to a tie.
@@ -98,7 +99,7 @@ def test_every_width_behind_every_kind_of_clamp(bits, extra, tmp_path):
     # Beyond the clips too.
     for given in (x, 10 * x):
         out, activations, _ = observed(levels, (given,))
-        ours, found = computed(path, (given,), activations)
+        ours, found = computed(path, (given,), levels_of(activations))
         check_codes(activations, found)
         assert relative(ours, out) < 1e-4
         (whole,) = run_onnx(path, given).values()
@@ -113,7 +114,7 @@ def test_transformers_of_every_width_with_a_free_and_a_fixed_batch(name, bits, d
     q, inputs = frozen(LANGUAGE[name], Config(*bits))
     levels = written(q, inputs, tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
     out, activations, _ = observed(levels, inputs)
-    ours, found = computed(tmp_path / "model.onnx", inputs, activations)
+    ours, found = computed(tmp_path / "model.onnx", inputs, levels_of(activations))
     check_codes(activations, found)
     assert relative(ours, out) < 1e-4
 
@@ -127,7 +128,7 @@ def test_ties_go_to_the_even_code(tmp_path):
     path = tmp_path / "model.onnx"
     levels = written(q, x, path)
     _, activations, _ = observed(levels, (x,))
-    _, found = computed(path, (x,), activations)
+    _, found = computed(path, (x,), levels_of(activations))
     expected = [-8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 7]
     assert found["quantizers.0_input"][0].flatten().tolist() == expected
 

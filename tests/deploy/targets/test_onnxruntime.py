@@ -13,8 +13,9 @@ import octav_fx
 from octav_fx import Config, calibrate, export_onnx, freeze, quantize
 from octav_fx.deploy.runtimes import run_onnx
 from tests.support.deployable import trained
-from tests.support.deployable_models import frozen, images, observed, relative
-from tests.support.onnx_files import computed, optimized_ops, ready, shortened, small
+from tests.support.deployable_models import frozen, images, levels_of, observed, relative
+from tests.support.given_levels import computed
+from tests.support.onnx_files import optimized_ops, ready, shortened, small
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +60,7 @@ def test_layer_by_layer_bit_for_bit(name, bits, dynamic_batch, tmp_path):
     path = tmp_path / "model.onnx"
     export_onnx(q, inputs, path, dynamic_batch=dynamic_batch)
     out, activations, _ = observed(convert(q), inputs)
-    ours, found = computed(path, inputs, activations)
+    ours, found = computed(path, inputs, levels_of(activations))
     moved = total = 0
     for key, calls in activations.items():
         for seen, y in zip(calls, found[key], strict=True):

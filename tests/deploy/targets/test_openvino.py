@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import Config, export_onnx
-from tests.support.deployable_models import WHOLE, Case, frozen, images, observed, relative
-from tests.support.onnx_files import computed, shortened
+from tests.support.deployable_models import WHOLE, Case, frozen, images, levels_of, observed, relative
+from tests.support.given_levels import computed
+from tests.support.onnx_files import shortened
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,7 @@ def test_layer_by_layer(name, bits, tmp_path):
     path = tmp_path / "model.onnx"
     export_onnx(q, inputs, path, target="openvino")
     out, activations, _ = observed(octav_fx.convert(q, integers=False), inputs)
-    ours, found = computed(path, inputs, activations, run)
+    ours, found = computed(path, inputs, levels_of(activations), run)
     moved = total = 0
     for key, calls in activations.items():
         for seen, y in zip(calls, found[key], strict=True):
