@@ -29,6 +29,7 @@ from octav_fx.compat.modules import (
     not_compiled,
     parameters_of,
     replace_children,
+    share_forward_hooks,
     share_parts,
 )
 from octav_fx.compat.tensors import is_sharded, pytree, transform, transforms
@@ -642,6 +643,7 @@ class IntegerModule(GuardedModule):
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
+        share_forward_hooks(self, root)
         attributes = self.__dict__["octav_attributes"]
         return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
 
@@ -683,4 +685,5 @@ def _rebuild_integer(
     module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
+    share_forward_hooks(root, module)
     return module

@@ -60,6 +60,7 @@ def quantize(
     checkpointing, and () for all others: the whole model in one graph.
     examples: further calls of other kinds, each given as example_inputs is: other optional arguments, a sequence of
     one token. A graph for each is captured now, which is done anyhow when such a call comes.
+    What has hooks already, on its forward or its backward, is a graph of its own, too, so that they run in each call.
     Returns a module of the model's own class, in the same mode, on the same devices, with every float state_dict key
     and its value. Its forward is a graph; or, with blocks and where no single graph holds the model's Python code, the
     model's own over graphs below. What stays float is in table(q), with the file and line that stopped the capture.
