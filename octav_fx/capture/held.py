@@ -1,7 +1,7 @@
 """Modules that a graph holds and does not call: what would reach them as modules is refused, not lost.
 
 A graph reads the weight of a layer and calls no layer: a hook on it would never run, and a method of the model that
-calls it would compute in float.
+calls it would compute in float. Hooks that compute a weight (prune, weight_norm) are part of the next graph.
 """
 
 from collections import OrderedDict
@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from octav_fx.compat.modules import RUNNING_HOOKS, hooks_of
+from octav_fx.capture.replaced import reweight
+from octav_fx.compat.modules import RUNNING_HOOKS, hooks_of, is_weight_hook
 from octav_fx.errors import OctavError
 
 # The key of the refusal among the hooks: those of torch count from 0.
@@ -43,28 +44,37 @@ def is_permitted() -> bool:
 class HeldHooks(OrderedDict[int, Any]):
     """The hooks of one kind of a held module: those from before it was held, and a refusal of what comes now."""
 
-    def __init__(self, where: str, before: "OrderedDict[int, Any]", refuses_calls: bool) -> None:
+    def __init__(self, module: nn.Module, where: str, before: "OrderedDict[int, Any]", refuses_calls: bool) -> None:
         super().__init__()
-        self.where, self.before, self.refuses_calls = where, before, refuses_calls
+        self.module, self.where, self.before, self.refuses_calls = module, where, before, refuses_calls
         for key, hook in before.items():
             super().__setitem__(key, hook)
         if refuses_calls:
             super().__setitem__(_REFUSAL, self._refuse)
 
     def __setitem__(self, key: int, hook: Any) -> None:
-        if not _permits:
+        if is_weight_hook(hook):
+            self.before[key] = hook
+            reweight(self.module)
+        elif not _permits:
             raise OctavError(
                 f"{self.where} would never run this hook: the graph around it calls no such module. Register it on the "
                 "whole model, before quantize, or on one of the blocks of octav_fx.quantize(..., blocks=[...])"
             )
         super().__setitem__(key, hook)
 
+    def __delitem__(self, key: int) -> None:
+        if is_weight_hook(self[key]):
+            self.before.pop(key, None)
+            reweight(self.module)
+        super().__delitem__(key)
+
     def __bool__(self) -> bool:
         return any(key != _REFUSAL for key in self) or (self.refuses_calls and not _permits)
 
     def __reduce__(self) -> Any:
         own = OrderedDict((key, hook) for key, hook in self.items() if key != _REFUSAL)
-        return HeldHooks, (self.where, own, self.refuses_calls)
+        return HeldHooks, (self.module, self.where, own, self.refuses_calls)
 
     def _refuse(self, *_: Any) -> None:
         if not _permits:
@@ -86,7 +96,7 @@ def hold(root: nn.Module, called: Iterable[nn.Module], working: Iterable[nn.Modu
         where = f"{path} of {type(root).__name__}"
         for kind in RUNNING_HOOKS:
             refuses = kind == "_forward_pre_hooks" and module in working
-            vars(module)[kind] = HeldHooks(where, hooks_of(module, kind), refuses)
+            vars(module)[kind] = HeldHooks(module, where, hooks_of(module, kind), refuses)
 
 
 def let_go(module: nn.Module) -> None:

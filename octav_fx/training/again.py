@@ -89,7 +89,7 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
         except OctavError as error:
             restore(tree)
             raise OctavError(
-                f"{', '.join(places)}: another module than octav_fx.quantize saw, and no graph holds it: {error}; put "
+                f"{', '.join(places)}: another one than octav_fx.quantize saw, and no graph holds it: {error}; put "
                 "it there first, and quantize then"
             ) from error
     anew = graphs_of(owner)

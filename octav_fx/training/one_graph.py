@@ -198,7 +198,9 @@ class Recipe:
                 return there.settings
             return replace(choice, spec=replace(choice.spec, format=there.spec.format))
 
-        edits = run(quantized, prepare_passes(self.config, choose))
+        # Hooks that compute a weight run there, and may keep what they computed (spectral_norm).
+        with preserved_tensors(quantized):
+            edits = run(quantized, prepare_passes(self.config, choose))
         found = records(quantized.graph, edits)
         found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
         rows = [replace(row, site=self.position.named(row.site)) for row in found]
@@ -233,13 +235,19 @@ def take_quantizers(
             continue
         placed.add(quantizer)
         taken = known.get(operand)
-        if taken is not None and taken.settings == quantizer.settings and taken.hint.shape == quantizer.hint.shape:
+        if taken is not None and _is_alike(taken, quantizer):
             name = next(name for name, module in held.named_children() if module is quantizer)
             held.add_module(name, taken)
             placed.add(taken)
         else:
             left.append((operand, quantizer))
     return left
+
+
+def _is_alike(known: FakeQuantizer, quantizer: FakeQuantizer) -> bool:
+    """Tell whether a quantizer can stand for another one: that of a parameter keeps no mean over batches."""
+    is_same_kind = known.settings == quantizer.settings and known.running == quantizer.running
+    return is_same_kind and known.hint.shape == quantizer.hint.shape
 
 
 def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
