@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from octav_fx.capture.known_hooks import is_known, stand_in
 from octav_fx.capture.replaced import reweight
 from octav_fx.compat.modules import RUNNING_HOOKS, hooks_of, is_weight_hook
 from octav_fx.errors import OctavError
@@ -44,18 +45,28 @@ def is_permitted() -> bool:
 class HeldHooks(OrderedDict[int, Any]):
     """The hooks of one kind of a held module: those from before it was held, and a refusal of what comes now."""
 
-    def __init__(self, module: nn.Module, where: str, before: "OrderedDict[int, Any]", refuses_calls: bool) -> None:
+    def __init__(
+        self, module: nn.Module, root: nn.Module, path: str, before: "OrderedDict[int, Any]", refuses_calls: bool
+    ) -> None:
         super().__init__()
-        self.module, self.where, self.before, self.refuses_calls = module, where, before, refuses_calls
+        self.module, self.root, self.path, self.before, self.refuses_calls = module, root, path, before, refuses_calls
         for key, hook in before.items():
             super().__setitem__(key, hook)
         if refuses_calls:
             super().__setitem__(_REFUSAL, self._refuse)
 
+    @property
+    def where(self) -> str:
+        """Return the place of the module, for errors."""
+        return f"{self.path} of {type(self.root).__name__}"
+
     def __setitem__(self, key: int, hook: Any) -> None:
         if is_weight_hook(hook):
             self.before[key] = hook
             reweight(self.module)
+        elif is_known(hook):
+            self.before[key] = hook
+            stand_in(hook, self.root, self.where)
         elif not _permits:
             raise OctavError(
                 f"{self.where} would never run this hook: the graph around it calls no such module. Register it on the "
@@ -74,7 +85,7 @@ class HeldHooks(OrderedDict[int, Any]):
 
     def __reduce__(self) -> Any:
         own = OrderedDict((key, hook) for key, hook in self.items() if key != _REFUSAL)
-        return HeldHooks, (self.module, self.where, own, self.refuses_calls)
+        return HeldHooks, (self.module, self.root, self.path, own, self.refuses_calls)
 
     def _refuse(self, *_: Any) -> None:
         if not _permits:
@@ -93,10 +104,11 @@ def hold(root: nn.Module, called: Iterable[nn.Module], working: Iterable[nn.Modu
     for path, module in root.named_modules():
         if module in own or is_held(module):
             continue
-        where = f"{path} of {type(root).__name__}"
+        for hook in filter(is_known, hooks_of(module, "_forward_hooks").values()):
+            stand_in(hook, root, f"{path} of {type(root).__name__}")
         for kind in RUNNING_HOOKS:
             refuses = kind == "_forward_pre_hooks" and module in working
-            vars(module)[kind] = HeldHooks(module, where, hooks_of(module, kind), refuses)
+            vars(module)[kind] = HeldHooks(module, root, path, hooks_of(module, kind), refuses)
 
 
 def let_go(module: nn.Module) -> None:

@@ -3,11 +3,12 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
 from octav_fx.capture.held import HeldHooks
+from octav_fx.capture.known_hooks import is_known
 from octav_fx.compat.modules import (
     RUNNING_HOOKS,
     forward_hooks_of,
@@ -17,9 +18,6 @@ from octav_fx.compat.modules import (
     weight_hooks_of,
 )
 
-# Of the hooks that hand outputs to who asked for them; a model has them from the first such call on.
-_RECORDERS: Final = "transformers.utils.output_capturing"
-
 
 def needs_calls(module: nn.Module) -> bool:
     """Tell whether a module has hooks of the user's, which run where it is called as a module."""
@@ -27,11 +25,12 @@ def needs_calls(module: nn.Module) -> bool:
 
 
 @contextmanager
-def set_aside(module: nn.Module) -> Iterator[None]:
-    """Let calls of a module run no hooks of the user's inside."""
+def set_aside(module: nn.Module, known: bool = False) -> Iterator[None]:
+    """Let calls of a module run no hooks of the user's inside, and with known none of those that are known, too."""
     held = {kind: hooks_of(module, kind) for kind in RUNNING_HOOKS}
     for kind, hooks in held.items():
-        vars(module)[kind] = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_users(hook))
+        kept = {key: hook for key, hook in hooks.items() if not (_is_users(hook) or (known and is_known(hook)))}
+        vars(module)[kind] = OrderedDict(kept)
     try:
         yield
     finally:
@@ -74,4 +73,4 @@ def after_call(module: nn.Module, result: Any, *args: Any) -> Any:
 
 def _is_users(hook: Any) -> bool:
     is_ours = isinstance(getattr(hook, "__self__", None), HeldHooks)
-    return not is_ours and not is_weight_hook(hook) and getattr(hook, "__module__", None) != _RECORDERS
+    return not is_ours and not is_weight_hook(hook) and not is_known(hook)
