@@ -95,6 +95,8 @@ class QuantizedModule(GuardedModule):
         # What further graphs are made with, and what makes them; what runs where none can be made, for each mode.
         self.recipe, self.capture_again = recipe, capture_again
         self._own_python: dict[bool, Callable[..., Any]] = {}
+        # Those that ran, while somebody wants to know.
+        self._used: list[GuardedGraph] | None = None
         self.meta = dict(meta)
         if self._graphs[self.training]:
             self.graph = self._graphs[self.training][0].graph
@@ -218,8 +220,23 @@ class QuantizedModule(GuardedModule):
                 return guarded
         return None
 
+    @contextmanager
+    def led_by_used(self) -> Iterator[None]:
+        """Let the graph that runs most often inside be the first of eval mode, unless that runs, too."""
+        self._used = []
+        try:
+            yield
+        finally:
+            used, self._used = self._used, None
+        graphs = self._graphs[False]
+        if used and graphs and not any(ran is graphs[0] for ran in used):
+            graphs.sort(key=lambda guarded: -sum(ran is guarded for ran in used))
+            self.follow(self.training)
+
     def _run(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
+        if self._used is not None:
+            self._used.append(guarded)
         is_first = not self.training and guarded is self._graphs[False][0]
         rule = self._present_rule() if is_first else None
         state = self._state_holder()
@@ -621,6 +638,12 @@ class IntegerModule(GuardedModule):
             return result
         return pytree.tree_map(lambda y: WithoutGradient.apply(y, *given) if _is_floating(y) else y, result)
 
+    def remember_outline(self, owner: nn.Module) -> None:
+        """Let code around read of a layer whose weight is codes now what does not depend on its values."""
+        outline = _outline(owner)
+        parts = {**parameters_of(outline), **children_of(outline)}
+        self.__dict__["octav_attributes"] |= {name: part for name, part in parts.items() if not hasattr(self, name)}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -635,8 +658,8 @@ class IntegerModule(GuardedModule):
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         if not is_traced(args) and (fault := self._guarded.broken(self, args, kwargs)) is not None:
             raise OctavError(
-                f"{fault}: a converted model holds for calls like the example of octav_fx.quantize alone; quantize "
-                "with an example like this call, load the state into that and convert it"
+                f"{fault}: a converted model holds for calls of one kind, the example of octav_fx.quantize or what "
+                "octav_fx.calibrate ran instead: calibrate with batches like this call alone, freeze, and convert again"
             )
         return self._guarded.function()(self, *args, **kwargs)
 
@@ -654,6 +677,18 @@ class IntegerModule(GuardedModule):
         copied = _rebuild_integer(*copy.deepcopy(self._parts(), memo))
         memo[id(self)] = copied
         return copied
+
+
+def _outline(module: nn.Module) -> nn.Module:
+    """Return a module of the names, shapes and types of the parameters of another one, on the meta device."""
+    outline = nn.Module()
+    for name, parameter in parameters_of(module).items():
+        made = None if parameter is None else nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+        outline.register_parameter(name, made)
+    for name, child in children_of(module).items():
+        if child is not None and name != QUANTIZERS and not isinstance(child, torch.jit.ScriptModule):
+            outline.add_module(name, _outline(child))
+    return outline
 
 
 class WithoutGradient(torch.autograd.Function):

@@ -79,4 +79,5 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     guards = working.graphs_of(False)[0].guards
     made = integer_module(working, passes, None if guards is None else guards.of_inputs())
     share_forward_hooks(working.owner, made)
+    made.remember_outline(module.owner)
     return made.requires_grad_(False)
