@@ -5,41 +5,23 @@ calls it would compute in float. Hooks that compute a weight (prune, weight_norm
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Final
 
 from torch import nn
 
 from octav_fx.capture.known_hooks import is_known, stand_in
+from octav_fx.capture.permits import is_permitted
 from octav_fx.capture.replaced import reweight
 from octav_fx.compat.modules import RUNNING_HOOKS, hooks_of, is_weight_hook
 from octav_fx.errors import OctavError
 
 # The key of the refusal among the hooks: those of torch count from 0.
 _REFUSAL: Final = -1
-# How many permitted() are entered.
-_permits = 0
 
 
 class HeldCall(OctavError):
     """A call of a module that a graph holds."""
-
-
-@contextmanager
-def permitted() -> Iterator[None]:
-    """Let held modules be called and hooked inside: the float model runs, or is captured."""
-    global _permits
-    _permits += 1
-    try:
-        yield
-    finally:
-        _permits -= 1
-
-
-def is_permitted() -> bool:
-    """Tell whether this runs inside of permitted()."""
-    return bool(_permits)
 
 
 class HeldHooks(OrderedDict[int, Any]):
@@ -67,7 +49,7 @@ class HeldHooks(OrderedDict[int, Any]):
         elif is_known(hook):
             self.before[key] = hook
             stand_in(hook, self.root, self.where)
-        elif not _permits:
+        elif not is_permitted():
             raise OctavError(
                 f"{self.where} would never run this hook: the graph around it calls no such module. Register it on the "
                 "whole model, before quantize, or on one of the blocks of octav_fx.quantize(..., blocks=[...])"
@@ -81,14 +63,14 @@ class HeldHooks(OrderedDict[int, Any]):
         super().__delitem__(key)
 
     def __bool__(self) -> bool:
-        return any(key != _REFUSAL for key in self) or (self.refuses_calls and not _permits)
+        return any(key != _REFUSAL for key in self) or (self.refuses_calls and not is_permitted())
 
     def __reduce__(self) -> Any:
         own = OrderedDict((key, hook) for key, hook in self.items() if key != _REFUSAL)
         return HeldHooks, (self.module, self.root, self.path, own, self.refuses_calls)
 
     def _refuse(self, *_: Any) -> None:
-        if not _permits:
+        if not is_permitted():
             raise HeldCall(
                 f"{self.where} would compute in float here: it is part of a graph, which octav_fx.quantize made of the "
                 "forward around it. Call that, or make blocks of what you call: octav_fx.quantize(..., blocks=[...]); "

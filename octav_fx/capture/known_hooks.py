@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from octav_fx.capture.permits import is_permitted
 from octav_fx.compat.modules import hooks_of
 from octav_fx.errors import OctavError
 
@@ -44,7 +45,7 @@ class _Refusal:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Raise OctavError where a caller asks for it."""
-        if self.key in (self.recorder.__globals__["_active_collector"].get() or ()):
+        if not is_permitted() and self.key in (self.recorder.__globals__["_active_collector"].get() or ()):
             raise OctavError(
                 f"{self.where} is part of a graph, which hands no {self.key} out: give octav_fx.quantize such modules "
                 "as blocks=[...], or ask octav_fx.float_mode(q) for them"

@@ -17,9 +17,10 @@ from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
 from octav_fx.capture.guards import GuardedGraph, Guards
-from octav_fx.capture.held import hold, let_go, permitted
+from octav_fx.capture.held import hold, let_go
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
+from octav_fx.capture.permits import permitted
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, looked_at, remember_structure
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.capture.transformed import transformed
