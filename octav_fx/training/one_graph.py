@@ -304,7 +304,8 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
     try:
         bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     except TypeError as error:
-        raise NotCaptured(f"example_inputs do not fit {type(module).__name__}.forward: {error}") from error
+        hint = "; leave out what it does not take, such as labels" if "too many" in str(error) else ""
+        raise NotCaptured(f"example_inputs do not fit {type(module).__name__}.forward: {error}{hint}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 

@@ -147,6 +147,8 @@ def _check_model(model: nn.Module) -> None:
         )
     if is_compiled(model):
         raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OctavError("a scripted module has no Python code to capture: quantize the module that was scripted")
     if "forward" in vars(model):
         raise OctavError(f"forward of this {type(model).__name__} was replaced on the instance: define it in the class")
     if any(graphs_of(module) is not None for module in model.modules()):
