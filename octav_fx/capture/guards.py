@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.flat import flatten, unflatten
-from octav_fx.capture.held import permitted
 from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree, quiet
 from octav_fx.ir.ops import in_place

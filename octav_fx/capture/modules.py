@@ -17,9 +17,10 @@ from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
 from octav_fx.capture.guards import GuardedGraph, Guards
-from octav_fx.capture.held import hold, let_go, permitted
+from octav_fx.capture.held import hold, let_go
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
+from octav_fx.capture.permits import permitted
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, looked_at, remember_structure
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.capture.transformed import transformed
@@ -29,6 +30,7 @@ from octav_fx.compat.modules import (
     not_compiled,
     parameters_of,
     replace_children,
+    share_forward_hooks,
     share_parts,
 )
 from octav_fx.compat.tensors import is_sharded, pytree, transform, transforms
@@ -94,6 +96,8 @@ class QuantizedModule(GuardedModule):
         # What further graphs are made with, and what makes them; what runs where none can be made, for each mode.
         self.recipe, self.capture_again = recipe, capture_again
         self._own_python: dict[bool, Callable[..., Any]] = {}
+        # Those that ran, while somebody wants to know.
+        self._used: list[GuardedGraph] | None = None
         self.meta = dict(meta)
         if self._graphs[self.training]:
             self.graph = self._graphs[self.training][0].graph
@@ -217,8 +221,23 @@ class QuantizedModule(GuardedModule):
                 return guarded
         return None
 
+    @contextmanager
+    def led_by_used(self) -> Iterator[None]:
+        """Let the graph that runs most often inside be the first of eval mode, unless that runs, too."""
+        self._used = []
+        try:
+            yield
+        finally:
+            used, self._used = self._used, None
+        graphs = self._graphs[False]
+        if used and graphs and not any(ran is graphs[0] for ran in used):
+            graphs.sort(key=lambda guarded: -sum(ran is guarded for ran in used))
+            self.follow(self.training)
+
     def _run(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
+        if self._used is not None:
+            self._used.append(guarded)
         is_first = not self.training and guarded is self._graphs[False][0]
         rule = self._present_rule() if is_first else None
         state = self._state_holder()
@@ -620,6 +639,12 @@ class IntegerModule(GuardedModule):
             return result
         return pytree.tree_map(lambda y: WithoutGradient.apply(y, *given) if _is_floating(y) else y, result)
 
+    def remember_outline(self, owner: nn.Module) -> None:
+        """Let code around read of a layer whose weight is codes now what does not depend on its values."""
+        outline = _outline(owner)
+        parts = {**parameters_of(outline), **children_of(outline)}
+        self.__dict__["octav_attributes"] |= {name: part for name, part in parts.items() if not hasattr(self, name)}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -634,14 +659,15 @@ class IntegerModule(GuardedModule):
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         if not is_traced(args) and (fault := self._guarded.broken(self, args, kwargs)) is not None:
             raise OctavError(
-                f"{fault}: a converted model holds for calls like the example of octav_fx.quantize alone; quantize "
-                "with an example like this call, load the state into that and convert it"
+                f"{fault}: a converted model holds for calls of one kind, the example of octav_fx.quantize or what "
+                "octav_fx.calibrate ran instead: calibrate with batches like this call alone, freeze, and convert again"
             )
         return self._guarded.function()(self, *args, **kwargs)
 
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()
         share_parts(self, root)
+        share_forward_hooks(self, root)
         attributes = self.__dict__["octav_attributes"]
         return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
 
@@ -652,6 +678,18 @@ class IntegerModule(GuardedModule):
         copied = _rebuild_integer(*copy.deepcopy(self._parts(), memo))
         memo[id(self)] = copied
         return copied
+
+
+def _outline(module: nn.Module) -> nn.Module:
+    """Return a module of the names, shapes and types of the parameters of another one, on the meta device."""
+    outline = nn.Module()
+    for name, parameter in parameters_of(module).items():
+        made = None if parameter is None else nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+        outline.register_parameter(name, made)
+    for name, child in children_of(module).items():
+        if child is not None and name != QUANTIZERS and not isinstance(child, torch.jit.ScriptModule):
+            outline.add_module(name, _outline(child))
+    return outline
 
 
 class WithoutGradient(torch.autograd.Function):
@@ -683,4 +721,5 @@ def _rebuild_integer(
     module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
+    share_forward_hooks(root, module)
     return module

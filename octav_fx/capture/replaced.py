@@ -1,8 +1,8 @@
-"""Modules that were put in the places of others since quantize(), which no graph knows."""
+"""Modules that were put in the places of others since quantize(), or compute their weights, which no graph knows."""
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -24,6 +24,8 @@ class Structure:
     children: list[tuple[nn.Module, dict[str, nn.Module | None]]]
     # Whether any of them was given a child since somebody looked: what compiled code asks in each call.
     is_touched: bool = False
+    # Those whose weights are computed in another way now, by other hooks of torch.nn.utils or none.
+    reweighted: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for module, _ in self.children:
@@ -35,9 +37,9 @@ class Structure:
 
     @torch.compiler.assume_constant_result
     def is_changed(self) -> bool:
-        """Tell whether any module has other children now; compiled code asks once, and is_touched in each call."""
+        """Tell whether any module has other children or weights; compiled code asks once, is_touched in each call."""
         # A loop over many modules that runs in every call.
-        return any(children_of(module) != known for module, known in self.children)
+        return bool(self.reweighted) or any(children_of(module) != known for module, known in self.children)
 
 
 # By module, those that it is in. Neither keeps the other.
@@ -50,6 +52,13 @@ def _touch(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 register_module_module_registration_hook(_touch)
+
+
+def reweight(module: nn.Module) -> None:
+    """Let who knows a module know that other hooks than before compute its weights."""
+    for structure in _STRUCTURES.get(module, ()):
+        structure.reweighted.append(module)
+        structure.is_touched = True
 
 
 def remember_structure(root: nn.Module) -> None:
@@ -77,10 +86,10 @@ def looked_at(root: nn.Module) -> bool:
 
 
 def replaced(root: nn.Module) -> list[str]:
-    """Return the names of the places where other modules are than were there."""
+    """Return the names of the places where other modules are than were there, or their weights are other ones."""
     structure: Structure = vars(root)[STRUCTURE]
     paths = {module: path for path, module in root.named_modules()}
-    found = []
+    found = [paths[module] for module in dict.fromkeys(structure.reweighted) if module in paths]
     for module, known in structure.children:
         now = children_of(module)
         names = [name for name in {**known, **now} if known.get(name) is not now.get(name)]
@@ -94,7 +103,7 @@ def check_unchanged(q: nn.Module) -> None:
     for module in q.modules():
         if is_changed(module):
             raise OctavError(
-                f"{', '.join(replaced(module))} of {type(module).__name__} is another module than octav_fx.quantize "
+                f"{', '.join(replaced(module))} of {type(module).__name__} is another one than octav_fx.quantize "
                 "saw: call the model with a batch, which quantizes what is there now"
             )
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.capture.chance import same_random_numbers
-from octav_fx.capture.held import permitted
 from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
 from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
 from octav_fx.capture.modules import graphs_of
+from octav_fx.capture.permits import permitted
 from octav_fx.clips.distributed import no_sync
 from octav_fx.compat.tensors import is_functorch_wrapped, pytree
 from octav_fx.ir.macs import MacCounter

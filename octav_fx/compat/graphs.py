@@ -111,3 +111,9 @@ def size_hint(size: int | torch.SymInt) -> int:
 def is_indices_of_pool(node: fx.Node) -> bool:
     """Return whether a node makes indices out of the small offsets that Inductor has a max pool keep."""
     return str(node.target) == "prims._low_memory_max_pool_offsets_to_indices.default"
+
+
+@torch.compiler.assume_constant_result
+def is_writing_onnx() -> bool:
+    """Tell whether torch.onnx.export is tracing; torch's own function says no where Dynamo traces for it."""
+    return torch.onnx.is_in_onnx_export()

@@ -17,9 +17,12 @@ PART_ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
 # The hooks that run when a module is called, or in its backward.
 RUNNING_HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
+# What is known of the hooks around a forward.
+_FORWARD_HOOKS: Final = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
 HOOK_ATTRIBUTES: Final = (
     *RUNNING_HOOKS,
-    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+    *_FORWARD_HOOKS,
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 
@@ -63,15 +66,15 @@ def weight_hooks_of(module: nn.Module) -> dict[str, list[Any]]:
     return found
 
 
+def is_weight_hook(hook: Any) -> bool:
+    """Tell whether a hook computes a weight before each call."""
+    return isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod))
+
+
 def forward_pre_hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
     """Return the other hooks before a forward, and whether each takes keyword arguments; torch counts them from 0."""
-    of_weights = (WeightNorm, SpectralNorm, BasePruningMethod)
     hooks = module._forward_pre_hooks.items()
-    return [
-        (h, key in module._forward_pre_hooks_with_kwargs)
-        for key, h in hooks
-        if key >= 0 and not isinstance(h, of_weights)
-    ]
+    return [(h, key in module._forward_pre_hooks_with_kwargs) for key, h in hooks if key >= 0 and not is_weight_hook(h)]
 
 
 def forward_hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
@@ -119,6 +122,12 @@ def share_parts(source: nn.Module, target: nn.Module) -> None:
     """Let a module hold the very children, parameters and buffers of another one."""
     target._modules, target._parameters, target._buffers = source._modules, source._parameters, source._buffers
     target._non_persistent_buffers_set = source._non_persistent_buffers_set
+
+
+def share_forward_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let calls of a module run the very hooks around its forward that another one has."""
+    for name in ("_forward_pre_hooks", "_forward_hooks", *_FORWARD_HOOKS):
+        vars(target)[name] = vars(source)[name]
 
 
 def replace_children(module: nn.Module, children: dict[str, nn.Module | None]) -> None:

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from octav_fx.capture.modules import IntegerModule, QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.symbolic.side_effects import drop_stores
-from octav_fx.compat.modules import has_forward_hooks
+from octav_fx.compat.modules import share_forward_hooks
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.deploy.rule import integer_module
-from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import graph_info, update_graph_info
 from octav_fx.passes import COMPUTE, CONVERT, INTEGERS
@@ -22,7 +21,7 @@ def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
 
     Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, biases are on
     the grid of the sums, activations are rounded with static scales, a batch norm is in scales and biases. What was
-    never quantized stays as it is.
+    never quantized stays as it is, and hooks around a forward run as they did.
 
     integers: convolutions and linear layers multiply the codes where the CPU can, and pass codes on to each other;
     integer_layers says for each layer whether, or why not. False: the same integers as nn/integer_rule.py defines them,
@@ -74,11 +73,11 @@ def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
 
 def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModule:
     check_frozen(module)
-    if has_forward_hooks(module.owner):
-        name = module.user_class.__name__
-        raise OctavError(f"{name} has forward hooks, which a converted model would lose: remove them")
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = graphs_of(copy.deepcopy(module.owner).eval())
     drop_stores(working.graph)
     guards = working.graphs_of(False)[0].guards
-    return integer_module(working, passes, None if guards is None else guards.of_inputs()).requires_grad_(False)
+    made = integer_module(working, passes, None if guards is None else guards.of_inputs())
+    share_forward_hooks(working.owner, made)
+    made.remember_outline(module.owner)
+    return made.requires_grad_(False)

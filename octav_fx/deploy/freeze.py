@@ -24,8 +24,10 @@ def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Run batches in eval mode and keep, for each activation, the average of its clips over them, for freeze().
 
     batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them, or a loader of (x, y)
-    for a model that takes x; each counts the same. q keeps its parameters, statistics, modes and random state. Returns
-    q. Raises OctavError if there is no batch, for one that forward does not take, and if q is frozen.
+    for a model that takes x; each counts the same. Where none is a call like the example of quantize, such as without
+    its cache, freeze() and convert() go by the graph that they ran. q keeps its parameters, statistics, modes and
+    random state. Returns q. Raises OctavError if there is no batch, for one that forward does not take, and if q is
+    frozen.
     """
     named = _named_quantizers(q)
     if frozen := [name for name, quantizer in named if quantizer.clip is not None]:
@@ -48,6 +50,8 @@ def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for _, quantizer in named:
             if quantizer.mean is not None:
                 stack.callback(quantizer.register_forward_hook(collect(quantizer)).remove)
+        for module in quantized_modules(q):
+            stack.enter_context(module.led_by_used())
         for args, kwargs in batches_of(q, batches):
             run_once(q, args, kwargs)
             count += 1

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from octav_fx.clips.learned import LEARNED, clip_from_parameter, initial_clip, parameter_for
+from octav_fx.compat.graphs import is_writing_onnx
 from octav_fx.compat.modules import buffers_of
 from octav_fx.errors import OctavError
 from octav_fx.formats.spec import Spec
@@ -146,6 +147,12 @@ class FakeQuantizer(nn.Module):
             raise OctavError(
                 f"x of shape {tuple(x.shape)} for the granularity {self.spec.granularity}: does not divide"
             )
+        # Frozen and in eval mode its value is not what the model returns.
+        if (self.clip is None or self.training) and torch.compiler.is_exporting() and is_writing_onnx():
+            raise OctavError(
+                "torch.onnx.export knows no fake-quantizer: octav_fx.calibrate, octav_fx.freeze, and then "
+                "octav_fx.export_onnx write this model"
+            )
         if self.running:
             x = as_autocast(x)
         if self.clip is not None:
@@ -161,12 +168,19 @@ class FakeQuantizer(nn.Module):
             y, clip = torch.ops.octav.dynamic_fake_quantize(x, self.hint, spec, settings.method, settings.gradient)
         if self.by_row:
             return y
-        with torch.no_grad():
-            self.hint.copy_(clip)
-            if self.training and self.mean is not None and self.steps is not None:
-                self.mean.lerp_(clip, MOMENTUM)
-                self.steps.add_(1)
+        if torch.compiler.is_exporting():
+            # torch.export.load refuses a program with torch.no_grad in it.
+            self._keep(clip.detach())
+        else:
+            with torch.no_grad():
+                self._keep(clip)
         return y
+
+    def _keep(self, clip: Tensor) -> None:
+        self.hint.copy_(clip)
+        if self.training and self.mean is not None and self.steps is not None:
+            self.mean.lerp_(clip, MOMENTUM)
+            self.steps.add_(1)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         had_data = not self.hint.is_meta

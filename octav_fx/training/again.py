@@ -7,6 +7,7 @@ from typing import Final, cast
 import torch
 from torch import nn
 
+from octav_fx.capture.hooks import set_aside
 from octav_fx.capture.inputs import Inputs, tensors_of
 from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of, make_users_own, users_own
 from octav_fx.capture.partial import PartialModule, mark_partial
@@ -52,7 +53,8 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     before = {m for m in quantized.modules() if isinstance(m, FakeQuantizer)}
     # Forward may ask for the gradient mode, and leaving inference mode would turn gradients on.
     gradients = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync():
+    # Its own hooks run around this call.
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync(), set_aside(quantized.owner, True):
         try:
             if len(graphs) >= MOST_GRAPHS:
                 raise NotCaptured(_too_many(quantized, call, name))
@@ -89,7 +91,7 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
         except OctavError as error:
             restore(tree)
             raise OctavError(
-                f"{', '.join(places)}: another module than octav_fx.quantize saw, and no graph holds it: {error}; put "
+                f"{', '.join(places)}: another one than octav_fx.quantize saw, and no graph holds it: {error}; put "
                 "it there first, and quantize then"
             ) from error
     anew = graphs_of(owner)

@@ -26,7 +26,7 @@ from octav_fx.ir.ops import UserRules, op_of_module
 from octav_fx.ir.records import NOT_CALLED, Record, update_graph_info
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from octav_fx.nn import FakeQuantizer, Settings
-from octav_fx.training.one_graph import Position, Recipe, Recomputed, check_equal, prepare_module, settings_of_whole
+from octav_fx.training.one_graph import NeedsCalls, Position, Recipe, check_equal, prepare_module, settings_of_whole
 from octav_fx.training.progress import step
 from octav_fx.training.self_check import check_in_turn
 
@@ -72,7 +72,7 @@ class PartsQuantizer:
         try:
             return self._one_graph(module, calls, path)
         except NotCaptured as reason:
-            if isinstance(reason, Recomputed):
+            if isinstance(reason, NeedsCalls):
                 self.find_settings(module, calls[0], path)
             try:
                 return self.descend(module, calls, path, str(reason))

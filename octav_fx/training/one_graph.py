@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import CodeType
 from typing import Any
 
 import torch
@@ -45,8 +44,8 @@ from octav_fx.passes.prepare.quantize_operands import remove_unused
 from octav_fx.training.progress import step
 
 
-class Recomputed(NotCaptured):
-    """A module a part of which is to be recomputed in backward: a graph of it would keep all that it computes."""
+class NeedsCalls(NotCaptured):
+    """A module with parts around whose calls something happens: they are recomputed in backward, or have hooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +96,12 @@ def _rewritten(
     position: Position,
     user: UserRules,
     both_modes: bool,
-    may_recompute: bool = False,
+    is_to_run: bool = True,
 ) -> QuantizedModule:
-    graphs, missing, notes, recomputed = _graphs(module, example, user, both_modes)
-    if not may_recompute:
-        _check_recomputed(module, recomputed)
+    graphs, missing, notes, captures = _graphs(module, example, user, both_modes)
+    if is_to_run:
+        for captured in captures:
+            _check_calls(module, captured, position)
     recipe = Recipe(config, position, user)
     quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
     found = {}
@@ -128,14 +128,13 @@ def settings_of_whole(
 ) -> dict[tuple[str, str], Settings]:
     """Return the Settings of each operand (site, name) in one graph of a model, which stays as it is.
 
-    That graph never runs: what forward recomputes may be in it. Raises NotCaptured where no graph can hold the model.
+    That graph never runs: what forward recomputes may be in it, and what has hooks. Raises NotCaptured where no graph
+    can hold the model.
     """
     held = [vars(model), buffers_of(model)]
     before = [set(names) for names in held]
     try:
-        quantized = _rewritten(
-            model, example, config, position or Position(), user, both_modes=False, may_recompute=True
-        )
+        quantized = _rewritten(model, example, config, position or Position(), user, both_modes=False, is_to_run=False)
     finally:
         # Constants that capture leaves for its graph.
         for names, known in zip(held, before, strict=True):
@@ -167,7 +166,7 @@ class Recipe:
         owner = quantized.owner
         with users_own(owner):
             captured, notes = _captured(owner, call, mode, self.user)
-            _check_recomputed(owner, captured.recomputed)
+            _check_calls(owner, captured, self.position)
         # Some of these belong to other graphs, or to what runs in the place of one.
         before = {name for name, _ in quantized.get_submodule(QUANTIZERS).named_children()}
         with users_own(owner, but=owner), replaced_graph(quantized, captured.graph):
@@ -199,7 +198,9 @@ class Recipe:
                 return there.settings
             return replace(choice, spec=replace(choice.spec, format=there.spec.format))
 
-        edits = run(quantized, prepare_passes(self.config, choose))
+        # Hooks that compute a weight run there, and may keep what they computed (spectral_norm).
+        with preserved_tensors(quantized):
+            edits = run(quantized, prepare_passes(self.config, choose))
         found = records(quantized.graph, edits)
         found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
         rows = [replace(row, site=self.position.named(row.site)) for row in found]
@@ -234,13 +235,19 @@ def take_quantizers(
             continue
         placed.add(quantizer)
         taken = known.get(operand)
-        if taken is not None and taken.settings == quantizer.settings and taken.hint.shape == quantizer.hint.shape:
+        if taken is not None and _is_alike(taken, quantizer):
             name = next(name for name, module in held.named_children() if module is quantizer)
             held.add_module(name, taken)
             placed.add(taken)
         else:
             left.append((operand, quantizer))
     return left
+
+
+def _is_alike(known: FakeQuantizer, quantizer: FakeQuantizer) -> bool:
+    """Tell whether a quantizer can stand for another one: that of a parameter keeps no mean over batches."""
+    is_same_kind = known.settings == quantizer.settings and known.running == quantizer.running
+    return is_same_kind and known.hint.shape == quantizer.hint.shape
 
 
 def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
@@ -297,35 +304,36 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
     try:
         bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     except TypeError as error:
-        raise NotCaptured(f"example_inputs do not fit {type(module).__name__}.forward: {error}") from error
+        hint = "; leave out what it does not take, such as labels" if "too many" in str(error) else ""
+        raise NotCaptured(f"example_inputs do not fit {type(module).__name__}.forward: {error}{hint}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
 def _graphs(
     module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
-) -> tuple[dict[bool, GuardedGraph], str | None, list[str], dict[CodeType, str]]:
+) -> tuple[dict[bool, GuardedGraph], str | None, list[str], list[Capture]]:
     """Return a graph for each mode, and why the other mode has none if it needs one and cannot be captured.
 
-    Besides these, notes, and where forward recomputes.
+    Besides these, notes, and what was captured.
     """
     mode = module.training
     captured, notes = _captured(module, example, mode, user)
     guarded = GuardedGraph(captured.graph, captured.guards)
-    graphs, recomputed = {mode: guarded, (not mode): guarded}, dict(captured.recomputed)
+    graphs, captures = {mode: guarded, (not mode): guarded}, [captured]
     if captured.depends_on_training:
         try:
             other = _capture(module, example, not mode, user)
             graphs[not mode] = GuardedGraph(other.graph, other.guards)
-            recomputed |= other.recomputed
+            captures.append(other)
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
             if both_modes and _runs(module, example, not mode):
                 raise NotCaptured(missing) from error
             # Inputs too small for an auxiliary head. The captured mode works; a call in the other one will say this.
             del graphs[not mode]
-            return graphs, missing, [*notes, missing], recomputed
-    return graphs, None, notes, recomputed
+            return graphs, missing, [*notes, missing], captures
+    return graphs, None, notes, captures
 
 
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
@@ -366,11 +374,13 @@ def _check_memory(captured: Capture) -> None:
         raise NotCaptured(f"forward reads {name} and changes it for the next call, and a graph has no memory")
 
 
-def _check_recomputed(module: nn.Module, found: Mapping[CodeType, str]) -> None:
+def _check_calls(module: nn.Module, captured: Capture, position: Position) -> None:
     # What also runs around graphs recomputes them.
     outside = code_around(type(module))
-    for line in (line for code, line in found.items() if code is not outside):
-        raise Recomputed(f"forward has a part of it recomputed in backward (torch.utils.checkpoint at {line})")
+    for line in (line for code, line in captured.recomputed.items() if code is not outside):
+        raise NeedsCalls(f"forward has a part of it recomputed in backward (torch.utils.checkpoint at {line})")
+    for path in captured.hooked:
+        raise NeedsCalls(f"hooks on {position.named(path)} run where that is called as a module")
 
 
 def _warm_up(module: nn.Module, example: Inputs) -> None:

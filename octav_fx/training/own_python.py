@@ -22,7 +22,7 @@ from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.training.by_parts import PartsQuantizer
-from octav_fx.training.one_graph import Recipe, Recomputed, quantizers_by_operand, take_quantizers
+from octav_fx.training.one_graph import NeedsCalls, Recipe, quantizers_by_operand, take_quantizers
 
 _PARTS = frozenset({*PART_ATTRIBUTES, *HOOK_ATTRIBUTES, *ATTRIBUTES, "_non_persistent_buffers_set"})
 
@@ -79,7 +79,7 @@ def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason:
         macs_by_module=[*before, *((_join(position.path, at), macs) for at, macs in work), *after],
         workers={id(second.get_submodule(at)) for at, _ in work},
     )
-    if isinstance(reason, Recomputed):
+    if isinstance(reason, NeedsCalls):
         parts.find_settings(second, call, position.path)
     parts.descend(second, [call], position.path, str(reason))
     graphs = quantized_modules(second)

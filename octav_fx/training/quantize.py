@@ -60,6 +60,7 @@ def quantize(
     checkpointing, and () for all others: the whole model in one graph.
     examples: further calls of other kinds, each given as example_inputs is: other optional arguments, a sequence of
     one token. A graph for each is captured now, which is done anyhow when such a call comes.
+    What has hooks already, on its forward or its backward, is a graph of its own, too, so that they run in each call.
     Returns a module of the model's own class, in the same mode, on the same devices, with every float state_dict key
     and its value. Its forward is a graph; or, with blocks and where no single graph holds the model's Python code, the
     model's own over graphs below. What stays float is in table(q), with the file and line that stopped the capture.
@@ -146,6 +147,8 @@ def _check_model(model: nn.Module) -> None:
         )
     if is_compiled(model):
         raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OctavError("a scripted module has no Python code to capture: quantize the module that was scripted")
     if "forward" in vars(model):
         raise OctavError(f"forward of this {type(model).__name__} was replaced on the instance: define it in the class")
     if any(graphs_of(module) is not None for module in model.modules()):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import GuardedGraph
-from octav_fx.capture.held import permitted
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
 from octav_fx.capture.modules import QuantizedModule, graphs_of, users_own
+from octav_fx.capture.permits import permitted
 from octav_fx.capture.rerun import (
     difference,
     has_data,

@@ -13,6 +13,7 @@ from octav_fx import (
     OctavError,
     calibrate,
     check,
+    convert,
     float_mode,
     freeze,
     optimal_clip,
@@ -338,3 +339,48 @@ def test_compiled_before_and_after(training):
     torch.testing.assert_close(found, q.conv.weight.grad, rtol=1e-3, atol=1e-4)
     unfreeze(q)
     torch.testing.assert_close(compiled(x), dynamic, rtol=1e-4, atol=1e-4)
+
+
+class Optional(nn.Module):
+    """Takes another branch with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.first(x).relu()
+        return self.last(y if mask is None else y * mask - 1)
+
+
+def test_what_calibrate_ran_is_what_is_converted():
+    x, mask = torch.randn(4, 8), torch.rand(4, 8)
+    q = quantize(Optional(), (x, mask))
+    with pytest.raises(OctavError, match="calibrate with batches like this call alone, freeze, and convert again"):
+        convert(freeze(calibrate(q, [(x, mask), x])).eval())(x)
+    calibrate(unfreeze(q), [x])
+    freeze(q)
+    converted = convert(q, integers=False)
+    assert torch.equal(converted(x), q(x))
+    with pytest.raises(OctavError, match="a converted model holds for calls of one kind"):
+        converted(x, mask)
+    # Training goes by the example, as before.
+    assert q.train()(x, mask).shape == q(x).shape
+
+
+def test_code_around_a_converted_layer_reads_its_type():
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.to(self.layer.weight.dtype)).relu()
+
+    x = torch.randn(4, 8)
+    q = quantize(Cast().eval(), x, blocks=["layer"])
+    converted = convert(freeze(calibrate(q, [x])))
+    outline = converted.layer.weight
+    assert torch.isfinite(converted(x)).all()
+    assert (outline.dtype, outline.shape, outline.is_meta) == (torch.float32, (8, 8), True)
+    assert "layer.weight" not in converted.state_dict()

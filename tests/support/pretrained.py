@@ -76,8 +76,12 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
 
 
 def build(name: str, **settings: Any) -> nn.Module:
+    return made(name, {**MODELS[name][0], **settings})
+
+
+def made(name: str, settings: dict[str, Any]) -> nn.Module:
     with contextlib.suppress(OctavError):
         # Transformers imports torchvision where it finds it, which fails beside a torch without CUDA's libraries.
         zoo.torchvision()
     kind = getattr(importlib.import_module("transformers"), name)
-    return kind(kind.config_class(**{**MODELS[name][0], **settings}))
+    return kind(kind.config_class(**settings))

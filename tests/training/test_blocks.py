@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import operator
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +15,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import octav_fx
-from octav_fx import Config, OctavError, quantize
+from octav_fx import Config, OctavError, quantize, table
 from octav_fx.capture.modules import WholeModule, graphs_of
 from octav_fx.capture.partial import PartialModule
+from octav_fx.capture.rerun import without_quantizers
+from octav_fx.compat.tensors import pytree
+from tests.support.alike import assert_computes
 from tests.support.blocks import WIDTH, Block, Net, batch, saved_bytes
 from tests.support.on_grid import OnGrid
 
@@ -197,6 +202,103 @@ def test_hooks_on_blocks_fire() -> None:
     ]
     with pytest.raises(OctavError, match="up of Block would never run this hook"):
         q.blocks[0].up.register_forward_hook(lambda *_: None)
+
+
+Register = Callable[[nn.Module, list[Any]], Any]
+HOOKS: dict[str, Register] = {
+    "before": lambda m, seen: m.register_forward_pre_hook(lambda m, args: seen.append(args)),
+    "before, keywords": lambda m, seen: m.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    ),
+    "after": lambda m, seen: m.register_forward_hook(lambda m, args, y: seen.append((args, y))),
+    "after, keywords": lambda m, seen: m.register_forward_hook(
+        lambda m, args, kwargs, y: seen.append((args, kwargs, y)), with_kwargs=True
+    ),
+    "backward": lambda m, seen: m.register_full_backward_hook(lambda m, g, h: seen.append((g, h))),
+    "before backward": lambda m, seen: m.register_full_backward_pre_hook(lambda m, h: seen.append(h)),
+}
+
+
+class Scaled(Block):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+class Hooked(nn.Module):
+    """Calls a container, and a module of its own with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer = nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), Block())
+        self.scaled, self.head = Scaled(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.scaled(self.layer(self.stem(x).relu()), scale=0.5))
+
+
+@pytest.mark.parametrize("path", ["layer", "layer.1", "scaled"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_module_with_hooks_is_called_in_each_call(kind: str, path: str) -> None:
+    def observed(module: nn.Module, seen: list[Any]) -> list[Tensor]:
+        seen.clear()
+        module(x).square().sum().backward()
+        return [leaf.detach().clone() for leaf in pytree.tree_leaves(seen) if isinstance(leaf, Tensor)]
+
+    torch.manual_seed(2)
+    model, x = Hooked(), batch()
+    plain, seen = quantize(model, x), list[Any]()
+    HOOKS[kind](model.get_submodule(path), seen)
+    q = quantize(model, x)
+    # What hooks see while the model is captured are tensors, nothing that stands for them.
+    assert all(type(leaf) in (Tensor, float) for leaf in pytree.tree_leaves(seen))
+    assert isinstance(plain, WholeModule) and f"hooks on {path} run where that is called as a module" in table(q)
+    assert octav_fx.coverage(q).skipped == []
+    expected = observed(model, seen)
+    with without_quantizers(q):
+        found = observed(q, seen)
+    assert found and all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
+    assert len(observed(q, seen)) == len(expected) and len(observed(q.eval(), seen)) == len(expected)
+    signs = [[row.signed for row in octav_fx.rows(each) if row.operand] for each in (plain, q)]
+    # A hook may change what it sees in any call, so of that no sign is known.
+    assert sum(map(operator.ne, *signs)) == (path == "layer" and "backward" not in kind)
+
+
+def test_hooks_change_what_they_see() -> None:
+    model, x = Hooked(), batch()
+    model.layer.register_forward_pre_hook(lambda m, args: (-args[0],))
+    model.scaled.register_forward_hook(lambda m, args, kwargs, y: y - kwargs["scale"], with_kwargs=True)
+    q = quantize(model, x, Config(2, 2, edge_bits=None))
+    assert_computes(q, model, (x,), (batch(3),))
+    with OnGrid(2) as seen:
+        q(x)
+    assert (seen.checked, seen.off_grid) == (7, [])
+
+
+@pytest.mark.compile
+def test_hooks_on_modules_that_are_called_fire_in_compiled_code() -> None:
+    model, x, seen = Hooked(), batch(), list[Any]()
+    for kind in HOOKS:
+        HOOKS[kind](model.layer, seen)
+    q = quantize(model, x)
+    compiled = torch.compile(q, backend="aot_eager")
+    for _ in range(2):
+        seen.clear()
+        compiled(x).sum().backward()
+        assert len(seen) == len(HOOKS)
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_hooks_run_in_what_convert_returns(integers: bool) -> None:
+    model, x, seen = Hooked(), batch(), list[Any]()
+    for path in ("layer", "scaled"):
+        HOOKS["after, keywords"](model.get_submodule(path), seen)
+    q = quantize(model.eval(), x)
+    octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    converted = octav_fx.convert(q, integers=integers)
+    for module in (q, converted, copy.deepcopy(converted)):
+        seen.clear()
+        module(x)
+        assert [kwargs for _, kwargs, _ in seen] == [{}, {"scale": 0.5}]
 
 
 def test_a_layer_by_itself_is_no_edge_of_a_network() -> None:

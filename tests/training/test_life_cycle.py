@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -573,3 +575,23 @@ def test_scripting_is_refused():
     for module in (q, nn.Sequential(q), octav_fx.convert(frozen)):
         with pytest.raises(octav_fx.OctavError, match=r"torch\.jit\.script reads source code, and Net runs graphs"):
             torch.jit.script(module)
+
+
+@pytest.mark.parametrize("blocks", [(), ["2"]])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_exported_program_is_saved_and_loaded(training: bool, blocks: Any, tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).train(training)
+    q = octav_fx.quantize(model, x, blocks=blocks)
+    torch.export.save(torch.export.export(q, (x,)), tmp_path / "q.pt2")
+    loaded = torch.export.load(tmp_path / "q.pt2").module()
+    for batch in (x, torch.randn(4, 8)):
+        assert torch.equal(loaded(batch), q(batch))
+
+
+def test_torch_onnx_export_of_a_model_that_is_not_frozen_says_what_does_it(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8))
+    with pytest.raises(Exception, match=r"octav_fx\.export_onnx write this model") as raised:
+        torch.onnx.export(q, (torch.randn(4, 8),), tmp_path / "q.onnx", verbose=False)
+    assert isinstance(raised.value.__cause__, octav_fx.OctavError)

@@ -509,6 +509,12 @@ def test_wrappers_that_belong_outside():
         quantize(torch.compile(Net()), images())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_model_has_no_python():
+    with pytest.raises(OctavError, match="no Python code to capture: quantize the module that was scripted"):
+        quantize(torch.jit.script(nn.Sequential(nn.Linear(8, 8))), torch.randn(2, 8))
+
+
 def test_lazy_modules_have_to_run_first():
     model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(3))
     with pytest.raises(OctavError, match=r"1\.weight has no shape yet: run the model once"):
@@ -522,7 +528,7 @@ def test_lazy_modules_have_to_run_first():
     [
         ((), "do not fit Net.forward: missing a required argument: 'x'"),
         ({"image": None}, "do not fit Net.forward"),
-        ((1, 2, 3), "do not fit Net.forward: too many positional arguments"),
+        ((1, 2, 3), "too many positional arguments; leave out what it does not take, such as labels"),
         (torch.randn(2, 4, 8, 8), r"capture stopped at .*test_quantize\.py:\d+: RuntimeError: .*channels"),
         ("a string", r"capture stopped at .*test_quantize\.py:\d+: TypeError"),
         (None, r"capture stopped at .*test_quantize\.py:\d+: "),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import octav_fx
 from octav_fx import OctavError
@@ -120,7 +121,7 @@ def test_a_graph_of_its_own_among_blocks_and_the_python_around_them() -> None:
 def test_what_asks_before_the_next_call_is_told() -> None:
     q = octav_fx.quantize(Net(), x())
     q.head = nn.Linear(16, 7)
-    words = r"head of Net is another module than octav_fx\.quantize saw: call the model with a batch"
+    words = r"head of Net is another one than octav_fx\.quantize saw: call the model with a batch"
     for ask in (octav_fx.coverage, octav_fx.freeze, octav_fx.convert, lambda m: octav_fx.calibrate(m, [x()])):
         with pytest.raises(OctavError, match=words):
             ask(q)
@@ -147,10 +148,49 @@ def test_what_no_graph_holds_is_refused_and_nothing_is_changed() -> None:
     before, head = q(x()), q.head
     q.head = Unheld()
     for _ in range(2):
-        with pytest.raises(OctavError, match=r"head: another module than .*, and no graph holds it"):
+        with pytest.raises(OctavError, match=r"head: another one than .*, and no graph holds it"):
             q(x())
     q.head = head
     assert torch.equal(q(x()), before)
+
+
+COMPUTED: dict[str, Callable[[Any], Any]] = {
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "prune twice": lambda layer: prune.ln_structured(COMPUTED["prune"](layer), "weight", 0.2, 2, 0),
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "of one's own": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+    "pruned for good": lambda layer: prune.remove(COMPUTED["prune"](layer), "weight"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated")
+@pytest.mark.parametrize("made", [_same, copy.deepcopy])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_weight_that_is_computed_from_now_on(name: str, made: Callable[[nn.Module], nn.Module]) -> None:
+    def changed(net: Any) -> nn.Module:
+        torch.manual_seed(1)
+        COMPUTED[name](net.head)
+        return net
+
+    torch.manual_seed(0)
+    model = Net()
+    q, expected = octav_fx.quantize(model, x()), octav_fx.quantize(changed(copy.deepcopy(model)), x())
+    q = made(changed(q))
+    if name != "pruned for good":
+        with pytest.raises(OctavError, match=r"head.* of Net is another one than"):
+            octav_fx.coverage(q)
+    kept = q.quantizers.body_weight
+    for each in (q, expected):
+        each(x()).sum().backward()
+    assert q.quantizers.body_weight is kept
+    assert torch.equal(q.eval()(x()), expected.eval()(x())) and octav_fx.coverage(q) == octav_fx.coverage(expected)
+    gradients = [{name: p.grad for name, p in each.named_parameters()} for each in (q, expected)]
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    octav_fx.freeze(octav_fx.calibrate(q, [x()]))
+    assert torch.isfinite(octav_fx.convert(q)(x())).all()
 
 
 def test_a_frozen_model_says_that_it_has_to_be_frozen_again() -> None:
@@ -186,6 +226,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "an adapter": lambda q: q.layers.__setitem__(2, Adapted(q.layers[2])),
     "a layer more": lambda q: q.more.append(nn.Linear(8, 8)),
     "a weight": lambda q: setattr(q.more[0], "weight", nn.Parameter(torch.ones(8, 8))),
+    "a weight that is pruned": lambda q: prune.l1_unstructured(q.layers[0], "weight", 0.5),
+    "a weight that is computed": lambda q: parametrize.register_parametrization(q.layers[0], "weight", nn.Tanh()),
     "a hook on the whole": lambda q: q.register_forward_hook(lambda q, given, y: 2 * y),
 }
 

@@ -50,6 +50,8 @@ class Capture:
     begun: tuple[str, ...]
     # What code has a part of forward recomputed in backward, which the graph does not, and where, as file:line.
     recomputed: Mapping[CodeType, str]
+    # Modules with hooks of the user's, which the graph does not run.
+    hooked: tuple[str, ...]
 
 
 def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NOTHING) -> Capture:
@@ -123,6 +125,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         remembered=(*named.values(), *tracer.resized),
         begun=(*(named[key] for key in begun), *tracer.resized),
         recomputed=tracer.recomputed,
+        hooked=tuple(tracer.hooked),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from octav_fx.capture.hooks import as_hooks_leave, needs_calls, set_aside
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
@@ -90,6 +91,8 @@ class ValueTracer(fx.Tracer):
     failed: list[str] = field(default_factory=list)
     # What code calls torch.utils.checkpoint, and where, as file:line.
     recomputed: dict[types.CodeType, str] = field(default_factory=dict)
+    # Modules with hooks that have to run in each call.
+    hooked: list[str] = field(default_factory=list)
     user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
     # Read by fx: buffers become proxies, not constants.
@@ -389,13 +392,26 @@ class ValueTracer(fx.Tracer):
         if self._is_unrolled(m):
             return unrolled(m, *args, **kwargs)
         mark, path = self._mark(), self.path_of_module(m)
-        if has_forward_hooks(m) and not self.is_leaf_module(m, path):
-            self.notes.append(f"{path}: hooks were traced once; what they do besides computing tensors is not repeated")
+        if needs_calls(m) and not self.is_leaf_module(m, path):
+            return self._call_hooked(m, forward, args, kwargs)
         result = super().call_module(m, forward, args, kwargs)
         if _is_stateless(m) and self._is_random(mark):
             self._go_back(mark)
             return super().create_proxy("call_module", path, args, kwargs)
         return result
+
+    def _call_hooked(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace through a module past its hooks, which have to run in each call: this graph is not to."""
+        self.hooked.append(self.path_of_module(m))
+        may_change = has_forward_hooks(m)
+
+        def left(value: Any) -> Any:
+            is_changed = may_change and type(value) in PROXIES and isinstance(value.value, Tensor)
+            return self.create_proxy("call_function", as_hooks_leave, (value,), {}) if is_changed else value
+
+        args, kwargs = pytree.tree_map(left, (args, kwargs))
+        with set_aside(m):
+            return pytree.tree_map(left, super().call_module(m, forward, args, kwargs))
 
     def _inline(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace through a function that its author hid with fx.wrap; keep the call where that is not possible."""
@@ -558,7 +574,7 @@ def _is_user_function(target: Any) -> bool:
     return (target.__module__ or "torch").partition(".")[0] not in ("torch", "math", "operator", "builtins")
 
 
-_OURS: Final = (guard_equal, setitem_, rebuild, with_items, apply_function)
+_OURS: Final = (guard_equal, setitem_, rebuild, with_items, apply_function, as_hooks_leave)
 
 
 def _has(parameters: Iterable[inspect.Parameter], kind: str) -> bool:

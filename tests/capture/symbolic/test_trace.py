@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import zoo
+from octav_fx.capture.hooks import as_hooks_leave
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.capture.symbolic.trace import capture
@@ -618,13 +619,16 @@ def test_hooks_of_leaves_run_in_the_graph() -> None:
     agrees(float_module, {"input": torch.randn(4, 6)}, {"input": torch.randn(2, 6)})
 
 
-def test_hooks_of_traced_modules_are_traced_and_noted() -> None:
+def test_hooks_of_traced_modules_are_passed_by_and_told() -> None:
+    seen: list[Any] = []
     inner = nn.Sequential(nn.Linear(6, 4))
-    inner.register_forward_hook(lambda module, args, y: y * 2)
-    float_module = nn.Sequential(inner)
-    agrees(float_module, {"input": torch.randn(4, 6)})
-    notes = capture(float_module, {"input": torch.randn(4, 6)}).notes
-    assert notes == ("0: hooks were traced once; what they do besides computing tensors is not repeated",)
+    inner.register_forward_hook(lambda module, args, y: seen.append(y))
+    captured = capture(nn.Sequential(inner, nn.ReLU()), {"input": torch.randn(4, 6)})
+    assert captured.hooked == ("0",) and seen == [] and len(inner._forward_hooks) == 1
+    # Hooks may change what they see in any call: nothing is known of it.
+    nodes = [node for node in captured.graph.nodes if node.target is as_hooks_leave]
+    assert [str(node.args[0]) for node in nodes] == ["input_1", "_0_0"]
+    assert capture(inner, {"input": torch.randn(4, 6)}).hooked == ()
 
 
 def test_a_subclass_of_a_container_with_a_forward_of_its_own() -> None:
