@@ -59,6 +59,29 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
     return type(value).__name__
 
 
+def same_tensors(*values: Any) -> tuple[int, ...]:
+    """Return for each tensor in plain containers, in their order, where the same one was first: (0, 1, 0).
+
+    Code may ask `a is b`, and what is written into one of them is read from the other.
+    """
+    known, places = list[Tensor](), list[int]()
+    for tensor in _tensors(values):
+        # A loop that a compiler follows.
+        at = 0
+        while at < len(known) and known[at] is not tensor:
+            at += 1
+        known.append(tensor)
+        places.append(at)
+    return tuple(places)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in held for tensor in _tensors(item)]
+
+
 def _slots(kind: type) -> list[str]:
     found: list[str] = []
     for above in kind.__mro__:

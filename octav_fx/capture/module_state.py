@@ -61,11 +61,12 @@ class _Before:
         # Those that forward ties.
         modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
         named += [(held, dict(held)) for held in map(parameters_of, modules)]
-        kinds = {kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
+        # By identity: what stands for a class is equal to it.
+        kinds = {id(kind): kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
         return cls(
             named,
             [(container, copy.copy(container)) for container in containers_of(root)],
-            [(kind, dict(vars(kind))) for kind in kinds],
+            [(kind, dict(vars(kind))) for kind in kinds.values()],
         )
 
     def restore(self) -> None:

@@ -363,7 +363,23 @@ def asks_whether_arguments_are_one(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return self.a(x) if x is y else self.b(x) + self.a(y).mean()
 
 
-@case((x,), (longer,), (one,))
+@case((x, x), (x, longer), (longer, longer))
+def asks_whether_arguments_are_one_as_they_were(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    return self.a(x) if x is y else self.b(x) + self.a(y).mean()
+
+
+@case(([x, x],), ([x, longer],), ([longer, longer],), ([longer, x],))
+def asks_whether_those_in_a_list_are_one(self: Any, pair: list[Tensor]) -> Tensor:
+    return self.a(pair[0]) if pair[0] is pair[1] else self.b(pair[0]) + self.a(pair[1]).mean()
+
+
+@case((x, x), (x, longer[:2, :5]), (longer, longer))
+def writes_into_one_of_its_arguments(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    x.mul_(2)
+    return self.b(self.a(x) + y)
+
+
+@case((x,), (longer,))
 def returns_a_dataclass(self: Any, x: Tensor) -> Result:
     result = Result(self.a(x))
     result.extra = {"loss": self.b(result.y).mean(), "length": x.shape[1]}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Facts, Guards
-from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute
+from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
 from octav_fx.capture.symbolic.reads import Reads
 from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
@@ -30,13 +30,14 @@ def take_guards(
     graph: fx.Graph,
     root: nn.Module,
     kinds: Mapping[str, Any],
+    same: tuple[int, ...] = (),
     attributes: Sequence[tuple[str, Any]] = (),
     modes: Reads | None = None,
 ) -> Guards:
     """Make guards of the checks in a trace, which keeps only those of sizes that it computes on its way.
 
-    kinds: what kind_of found in each argument of forward. attributes: paths of plain attributes that forward read, and
-    what kind_of found there. modes: those of the call that forward asked for.
+    kinds: what kind_of found in each argument of forward. same: what same_tensors found in all of them. attributes:
+    paths of plain attributes that forward read, and what kind_of found there. modes: those that forward asked for.
     """
     for check in graph.find_nodes(op="call_function", target=guard_equal):
         if _is_number_of_axes(check.args[0]):
@@ -58,7 +59,7 @@ def take_guards(
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
-    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, modes), sizes, deep)
+    return Guards(_arguments(graph, kinds, same), _attributes(graph, attributes, modes), sizes, deep)
 
 
 def _without_statistics(graph: fx.Graph) -> None:
@@ -115,12 +116,14 @@ def _has_object(node: fx.Node) -> bool:
     return any(not isinstance(leaf, _VALUES) for leaf in leaves)
 
 
-def _arguments(graph: fx.Graph, kinds: Mapping[str, Any]) -> Facts:
+def _arguments(graph: fx.Graph, kinds: Mapping[str, Any], same: tuple[int, ...]) -> Facts:
     asked = _with_inputs(graph)
-    rows = []
-    for node in asked.find_nodes(op="placeholder"):
+    inputs, rows = list(asked.find_nodes(op="placeholder")), list[tuple[Any, Any, str]]()
+    for node in inputs:
         name = str(node.target).lstrip("*")
         rows.append((asked.call_function(kind_of, (node,)), kinds[name], f"argument {name}"))
+    if len(same) > 1:
+        rows.append((asked.call_function(same_tensors, tuple(inputs)), same, "which arguments are the same tensor"))
     return _facts(asked, rows)
 
 

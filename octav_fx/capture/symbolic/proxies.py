@@ -109,6 +109,9 @@ class ValueProxy(fx.Proxy):
             item = value[index]
             if item is None or isinstance(item, (bool, int, float, str)):
                 return item
+            return self.tracer.given_once(
+                self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+            )
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def __bool__(self) -> bool:

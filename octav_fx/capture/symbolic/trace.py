@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Guards
-from octav_fx.capture.kinds import MISSING, kind_of
+from octav_fx.capture.kinds import MISSING, kind_of, same_tensors
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.names import symbolic_names
@@ -60,7 +60,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     """
     # Evaluation may write into objects among them.
     tracer = ValueTracer(own_copy(dict(arguments)), user=user)
-    kinds = {name: kind_of(value) for name, value in arguments.items()}
+    kinds, same = {name: kind_of(value) for name, value in arguments.items()}, same_tensors(*arguments.values())
     before = set(root.__dict__)
     try:
         with (
@@ -109,7 +109,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         for (module, name), kind in reads.attributes.items()
         if module in paths and ((module, name) not in remembered or (module, name) in begun)
     ]
-    guards = take_guards(graph, root, kinds, attributes, reads)
+    guards = take_guards(graph, root, kinds, same, attributes, reads)
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.

@@ -104,6 +104,8 @@ class ValueTracer(fx.Tracer):
         # What holds them, by name: forward may set it to something else before a node is made that reads it.
         self.first_values: dict[str, Any] = {}
         self.attribute_nodes: dict[Place, fx.Node] = {}
+        # What stands for a tensor among the arguments, by the identity of its value: code may ask whether two are one.
+        self.given: dict[int, ValueProxy] = {}
         # Tensors of modules that forward read before it set them, by module and name.
         self.read_first: set[tuple[nn.Module, str]] = set()
 
@@ -163,11 +165,16 @@ class ValueTracer(fx.Tracer):
             {},
             type_expr=annotation if is_known and annotation is not parameter.empty else None,
         )
-        return proxy if stars else self._concrete(proxy)
+        return proxy if stars else self.given_once(self._concrete(proxy))
+
+    def given_once(self, given: Any) -> Any:
+        """Return what stands for an argument, or for a part of one: for the same tensor the same."""
+        is_tensor = type(given) in PROXIES and isinstance(given.value, Tensor)
+        return self.given.setdefault(id(given.value), given) if is_tensor else given
 
     def _further_keywords(self, collected: Any) -> dict[str, Any]:
         """Return what **kwargs held in the example call: a guard of all arguments speaks of the same keywords later."""
-        return {key: self._concrete(collected[key]) for key in collected.value}
+        return {key: self.given_once(self._concrete(collected[key])) for key in collected.value}
 
     @staticmethod
     def _check_signature(parameters: list[inspect.Parameter]) -> None:
