@@ -212,7 +212,7 @@ def _equal(value: Any, expected: Any) -> bool:
 
 def _text(kind: Any) -> str:
     match kind:
-        case ("Tensor", int() as axes):
+        case ("Tensor", int() as axes, *_):
             return f"a tensor of {axes} axes"
         case (str(), value):
             kind = value

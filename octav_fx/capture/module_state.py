@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from octav_fx.capture.kinds import tags_of
 from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, parameters_of
 from octav_fx.compat.tensors import pytree
 
@@ -198,7 +199,9 @@ def own_copy(inputs: Any) -> Any:
         if isinstance(leaf, nn.Module):
             return leaf
         if isinstance(leaf, torch.Tensor):
-            return memo.setdefault(id(leaf), leaf.clone())
+            if id(leaf) not in memo:
+                memo[id(leaf)] = with_tags_of(leaf, leaf.clone())
+            return memo[id(leaf)]
         # deepcopy refuses tensors with a history of gradients: a cache that earlier layers have filled.
         for tensor in _tensors_within(leaf, set()):
             if not tensor.is_leaf:
@@ -210,6 +213,12 @@ def own_copy(inputs: Any) -> Any:
             return leaf
 
     return pytree.tree_map(copied, inputs)
+
+
+def with_tags_of(tensor: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
+    """Set on a copy of a tensor what users set on the tensor; return the copy."""
+    vars(copied).update(tags_of(tensor))
+    return copied
 
 
 def _tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:

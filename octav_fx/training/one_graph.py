@@ -331,7 +331,8 @@ def _graphs(
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
     """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
     constants = Constants.of(module)
-    captured = _capture(module, call, mode, user)
+    with constants.without_caches():
+        captured = _capture(module, call, mode, user)
     if constants.change() is not None:
         # A table of a file that forward fills once.
         constants = Constants.of(module)

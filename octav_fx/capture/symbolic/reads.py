@@ -3,12 +3,14 @@
 import builtins
 import contextlib
 import inspect
+import os
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -29,6 +31,13 @@ INTERNAL: Final = frozenset({*vars(nn.Module()), "_is_hf_initialized"})
 _COMPUTED: Final = object()
 _DEVICES: Final = ("cpu", "cuda")
 _CLOCKS: Final = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "process_time")
+_FILES: Final[tuple[tuple[Any, tuple[str, ...]], ...]] = (
+    (builtins, ("open",)),
+    (torch, ("load",)),
+    (os, ("listdir", "stat")),
+    (os.path, ("exists", "isfile", "isdir", "getmtime")),
+    (Path, ("exists", "is_file", "open", "read_text", "read_bytes")),
+)
 
 
 @dataclass
@@ -173,8 +182,11 @@ def _without_clocks(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (time, name, "reads the clock, which is another one in each call") for name in _CLOCKS
     ]
-    places.append((builtins, "open", "opens a file, which is another one in each call"))
+    places += [
+        (place, name, "asks for a file, which is another one in each call") for place, names in _FILES for name in names
+    ]
     places.append((torch, "manual_seed", "seeds torch's generator, which a graph does not"))
+    places.append((torch, "is_inference_mode_enabled", "asks for inference mode, in which no graph is captured"))
     originals = [getattr(place, name) for place, name, _ in places]
     try:
         for (place, name, what), original in zip(places, originals, strict=True):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from octav_fx.capture.module_state import with_tags_of
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
@@ -497,7 +498,7 @@ class ValueTracer(fx.Tracer):
     def _evaluate_inside(self, node: fx.Node) -> tuple[Any, int]:
         if node.op == "placeholder":
             value = self.arguments[str(node.target).lstrip("*")]
-            return pytree.tree_map_only(Tensor, self.fake_mode.from_tensor, value), 0
+            return pytree.tree_map_only(Tensor, lambda t: with_tags_of(t, self.fake_mode.from_tensor(t)), value), 0
         if node.op == "get_attr":
             value = self.first_values.get(str(node.target), self.root)
             for atom in () if value is not self.root else str(node.target).split("."):
