@@ -122,6 +122,8 @@ class GuardedGraph:
 
     graph: fx.Graph
     guards: Guards | None = None
+    # Dicts that forward fills, and the graph does not.
+    caches: tuple[str, ...] = ()
     _function: Callable[..., Any] | None = None
     _written: set[str] | None = None
     _constants: Constants | None = None
@@ -174,7 +176,7 @@ class GuardedGraph:
         self._constants = constants
 
     def __reduce__(self) -> Any:
-        return _restored_graph, (flatten(self.graph), self.guards)
+        return _restored_graph, (flatten(self.graph), self.guards, self.caches)
 
 
 def _shapes(leaves: list[Any]) -> tuple[Any, ...]:
@@ -185,8 +187,8 @@ def _restored(rows: list[Any], expected: tuple[Any, ...], where: tuple[str, ...]
     return Facts(unflatten(rows), expected, where)
 
 
-def _restored_graph(rows: list[Any], guards: Guards | None) -> GuardedGraph:
-    restored = GuardedGraph(unflatten(rows), guards)
+def _restored_graph(rows: list[Any], guards: Guards | None, caches: tuple[str, ...] = ()) -> GuardedGraph:
+    restored = GuardedGraph(unflatten(rows), guards, caches)
     restored.function()
     return restored
 

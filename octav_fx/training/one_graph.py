@@ -174,7 +174,7 @@ class Recipe:
             rows, told = self.rewrite(quantized)
             remove_unused(quantized, [captured.graph], before)
         _drop_values([captured.graph])
-        guarded = GuardedGraph(captured.graph, captured.guards)
+        guarded = GuardedGraph(captured.graph, captured.guards, captured.caches)
         guarded.hold_constants(Constants.of(owner))
         if has_data(owner, call):
             _check_graph(quantized, guarded, call)
@@ -311,12 +311,12 @@ def _graphs(
     """
     mode = module.training
     captured, notes = _captured(module, example, mode, user)
-    guarded = GuardedGraph(captured.graph, captured.guards)
+    guarded = GuardedGraph(captured.graph, captured.guards, captured.caches)
     graphs, recomputed = {mode: guarded, (not mode): guarded}, dict(captured.recomputed)
     if captured.depends_on_training:
         try:
             other = _capture(module, example, not mode, user)
-            graphs[not mode] = GuardedGraph(other.graph, other.guards)
+            graphs[not mode] = GuardedGraph(other.graph, other.guards, other.caches)
             recomputed |= other.recomputed
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"

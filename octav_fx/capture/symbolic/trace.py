@@ -18,13 +18,14 @@ from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.names import symbolic_names
 from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
-from octav_fx.capture.symbolic.reads import watched_reads
+from octav_fx.capture.symbolic.reads import Reads, watched_reads
 from octav_fx.capture.symbolic.regions import regions
-from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, undone_writes
+from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, is_cache, undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
 from octav_fx.compat.tensors import pytree, quiet
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.dataflow import constants
 from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import UserRules
 
@@ -50,6 +51,8 @@ class Capture:
     begun: tuple[str, ...]
     # What code has a part of forward recomputed in backward, which the graph does not, and where, as file:line.
     recomputed: Mapping[CodeType, str]
+    # Dicts that forward fills and the graph does not, which computes in each call what would be in them.
+    caches: tuple[str, ...]
 
 
 def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NOTHING) -> Capture:
@@ -80,13 +83,14 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             # Looking at what forward stored may make nodes.
             with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
                 remembered = reads.remembered()
+            tracer.caches = _caches(graph, root, remembered, reads)
             # Also set on root, by the tracer: they are the graph's.
-            constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
+            made = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
         if isinstance(error, OctavError):
             raise NotCaptured(str(error)) from error
         raise NotCaptured(f"capture stopped at {user_line(error)}: {type(error).__name__}: {error}") from error
-    for name, constant in constants.items():
+    for name, constant in made.items():
         if isinstance(constant, Tensor):
             root.register_buffer(name, constant, persistent=False)
         else:
@@ -96,7 +100,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     named = {
         (module, name): f"{paths[module]}.{name}".lstrip(".")
         for module, name in remembered
-        if module in paths and not _is_constant(name)
+        if module in paths and not _is_constant(name) and (module, name) not in tracer.caches
     }
     begun = [
         key
@@ -123,7 +127,22 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         remembered=(*named.values(), *tracer.resized),
         begun=(*(named[key] for key in begun), *tracer.resized),
         recomputed=tracer.recomputed,
+        caches=tuple(f"{paths[module]}.{name}".lstrip(".") for module, name in tracer.caches),
     )
+
+
+def _caches(
+    graph: fx.Graph, root: nn.Module, remembered: list[tuple[nn.Module, str]], reads: Reads
+) -> set[tuple[nn.Module, str]]:
+    """Return the remembered attributes that are dicts which forward fills with what state alone decides."""
+    if not remembered:
+        return set()
+    # While it is traced a graph is no module's, whose layers could be asked what they write.
+    graph.owning_module = root  # type: ignore[assignment]
+    decided = constants(graph)
+    graph.owning_module = None
+    kinds = {(module, name): reads.attributes[module, name] for module, name in remembered}
+    return {(m, name) for (m, name), kind in kinds.items() if is_cache(vars(m).get(name), kind, decided)}
 
 
 def _is_constant(name: str) -> bool:

@@ -78,6 +78,8 @@ class ValueTracer(fx.Tracer):
     # Modes that Python code asked for, and what else the user has to know.
     branched_on: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Dicts that forward fills with what parameters and buffers alone decide: a graph computes that in each call.
+    caches: set[tuple[nn.Module, str]] = field(default_factory=set)
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
     # Those of them that it read first, and sets to a tensor of another shape: a table for another length.
