@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.guards import Facts, Guards
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
 from octav_fx.capture.symbolic.reads import Reads
+from octav_fx.capture.symbolic.regions import Kept
 from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import pytree
@@ -48,6 +49,7 @@ def take_guards(
     if checks:
         near = _copied(graph, root)
         _without_statistics(near)
+        _without_writes(near)
         forward_sizes(near)
         asked = near.find_nodes(op="call_function", target=guard_equal)
         is_deep = [_computes_tensors(check) for check in asked]
@@ -67,6 +69,25 @@ def _without_statistics(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_module"):
         if keeps_shape(node) and _moves_buffers(node) and node.args:
             node.replace_all_uses_with(node.args[0])
+
+
+def _without_writes(graph: fx.Graph) -> None:
+    """Let what reads the result of a write read what was written into, where that keeps its shape: sizes are the same."""
+    for node in graph.nodes:
+        target = node.args[0] if node.args else None
+        is_write = node.op in ("call_function", "call_method") and in_place(node) and node.target not in _RESHAPES
+        if is_write and isinstance(target, fx.Node):
+            before, after = fake(target), fake(node)
+            if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
+                node.replace_all_uses_with(target)
+
+
+_RESHAPES: Final = frozenset(
+    {
+        *("resize_", "resize_as_", "set_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_"),
+        "unsqueeze_",
+    }
+)
 
 
 def _moves_buffers(node: fx.Node) -> bool:
@@ -108,7 +129,8 @@ def _writes(check: fx.Node) -> bool:
 
 
 _READS: Final = (getattr, operator.getitem, len)
-_VALUES: Final = (Tensor, int, float, str, slice, type(None), torch.Size, torch.dtype, torch.device, nn.Module)
+_PLAIN: Final = (Tensor, int, float, str, slice, type(None), torch.Size, torch.dtype, torch.device)
+_VALUES: Final = (*_PLAIN, nn.Module, Kept)
 
 
 def _has_object(node: fx.Node) -> bool:
