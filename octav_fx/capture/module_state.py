@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from octav_fx.capture.kinds import tags_of
-from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, parameters_of
+from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, children_of, parameters_of
 from octav_fx.compat.tensors import pytree
+from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 4
@@ -27,7 +28,8 @@ CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy
 def preserved_attributes(root: nn.Module) -> Iterator[None]:
     """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
-    So is what the user's objects held. What is written into tensors in place stays.
+    So is what the user's objects held, and children that are new are taken out. What is written into tensors in place
+    stays.
     """
     before = _Before.of(root)
     try:
@@ -55,6 +57,8 @@ class _Before:
     containers: list[tuple[Any, Any]]
     # What is in the classes of the modules: a count of calls.
     classes: list[tuple[type, dict[str, Any]]]
+    # The children of each module, but for quantizers, and their names.
+    children: list[tuple[dict[str, nn.Module | None], set[str]]]
 
     @classmethod
     def of(cls, root: nn.Module) -> "_Before":
@@ -64,10 +68,13 @@ class _Before:
         named += [(held, dict(held)) for held in map(parameters_of, modules)]
         # By identity: what stands for a class is equal to it.
         kinds = {id(kind): kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
+        quantizers = [children_of(module)[QUANTIZERS] for module in modules if QUANTIZERS in children_of(module)]
+        own = {part for held in quantizers if held is not None for part in held.modules()}
         return cls(
             named,
             [(container, copy.copy(container)) for container in containers_of(root)],
             [(kind, dict(vars(kind))) for kind in kinds.values()],
+            [(children_of(module), set(children_of(module))) for module in modules if module not in own],
         )
 
     def restore(self) -> None:
@@ -75,6 +82,9 @@ class _Before:
             for key in [key for key in held if key not in PART_ATTRIBUTES and key not in old]:
                 del held[key]
             held.update(old)
+        for children, names_before in self.children:
+            for name in children.keys() - names_before - {QUANTIZERS}:
+                del children[name]
         for container, content in self.containers:
             _refill(container, content)
         for kind, names in self.classes:

@@ -120,7 +120,11 @@ def _partial_class(kind: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_changed(self) and not is_permitted():
             _look(self, args, kwargs)
-        return kind.forward(self, *args, **kwargs)
+        result = kind.forward(self, *args, **kwargs)
+        if is_changed(self) and not is_permitted():
+            # Modules that forward has made.
+            _look(self, args, kwargs)
+        return result
 
     return stand_in(kind, PartialModule, forward)
 

@@ -72,7 +72,7 @@ def _without_statistics(graph: fx.Graph) -> None:
 
 
 def _without_writes(graph: fx.Graph) -> None:
-    """Let what reads the result of a write read what was written into, where that keeps its shape: sizes are the same."""
+    """Let what reads the result of a write read what was written into, where that keeps its shape: it has its sizes."""
     for node in graph.nodes:
         target = node.args[0] if node.args else None
         is_write = node.op in ("call_function", "call_method") and in_place(node) and node.target not in _RESHAPES
