@@ -10,8 +10,10 @@ Each is asked at every call, and where the call is compiled, by the compiler's o
 
 import contextvars
 import copy
+import dis
 import functools
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -142,6 +144,8 @@ class _Named:
     """What a function names, what `self` is in it, and where its names have been looked for, by identity."""
 
     names: tuple[str, ...]
+    # Those of the names that stand for globals; the others are attributes of something.
+    of_globals: tuple[str, ...]
     keys: tuple[str, ...]
     owner: Any
     # Whether it looks into what modules hold past their attributes: self.__dict__["scale"].
@@ -152,7 +156,7 @@ class _Named:
     def by(cls, code: types.CodeType, owner: Any) -> "_Named":
         names, keys = _names(code), (key for key in _constants(code) if isinstance(key, str))
         asks_dict = not {"__dict__", "vars"}.isdisjoint(code.co_names)
-        return cls(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(keys)), owner, asks_dict)
+        return cls(tuple(dict.fromkeys(names)), _global_names(code), tuple(dict.fromkeys(keys)), owner, asks_dict)
 
 
 @dataclass(eq=False)
@@ -232,7 +236,7 @@ class _Found:
         is_globals = is_table and "__builtins__" in space
         if not is_globals:
             named = replace(named, owner=space)
-        for name in named.keys if is_table and not is_globals else named.names:
+        for name in named.of_globals if is_globals else named.keys if is_table else named.names:
             # What a thread holds is found by asking alone.
             found = getattr if isinstance(space, threading.local) else inspect.getattr_static
             value = space.get(name, MISSING) if is_table else found(space, name, MISSING)
@@ -341,6 +345,14 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of globals in a function, and in those that stand in it."""
+    found = [str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    within = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return tuple(dict.fromkeys(itertools.chain(found, *within)))
 
 
 def _constants(code: types.CodeType) -> Iterator[Any]:
