@@ -5,7 +5,7 @@ Facts are a graph of their own. It reads arguments, attributes and sizes, and re
     x, flag -> (kind_of(x), kind_of(flag), x.size(1) > 4, self.block.scale)    as expected: (..., True, 2.0)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -83,6 +83,10 @@ class Guards:
             with torch.no_grad(), permitted():
                 return self.deep.broken(module, args, kwargs)
         return self._deep_fault(module, args, kwargs)
+
+    def hold_for(self, arguments: Sequence[Any]) -> None:
+        """Know that the guards hold for arguments in the order of forward: those of the capture."""
+        self._known[_shapes(pytree.tree_leaves(arguments))] = None
 
     def _deep_fault(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         assert self.deep is not None

@@ -72,7 +72,8 @@ class _Before:
         own = {part for held in quantizers if held is not None for part in held.modules()}
         return cls(
             named,
-            [(container, copy.copy(container)) for container in containers_of(root)],
+            # Copies of what is empty, as most are, would take most of the time.
+            [(container, copy.copy(container) if container else ()) for container in containers_of(root)],
             [(kind, dict(vars(kind))) for kind in kinds.values()],
             [(children_of(module), set(children_of(module))) for module in modules if module not in own],
         )
@@ -119,7 +120,12 @@ def containers_of(root: nn.Module) -> list[Any]:
 
     for _, held in attributes(root):
         for name, value in held.items():
-            if name not in PART_ATTRIBUTES:
+            # Most are flags, and empty dicts of hooks.
+            if name in PART_ATTRIBUTES or value is None or type(value) is bool:
+                continue
+            if type(value) in _CONTAINERS and not value:
+                found[id(value)] = value
+            else:
                 visit(value, _DEEP)
     return list(found.values())
 
@@ -133,7 +139,9 @@ def is_users_object(value: Any) -> bool:
 
 
 def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, dict):
+    if not content:
+        is_same = not container
+    elif isinstance(container, dict):
         is_same = len(container) == len(content) and all(container.get(k, container) is v for k, v in content.items())
     else:
         is_same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
@@ -144,9 +152,17 @@ def _refill(container: Any, content: Any) -> None:
 
 def state_tensors(root: nn.Module) -> list[torch.Tensor]:
     """Return the buffers of modules and the tensors in their attributes, parameters aside."""
-    leaves = (leaf for value in held_values(root) for leaf in pytree.tree_leaves(value))
+    leaves = (leaf for value in held_values(root) for leaf in _leaves(value))
     tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
     return [t for t in tensors.values() if not isinstance(t, nn.Parameter)]
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    # Flattening all of these, of which most are flags and empty dicts of hooks, would take most of the time.
+    is_plain = value is None or isinstance(value, (bool, int, float, str, nn.Module))
+    return [] if is_plain or (type(value) in _CONTAINERS and not value) else pytree.tree_leaves(value)
 
 
 def held_values(root: nn.Module) -> list[Any]:

@@ -102,11 +102,13 @@ def watched_reads(tracer: "ValueTracer", root: nn.Module) -> Iterator[Reads]:
 @contextmanager
 def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
     original: Any = nn.Module.__setattr__
+    # What was read before: the first read tells all.
+    noted = set[tuple[nn.Module, str]]()
 
     def read(module: nn.Module, name: str) -> Any:
-        if name in INTERNAL or tracer.evaluating:
-            return object.__getattribute__(module, name)
         key = (module, name)
+        if name in INTERNAL or tracer.evaluating or key in noted:
+            return object.__getattribute__(module, name)
         tracer.evaluating = True
         try:
             value = _found(module, name)
@@ -119,6 +121,8 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
             is_part = isinstance(value, nn.Module) or _is_registered(module, value)
             # Tracers look for names that are free.
             is_probe = value is MISSING and not is_users(sys._getframe(1))
+            if not is_probe:
+                noted.add(key)
             if not is_part and not is_probe and key not in reads.attributes and key not in reads.written:
                 reads.attributes[key] = kind_of(value)
         return object.__getattribute__(module, name)

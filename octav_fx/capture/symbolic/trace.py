@@ -114,6 +114,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         if module in paths and ((module, name) not in remembered or (module, name) in begun)
     ]
     guards = take_guards(graph, root, kinds, same, attributes, reads)
+    guards.hold_for(tuple(arguments.values()))
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.

@@ -107,6 +107,8 @@ class ValueTracer(fx.Tracer):
         # What holds them, by name: forward may set it to something else before a node is made that reads it.
         self.first_values: dict[str, Any] = {}
         self.attribute_nodes: dict[Place, fx.Node] = {}
+        # Modules that were called, by path.
+        self.called: dict[str, nn.Module] = {}
         # What stands for a tensor among the arguments, by the identity of its value: code may ask whether two are one.
         self.given: dict[int, ValueProxy] = {}
         # Tensors of modules that forward read before it set them, by module and name.
@@ -518,7 +520,12 @@ class ValueTracer(fx.Tracer):
             return UNKNOWN, 0
 
     def _called(self, node: fx.Node) -> nn.Module | None:
-        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.op != "call_module":
+            return None
+        path = str(node.target)
+        if path not in self.called:
+            self.called[path] = self.root.get_submodule(path)
+        return self.called[path]
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         match node.op:
