@@ -67,7 +67,9 @@ class ValueProxy(fx.Proxy):
             # Arguments of the same kind have as many.
             return value.ndim
         if isinstance(value, Tensor) and name in _OF_STORAGE:
-            return self.tracer.decide(AttributeProxy(self, name), bool)
+            # torch's own modules ask only to choose a fast path.
+            is_torchs = caller().startswith(TORCH)
+            return getattr(value, name) if is_torchs else self.tracer.decide(AttributeProxy(self, name), bool)
         if isinstance(value, Tensor) and name in _OF_AUTOGRAD:
             return self._of_autograd(name)
         if isinstance(value, torch.device) and name == "type":
