@@ -123,9 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
             passed, summary = _tests([given.tests] if given.tests else kernel_tests())
             print(summary, flush=True)
             if not passed:
-                print(
-                    "a kernel is wrong on this GPU, or its tests did not end: no speed is measured, no file written"
-                )
+                print("a kernel is wrong on this GPU, or its tests did not end: no speed is measured, no file written")
                 return RED
             kernels = _report("kernels", device, given.folder, begun)
             kernels.tests = summary

@@ -2,24 +2,31 @@
 
 Of the code that forward runs the names are known before it runs. So are the plain values that they may stand for:
 
-    FACTOR, cfg.scale, Config.depth, settings.EPS, TABLE["k"], os.environ["FLAG"], a count in a closure or a default
+    FACTOR, cfg.scale, Config.depth, settings.EPS, TABLE["k"], os.environ["FLAG"], a count in a closure or a default,
+    what a variable of the context or of the thread holds, what torch answers: torch.get_default_dtype()
 
 Each is asked at every call, and where the call is compiled, by the compiler's own guards.
 """
 
+import contextvars
 import copy
+import dis
 import functools
 import inspect
+import itertools
 import math
 import os
 import sys
+import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from octav_fx.capture.kinds import MISSING, PLAIN, kind_of
 from octav_fx.capture.module_state import CLOSED, is_users_class, is_users_object
@@ -32,6 +39,21 @@ from octav_fx.ir.table.contractions import CONTRACTIONS
 _DEEP: Final = 6
 # Of larger lists and tables only what code names is asked.
 _SMALL: Final = 64
+
+
+def _rank() -> tuple[int, int] | None:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
+
+
+# What code may ask of torch, by the name of the question; forward has the answers of the present.
+_QUESTIONS: Final[dict[str, Callable[[], Any]]] = {
+    "are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
+    "get_default_dtype": torch.get_default_dtype,
+    "get_float32_matmul_precision": torch.get_float32_matmul_precision,
+    "get_num_threads": torch.get_num_threads,
+    **dict.fromkeys(("is_initialized", "get_rank", "get_world_size"), _rank),
+}
+_CACHED: Final = type(functools.cache(_rank))
 # Defaults of functions that keep what is put into them.
 _CHANGING: Final = (list, dict, set)
 
@@ -53,6 +75,12 @@ class Constants:
     items: tuple[_Held, ...]
     # Attributes that are tensors and modules, which count by being themselves.
     objects: tuple[_Held, ...]
+    # Questions by name, each with the answer.
+    answers: tuple[tuple[str, Callable[[], Any], Any], ...]
+    # Variables of the context, each with its value.
+    variables: tuple[tuple[contextvars.ContextVar[Any], Any], ...]
+    # Functions that keep what they have returned.
+    caches: tuple[Any, ...]
 
     @classmethod
     def of(cls, root: nn.Module) -> "Constants":
@@ -62,7 +90,9 @@ class Constants:
             if op_of_module(module) in CONTRACTIONS:
                 found.add_attributes("a layer", module, _settings(module))
         found.add_named(root)
-        return cls(*(tuple(held) for held in found.rows()))
+        attributes, items, objects = (tuple(held) for held in found.rows())
+        answers = tuple((name, question, answer) for name, (question, answer) in found.answers.items())
+        return cls(attributes, items, objects, answers, tuple(found.variables.items()), tuple(found.caches))
 
     def change(self) -> str | None:
         """Say which is another one now, or return None."""
@@ -79,7 +109,24 @@ class Constants:
             for name, before in zip(names, values, strict=True):
                 if getattr(holder, name, MISSING) is not before:
                     return f"{name} of {where} is another one than at capture"
+        for name, question, before in self.answers:
+            if (now := question()) != before:
+                return _told(name, "torch", before, now)
+        for variable, before in self.variables:
+            if (now := variable.get(MISSING)) != before:
+                return _told("a variable", "the context", before, now)
         return None
+
+    @contextmanager
+    def without_caches(self) -> Iterator[None]:
+        """Let functions remember nothing from before inside, and nothing of what they return inside afterwards."""
+        for cache in self.caches:
+            cache.cache_clear()
+        try:
+            yield
+        finally:
+            for cache in self.caches:
+                cache.cache_clear()
 
 
 def _is_other(now: Any, before: Any) -> bool:
@@ -97,6 +144,8 @@ class _Named:
     """What a function names, what `self` is in it, and where its names have been looked for, by identity."""
 
     names: tuple[str, ...]
+    # Those of the names that stand for globals; the others are attributes of something.
+    of_globals: tuple[str, ...]
     keys: tuple[str, ...]
     owner: Any
     # Whether it looks into what modules hold past their attributes: self.__dict__["scale"].
@@ -107,7 +156,7 @@ class _Named:
     def by(cls, code: types.CodeType, owner: Any) -> "_Named":
         names, keys = _names(code), (key for key in _constants(code) if isinstance(key, str))
         asks_dict = not {"__dict__", "vars"}.isdisjoint(code.co_names)
-        return cls(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(keys)), owner, asks_dict)
+        return cls(tuple(dict.fromkeys(names)), _global_names(code), tuple(dict.fromkeys(keys)), owner, asks_dict)
 
 
 @dataclass(eq=False)
@@ -117,6 +166,9 @@ class _Found:
     attributes: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
     items: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
     objects: dict[int, tuple[str, Any, dict[Any, Any]]] = field(default_factory=dict)
+    answers: dict[str, tuple[Callable[[], Any], Any]] = field(default_factory=dict)
+    variables: dict[contextvars.ContextVar[Any], Any] = field(default_factory=dict)
+    caches: set[Any] = field(default_factory=set)
     # Modules by class: what `self` is in its methods.
     modules: dict[type, list[nn.Module]] = field(default_factory=dict)
     # Functions to be read, each with what `self` may be in it; and those that were.
@@ -148,6 +200,8 @@ class _Found:
                 continue
             self.seen.add((function, id(owner)))
             named = _Named.by(code, owner)
+            questions = ((name, _QUESTIONS[name]) for name in named.names if name in _QUESTIONS)
+            self.answers |= {name: (question, question()) for name, question in questions}
             self._look(function.__globals__, named, _DEEP)
             for cell in filter(_is_filled, function.__closure__ or ()):
                 self._meet(cell, "cell_contents", cell.cell_contents, named, _DEEP)
@@ -155,6 +209,9 @@ class _Found:
                 self._meet(function, "__defaults__", function.__defaults__, named, 0)
             if isinstance(owner, type):
                 self.waiting += [(method, owner) for name in named.names for method in _functions(owner, name)]
+                self.caches |= {
+                    held for name in named.names for held in _held(owner, name) if isinstance(held, _CACHED)
+                }
                 self.add_attributes(owner.__name__, owner, named.names)
                 for module in self.modules.get(owner, ()):
                     self._look_below(module, named)
@@ -165,7 +222,7 @@ class _Found:
         """Look into what code names of a module: functions, and objects, of which guards ask what is not so deep."""
         for name in named.names:
             value = vars(module).get(name)
-            if isinstance(value, (types.FunctionType, functools.partial)) or _is_space(value):
+            if isinstance(value, (types.FunctionType, functools.partial, _CACHED)) or _is_space(value):
                 self._meet(module, name, value, named, _DEEP)
         if named.asks_dict:
             self.add_attributes(type(module).__name__, module, named.keys)
@@ -179,8 +236,10 @@ class _Found:
         is_globals = is_table and "__builtins__" in space
         if not is_globals:
             named = replace(named, owner=space)
-        for name in named.keys if is_table and not is_globals else named.names:
-            value = space.get(name, MISSING) if is_table else inspect.getattr_static(space, name, MISSING)
+        for name in named.of_globals if is_globals else named.keys if is_table else named.names:
+            # What a thread holds is found by asking alone.
+            found = getattr if isinstance(space, threading.local) else inspect.getattr_static
+            value = space.get(name, MISSING) if is_table else found(space, name, MISSING)
             if value is not MISSING or space is os.environ:
                 self._meet(space, name, value, named, depth)
         if space is os and "getenv" in named.names:
@@ -190,6 +249,9 @@ class _Found:
         """Take what stands in a place: a plain value, a function to be read, a place to look in."""
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
+        if isinstance(value, _CACHED):
+            self.caches.add(value)
+            value = inspect.unwrap(value)
         if _is_alias(name, value) and not isinstance(space, (nn.Module, types.CellType)):
             self._add(space, name, value)
         if isinstance(value, functools.partial):
@@ -209,6 +271,9 @@ class _Found:
         elif isinstance(value, type) and issubclass(value, nn.Module):
             # What its methods name is looked for where modules of it are.
             self.add_attributes(value.__name__, value, named.names if is_users_class(value) else ())
+        elif isinstance(value, contextvars.ContextVar):
+            if _is_plain(held := value.get(MISSING)):
+                self.variables[value] = copy.deepcopy(held)
         elif depth and _is_space(value):
             self._look(value, named, depth - 1)
 
@@ -250,7 +315,7 @@ def _is_plain(value: Any) -> bool:
 
 def _is_space(value: Any) -> bool:
     """Tell whether plain values may be found in a value: a file, class or object of the user's, or a table."""
-    if value is os or value is os.environ:
+    if value is os or value is os.environ or isinstance(value, threading.local):
         return True
     if isinstance(value, types.ModuleType):
         return value.__name__.partition(".")[0] not in CLOSED
@@ -265,9 +330,13 @@ def _is_followed(function: types.FunctionType) -> bool:
 
 def _functions(kind: type, name: str) -> list[types.FunctionType]:
     """Return the methods of that name of a class and of those above it, and what computes a property."""
-    held = [vars(above).get(name) for above in kind.__mro__]
-    held = [getattr(value, "fget", None) or getattr(value, "__func__", value) for value in held]
+    held = [inspect.unwrap(value) if isinstance(value, _CACHED) else value for value in _held(kind, name)]
     return [value for value in held if isinstance(value, types.FunctionType)]
+
+
+def _held(kind: type, name: str) -> list[Any]:
+    held = [vars(above).get(name) for above in kind.__mro__]
+    return [getattr(value, "fget", None) or getattr(value, "__func__", value) for value in held]
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -276,6 +345,14 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of globals in a function, and in those that stand in it."""
+    found = [str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    within = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return tuple(dict.fromkeys(itertools.chain(found, *within)))
 
 
 def _constants(code: types.CodeType) -> Iterator[Any]:

@@ -5,7 +5,7 @@ Facts are a graph of their own. It reads arguments, attributes and sizes, and re
     x, flag -> (kind_of(x), kind_of(flag), x.size(1) > 4, self.block.scale)    as expected: (..., True, 2.0)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -84,6 +84,10 @@ class Guards:
                 return self.deep.broken(module, args, kwargs)
         return self._deep_fault(module, args, kwargs)
 
+    def hold_for(self, arguments: Sequence[Any]) -> None:
+        """Know that the guards hold for arguments in the order of forward: those of the capture."""
+        self._known[_shapes(pytree.tree_leaves(arguments))] = None
+
     def _deep_fault(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         assert self.deep is not None
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -122,6 +126,8 @@ class GuardedGraph:
 
     graph: fx.Graph
     guards: Guards | None = None
+    # Dicts that forward fills, and the graph does not.
+    caches: tuple[str, ...] = ()
     _function: Callable[..., Any] | None = None
     _written: set[str] | None = None
     _constants: Constants | None = None
@@ -174,7 +180,7 @@ class GuardedGraph:
         self._constants = constants
 
     def __reduce__(self) -> Any:
-        return _restored_graph, (flatten(self.graph), self.guards)
+        return _restored_graph, (flatten(self.graph), self.guards, self.caches)
 
 
 def _shapes(leaves: list[Any]) -> tuple[Any, ...]:
@@ -185,8 +191,8 @@ def _restored(rows: list[Any], expected: tuple[Any, ...], where: tuple[str, ...]
     return Facts(unflatten(rows), expected, where)
 
 
-def _restored_graph(rows: list[Any], guards: Guards | None) -> GuardedGraph:
-    restored = GuardedGraph(unflatten(rows), guards)
+def _restored_graph(rows: list[Any], guards: Guards | None, caches: tuple[str, ...] = ()) -> GuardedGraph:
+    restored = GuardedGraph(unflatten(rows), guards, caches)
     restored.function()
     return restored
 
@@ -212,7 +218,7 @@ def _equal(value: Any, expected: Any) -> bool:
 
 def _text(kind: Any) -> str:
     match kind:
-        case ("Tensor", int() as axes):
+        case ("Tensor", int() as axes, *_):
             return f"a tensor of {axes} axes"
         case (str(), value):
             kind = value

@@ -28,11 +28,11 @@ def kind_of_attribute(module: nn.Module, name: str) -> Any:
 def kind_of(value: Any, depth: int = _DEEP) -> Any:
     """Return the kind of a value: two of equal kind lead Python the same ways, sizes and data of tensors aside.
 
-    Of a tensor the number of its axes, of a plain value the value and its type, of a container its keys and the kinds
-    of what it holds, of any other object its class and the kinds of its attributes.
+    Of a tensor the number of its axes and what users set on it, of a plain value the value and its type, of a container
+    its keys and the kinds of what it holds, of any other object its class and the kinds of its attributes.
     """
     if isinstance(value, Tensor):
-        return ("Tensor", value.dim())
+        return ("Tensor", value.dim(), *[(name, kind_of(held, depth)) for name, held in tags_of(value).items()])
     if isinstance(value, PLAIN):
         return value if value is None else (type(value).__name__, value)
     if isinstance(value, _ITSELF):
@@ -57,6 +57,36 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         held = [(name, getattr(value, name, MISSING)) for name in _slots(type(value))]
         return (type(value).__name__, *[(name, kind_of(item, depth - 1)) for name, item in held])
     return type(value).__name__
+
+
+def tags_of(tensor: Tensor) -> dict[str, Any]:
+    """Return what users set on a tensor, by name: x.lengths = lengths. A compiler does not see it."""
+    if type(tensor) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return {}
+    return {name: value for name, value in vars(tensor).items() if name[:1] != "_"}
+
+
+def same_tensors(*values: Any) -> tuple[int, ...]:
+    """Return for each tensor in plain containers, in their order, where the same one was first: (0, 1, 0).
+
+    Code may ask `a is b`, and what is written into one of them is read from the other.
+    """
+    known, places = list[Tensor](), list[int]()
+    for tensor in _tensors(values):
+        # A loop that a compiler follows.
+        at = 0
+        while at < len(known) and known[at] is not tensor:
+            at += 1
+        known.append(tensor)
+        places.append(at)
+    return tuple(places)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in held for tensor in _tensors(item)]
 
 
 def _slots(kind: type) -> list[str]:

@@ -12,8 +12,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, parameters_of
+from octav_fx.capture.kinds import tags_of
+from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, children_of, parameters_of
 from octav_fx.compat.tensors import pytree
+from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 4
@@ -26,7 +28,8 @@ CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy
 def preserved_attributes(root: nn.Module) -> Iterator[None]:
     """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
-    So is what the user's objects held. What is written into tensors in place stays.
+    So is what the user's objects held, and children that are new are taken out. What is written into tensors in place
+    stays.
     """
     before = _Before.of(root)
     try:
@@ -54,6 +57,8 @@ class _Before:
     containers: list[tuple[Any, Any]]
     # What is in the classes of the modules: a count of calls.
     classes: list[tuple[type, dict[str, Any]]]
+    # The children of each module, but for quantizers, and their names.
+    children: list[tuple[dict[str, nn.Module | None], set[str]]]
 
     @classmethod
     def of(cls, root: nn.Module) -> "_Before":
@@ -61,11 +66,16 @@ class _Before:
         # Those that forward ties.
         modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
         named += [(held, dict(held)) for held in map(parameters_of, modules)]
-        kinds = {kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
+        # By identity: what stands for a class is equal to it.
+        kinds = {id(kind): kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
+        quantizers = [children_of(module)[QUANTIZERS] for module in modules if QUANTIZERS in children_of(module)]
+        own = {part for held in quantizers if held is not None for part in held.modules()}
         return cls(
             named,
-            [(container, copy.copy(container)) for container in containers_of(root)],
-            [(kind, dict(vars(kind))) for kind in kinds],
+            # Copies of what is empty, as most are, would take most of the time.
+            [(container, copy.copy(container) if container else ()) for container in containers_of(root)],
+            [(kind, dict(vars(kind))) for kind in kinds.values()],
+            [(children_of(module), set(children_of(module))) for module in modules if module not in own],
         )
 
     def restore(self) -> None:
@@ -73,6 +83,9 @@ class _Before:
             for key in [key for key in held if key not in PART_ATTRIBUTES and key not in old]:
                 del held[key]
             held.update(old)
+        for children, names_before in self.children:
+            for name in children.keys() - names_before - {QUANTIZERS}:
+                del children[name]
         for container, content in self.containers:
             _refill(container, content)
         for kind, names in self.classes:
@@ -107,7 +120,12 @@ def containers_of(root: nn.Module) -> list[Any]:
 
     for _, held in attributes(root):
         for name, value in held.items():
-            if name not in PART_ATTRIBUTES:
+            # Most are flags, and empty dicts of hooks.
+            if name in PART_ATTRIBUTES or value is None or type(value) is bool:
+                continue
+            if type(value) in _CONTAINERS and not value:
+                found[id(value)] = value
+            else:
                 visit(value, _DEEP)
     return list(found.values())
 
@@ -121,7 +139,9 @@ def is_users_object(value: Any) -> bool:
 
 
 def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, dict):
+    if not content:
+        is_same = not container
+    elif isinstance(container, dict):
         is_same = len(container) == len(content) and all(container.get(k, container) is v for k, v in content.items())
     else:
         is_same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
@@ -132,9 +152,17 @@ def _refill(container: Any, content: Any) -> None:
 
 def state_tensors(root: nn.Module) -> list[torch.Tensor]:
     """Return the buffers of modules and the tensors in their attributes, parameters aside."""
-    leaves = (leaf for value in held_values(root) for leaf in pytree.tree_leaves(value))
+    leaves = (leaf for value in held_values(root) for leaf in _leaves(value))
     tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
     return [t for t in tensors.values() if not isinstance(t, nn.Parameter)]
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    # Flattening all of these, of which most are flags and empty dicts of hooks, would take most of the time.
+    is_plain = value is None or isinstance(value, (bool, int, float, str, nn.Module))
+    return [] if is_plain or (type(value) in _CONTAINERS and not value) else pytree.tree_leaves(value)
 
 
 def held_values(root: nn.Module) -> list[Any]:
@@ -197,7 +225,9 @@ def own_copy(inputs: Any) -> Any:
         if isinstance(leaf, nn.Module):
             return leaf
         if isinstance(leaf, torch.Tensor):
-            return memo.setdefault(id(leaf), leaf.clone())
+            if id(leaf) not in memo:
+                memo[id(leaf)] = with_tags_of(leaf, leaf.clone())
+            return memo[id(leaf)]
         # deepcopy refuses tensors with a history of gradients: a cache that earlier layers have filled.
         for tensor in _tensors_within(leaf, set()):
             if not tensor.is_leaf:
@@ -209,6 +239,12 @@ def own_copy(inputs: Any) -> Any:
             return leaf
 
     return pytree.tree_map(copied, inputs)
+
+
+def with_tags_of(tensor: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
+    """Set on a copy of a tensor what users set on the tensor; return the copy."""
+    vars(copied).update(tags_of(tensor))
+    return copied
 
 
 def _tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:

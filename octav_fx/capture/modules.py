@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from octav_fx.capture.classes import stand_in
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
@@ -565,10 +567,9 @@ def _whole_class(kind: Any) -> type[nn.Module]:
     def forward(self: WholeModule, *args: Any, **kwargs: Any) -> Any:
         return WholeModule.forward(self, *args, **kwargs)
 
-    names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
-    names |= {name: _unseen(getattr(kind, name)) for name in _CONTAINER_METHODS if hasattr(kind, name)}
+    names = {name: _unseen(getattr(kind, name)) for name in _CONTAINER_METHODS if hasattr(kind, name)}
     names |= {name: _shared(_unseen(getattr(kind, name))) for name in _CONTAINER_CHANGES if hasattr(kind, name)}
-    return type(kind.__name__, (WholeModule, kind), names)
+    return stand_in(kind, WholeModule, forward, names)
 
 
 def code_around(kind: Any) -> CodeType:
@@ -657,12 +658,25 @@ class IntegerModule(GuardedModule):
         return [self._guarded] if "_guarded" in self.__dict__ else []
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_traced(args) and (fault := self._guarded.broken(self, args, kwargs)) is not None:
+        if not is_traced(args):
+            self._check(args, kwargs)
+        return self._guarded.function()(self, *args, **kwargs)
+
+    def check_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise OctavError for a call that the graph does not hold for: torch.export runs the graph past forward."""
+        try:
+            bound = inspect.signature(self.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise OctavError(f"the inputs do not fit {type(self).__name__}.forward: {error}") from error
+        bound.apply_defaults()
+        self._check(bound.args, bound.kwargs)
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (fault := self._guarded.broken(self, args, kwargs)) is not None:
             raise OctavError(
                 f"{fault}: a converted model holds for calls of one kind, the example of octav_fx.quantize or what "
                 "octav_fx.calibrate ran instead: calibrate with batches like this call alone, freeze, and convert again"
             )
-        return self._guarded.function()(self, *args, **kwargs)
 
     def _parts(self) -> tuple[Any, ...]:
         root = nn.Module()

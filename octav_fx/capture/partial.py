@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from octav_fx.capture.classes import stand_in
 from octav_fx.capture.inputs import Inputs, call_of
 from octav_fx.capture.module_state import without_history
 from octav_fx.capture.modules import GRAPHS, graphs_of
@@ -103,7 +104,7 @@ def partial_lines(quantized: nn.Module) -> list[str]:
 
 def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
     """Mark a module as one that runs its own Python over quantized children; return the same module."""
-    kind = type(module)
+    kind: Any = type(module)
     if not isinstance(module, PartialModule):
         module.__class__ = _partial_class(kind)
     module.__dict__[_PARTIAL] = descent
@@ -111,6 +112,7 @@ def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
     return module
 
 
+@functools.cache
 def _partial_class(kind: Any) -> type[nn.Module]:
     """Return a subclass of a user's class for a module that runs its own Python."""
 
@@ -118,9 +120,13 @@ def _partial_class(kind: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_changed(self) and not is_permitted():
             _look(self, args, kwargs)
-        return kind.forward(self, *args, **kwargs)
+        result = kind.forward(self, *args, **kwargs)
+        if is_changed(self) and not is_permitted():
+            # Modules that forward has made.
+            _look(self, args, kwargs)
+        return result
 
-    return type(kind.__name__, (PartialModule, kind), {"__module__": kind.__module__, "forward": forward})
+    return stand_in(kind, PartialModule, forward)
 
 
 @torch.compiler.disable(reason="octav_fx quantizes what modules below were replaced by; the next call is compiled")

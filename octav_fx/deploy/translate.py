@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.inputs import as_inputs
+from octav_fx.capture.kinds import same_tensors
+from octav_fx.capture.modules import IntegerModule
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
@@ -29,10 +31,19 @@ Part = IntegerWeight | StoredWeight | IntegerBias | StaticQuantizer
 def translated(module: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> tuple[Any, dict[str, Part]]:
     """Return the onnx.ModelProto of a converted model, and its quantizers by their keys; the module is changed.
 
-    Raises OctavError for an op that ONNX lacks.
+    Raises OctavError for an op that ONNX lacks, for an example in which two inputs are one tensor, and for one that the
+    model does not hold for.
     """
-    parts = _stand_ins(module)
     args, kwargs = as_inputs(example_inputs)
+    same = same_tensors(args, kwargs)
+    if len(set(same)) < len(same):
+        raise OctavError(
+            "two inputs of the example are one tensor, and ONNX has no such inputs: quantize the model and export it "
+            "with an example in which one is a copy of the other"
+        )
+    if isinstance(module, IntegerModule):
+        module.check_call(args, kwargs)
+    parts = _stand_ins(module)
     kwargs = _in_order(module, kwargs)
     dynamic = None
     if dynamic_batch:

@@ -1,7 +1,7 @@
 """The graph as networkx sees it: nodes, and an edge wherever tensors flow."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import networkx as nx
@@ -56,12 +56,22 @@ def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
 
 def downstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return everything that is computed from one of the nodes, without the nodes that only start a path."""
-    return {reached for node in nodes for reached in nx.descendants(flow, node)}
+    return _reached(nodes, flow.successors)
 
 
 def upstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return everything that one of the nodes is computed from."""
-    return {reached for node in nodes for reached in nx.ancestors(flow, node)}
+    return _reached(nodes, flow.predecessors)
+
+
+def _reached(nodes: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        new = [node for node in following(pending.pop()) if node not in found]
+        found.update(new)
+        pending += new
+    return found
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:

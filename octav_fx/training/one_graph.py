@@ -173,7 +173,7 @@ class Recipe:
             rows, told = self.rewrite(quantized)
             remove_unused(quantized, [captured.graph], before)
         _drop_values([captured.graph])
-        guarded = GuardedGraph(captured.graph, captured.guards)
+        guarded = GuardedGraph(captured.graph, captured.guards, captured.caches)
         guarded.hold_constants(Constants.of(owner))
         if has_data(owner, call):
             _check_graph(quantized, guarded, call)
@@ -319,12 +319,12 @@ def _graphs(
     """
     mode = module.training
     captured, notes = _captured(module, example, mode, user)
-    guarded = GuardedGraph(captured.graph, captured.guards)
+    guarded = GuardedGraph(captured.graph, captured.guards, captured.caches)
     graphs, captures = {mode: guarded, (not mode): guarded}, [captured]
     if captured.depends_on_training:
         try:
             other = _capture(module, example, not mode, user)
-            graphs[not mode] = GuardedGraph(other.graph, other.guards)
+            graphs[not mode] = GuardedGraph(other.graph, other.guards, other.caches)
             captures.append(other)
         except OctavError as error:
             missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
@@ -339,7 +339,8 @@ def _graphs(
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
     """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
     constants = Constants.of(module)
-    captured = _capture(module, call, mode, user)
+    with constants.without_caches():
+        captured = _capture(module, call, mode, user)
     if constants.change() is not None:
         # A table of a file that forward fills once.
         constants = Constants.of(module)

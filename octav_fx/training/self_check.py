@@ -5,7 +5,7 @@ example, another batch of another length, example again    -> the same results, 
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -65,6 +65,7 @@ def _is_compared(quantized: QuantizedModule, calls: list[Inputs]) -> bool:
     graphs = [guarded for call in calls if (guarded := quantized.holding(*call)) is not None]
     if len(graphs) < len(calls):
         return False
+    unkept = {name for guarded in graphs for name in guarded.caches}
     gradients = any(guarded.asks_for_gradients for guarded in graphs) and torch.is_grad_enabled()
 
     def run(guarded: GuardedGraph, *args: Any, **kwargs: Any) -> Any:
@@ -75,19 +76,20 @@ def _is_compared(quantized: QuantizedModule, calls: list[Inputs]) -> bool:
     # A part of it may be quantized already.
     with users_own(owner, but=owner):
         try:
-            expected = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients)
+            expected = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept)
         except Exception:
             return False
         try:
             with without_quantizers(owner):
-                found = _results(quantized, calls, [functools.partial(run, guarded) for guarded in graphs], gradients)
+                runs: list[Callable[..., Any]] = [functools.partial(run, guarded) for guarded in graphs]
+                found = _results(quantized, calls, runs, gradients, unkept)
         except _NoGraph:
             return True
         except Exception as error:
             raise NotCaptured(f"the captured graph does not run on a call that the model takes: {error}") from error
         for call, guarded, one, other in zip([*calls, calls[-1]], [*graphs, graphs[-1]], expected, found, strict=True):
             if (detail := difference(one, other)) is not None:
-                again = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients)
+                again = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept)
                 if difference(expected, again) is not None:
                     # Rows that nothing writes (a grouped product), or a count in a closure: it differs from itself.
                     return False
@@ -100,9 +102,16 @@ def _is_compared(quantized: QuantizedModule, calls: list[Inputs]) -> bool:
 
 
 def _results(
-    quantized: QuantizedModule, calls: list[Inputs], forwards: list[Callable[..., Any]], gradients: bool
+    quantized: QuantizedModule,
+    calls: list[Inputs],
+    forwards: list[Callable[..., Any]],
+    gradients: bool,
+    unkept: Iterable[str],
 ) -> list[Any]:
-    """Return what each call in turn returns, and last what the tensors of the modules hold then."""
+    """Return what each call in turn returns, and last what the tensors of the modules hold then.
+
+    unkept: names of dicts that forward fills, and graphs do not.
+    """
     owner = quantized.owner
     hints = {id(m.hint) for m in owner.modules() if isinstance(m, FakeQuantizer)}
     found = []
@@ -111,6 +120,8 @@ def _results(
             args, kwargs = own_copy(call)
             result = run_keeping_state(owner, args, kwargs, forward, gradients=gradients)
             found.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), result))
+        for path, _, name in (cache.rpartition(".") for cache in unkept):
+            getattr(owner.get_submodule(path), name).clear()
         return [*found, [t.detach().clone() for t in state_tensors(owner) if id(t) not in hints]]
 
 
@@ -135,7 +146,8 @@ def _variations(example: Inputs) -> Iterator[Inputs]:
         return t[(slice(None), slice(None), *(slice(size) for size in cut))]
 
     for change in (lambda t: shorter(larger(t)), larger, shorter):
-        yield Inputs(*pytree.tree_map_only(Tensor, change, tuple(example)))
+        # Two that are one tensor stay so.
+        yield Inputs(*pytree.tree_map_only(Tensor, functools.cache(change), tuple(example)))
 
 
 def first_layer(module: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> str | None:

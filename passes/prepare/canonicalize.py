@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.hooks import after_call, before_call, effective_weight
 from octav_fx.compat.modules import (
@@ -92,7 +93,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op, names: dict[int, str]) -> N
         new = copy_meta(node, graph.call_function(op.target, args, kwargs))
         result = new
         if node.op == "call_module":
-            if isinstance(fake(new), Tensor):
+            if _computes_more(module_of(node)):
                 _count_alone(new)
             if forward_hooks_of(module_of(node)):
                 result = insert_captured(graph, after_call, _itself(node), new, *args[: len(_given(node))])
@@ -158,6 +159,12 @@ def _computed(call: fx.Node, path: str, parametrization: nn.Module) -> fx.Node:
         set_fake(new, torch.func.functional_call(parametrization, state, ()))
     update(new, macs=counter.macs, site=path if counter.macs else None)
     return new
+
+
+def _computes_more(layer: nn.Module) -> bool:
+    """Tell whether a call of a layer computes more than its product: a weight, or what hooks do."""
+    hooks = (*forward_pre_hooks_of(layer), *forward_hooks_of(layer), *weight_hooks_of(layer))
+    return bool(hooks) or is_parametrized(layer)
 
 
 def _count_alone(product: fx.Node) -> None:

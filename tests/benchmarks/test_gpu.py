@@ -227,7 +227,10 @@ def test_a_report_is_on_disk_after_every_row(tmp_path: Path, monkeypatch: pytest
 
     class Worker(Stub):
         def rows(self, seconds: float, take: Any) -> str:
-            for row in ({"model": "a", "variant": step.FLOAT, "ms": 2.0, "mb": 8.0}, {"model": "a", "variant": "other"}):
+            for row in (
+                {"model": "a", "variant": step.FLOAT, "ms": 2.0, "mb": 8.0},
+                {"model": "a", "variant": "other"},
+            ):
                 take(row)
                 seen.append(len(result.read("some", tmp_path)["step"]["rows"]))
             return "over 1 s"

@@ -86,6 +86,17 @@ def test_globals_of_forward_and_of_what_it_calls_are_found() -> None:
     assert found[__name__] == {"FACTOR": 2.0, "SIGN": True}
 
 
+# Of the name of an attribute, which is no global: a script has its model under such a name, compiled or not.
+second = nn.Linear(8, 8)
+
+
+def test_a_global_of_the_name_of_an_attribute_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = Constants.of(Net())
+    assert constants.objects == ()
+    monkeypatch.setitem(globals(), "second", None)
+    assert constants.change() is None
+
+
 @pytest.mark.parametrize(("name", "value"), [("FACTOR", -3.0), ("SIGN", False)])
 def test_a_global_that_changes_is_followed(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
     model, x = Net().eval(), torch.randn(4, 8)

@@ -27,6 +27,15 @@ w = z
 w *= 2
 w += y
 return z""",
+    "a size of what has a gradient of its own, and a write into an argument": """
+y.sub_(1)
+z = tripled(x * 2)
+return z.view(len(z), z.size(1), 2, 4).flatten(2)""",
+    "a size of what is computed from a buffer that was written": """
+self.mean.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
+z = self.tripled(x - x.mean(1, keepdim=True)) + self.mean
+x += (-z).view(len(-z), (-z).size(1), 2, 4).flatten(2)
+return z""",
 }
 
 

@@ -1,17 +1,22 @@
 """Python in forward that a graph could freeze: results, gradients and state of q, its quantizers aside, are float's."""
 
 import collections
+import contextvars
 import dataclasses
 import enum
 import functools
+import os
 import random
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
@@ -340,7 +345,110 @@ def seeds_torch(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(x)) + torch.rand(8)
 
 
+# What Python and torch hold for all models.
+
+
+VARIABLE: contextvars.ContextVar[float] = contextvars.ContextVar("gain", default=1.0)
+OF_THREAD = threading.local()
+OF_THREAD.gain = 1.0
+
+
+@functools.cache
+def ramp(size: int) -> Tensor:
+    return torch.arange(float(size))[:, None]
+
+
+def reset(gain: float) -> Callable[[nn.Module], None]:
+    def set_(model: nn.Module) -> None:
+        OF_THREAD.gain = gain
+        VARIABLE.set(gain)
+
+    return set_
+
+
+@case((x,), reset(3.0), (x,), (longer,), reset(1.0), (x,))
+def asks_the_context_and_the_thread(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x) * VARIABLE.get()) * OF_THREAD.gain
+
+
+@case((x,), (longer,), (x,))
+class RemembersWhatItReturned(Net):
+    @functools.lru_cache  # noqa: B019
+    def ramp(self, size: int) -> Tensor:
+        return torch.arange(float(size))[:, None] * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = int(x.shape[1])
+        return self.b(self.a(x)) + ramp(size) + self.ramp(size)
+
+
+def test_what_a_function_remembers_is_nothing_of_a_trace() -> None:
+    ramp.cache_clear()
+    octav_fx.quantize(RemembersWhatItReturned().eval(), x)
+    assert type(ramp(5)) is Tensor
+
+
+def exact(flag: bool) -> Callable[[nn.Module], None]:
+    return lambda model: torch.use_deterministic_algorithms(flag)
+
+
+@case((x,), exact(True), (x,), (longer,), exact(False), (x,))
+def asks_torch_for_exactness(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * (3 if torch.are_deterministic_algorithms_enabled() else 1)
+
+
+def rank(count: int) -> Callable[[nn.Module], None]:
+    def start(model: nn.Module) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if count:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=count)
+
+    return start
+
+
+@case((x,), rank(1), (x,), (longer,), rank(0), (x,))
+def asks_for_other_processes(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * (3 * dist.get_world_size() if dist.is_initialized() else 1)
+
+
+@case((x,), (longer,))
+def asks_for_files(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * (1 if os.path.exists(__file__) and Path(__file__).exists() else 3)
+
+
+def test_what_asks_for_files_is_in_no_graph() -> None:
+    made, (example, _), _ = CASES["asks_for_files"]
+    q = octav_fx.quantize(made().eval(), example)
+    assert "asks for a file" in str(octav_fx.table(q))
+
+
 # Arguments and results.
+
+
+def tagged(tensor: Tensor, gain: float) -> Tensor:
+    tensor = tensor.clone()
+    tensor.gain = gain  # type: ignore[attr-defined]
+    return tensor
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_is_set_on_an_argument_is_seen(first: int) -> None:
+    class Asks(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * getattr(x, "gain", 1.0)
+
+    inputs = [tagged(x, 3.0), x, tagged(longer, 5.0)]
+    model = Asks().eval()
+    q = octav_fx.quantize(model, inputs[first])
+    for given in inputs:
+        with silent_quantizers(), torch.no_grad():
+            assert torch.equal(q(given), model(given))
+
+
+@case((x,), (x.to_sparse(),), (x,))
+def asks_how_an_argument_is_held(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x.to_dense())) * 3 if x.is_sparse else self.b(self.a(x))
 
 
 @case((x, "sum"), (longer, "mean"), (x, Kind.SUM), (x, ("cat", 2)), (one, 3))
@@ -363,7 +471,23 @@ def asks_whether_arguments_are_one(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return self.a(x) if x is y else self.b(x) + self.a(y).mean()
 
 
-@case((x,), (longer,), (one,))
+@case((x, x), (x, longer), (longer, longer))
+def asks_whether_arguments_are_one_as_they_were(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    return self.a(x) if x is y else self.b(x) + self.a(y).mean()
+
+
+@case(([x, x],), ([x, longer],), ([longer, longer],), ([longer, x],))
+def asks_whether_those_in_a_list_are_one(self: Any, pair: list[Tensor]) -> Tensor:
+    return self.a(pair[0]) if pair[0] is pair[1] else self.b(pair[0]) + self.a(pair[1]).mean()
+
+
+@case((x, x), (x, longer[:2, :5]), (longer, longer))
+def writes_into_one_of_its_arguments(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    x.mul_(2)
+    return self.b(self.a(x) + y)
+
+
+@case((x,), (longer,))
 def returns_a_dataclass(self: Any, x: Tensor) -> Result:
     result = Result(self.a(x))
     result.extra = {"loss": self.b(result.y).mean(), "length": x.shape[1]}

@@ -279,3 +279,35 @@ def test_a_sequential_that_is_quantized_takes_and_gives_layers() -> None:
     assert q(x()).shape == (4, 3)
     assert [type(layer) for layer in q] == [nn.Tanh, nn.Linear, nn.Linear]
     assert octav_fx.coverage(q) == octav_fx.Coverage(4 * (64 + 24), 4 * (64 + 24), [])
+
+
+class MakesItsHead(nn.Module):
+    """A layer that forward makes, as in an attribute that is None at first and in a list."""
+
+    def __init__(self, within_list: bool) -> None:
+        super().__init__()
+        self.a, self.within_list, self.head, self.heads = nn.Linear(16, 16), within_list, None, nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Any:
+        if self.within_list and not self.heads:
+            self.heads.append(nn.Linear(16, 16))
+        if not self.within_list and self.head is None:
+            self.head = nn.Linear(16, 16)
+        return (self.heads[0] if self.within_list else self.head)(self.a(x))
+
+
+@pytest.mark.parametrize("within_list", [False, True])
+@pytest.mark.parametrize("is_below", [False, True])
+def test_what_forward_makes_is_a_row_and_then_quantized(within_list: bool, is_below: bool) -> None:
+    model, given = MakesItsHead(within_list), torch.randn(4, 16)
+    q = octav_fx.quantize(nn.Sequential(model, nn.Linear(16, 16)) if is_below else model, given)
+    # Of what the example made nothing is left, as of all that forward does.
+    assert not any("head" in name for name, _ in q.named_parameters())
+    before = octav_fx.coverage(q)
+    assert before.total_macs - before.quantized_macs == 4 * 16 * 16
+    q(given)
+    after = octav_fx.coverage(q)
+    assert after.total_macs == after.quantized_macs == before.total_macs
+    found = q(given)
+    with octav_fx.float_mode(q):
+        assert not torch.equal(q(given), found)

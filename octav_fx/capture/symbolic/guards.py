@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Facts, Guards
-from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute
+from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
 from octav_fx.capture.symbolic.reads import Reads
+from octav_fx.capture.symbolic.regions import Kept
 from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import pytree
@@ -30,13 +31,14 @@ def take_guards(
     graph: fx.Graph,
     root: nn.Module,
     kinds: Mapping[str, Any],
+    same: tuple[int, ...] = (),
     attributes: Sequence[tuple[str, Any]] = (),
     modes: Reads | None = None,
 ) -> Guards:
     """Make guards of the checks in a trace, which keeps only those of sizes that it computes on its way.
 
-    kinds: what kind_of found in each argument of forward. attributes: paths of plain attributes that forward read, and
-    what kind_of found there. modes: those of the call that forward asked for.
+    kinds: what kind_of found in each argument of forward. same: what same_tensors found in all of them. attributes:
+    paths of plain attributes that forward read, and what kind_of found there. modes: those that forward asked for.
     """
     for check in graph.find_nodes(op="call_function", target=guard_equal):
         if _is_number_of_axes(check.args[0]):
@@ -47,6 +49,7 @@ def take_guards(
     if checks:
         near = _copied(graph, root)
         _without_statistics(near)
+        _without_writes(near)
         forward_sizes(near)
         asked = near.find_nodes(op="call_function", target=guard_equal)
         is_deep = [_computes_tensors(check) for check in asked]
@@ -58,7 +61,7 @@ def take_guards(
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
-    return Guards(_arguments(graph, kinds), _attributes(graph, attributes, modes), sizes, deep)
+    return Guards(_arguments(graph, kinds, same), _attributes(graph, attributes, modes), sizes, deep)
 
 
 def _without_statistics(graph: fx.Graph) -> None:
@@ -66,6 +69,25 @@ def _without_statistics(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_module"):
         if keeps_shape(node) and _moves_buffers(node) and node.args:
             node.replace_all_uses_with(node.args[0])
+
+
+def _without_writes(graph: fx.Graph) -> None:
+    """Let what reads the result of a write read what was written into, where that keeps its shape: it has its sizes."""
+    for node in graph.nodes:
+        target = node.args[0] if node.args else None
+        is_write = node.op in ("call_function", "call_method") and in_place(node) and node.target not in _RESHAPES
+        if is_write and isinstance(target, fx.Node):
+            before, after = fake(target), fake(node)
+            if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
+                node.replace_all_uses_with(target)
+
+
+_RESHAPES: Final = frozenset(
+    {
+        *("resize_", "resize_as_", "set_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_"),
+        "unsqueeze_",
+    }
+)
 
 
 def _moves_buffers(node: fx.Node) -> bool:
@@ -107,7 +129,8 @@ def _writes(check: fx.Node) -> bool:
 
 
 _READS: Final = (getattr, operator.getitem, len)
-_VALUES: Final = (Tensor, int, float, str, slice, type(None), torch.Size, torch.dtype, torch.device, nn.Module)
+_PLAIN: Final = (Tensor, int, float, str, slice, type(None), torch.Size, torch.dtype, torch.device)
+_VALUES: Final = (*_PLAIN, nn.Module, Kept)
 
 
 def _has_object(node: fx.Node) -> bool:
@@ -115,12 +138,14 @@ def _has_object(node: fx.Node) -> bool:
     return any(not isinstance(leaf, _VALUES) for leaf in leaves)
 
 
-def _arguments(graph: fx.Graph, kinds: Mapping[str, Any]) -> Facts:
+def _arguments(graph: fx.Graph, kinds: Mapping[str, Any], same: tuple[int, ...]) -> Facts:
     asked = _with_inputs(graph)
-    rows = []
-    for node in asked.find_nodes(op="placeholder"):
+    inputs, rows = list(asked.find_nodes(op="placeholder")), list[tuple[Any, Any, str]]()
+    for node in inputs:
         name = str(node.target).lstrip("*")
         rows.append((asked.call_function(kind_of, (node,)), kinds[name], f"argument {name}"))
+    if len(same) > 1:
+        rows.append((asked.call_function(same_tensors, tuple(inputs)), same, "which arguments are the same tensor"))
     return _facts(asked, rows)
 
 

@@ -14,8 +14,20 @@ from typing import Any, Final
 
 from torch import Tensor, fx, nn
 
-# What graphs hold by themselves, or what holds no tensor of a graph.
-_PLAIN: Final = (Tensor, nn.Module, type, types.FunctionType, types.ModuleType, str, bytes, int, float, complex)
+# What graphs hold by themselves, or what holds no tensor of a graph that forward has put there.
+_PLAIN: Final = (
+    Tensor,
+    nn.Module,
+    fx.Tracer,
+    type,
+    types.FunctionType,
+    types.ModuleType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+)
 _CONTAINERS: Final = (tuple, list, dict, set, frozenset, slice, range, collections.OrderedDict)
 
 

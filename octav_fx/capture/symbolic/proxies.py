@@ -14,8 +14,8 @@ from octav_fx.ir.meta import fake
 if TYPE_CHECKING:
     from octav_fx.capture.symbolic.tracer import ValueTracer
 
-# Facts about a tensor that no input of the same kind changes.
-_STATIC_ATTRIBUTES: Final = frozenset({"ndim", "layout", "is_nested", "is_sparse", "is_cuda", "is_meta"})
+# Yes or no by how and where a tensor is held.
+_OF_STORAGE: Final = frozenset({"is_nested", "is_sparse", "is_cuda", "is_cpu", "is_meta"})
 # Of the engine of gradients, which a trace does without: asked, or given work, by some forwards.
 _OF_AUTOGRAD: Final = frozenset(
     {
@@ -63,8 +63,13 @@ class ValueProxy(fx.Proxy):
                     return lambda: [(key, self[key]) for key in value]
                 case "get":
                     return lambda key, default=None: self[key] if key in value else default
-        if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
-            return getattr(value, name)
+        if isinstance(value, Tensor) and name == "ndim":
+            # Arguments of the same kind have as many.
+            return value.ndim
+        if isinstance(value, Tensor) and name in _OF_STORAGE:
+            # torch's own modules ask only to choose a fast path.
+            is_torchs = caller().startswith(TORCH)
+            return getattr(value, name) if is_torchs else self.tracer.decide(AttributeProxy(self, name), bool)
         if isinstance(value, Tensor) and name in _OF_AUTOGRAD:
             return self._of_autograd(name)
         if isinstance(value, torch.device) and name == "type":
@@ -109,6 +114,9 @@ class ValueProxy(fx.Proxy):
             item = value[index]
             if item is None or isinstance(item, (bool, int, float, str)):
                 return item
+            return self.tracer.given_once(
+                self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+            )
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def __bool__(self) -> bool:

@@ -3,12 +3,14 @@
 import builtins
 import contextlib
 import inspect
+import os
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -29,6 +31,13 @@ INTERNAL: Final = frozenset({*vars(nn.Module()), "_is_hf_initialized"})
 _COMPUTED: Final = object()
 _DEVICES: Final = ("cpu", "cuda")
 _CLOCKS: Final = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "process_time")
+_FILES: Final[tuple[tuple[Any, tuple[str, ...]], ...]] = (
+    (builtins, ("open",)),
+    (torch, ("load",)),
+    (os, ("listdir", "stat")),
+    (os.path, ("exists", "isfile", "isdir", "getmtime")),
+    (Path, ("exists", "is_file", "open", "read_text", "read_bytes")),
+)
 
 
 @dataclass
@@ -93,11 +102,13 @@ def watched_reads(tracer: "ValueTracer", root: nn.Module) -> Iterator[Reads]:
 @contextmanager
 def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
     original: Any = nn.Module.__setattr__
+    # What was read before: the first read tells all.
+    noted = set[tuple[nn.Module, str]]()
 
     def read(module: nn.Module, name: str) -> Any:
-        if name in INTERNAL or tracer.evaluating:
-            return object.__getattribute__(module, name)
         key = (module, name)
+        if name in INTERNAL or tracer.evaluating or key in noted:
+            return object.__getattribute__(module, name)
         tracer.evaluating = True
         try:
             value = _found(module, name)
@@ -110,6 +121,8 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
             is_part = isinstance(value, nn.Module) or _is_registered(module, value)
             # Tracers look for names that are free.
             is_probe = value is MISSING and not is_users(sys._getframe(1))
+            if not is_probe:
+                noted.add(key)
             if not is_part and not is_probe and key not in reads.attributes and key not in reads.written:
                 reads.attributes[key] = kind_of(value)
         return object.__getattribute__(module, name)
@@ -173,8 +186,11 @@ def _without_clocks(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (time, name, "reads the clock, which is another one in each call") for name in _CLOCKS
     ]
-    places.append((builtins, "open", "opens a file, which is another one in each call"))
+    places += [
+        (place, name, "asks for a file, which is another one in each call") for place, names in _FILES for name in names
+    ]
     places.append((torch, "manual_seed", "seeds torch's generator, which a graph does not"))
+    places.append((torch, "is_inference_mode_enabled", "asks for inference mode, in which no graph is captured"))
     originals = [getattr(place, name) for place, name, _ in places]
     try:
         for (place, name, what), original in zip(places, originals, strict=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.kinds import kind_of
 from octav_fx.capture.module_state import attributes, preserved_attributes
 from octav_fx.capture.symbolic.objects import is_object, proxies_in
 from octav_fx.capture.symbolic.reads import INTERNAL
@@ -53,8 +54,22 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
                     original.__dict__.update(vars(saved))
 
 
+def is_cache(held: Any, kind: Any, decided: set[fx.Node]) -> bool:
+    """Tell whether a dict has got nothing since it was of a kind but what nodes give that state alone decides.
+
+    if device not in self.cache: self.cache[device] = self.bias[:, self.index]
+    """
+    if type(held) is not dict:
+        return False
+    new = [item.node for item in held.values() if isinstance(item, fx.Proxy)]
+    old = {key: item for key, item in held.items() if not isinstance(item, fx.Proxy)}
+    return bool(new) and decided.issuperset(new) and kind_of(old) == kind
+
+
 def _store(tracer: "ValueTracer", path: str, key: str, old: Any, new: Any, was_updated: bool) -> None:
     """Store a value before the graph returns."""
+    if (tracer.root.get_submodule(path), key) in tracer.caches:
+        return
     name = f"{path}.{key}".lstrip(".")
     proxies = proxies_in(new)
     if isinstance(old, Tensor) and len(proxies) == 1 and tracer.is_same_memory(proxies[0].node, old):

@@ -13,18 +13,19 @@ from typing import Any, Final
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Guards
-from octav_fx.capture.kinds import MISSING, kind_of
+from octav_fx.capture.kinds import MISSING, kind_of, same_tensors
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.names import symbolic_names
 from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
-from octav_fx.capture.symbolic.reads import watched_reads
+from octav_fx.capture.symbolic.reads import Reads, watched_reads
 from octav_fx.capture.symbolic.regions import regions
-from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, undone_writes
+from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, is_cache, undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
 from octav_fx.compat.tensors import pytree, quiet
 from octav_fx.errors import NotCaptured, OctavError
+from octav_fx.ir.dataflow import constants
 from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import UserRules
 
@@ -52,6 +53,8 @@ class Capture:
     recomputed: Mapping[CodeType, str]
     # Modules with hooks of the user's, which the graph does not run.
     hooked: tuple[str, ...]
+    # Dicts that forward fills and the graph does not, which computes in each call what would be in them.
+    caches: tuple[str, ...]
 
 
 def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NOTHING) -> Capture:
@@ -62,7 +65,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     """
     # Evaluation may write into objects among them.
     tracer = ValueTracer(own_copy(dict(arguments)), user=user)
-    kinds = {name: kind_of(value) for name, value in arguments.items()}
+    kinds, same = {name: kind_of(value) for name, value in arguments.items()}, same_tensors(*arguments.values())
     before = set(root.__dict__)
     try:
         with (
@@ -82,13 +85,14 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             # Looking at what forward stored may make nodes.
             with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
                 remembered = reads.remembered()
+            tracer.caches = _caches(graph, root, remembered, reads)
             # Also set on root, by the tracer: they are the graph's.
-            constants = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
+            made = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
         if isinstance(error, OctavError):
             raise NotCaptured(str(error)) from error
         raise NotCaptured(f"capture stopped at {user_line(error)}: {type(error).__name__}: {error}") from error
-    for name, constant in constants.items():
+    for name, constant in made.items():
         if isinstance(constant, Tensor):
             root.register_buffer(name, constant, persistent=False)
         else:
@@ -98,7 +102,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     named = {
         (module, name): f"{paths[module]}.{name}".lstrip(".")
         for module, name in remembered
-        if module in paths and not _is_constant(name)
+        if module in paths and not _is_constant(name) and (module, name) not in tracer.caches
     }
     begun = [
         key
@@ -111,7 +115,8 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         for (module, name), kind in reads.attributes.items()
         if module in paths and ((module, name) not in remembered or (module, name) in begun)
     ]
-    guards = take_guards(graph, root, kinds, attributes, reads)
+    guards = take_guards(graph, root, kinds, same, attributes, reads)
+    guards.hold_for(tuple(arguments.values()))
     _remove_unused(graph)
     for node in graph.nodes:
         # fx.wrap marks what its wrapper returned, which after inlining is any node; generated code would wrap that.
@@ -126,7 +131,22 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         begun=(*(named[key] for key in begun), *tracer.resized),
         recomputed=tracer.recomputed,
         hooked=tuple(tracer.hooked),
+        caches=tuple(f"{paths[module]}.{name}".lstrip(".") for module, name in tracer.caches),
     )
+
+
+def _caches(
+    graph: fx.Graph, root: nn.Module, remembered: list[tuple[nn.Module, str]], reads: Reads
+) -> set[tuple[nn.Module, str]]:
+    """Return the remembered attributes that are dicts which forward fills with what state alone decides."""
+    if not remembered:
+        return set()
+    # While it is traced a graph is no module's, whose layers could be asked what they write.
+    graph.owning_module = root  # type: ignore[assignment]
+    decided = constants(graph)
+    graph.owning_module = None
+    kinds = {(module, name): reads.attributes[module, name] for module, name in remembered}
+    return {(m, name) for (m, name), kind in kinds.items() if is_cache(vars(m).get(name), kind, decided)}
 
 
 def _is_constant(name: str) -> bool:

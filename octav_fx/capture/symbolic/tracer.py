@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from octav_fx.capture.hooks import as_hooks_leave, needs_calls, set_aside
+from octav_fx.capture.module_state import with_tags_of
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
@@ -78,6 +79,8 @@ class ValueTracer(fx.Tracer):
     # Modes that Python code asked for, and what else the user has to know.
     branched_on: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Dicts that forward fills with what parameters and buffers alone decide: a graph computes that in each call.
+    caches: set[tuple[nn.Module, str]] = field(default_factory=set)
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
     # Those of them that it read first, and sets to a tensor of another shape: a table for another length.
@@ -107,6 +110,10 @@ class ValueTracer(fx.Tracer):
         # What holds them, by name: forward may set it to something else before a node is made that reads it.
         self.first_values: dict[str, Any] = {}
         self.attribute_nodes: dict[Place, fx.Node] = {}
+        # Modules that were called, by path.
+        self.called: dict[str, nn.Module] = {}
+        # What stands for a tensor among the arguments, by the identity of its value: code may ask whether two are one.
+        self.given: dict[int, ValueProxy] = {}
         # Tensors of modules that forward read before it set them, by module and name.
         self.read_first: set[tuple[nn.Module, str]] = set()
 
@@ -166,11 +173,16 @@ class ValueTracer(fx.Tracer):
             {},
             type_expr=annotation if is_known and annotation is not parameter.empty else None,
         )
-        return proxy if stars else self._concrete(proxy)
+        return proxy if stars else self.given_once(self._concrete(proxy))
+
+    def given_once(self, given: Any) -> Any:
+        """Return what stands for an argument, or for a part of one: for the same tensor the same."""
+        is_tensor = type(given) in PROXIES and isinstance(given.value, Tensor)
+        return self.given.setdefault(id(given.value), given) if is_tensor else given
 
     def _further_keywords(self, collected: Any) -> dict[str, Any]:
         """Return what **kwargs held in the example call: a guard of all arguments speaks of the same keywords later."""
-        return {key: self._concrete(collected[key]) for key in collected.value}
+        return {key: self.given_once(self._concrete(collected[key])) for key in collected.value}
 
     @staticmethod
     def _check_signature(parameters: list[inspect.Parameter]) -> None:
@@ -506,7 +518,7 @@ class ValueTracer(fx.Tracer):
     def _evaluate_inside(self, node: fx.Node) -> tuple[Any, int]:
         if node.op == "placeholder":
             value = self.arguments[str(node.target).lstrip("*")]
-            return pytree.tree_map_only(Tensor, self.fake_mode.from_tensor, value), 0
+            return pytree.tree_map_only(Tensor, lambda t: with_tags_of(t, self.fake_mode.from_tensor(t)), value), 0
         if node.op == "get_attr":
             value = self.first_values.get(str(node.target), self.root)
             for atom in () if value is not self.root else str(node.target).split("."):
@@ -524,7 +536,12 @@ class ValueTracer(fx.Tracer):
             return UNKNOWN, 0
 
     def _called(self, node: fx.Node) -> nn.Module | None:
-        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.op != "call_module":
+            return None
+        path = str(node.target)
+        if path not in self.called:
+            self.called[path] = self.root.get_submodule(path)
+        return self.called[path]
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         match node.op:

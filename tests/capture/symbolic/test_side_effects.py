@@ -13,6 +13,7 @@ from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.symbolic.trace import capture
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.printer import graph_text
+from tests.support.alike import assert_follows, quantized_alike, silent_quantizers
 from tests.support.graphs import captured, model, run_alike
 
 
@@ -197,3 +198,75 @@ def test_a_first_run_that_makes_a_table_moves_no_statistics() -> None:
     q = octav_fx.quantize(float_module, torch.randn(8, 4))
     for name, value in float_module.state_dict().items():
         assert torch.equal(q.state_dict()[name], value), name
+
+
+class Biased(nn.Module):
+    """Attention as in LeViT: in eval mode a table is kept under a key made of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias, self.cache = nn.Linear(8, 24), nn.Parameter(torch.randn(1, 5)), {}
+        self.register_buffer("index", torch.arange(25).view(5, 5) % 5, persistent=False)
+
+    def train(self, mode: bool = True) -> "Biased":
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def biases(self, device: torch.device) -> Tensor:
+        if self.training:
+            return self.bias[:, self.index]
+        if (key := str(device)) not in self.cache:
+            self.cache[key] = self.bias[:, self.index]
+        return self.cache[key]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT + self.biases(x.device)).softmax(-1) @ v
+
+
+class TestACache:
+    """A dict that forward fills with what state alone decides."""
+
+    @pytest.mark.parametrize("is_filled", [False, True])
+    def test_is_computed_in_each_call(self, is_filled: bool) -> None:
+        x = torch.randn(2, 5, 8)
+        model = nn.Sequential(Biased(), Biased()).eval().requires_grad_(False)
+        if is_filled:
+            model(x)
+        q = quantized_alike(model, (x,), (x[:1],))
+        coverage = octav_fx.coverage(q.eval())
+        assert coverage.quantized_macs == coverage.total_macs
+        with torch.no_grad():
+            before = q(x)
+            q[1].bias += 1 * torch.arange(5)
+            model[1].bias += 1 * torch.arange(5)
+            model.train().eval()
+            with silent_quantizers():
+                # The same ops on the same numbers.
+                assert torch.equal(q(x), model(x)) and not torch.equal(q(x), before)
+
+    def test_of_what_depends_on_a_call_is_none(self) -> None:
+        class Remembers(Biased):
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.qkv(x)
+                if "first" not in self.cache:
+                    self.cache["first"] = y.detach()
+                return y + self.cache["first"]
+
+        assert_follows(
+            lambda: Remembers().requires_grad_(False),
+            ((torch.randn(2, 5, 8),), (torch.randn(2, 5, 8),)),
+            training=False,
+        )
+
+    def test_by_which_the_first_call_is_told_from_others_is_none(self) -> None:
+        class Begins(Biased):
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.qkv(x)
+                if "table" not in self.cache:
+                    self.cache["table"], y = self.bias[:, self.index], y * 3
+                return y + self.cache["table"].sum()
+
+        x = torch.randn(2, 5, 8)
+        assert_follows(lambda: Begins().requires_grad_(False), ((x,), (x,), (x,)), training=False)

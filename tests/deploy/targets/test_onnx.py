@@ -256,3 +256,39 @@ def test_models_that_are_not_ready(tmp_path):
     with pytest.raises(OctavError, match=r"is torch\.float64, ONNX is written in float32: call q\.float\(\)"):
         export_onnx(q.double(), x.double(), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_that_are_one_tensor_are_refused(tmp_path):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y)
+
+    x = torch.randn(2, 8)
+    q = quantize(Adds().eval(), (x, x))
+    freeze(calibrate(q, [(x, x)]))
+    for inputs, message in (((x, x), "one tensor, and ONNX has no such inputs"), ((x, x.clone()), "the same tensor")):
+        with pytest.raises(OctavError, match=message):
+            export_onnx(q, inputs, tmp_path / "model.onnx")
+
+
+def test_an_example_that_the_model_does_not_hold_for_is_refused(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x, mask=None):
+            x = self.a(x)
+            return x if mask is None else x * mask
+
+    x = torch.randn(2, 8)
+    q = quantize(Masked().eval(), x)
+    freeze(calibrate(q, [x]))
+    for inputs in ((x, torch.zeros(8)), {"x": x, "mask": torch.zeros(8)}):
+        with pytest.raises(OctavError, match="argument mask: None at capture, a tensor of 1 axes now"):
+            export_onnx(q, inputs, tmp_path / "model.onnx")
+    export_onnx(q, x, tmp_path / "model.onnx")

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from octav_fx.formats.grid import Grid
 from octav_fx.ops import cpu
+from octav_fx.ops.kernels.launch.kernel import launch
 from octav_fx.ops.kernels.solve_passes.kernel import is_last_of, program_count
-from octav_fx.ops.launch import launch
 
 # How far below the hint the bound lies. What lies above it costs an atomic each: at few bits that is much of the
 # tensor, but then the clip moves less from step to step, too. 1 bit: "octav-tight" at 2.

@@ -1,0 +1,131 @@
+"""Classes of quantized modules: what code asks of them and does to them, it asks of and does to the user's."""
+
+import abc
+import pickle
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import octav_fx
+from octav_fx.capture.classes import stand_in
+from octav_fx.capture.modules import WholeModule
+from octav_fx.capture.partial import PartialModule
+from tests.support.alike import assert_close, silent_quantizers
+
+x = torch.randn(2, 5, 8)
+
+
+class Scaled(nn.Module):
+    gain: ClassVar[float] = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * type(self).gain
+
+
+class ScaledInParts(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y * type(self).gain if y.sum() < 1e9 else y
+
+
+class Counts(nn.Module):
+    calls: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return self.a(x) * type(self).calls
+
+
+class Twice(nn.Module):
+    """Two modules of one class, which holds what both have counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Counts(), Counts()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.first(x))
+
+
+class Abstract(nn.Module, abc.ABC):
+    gain: ClassVar[float] = 2.0
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class Concrete(Abstract):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * type(self).gain
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    yield
+    Scaled.gain = Abstract.gain = 2.0
+    Counts.calls = 0
+    for kind in (Concrete, ScaledInParts):
+        if "gain" in vars(kind):
+            del kind.gain
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledInParts, Concrete])
+def test_what_is_set_on_a_class_is_set_on_the_users(kind: Any) -> None:
+    model = kind().eval()
+    q = octav_fx.quantize(model, x)
+    type(q).gain = 5.0
+    assert kind.gain == type(model).gain == 5.0 and "gain" not in vars(type(q))
+    with torch.no_grad(), silent_quantizers():
+        assert torch.equal(q(x), model(x))
+    kind.gain = 7.0
+    with torch.no_grad(), silent_quantizers():
+        assert torch.equal(q(x), model(x))
+    del type(q).gain
+    assert "gain" not in vars(kind)
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledInParts, Concrete])
+def test_a_class_is_equal_to_the_users(kind: Any) -> None:
+    q = octav_fx.quantize(kind(), x)
+    assert isinstance(q, PartialModule if kind is ScaledInParts else WholeModule)
+    its: Any = type(q)
+    assert its == kind and kind == its and its != nn.Module and its != "a name"
+    assert {kind: 1}[its] == 1 and its in {kind} and {its: 1}[kind] == 1
+    assert type(pickle.loads(pickle.dumps(q))) is type(q)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_count_in_a_class_is_one_of_all_its_modules(training: bool) -> None:
+    model = Twice().train(training)
+    expected = [model(x) for _ in range(3)]
+    assert Counts.calls == 6
+    Counts.calls = 0
+    q = octav_fx.quantize(model, x)
+    assert Counts.calls == 0
+    with silent_quantizers():
+        for result in expected:
+            assert_close("a call", q(x), result)
+    assert Counts.calls == 6
+
+
+def test_what_a_stand_in_has_itself_stays_its_own() -> None:
+    kind = stand_in(Scaled, PartialModule, lambda self: self, {"own": 1})
+    kind.own = 2  # type: ignore[attr-defined]
+    assert vars(kind)["own"] == 2 and not hasattr(Scaled, "own")
+    del kind.own  # type: ignore[attr-defined]
+    assert not hasattr(kind, "own") and kind.__module__ == Scaled.__module__
