@@ -82,6 +82,40 @@ def test_no_value_changes(op: Any, signed: bool, dim: int | None, dtype: torch.d
     assert_same_bits(found, op(*tensors, *rest))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("signed", [True, False])
+def test_levels_of_codes_that_are_written_here_come_from_the_values(signed: bool, dtype: torch.dtype) -> None:
+    x, clip, spec = numbers(dtype), torch.tensor(1.0), integers(4, signed, None)
+
+    def written(x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+        codes = octav.quantize(x, clip, spec)
+        return codes, octav.dequantize(codes, clip, spec, dtype)
+
+    gm = joint(written, x, clip, trace_joint=False)
+    assert [edit.verb for edit in lower(gm, on_cpu)] == ["write out"] * 2
+    (output,) = gm.graph.find_nodes(op="output")
+    # No code is read again.
+    assert list(output.args[0][0].users) == [output]
+    # One quotient for both, in the end: Inductor merges what is equal.
+    assert sum(node.target is octav.ratio.default for node in gm.graph.nodes) == 2
+    codes, levels = gm(x, clip)
+    expected, expected_levels = written(x, clip)
+    assert_same_bits(codes, expected)
+    # But for the sign of zeros.
+    assert torch.equal(levels.nan_to_num(99.0), expected_levels.nan_to_num(99.0))
+
+
+def test_a_division_by_one_step_is_a_ratio() -> None:
+    for dim, op in ((None, octav.ratio.default), (1, octav.divide.default)):
+        clip = torch.tensor(1.0) if dim is None else torch.tensor([1.0, 0.3, 2.0, 0.0])
+        spec = integers(4, True, dim)
+        gm = joint(
+            lambda x, clip, s=spec: (octav.quantize(x, clip, s),), numbers(torch.float32), clip, trace_joint=False
+        )
+        lower(gm, on_cpu)
+        assert op in targets(gm)
+
+
 def test_every_op_is_tried() -> None:
     assert set(REFERENCES) == set(arguments(numbers(torch.float32), torch.tensor(1.0), True, None))
 
