@@ -14,6 +14,9 @@ from benchmarks.study import summary
 ROOT: Final = Path(__file__).parent.parent
 PAGES: Final = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/study.md"))
 
+# Files of ./dev gpu, one for each GPU.
+_STEPS: Final = ("-resnet50", "-transformers")
+
 # What the README shows of the study's first table.
 _SHOWN: Final = ("float", "octav", "octav-tight", "max", "lsq")
 
@@ -110,6 +113,22 @@ def _rows(found: dict[str, Any], part: str = "rows") -> str:
     return f"{_where(found)}.\n\n{tabulate(found[part], 'keys', 'github')}"
 
 
+def _gpu() -> str:
+    """Return for each file of steps on a GPU where it is from, and a row for each model and variant."""
+    found = [result.read(path.stem) for path in sorted(result.RESULTS.glob("*.json")) if path.stem.endswith(_STEPS)]
+    return "\n\n".join(f"{_where_gpu(of)}.\n\n{tabulate(_steps_of(of), 'keys', 'github')}" for of in found)
+
+
+def _where_gpu(found: dict[str, Any]) -> str:
+    gpu, kernels = found["gpu"], f"tests of the kernels: {found['tests']}"
+    return f"{gpu['name']}, triton {gpu['triton']}, CUDA {gpu['cuda']}; {_where(found)}; {kernels}"
+
+
+def _steps_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    hidden = ("kernels", "note", "error")
+    return [{key: value for key, value in row.items() if key not in hidden} for row in found["step"]["rows"]]
+
+
 def _of_batch(rows: list[dict[str, Any]], batch: int) -> str:
     rows = [row for row in rows if row["batch"] == batch]
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -158,6 +177,7 @@ _TABLES: Final[dict[str, Callable[[], str]]] = {
     "inference": _of("inference", _inference),
     "blocks": _of("blocks", _rows),
     "bytes": _of("bytes", _rows),
+    "gpu": _gpu,
     "formats": _of("formats", _rows),
     "searched": _of("formats", functools.partial(_rows, part="searched")),
     "study": _study,

@@ -71,7 +71,8 @@ def same_tensors(*values: Any) -> tuple[int, ...]:
 
     Code may ask `a is b`, and what is written into one of them is read from the other.
     """
-    known, places = list[Tensor](), list[int]()
+    known: list[Tensor] = []
+    places: list[int] = []
     for tensor in _tensors(values):
         # A loop that a compiler follows.
         at = 0

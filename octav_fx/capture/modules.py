@@ -26,6 +26,7 @@ from octav_fx.capture.permits import permitted
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, looked_at, remember_structure
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.capture.transformed import transformed
+from octav_fx.compat.graphs import forget_compiled_callers
 from octav_fx.compat.modules import (
     buffers_of,
     children_of,
@@ -272,6 +273,8 @@ class QuantizedModule(GuardedModule):
         # A compiled call may still lead here after the graph for it was made.
         if self.holding(args, kwargs) is None:
             self.run_capture_again(args, kwargs)
+            # Code that was compiled around this call would never look for the graph: by itself it holds as it is.
+            forget_compiled_callers()
         return self._dispatch(*args, **kwargs)
 
     @torch.compiler.disable(reason="octav_fx captures what modules below were replaced by; the next call is compiled")

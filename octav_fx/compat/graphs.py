@@ -1,5 +1,6 @@
 """fx graphs, the graphs of Dynamo, and the calls that regions of autocast make."""
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,18 @@ def locals_of_traced_frame() -> list[Any]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return list(InstructionTranslator.current_tx().output.root_tx.f_locals.values())
+
+
+def forget_compiled_callers() -> None:
+    """Have Dynamo compile the functions anew, at their next call, whose compiled code is running now."""
+    from torch._dynamo.eval_frame import reset_code
+    from torch._dynamo.utils import orig_code_map
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        if (original := orig_code_map.get(frame.f_code)) is not None:
+            reset_code(original)
+        frame = frame.f_back
 
 
 def inductor_decompositions() -> dict[Any, Any]:

@@ -342,3 +342,46 @@ def test_equal_blocks_are_compiled_once() -> None:
     for block in q.blocks:
         block.compile(backend=counter)
     assert torch.equal(q(x), expected) and counter.frame_count == 1
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None):
+        y = self.fc(x)
+        return y if mask is None else y * mask
+
+
+class MaskedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked() for _ in range(3))
+
+    def forward(self, x, mask=None):
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+@pytest.mark.compile
+def test_a_new_graph_of_a_block_becomes_part_of_what_is_compiled_around_it() -> None:
+    ran: list[int] = []
+
+    def counted(gm, inputs):
+        def run(*args):
+            ran.append(1)
+            return gm(*args)
+
+        return run
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 8), torch.ones(8)
+    q = octav_fx.quantize(MaskedNet(), x, blocks=[Masked])
+    compiled = torch.compile(q, backend=counted)
+    expected = copy.deepcopy(q)(x, mask)
+    for _ in range(3):
+        ran.clear()
+        assert torch.equal(compiled(x, mask), expected)
+    assert sum(ran) == 1
