@@ -97,7 +97,7 @@ def locals_of_traced_frame() -> list[Any]:
 
 def forget_compiled_callers() -> None:
     """Have Dynamo compile the functions anew, at their next call, whose compiled code is running now."""
-    from torch._dynamo.eval_frame import reset_code
+    from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo.utils import orig_code_map
 
     frame = inspect.currentframe()
