@@ -243,7 +243,9 @@ def own_copy(inputs: Any) -> Any:
 
 def with_tags_of(tensor: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
     """Set on a copy of a tensor what users set on the tensor; return the copy."""
-    vars(copied).update(tags_of(tensor))
+    # A loop, which a compiler follows.
+    for name, value in tags_of(tensor).items():
+        setattr(copied, name, value)
     return copied
 
 

@@ -53,9 +53,9 @@ def test_the_tail_is_counted_in_registers():
     # Not that which adds a copy of the bins to another.
     loops = [loop for loop in loops_with(warm.machine, "REDG") if sum("LDG" in text for text in loop) >= elements // 2]
     assert len(loops) == 2
-    # With a bin that is counted apart, and without: 128 instructions in a clock and multiprocessor read 2 bytes for 17,
-    # which is 3.5 TB/s at 1.75 GHz, what the memory of an H100 gives.
-    for loop, limit in zip(sorted(loops, key=len), (17, 21), strict=True):
+    # With a bin that is counted apart, and without: 128 instructions in a clock and multiprocessor read 2 bytes for
+    # 17.5, which is 3.4 TB/s at 1.75 GHz, what the memory of an H100 gives.
+    for loop, limit in zip(sorted(loops, key=len), (17.5, 21.5), strict=True):
         assert len(loop) <= limit * elements
         assert not any(name in text for text in loop for name in ("STS", "LDS", "BAR"))
         loads = [i for i, text in enumerate(loop) if "LDG" in text]
