@@ -9,6 +9,7 @@ import octav_fx
 from benchmarks import blocks, result
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("linear", [nn.Linear, blocks.Conv1D])
 def test_each_block_of_both_variants_is_compiled_and_the_ratio_is_to_float(
     monkeypatch: pytest.MonkeyPatch, linear: Any

@@ -232,6 +232,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_compiled_code_sees_what_is_put_in_its_place(name: str, is_apart: bool) -> None:
