@@ -86,8 +86,3 @@ class Worker:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-def rows(arguments: list[str], seconds: float, take: Callable[[dict[str, Any]], None]) -> str | None:
-    """Hand every line of JSON that `python -m ARGUMENTS` prints to take; return why it stopped early, or None."""
-    return Worker(arguments).rows(seconds, take)

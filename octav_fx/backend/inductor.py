@@ -75,9 +75,10 @@ def _divide(x: ir.TensorBox, y: ir.TensorBox) -> ir.TensorBox:
     return make_pointwise(quotient)(x, y)
 
 
-# With the step times a power of two, unit, from 1 up to 4, in $2, as a sum, so that nothing over- or underflows. The
-# second is the reciprocal's own error. The third is Markstein's: the reciprocal is rounded to the nearest, the first
-# quotient is one of the two nearest, what is left of x is exact, and so the last rounding is that of x / step.
+# In assembly, as sums and products must be one rounding each. _UNIT: the power of two that scales a step to 1 .. 4, and
+# x with it, so that nothing over- or underflows. _LOW_RECIPROCAL: what the rounded reciprocal is short of. _RATIO: the
+# clamped x times both is one of the two nearest quotients, what that leaves of x is exact, and so the last rounding is
+# that of x / step (Markstein's correction). Zeros keep their sign.
 _UNIT: Final = (
     "{.reg .b32 e; and.b32 e, $1, 0x7F800000; sub.s32 e, 0x7F000000, e; max.s32 e, e, 0x00800000; mov.b32 $0, e;}"
 )

@@ -196,8 +196,8 @@ def test_a_limit_of_time_leaves_what_was_found(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "broken.py").write_text("print('{\"row\": 2}', flush=True)\nraise ValueError('why')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found: list[dict[str, Any]] = []
-    assert limited.rows(["endless"], 5, found.append) == "over 5 s"
-    assert limited.rows(["broken"], 60, found.append) == "exit 1: ValueError: why"
+    assert limited.Worker(["endless"]).rows(5, found.append) == "over 5 s"
+    assert limited.Worker(["broken"]).rows(60, found.append) == "exit 1: ValueError: why"
     assert found == [{"row": 1}, {"row": 2}]
 
 
