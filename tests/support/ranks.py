@@ -31,7 +31,7 @@ def _start(rank: int, worker, port: int, *args) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # A thread of gloo that asks for the interpreter while that shuts down is unwound through C++, which ends in an abort.
+    # A thread of gloo that asks for the interpreter while that shuts down is unwound through C++: an abort.
     os._exit(0)
 
 
