@@ -48,7 +48,7 @@ def test_any_callable_by_module_and_name():
         ("models/own.py:build", "no model 'models/own.py:build': the name of a module, not of a file, as own:build"),
         (
             "torch.nn:Linear",
-            "torch.nn:Linear cannot be called with no arguments: missing a required argument: 'in_features'",
+            "torch.nn:Linear cannot be called with no arguments: missing a required argument: 'in_f",
         ),
         ("os:name", "os:name cannot be called with no arguments: .* is not a callable object"),
         ("os:getcwd", "os:getcwd returned str, not an nn.Module"),
