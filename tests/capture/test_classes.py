@@ -181,3 +181,24 @@ def test_a_class_that_a_function_asks_for_is_refused_where_it_would_be_another()
     # Below another module that one stays float.
     q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), AsksByFunction()), x)
     assert "does not run as before" in octav_fx.table(q) and type(q[1]) is AsksByFunction
+
+
+class AsksAbove(ScaledInParts):
+    """Calls what is above its class, which a compiler looks for by that class, to which its stand-in is equal."""
+
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_is_above_the_users_class_is_found(is_compiled: bool) -> None:
+    model = AsksAbove().eval()
+    q = octav_fx.quantize(model, x)
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    with silent_quantizers():
+        assert_close("a call", call(x), model(x))
+    assert type(q).__mro__.index(AsksAbove) == 2
