@@ -64,12 +64,20 @@ def load(name: str, **options: Any) -> nn.Module:
 
 
 def called(name: str, **options: Any) -> Any:
-    """Return what "package.module:callable" returns for these options."""
+    """Return what "package.module:callable" returns for these options; a module that is there by a name is itself."""
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        raise OctavError(f"no model {name!r}: the name of a module, not of a file, as {Path(module).stem}:{attribute}")
     try:
         builder = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise OctavError(f"no model {name!r}: {error}") from error
+    if isinstance(builder, nn.Module) and not options:
+        return builder
+    try:
+        inspect.signature(builder).bind(**options)
+    except TypeError as error:
+        raise OctavError(f"{name} cannot be called with {options or 'no arguments'}: {error}") from error
     return builder(**options)
 
 

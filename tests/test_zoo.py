@@ -30,8 +30,12 @@ def test_names_of_segmentation_and_video_models_are_known_and_nothing_is_downloa
     assert isinstance(zoo.load(name), nn.Module)
 
 
+MODEL = nn.Linear(3, 2)
+
+
 def test_any_callable_by_module_and_name():
     assert isinstance(zoo.load("torch.nn:Linear", in_features=3, out_features=2), nn.Linear)
+    assert zoo.load("tests.test_zoo:MODEL") is sys.modules[__name__].MODEL
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,12 @@ def test_any_callable_by_module_and_name():
         ("", "torchvision has no model ''"),
         ("no_such_module:build", "no model 'no_such_module:build': No module named 'no_such_module'"),
         ("torch.nn:no_such_model", "no model 'torch.nn:no_such_model': .* has no attribute"),
+        ("models/own.py:build", "no model 'models/own.py:build': the name of a module, not of a file, as own:build"),
+        (
+            "torch.nn:Linear",
+            "torch.nn:Linear cannot be called with no arguments: missing a required argument: 'in_f",
+        ),
+        ("os:name", "os:name cannot be called with no arguments: .* is not a callable object"),
         ("os:getcwd", "os:getcwd returned str, not an nn.Module"),
     ],
 )

@@ -66,8 +66,8 @@ class HeldHooks(OrderedDict[int, Any]):
         return any(key != _REFUSAL for key in self) or (self.refuses_calls and not is_permitted())
 
     def __reduce__(self) -> Any:
-        own = OrderedDict((key, hook) for key, hook in self.items() if key != _REFUSAL)
-        return HeldHooks, (self.module, self.root, self.path, own, self.refuses_calls)
+        # A copy of the module alone is held by no graph; one of all is held anew.
+        return OrderedDict, ([(key, hook) for key, hook in self.items() if key != _REFUSAL],)
 
     def _refuse(self, *_: Any) -> None:
         if not is_permitted():

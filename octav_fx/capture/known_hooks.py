@@ -23,7 +23,8 @@ def is_recorder(hook: Any) -> bool:
 def stand_in(hook: Any, root: nn.Module, where: str) -> None:
     """Let root, whose graph holds a module, do what a known hook on that does; where: the module, for errors."""
     if _name(hook) == _WANTS_GRADIENTS:
-        root.register_forward_hook(_require_gradients)
+        if _require_gradients not in hooks_of(root, "_forward_hooks").values():
+            root.register_forward_hook(_require_gradients)
     elif is_recorder(hook):
         refusal = _Refusal(hook, where)
         before = [other for other in hooks_of(root, "_forward_pre_hooks").values() if isinstance(other, _Refusal)]

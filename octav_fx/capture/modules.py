@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.classes import stand_in
+from octav_fx.capture.classes import as_users, stand_in
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
@@ -22,11 +22,11 @@ from octav_fx.capture.guards import GuardedGraph, Guards
 from octav_fx.capture.held import hold, let_go
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.module_state import without_history
-from octav_fx.capture.permits import permitted
+from octav_fx.capture.permits import is_permitted, permitted
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, is_changed, looked_at, remember_structure
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.capture.transformed import transformed
-from octav_fx.compat.graphs import forget_compiled_callers
+from octav_fx.compat.graphs import forget_compiled_callers, is_writing_onnx
 from octav_fx.compat.modules import (
     buffers_of,
     children_of,
@@ -146,7 +146,7 @@ class QuantizedModule(GuardedModule):
     def written_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that a graph writes into: a teacher that follows, a weight that is masked."""
         names = {name for guarded in self._captured() for name in guarded.written()}
-        return [p for name, p in self.owner.named_parameters(remove_duplicate=False) if name in names]
+        return [p for name, p in nn.Module.named_parameters(self.owner, remove_duplicate=False) if name in names]
 
     def follow(self, mode: bool) -> None:
         """Show the first graph of a mode, which is that of the owner; its children have theirs."""
@@ -299,7 +299,7 @@ class QuantizedModule(GuardedModule):
         Where it calls itself, for the images of a batch with labels, that is float, too.
         """
         with self.as_float(), _hidden_quantizers(self.owner):
-            return self.user_class.forward(self.owner, *args, **kwargs)
+            return as_users(self.user_class.forward)(self.owner, *args, **kwargs)
 
     def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the graph computes, frozen or not: levels, multiplied in float."""
@@ -388,6 +388,7 @@ class WholeModule:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what a graph that holds for the call computes; after modules below were replaced, one of now."""
+        _check_not_onnx(self)
         graphs: QuantizedModule = vars(self)[GRAPHS]
         if is_changed(graphs.owner):
             graphs._run_look(args, kwargs)
@@ -398,6 +399,12 @@ class WholeModule:
         super().train(mode)  # type: ignore[misc]
         vars(self)[GRAPHS].follow(mode)
         return self
+
+    def __repr__(self) -> str:
+        # torch.onnx.export describes a model before it runs it, and would wrap an error of the run in one of its own.
+        if not is_permitted():
+            _check_not_onnx(self)
+        return super().__repr__()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take a parameter as the user's class does, but none of parallelize_module, whose products give parts of sums.
@@ -462,6 +469,15 @@ class WholeModule:
         quantizers = children_of(owner).pop(QUANTIZERS)
         graphs, meta, recipe, capture_again = parts
         make_whole(QuantizedModule(owner, graphs, meta, recipe, capture_again, quantizers))
+
+
+def _check_not_onnx(q: object) -> None:
+    """Raise OctavError where torch.onnx.export asks: its ops round nothing to a grid and hold no codes of four bits."""
+    if is_writing_onnx():
+        raise OctavError(
+            f"torch.onnx.export knows no quantizers, and {type(q).__name__} has some: octav_fx.calibrate, "
+            "octav_fx.freeze, and then octav_fx.export_onnx write this model"
+        )
 
 
 def make_whole(graphs: QuantizedModule) -> nn.Module:

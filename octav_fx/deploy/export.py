@@ -1,6 +1,7 @@
 """export_onnx(): the integers of a frozen model as standard ONNX, in the form that a runtime computes them in."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def export_onnx(
     *,
     target: str = "onnxruntime",
     dynamic_batch: bool = True,
+    dynamic_axes: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Write a frozen model as ONNX (opset 21, QDQ).
 
@@ -36,9 +38,10 @@ def export_onnx(
     where its kernels make it, and those codes but for ties; "tensorrt", signed integers with zero points of zero, as
     TensorRT takes them; "exact", the same integers as float arithmetic, for any runtime.
     example_inputs: as for quantize(). With dynamic_batch the first axis of every input that has the size of the first
-    one's is free. The file is written whole or not at all. Raises OctavError for a model that is not frozen or is not
-    float32, for an op that ONNX lacks, for what the target cannot say, for an unknown target, and for a path that
-    cannot be written.
+    one's is free; dynamic_axes frees further ones, by the name of the input: {"input_ids": [1]}. The file is written
+    whole or not at all. Raises OctavError for a model that is not frozen or is not float32, for an op that ONNX lacks,
+    for an axis that is not there or has one size only, for what the target cannot say, for an unknown target, and for a
+    path that cannot be written.
     """
     row = _target(target)
     onnx = optional("onnx")
@@ -46,7 +49,9 @@ def export_onnx(
     with replacing(Path(path)) as draft:
         converted = rewritten(q, CONVERT)
         _check_float32(converted)
-        model, parts = translated(converted, example_inputs, dynamic_batch=dynamic_batch)
+        model, parts = translated(
+            converted, example_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes or {}
+        )
         model = write(row, model, parts)
         _strip(model)
         try:

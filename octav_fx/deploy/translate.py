@@ -7,7 +7,9 @@
 The key is the path of the module; a target writes the nodes that stand for it (deploy/targets/).
 """
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -28,11 +30,13 @@ DOMAIN: Final = "octav"
 Part = IntegerWeight | StoredWeight | IntegerBias | StaticQuantizer
 
 
-def translated(module: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> tuple[Any, dict[str, Part]]:
+def translated(
+    module: nn.Module, example_inputs: Any, *, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]
+) -> tuple[Any, dict[str, Part]]:
     """Return the onnx.ModelProto of a converted model, and its quantizers by their keys; the module is changed.
 
-    Raises OctavError for an op that ONNX lacks, for an example in which two inputs are one tensor, and for one that the
-    model does not hold for.
+    Raises OctavError for an op that ONNX lacks, for an example in which two inputs are one tensor, for one that the
+    model does not hold for, and for axes that are not there or that the model computes for one size only.
     """
     args, kwargs = as_inputs(example_inputs)
     same = same_tensors(args, kwargs)
@@ -45,15 +49,15 @@ def translated(module: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -
         module.check_call(args, kwargs)
     parts = _stand_ins(module)
     kwargs = _in_order(module, kwargs)
-    dynamic = None
     if dynamic_batch:
-        args, kwargs, dynamic = _free_batch(args, kwargs)
+        args, kwargs = _at_least_two(args, kwargs)
+    dynamic = _free_axes(module, args, kwargs, dynamic_batch, dynamic_axes)
     try:
         program = torch.onnx.export(
             module, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
         )
     except Exception as error:
-        raise OctavError(_why(error, dynamic_batch)) from error
+        raise OctavError(_why(error, dynamic_batch, dynamic_axes)) from error
     assert program is not None
     return program.model_proto, parts
 
@@ -122,24 +126,66 @@ def _in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs.get(name, inputs[name]) for name in names[: last + 1]} | kwargs
 
 
-def _free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Return the inputs with a batch of at least two, as one would be taken for a constant, and their free axes."""
-    sizes = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-    axis = {0: torch.export.Dim("batch")}
-
-    def is_batched(leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == sizes[0]
-
-    dynamic = pytree.tree_map(lambda leaf: axis if is_batched(leaf) else None, kwargs or args)
-    if sizes[:1] == [1]:
-        args, kwargs = pytree.tree_map(lambda x: torch.cat([x, x]) if is_batched(x) else x, (args, kwargs))
-    return args, kwargs, dynamic
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Return the first size of the first tensor."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
 
 
-def _why(error: BaseException, dynamic_batch: bool) -> str:
+def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the inputs with a batch of at least two, as one would be taken for a constant."""
+    if _batch_size(args, kwargs) != 1:
+        return args, kwargs
+    return pytree.tree_map(lambda x: torch.cat([x, x]) if _has_batch(x, 1) else x, (args, kwargs))
+
+
+def _has_batch(leaf: Any, size: int | None) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+
+
+def _free_axes(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_batch: bool,
+    dynamic_axes: Mapping[str, Sequence[int]],
+) -> Any:
+    """Return for each leaf of the inputs its free axes, as torch.export takes them; None where there is none at all."""
+    if not dynamic_batch and not dynamic_axes:
+        return None
+    named = kwargs or dict(zip(_names(module, len(args)), args, strict=True))
+    for name, axes in dynamic_axes.items():
+        value = named.get(name)
+        if not isinstance(value, Tensor) or not all(-value.dim() <= axis < value.dim() for axis in axes):
+            there = ", ".join(f"{held} {list(x.shape)}" for held, x in named.items() if isinstance(x, Tensor))
+            raise OctavError(f"dynamic_axes={{{name!r}: {list(axes)}}}: no such axes; the inputs are {there}")
+    batch, size = torch.export.Dim("batch"), _batch_size(args, kwargs)
+
+    def free(leaf: Any, axes: Sequence[int]) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        found: dict[int, Any] = {axis % leaf.dim(): torch.export.Dim.DYNAMIC for axis in axes}
+        return found | ({0: batch} if dynamic_batch and _has_batch(leaf, size) else {}) or None
+
+    marks = {
+        name: pytree.tree_map(functools.partial(free, axes=dynamic_axes.get(name, ())), value)
+        for name, value in named.items()
+    }
+    return marks if kwargs else tuple(marks.values())
+
+
+def _names(module: nn.Module, count: int) -> list[str]:
+    """Return the names of so many positional inputs; those of *args have numbers."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][:count]
+    return [*named, *map(str, range(len(named), count))]
+
+
+def _why(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]) -> str:
     """Return the innermost cause, which names the op; the exporter's own messages are pages long."""
     while error.__cause__ is not None:
         error = error.__cause__
     detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    hint = "; if the model is for one batch size only, export it with dynamic_batch=False" if dynamic_batch else ""
+    fixed = ["with dynamic_batch=False"] * dynamic_batch + ["without dynamic_axes"] * bool(dynamic_axes)
+    hint = f"; if the model is for one size only, export it {' and '.join(fixed)}" if fixed else ""
     return f"PyTorch's exporter cannot write this model as ONNX: {detail}. Write the op that it names with others{hint}"

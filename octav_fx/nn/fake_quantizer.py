@@ -6,10 +6,9 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from octav_fx.clips.learned import LEARNED, clip_from_parameter, initial_clip, parameter_for
-from octav_fx.compat.graphs import is_writing_onnx
 from octav_fx.compat.modules import buffers_of
 from octav_fx.errors import OctavError
 from octav_fx.formats.spec import Spec
@@ -142,16 +141,14 @@ class FakeQuantizer(nn.Module):
 
         Under autocast data is rounded in its dtype, which is what the layer would convert it to.
         """
+        if isinstance(x, fx.Proxy):
+            # For any tracer of torch.fx it is a leaf, like the modules of torch.
+            tracer: Any = x.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         settings, spec = self.settings, str(self.spec)
         if self.spec.granularity.size is not None and not self.spec.granularity.divides(x.shape):
             raise OctavError(
                 f"x of shape {tuple(x.shape)} for the granularity {self.spec.granularity}: does not divide"
-            )
-        # Frozen and in eval mode its value is not what the model returns.
-        if (self.clip is None or self.training) and torch.compiler.is_exporting() and is_writing_onnx():
-            raise OctavError(
-                "torch.onnx.export knows no fake-quantizer: octav_fx.calibrate, octav_fx.freeze, and then "
-                "octav_fx.export_onnx write this model"
             )
         if self.running:
             x = as_autocast(x)

@@ -134,7 +134,11 @@ def settings_of_whole(
     held = [vars(model), buffers_of(model)]
     before = [set(names) for names in held]
     try:
-        quantized = _rewritten(model, example, config, position or Position(), user, both_modes=False, is_to_run=False)
+        # A part of it may be quantized already, and a wrapper was put around that.
+        with users_own(model):
+            quantized = _rewritten(
+                model, example, config, position or Position(), user, both_modes=False, is_to_run=False
+            )
     finally:
         # Constants that capture leaves for its graph.
         for names, known in zip(held, before, strict=True):

@@ -23,7 +23,6 @@ from octav_fx.capture.hooks import after_call, before_call, effective_weight
 from octav_fx.compat.modules import (
     forward_hooks_of,
     forward_pre_hooks_of,
-    has_backward_hooks,
     parametrization_of,
     weight_hooks_of,
 )
@@ -68,9 +67,6 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
         return "writes into out="
     if node.op != "call_module":
         return None
-    module = module_of(node)
-    if has_backward_hooks(module):
-        return "the module has backward hooks, which a function call would not run"
     if op.call_of is None:
         return f"the row of {op.name!r} has no call_of to say with what its module calls it"
     if further := list(_given(node))[len(_inputs_of(op.call_of)) :]:

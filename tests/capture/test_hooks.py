@@ -123,8 +123,40 @@ def test_hooks_run_around_a_layer_that_is_quantized(layer: Callable[[], nn.Modul
     assert calls == ["before", "before by keyword", "behind"]
 
 
-def test_backward_hooks_leave_a_layer_float() -> None:
-    layer = nn.Linear(8, 8)
-    layer.register_full_backward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="nothing of this Sequential is quantized: the module has backward hooks"):
-        octav_fx.quantize(nn.Sequential(layer), torch.randn(2, 8))
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("place", ["", "0", "2"])
+def test_backward_hooks_run_and_change_what_they_change_in_float(register: str, place: str) -> None:
+    seen: list[str] = []
+
+    def made(hooked: bool) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        if hooked:
+            layer: Any = net.get_submodule(place)
+            getattr(layer, register)(lambda module, given, *_: seen.append(type(module).__name__) or (2 * given[0],))
+        return net
+
+    x = torch.randn(4, 8, requires_grad=True)
+    q, plain = octav_fx.quantize(made(True), x), octav_fx.quantize(made(False), x)
+    assert octav_fx.coverage(q) == octav_fx.coverage(plain)
+    # The clips, signs and widths of one graph of the whole.
+    assert torch.equal(q(x), plain(x))
+    seen.clear()
+    gradients = [torch.autograd.grad(each(x).square().sum(), x)[0] for each in (q, plain)]
+    assert seen == ["Linear" if place else "Sequential"]
+    assert torch.equal(gradients[0], 2 * gradients[1])
+
+
+def test_a_backward_hook_on_one_of_the_leaves_runs_too() -> None:
+    seen: list[nn.Module] = []
+
+    class Own(nn.Linear):
+        pass
+
+    layer = Own(8, 8)
+    layer.register_full_backward_hook(lambda module, *_: seen.append(module))
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), layer), torch.randn(2, 8), leaves=[Own])
+    assert [(site, reason) for site, reason, _ in octav_fx.coverage(q).skipped] == [("1", "one of the leaves")]
+    seen.clear()
+    q(torch.randn(2, 8)).sum().backward()
+    assert seen == [q[1]]

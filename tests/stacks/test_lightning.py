@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import octav_fx
 from octav_fx import zoo
 
-pytestmark = pytest.mark.stacks
+# A warning of a class of Lightning's makes the process that collects from xdist's workers import Lightning.
+pytestmark = [pytest.mark.stacks, pytest.mark.filterwarnings("ignore")]
 
 
 class Net(nn.Module):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.checkpoint import checkpoint
 
 import octav_fx
@@ -100,6 +101,21 @@ def test_blocks_are_recomputed_as_in_float(when: str) -> None:
     q(x).sum().backward()
     assert all(torch.equal(p.grad, recomputed[name]) for name, p in q.named_parameters())
     assert kept <= 1.2 * of_float
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_torchs_own_wrappers_recompute_blocks(when: str) -> None:
+    model, x = Net(depth=12), torch.randn(8, 64, WIDTH)
+    plain = quantize(model, x, blocks="auto")
+    if when == "after":
+        q = quantize(model, x, blocks="auto")
+    for wrapped in (model, q) if when == "after" else (model,):
+        apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, Block))
+    if when == "before":
+        q = quantize(model, x)
+    assert torch.equal(q(x), plain(x))
+    assert saved_bytes(q, x, q) <= 1.2 * saved_bytes(model, x, model)
+    assert octav_fx.coverage(q) == octav_fx.coverage(plain)
 
 
 class Reentrant(Net):

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import octav_fx
 from octav_fx import Config, float_mode, quantize
+from octav_fx.deploy.runtimes import run_onnx
+from octav_fx.nn import FakeQuantizer
 from tests.support.on_grid import OnGrid
 
 
@@ -589,9 +591,32 @@ def test_an_exported_program_is_saved_and_loaded(training: bool, blocks: Any, tm
         assert torch.equal(loaded(batch), q(batch))
 
 
-def test_torch_onnx_export_of_a_model_that_is_not_frozen_says_what_does_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocks", [(), ["0"]])
+def test_a_tracer_of_torch_fx_sees_quantizers_as_leaves(blocks: Any) -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8)), x, blocks=blocks)
+    traced = torch.fx.symbolic_trace(q)
+    called = [q.get_submodule(str(node.target)) for node in traced.graph.find_nodes(op="call_module")]
+    # So is a single layer that is a graph of its own: its class is torch's.
+    assert sum(isinstance(module, FakeQuantizer) for module in called) == (2 if blocks else 4)
+    assert torch.equal(traced(x), q(x))
+
+
+@pytest.mark.parametrize("made", ["dynamic", "frozen", "blocks"])
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
+def test_torch_onnx_export_says_what_writes_the_model(made: str, dynamo: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8))
-    with pytest.raises(Exception, match=r"octav_fx\.export_onnx write this model") as raised:
-        torch.onnx.export(q, (torch.randn(4, 8),), tmp_path / "q.onnx", verbose=False)
-    assert isinstance(raised.value.__cause__, octav_fx.OctavError)
+    x = torch.randn(4, 8)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8)).eval()
+    q = octav_fx.quantize(model, x, blocks=["0"] if made == "blocks" else ())
+    if made == "frozen":
+        octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    for module in (q, nn.Sequential(q)):
+        with pytest.raises(octav_fx.OctavError, match=r"octav_fx\.export_onnx write this model"):
+            torch.onnx.export(module, (x,), tmp_path / "q.onnx", dynamo=dynamo, verbose=False)
+    with octav_fx.float_mode(q):
+        torch.onnx.export(q, (x,), tmp_path / "float.onnx", dynamo=dynamo, verbose=False)
+    (found,) = run_onnx(tmp_path / "float.onnx", x).values()
+    # Another order of additions.
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)

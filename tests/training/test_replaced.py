@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +78,26 @@ def test_a_new_head_is_quantized_and_the_other_quantizers_stay(made: Callable[[n
         assert torch.equal(
             q(x()), F.linear(F.linear(x(), q.body.weight, q.body.bias).relu(), q.head.weight, q.head.bias)
         )
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, _pickled])
+def test_a_copy_of_a_layer_is_a_layer_and_holds_nothing_else(made: Callable[[nn.Module], nn.Module]) -> None:
+    model, seen = Net(), list[Tensor]()
+    prune.l1_unstructured(model.head, "weight", 0.3)
+    q = octav_fx.quantize(model, x())
+    alone = made(q.head)
+    assert type(alone) is nn.Linear and len(pickle.dumps(alone)) < 2 * len(pickle.dumps(model.head))
+    alone.register_forward_hook(lambda module, given, y: seen.append(y))
+    y = alone(torch.ones(2, 16))
+    assert torch.equal(y, F.linear(torch.ones(2, 16), q.head.weight_orig * q.head.weight_mask, q.head.bias))
+    assert seen[0] is y
+    # In a copy of all it stays what a graph reads.
+    for each in (q, made(q)):
+        with pytest.raises(OctavError, match="would never run this hook"):
+            each.head.register_forward_hook(print)
+        with pytest.raises(OctavError, match="would compute in float here"):
+            each.head(torch.ones(2, 16))
+        assert torch.equal(each.eval()(x()), q.eval()(x()))
 
 
 def test_a_layer_without_weights_is_another_one_too() -> None:

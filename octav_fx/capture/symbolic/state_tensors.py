@@ -33,7 +33,9 @@ def places_of_tensors(root: nn.Module) -> dict[int, Place]:
         for name, value in vars(module).items():
             if name not in PART_ATTRIBUTES:
                 found |= {id(t): (f"{path}.{name}".lstrip("."), keys) for t, keys in _held(value)}
-    named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    # A class may tell names of its own, as wrappers do that are to be unseen in checkpoints.
+    parameters = nn.Module.named_parameters(root, remove_duplicate=False)
+    named = [*parameters, *nn.Module.named_buffers(root, remove_duplicate=False)]
     return found | {id(tensor): (name, ()) for name, tensor in reversed(named)}
 
 

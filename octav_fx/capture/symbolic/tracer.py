@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from octav_fx.capture.hooks import as_hooks_leave, needs_calls, set_aside
 from octav_fx.capture.module_state import with_tags_of
+from octav_fx.capture.symbolic.clocks import OPAQUE
 from octav_fx.capture.symbolic.guards import guard_equal
+from octav_fx.capture.symbolic.identity import line_that_compares, may_be_its_input
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
     is_of_numpy,
@@ -35,13 +37,14 @@ from octav_fx.capture.symbolic.stand_ins import STAND_INS
 from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, holders_of_tensors, places_of_tensors
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
-from octav_fx.compat.modules import has_forward_hooks
+from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks
 from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree, storage_id
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
 from octav_fx.ir.meta import fake, info, set_fake, update
-from octav_fx.ir.ops import UserRules, in_place, is_altered
+from octav_fx.ir.ops import UserRules, in_place, is_altered, op_of_module
+from octav_fx.ir.table.contractions import CONTRACTIONS
 
 # torch.nn modules are leaves: they are what rules speak of, and their checks on shapes are torch's own business.
 # These are made of other modules, some of which multiply matrices, so they are traced into.
@@ -229,6 +232,8 @@ class ValueTracer(fx.Tracer):
             return self.proxy_of(a).node
         if is_built_around_proxies(a):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
+        if isinstance(a, OPAQUE):
+            raise OctavError(f"{user_caller()}: forward computes with the clock, which is another one in each call")
         if is_of_numpy(a, "generic"):
             a = a.item()
         if isinstance(a, torch.Generator):
@@ -275,6 +280,9 @@ class ValueTracer(fx.Tracer):
             return proxy
         if kind == "call_function" and _is_user_function(target):
             return self._inline(target, args, kwargs)
+        called = self.root.get_submodule(target) if kind == "call_module" else target
+        if may_be_its_input(called) and (line := line_that_compares()) is not None:
+            raise OctavError(f"{line}: forward asks whether two results are one tensor, which no graph knows")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         return proxy if torch.is_grad_enabled() else self._without_gradient(proxy)
 
@@ -393,6 +401,9 @@ class ValueTracer(fx.Tracer):
             )
         return isinstance(m, self.user.leaves) or is_torch_leaf(m)
 
+    def _is_rewritten(self, m: nn.Module) -> bool:
+        return op_of_module(m) in CONTRACTIONS and not isinstance(m, self.user.leaves)
+
     def _is_unrolled(self, m: nn.Module) -> bool:
         return self.user.unrolls and is_recurrent(m) and not has_forward_hooks(m)
 
@@ -404,7 +415,8 @@ class ValueTracer(fx.Tracer):
         if self._is_unrolled(m):
             return unrolled(m, *args, **kwargs)
         mark, path = self._mark(), self.path_of_module(m)
-        if needs_calls(m) and not self.is_leaf_module(m, path):
+        # Rewritten to a function call, a layer runs the hooks around its forward, and none of its backward.
+        if needs_calls(m) and (not self.is_leaf_module(m, path) or (has_backward_hooks(m) and self._is_rewritten(m))):
             return self._call_hooked(m, forward, args, kwargs)
         result = super().call_module(m, forward, args, kwargs)
         if _is_stateless(m) and self._is_random(mark):

@@ -257,18 +257,6 @@ def test_the_in_place_method_is_no_method_of_a_tensor() -> None:
     assert not hasattr(torch.Tensor, "__imatmul__")
 
 
-def test_a_module_with_backward_hooks_stays_because_a_function_call_would_not_run_them() -> None:
-    float_module = nn.Sequential(nn.Linear(4, 5))
-    float_module[0].register_full_backward_hook(lambda module, given, taken: None)
-    x = torch.randn(2, 4)
-    gm = captured(float_module, input=x)
-    text = graph_text(gm.graph)
-    reason = "the module has backward hooks, which a function call would not run"
-    assert declined(gm, canonicalize) == [("0", None, reason)]
-    assert graph_text(gm.graph) == text
-    assert torch.equal(gm(x), float_module(x))
-
-
 def test_out_stays_because_it_names_the_memory_to_write() -> None:
     x, y = torch.randn(3, 4), torch.randn(4, 5)
     gm = captured(model(lambda self, x, y: torch.mm(x, y, out=x.new_empty(3, 5))), x=x, y=y)
