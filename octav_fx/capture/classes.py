@@ -1,6 +1,7 @@
 """Subclasses of users' classes, which stand for them: what forward does to its class, it does to the user's.
 
 type(self).calls += 1    counted where the float model counts
+type(self)(8)            a Block that is not quantized
 type(self) == Block      True for a Block that is quantized, as is {Block: ...}[type(self)]
 """
 
@@ -49,5 +50,9 @@ def _metaclass(above: Any) -> Any:
     def hashed(cls: Any) -> int:
         return above.__hash__(users(cls))
 
-    methods = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # A module that begins is the user's own; quantize() makes the others past this.
+        return above.__call__(users(cls), *args, **kwargs)
+
+    methods = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed, "__call__": call}
     return type(above.__name__, (above,), methods)
