@@ -1,6 +1,7 @@
 """Subclasses of users' classes, which stand for them: what forward does to its class, it does to the user's.
 
 type(self).calls += 1    counted where the float model counts
+type(self)(8)            a Block that is not quantized
 type(self) == Block      True for a Block that is quantized, as is {Block: ...}[type(self)]
 type(self) is Block      True in the methods of modules: those that ask for it are copied, with another type()
 """
@@ -108,6 +109,10 @@ def _metaclass(above: Any) -> Any:
     def order(cls: Any) -> Any:
         return _ByIdentity(type.__dict__["__mro__"].__get__(cls))
 
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # A module that begins is the user's own; quantize() makes the others past this.
+        return above.__call__(users(cls), *args, **kwargs)
+
     methods: dict[str, Any] = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
-    methods["__mro__"] = property(order)
+    methods |= {"__call__": call, "__mro__": property(order)}
     return type(above.__name__, (above,), methods)
