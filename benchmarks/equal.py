@@ -8,6 +8,7 @@ A net and its bits are written to results/equal.json when they are done, and are
 it can run in pieces, by --nets, and be broken off.
 """
 
+import copy
 import fnmatch
 import functools
 import importlib.util
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import octav_fx
 from benchmarks import inference, result, trained
+from benchmarks.inference import Case
 from benchmarks.trained import Task
 from octav_fx import Config
 from octav_fx.capture.modules import IntegerModule, quantized_modules
@@ -34,7 +36,14 @@ from octav_fx.formats.grid import Grid
 from octav_fx.nn import StaticQuantizer
 from tests.support.given_levels import Levels, Run, computed, with_levels
 
-BITS: Final = ((8, 8), (4, 8), (4, 4))
+FLOAT: Final = "float"
+CONFIGS: Final = {
+    "W8A8": Config(8, 8, residual_bits=8),
+    "W4A8": Config(4, 8, residual_bits=8),
+    "W4A4": Config(4, 4, residual_bits=8),
+    "W8A8, residual_bits=None": Config(8, 8),
+    "W4A4, residual_bits=None": Config(4, 4),
+}
 # Inputs at a time: the levels of all activations are held at once.
 _BATCH: Final = 32
 # Nets with nothing but integers between the first quantizer and the result, when residuals are quantized.
@@ -60,7 +69,7 @@ class Bound:
 
 
 _EQUAL: Final = Bound(0, 1, is_equal=True)
-# Float functions between layers (SiLU, GELU, layer norm, softmax) no two runtimes round alike.
+# Float between layers (SiLU, GELU, layer norm, softmax, sums that are not quantized) no two runtimes round alike.
 _FLOAT_BETWEEN: Final = Bound(1e-4)
 # A code at a tie falls to its other side where scales are multiplied in another order. One of a million in each layer
 # moves many behind it, and now and then the class.
@@ -68,9 +77,10 @@ _PYTORCH: Final = Bound(1e-5, None)
 _OPENVINO: Final = Bound(1e-3, None)
 
 
-def bound(net: str, runtime: str) -> Bound:
-    """Return what must hold of a net in a runtime."""
-    if runtime == "definition" or (runtime.startswith("onnxruntime") and net in INTEGER_NETS):
+def bound(net: str, runtime: str, residual_bits: int | None) -> Bound:
+    """Return what must hold of a net in a runtime, whose sums are integers, or float where residual_bits is None."""
+    is_integer = net in INTEGER_NETS and residual_bits is not None
+    if runtime == "definition" or (runtime.startswith("onnxruntime") and is_integer):
         return _EQUAL
     return {"PyTorch": _PYTORCH, "OpenVINO": _OPENVINO}.get(runtime, _FLOAT_BETWEEN)
 
@@ -80,39 +90,61 @@ def main(nets: str = "*") -> None:
     torch.set_num_threads(1)
     rows = result.kept("equal")
     for net in fnmatch.filter(trained.NETS, nets):
-        left = [
-            bits for bits in ("float", *map(_name, BITS)) if (net, bits) not in {(r["net"], r["bits"]) for r in rows}
-        ]
+        done = {row["bits"] for row in rows if row["net"] == net}
+        left = [bits for bits in (FLOAT, *CONFIGS) if bits not in done]
         if not left:
             continue
         given = trained.task(net)
         trained.train(given.model, given)
         for bits in left:
-            rows += _of_float(net, given) if bits == "float" else compared(net, given, *map(int, bits[1:].split("A")))
+            rows += of_float(net, given) if bits == FLOAT else compared(net, given, bits)
             rows.sort(key=lambda row: trained.NETS.index(row["net"]))
             result.write("equal", {"setting": {"threads": 1, "sources": result.sources()}, "rows": rows})
     print(tabulate(rows, headers="keys"))
 
 
-def _name(bits: tuple[int, int]) -> str:
-    return "W{}A{}".format(*bits)
+def of_float(net: str, given: Task) -> list[dict[str, Any]]:
+    """Return how many classes the float model finds, in bfloat16 too, and what other quantizers make of it.
 
-
-def _of_float(net: str, given: Task) -> list[dict[str, Any]]:
-    """Return how many classes the float model finds, and what onnxruntime's own quantizer makes of it."""
-    x, _ = zip(*(given.batch() for _ in range(trained.INPUTS // len(given.batch()[0]))), strict=True)
+    They are calibrated on as many inputs of the training as there are inputs to classify.
+    """
+    calibration, _ = zip(*(given.batch() for _ in range(trained.INPUTS // len(given.batch()[0]))), strict=True)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         expected = given.model(given.x)
-        session = onnx_session(inference.static_file(inference.Case(given.model, torch.cat(x), Path(folder))), 1)
-        (found,) = session.run(None, {session.get_inputs()[0].name: given.x.numpy()})
-    row = _row(net, "float", "PyTorch", given, expected, expected)
-    return [row, _row(net, "float", "onnxruntime's quantize_static", given, torch.from_numpy(found), expected)]
+        case = inference.Case(given.model, torch.cat(calibration), Path(folder))
+        rows = [_row(net, FLOAT, "PyTorch", given, expected, expected)]
+        for name, run in _OTHERS.items():
+            if note := inference.absent_of(name):
+                rows.append({"net": net, "bits": FLOAT, "runtime": name, "note": note})
+            else:
+                rows.append(_row(net, FLOAT, name, given, run(case, given.x), expected))
+    return rows
 
 
-def compared(net: str, given: Task, weight_bits: int, activation_bits: int) -> list[dict[str, Any]]:
-    """Return a row for each runtime of a trained net, quantized to these bits."""
+def _bfloat16(case: Case, x: Tensor) -> Tensor:
+    model: nn.Module = copy.deepcopy(case.model).to(torch.bfloat16)
+    return model(x.to(torch.bfloat16) if x.is_floating_point() else x).float()
+
+
+def _static(case: Case, x: Tensor) -> Tensor:
+    session = onnx_session(inference.static_file(case), 1)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return torch.from_numpy(found)
+
+
+# What others make of a float model: from a case with inputs to calibrate on, and inputs, to results.
+_OTHERS: Final[dict[str, Callable[[Case, Tensor], Tensor]]] = {
+    "bfloat16 PyTorch": _bfloat16,
+    inference.STATIC: _static,
+    inference.NNCF: lambda case, x: torch.from_numpy(inference.nncf_model(case)([x.numpy()])[0]),
+    inference.TORCHAO: lambda case, x: inference.torchao_model(case)(x),
+}
+
+
+def compared(net: str, given: Task, bits: str) -> list[dict[str, Any]]:
+    """Return a row for each runtime of a trained net, quantized as CONFIGS says."""
     batches = [given.batch()[0] for _ in range(4)]
-    q = octav_fx.quantize(given.model, batches[0], Config(weight_bits, activation_bits, residual_bits=8))
+    q = octav_fx.quantize(given.model, batches[0], CONFIGS[bits])
     octav_fx.freeze(octav_fx.calibrate(trained.retrain(q, given), batches))
     (quantized,) = quantized_modules(q)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -123,11 +155,11 @@ def compared(net: str, given: Task, weight_bits: int, activation_bits: int) -> l
             for name, runtime in runtimes.items():
                 tallies[name].add(runtime, x, codes)
         expected = torch.cat([q(x) for x in given.x.split(_BATCH)])
-    bits, rows = _name((weight_bits, activation_bits)), []
+    rows = []
     for name, tally in tallies.items():
         row = _row(net, bits, name, given, torch.cat(tally.results), expected)
         row |= {"codes": tally.codes, "moved": tally.moved, "end to end": tally.end_to_end}
-        rows.append({**row, "holds": bound(net, name).holds(row)})
+        rows.append({**row, "holds": bound(net, name, CONFIGS[bits].residual_bits).holds(row)})
     return rows
 
 

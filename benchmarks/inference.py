@@ -38,6 +38,10 @@ FLOAT: Final = "float onnxruntime"
 EAGER: Final = "float PyTorch eager"
 COMPILED: Final = "float PyTorch Inductor"
 OPENVINO: Final = "float OpenVINO"
+# What others make of the float model.
+STATIC: Final = "onnxruntime's quantize_static"
+NNCF: Final = "NNCF on OpenVINO"
+TORCHAO: Final = "torchao's x86 flow, Inductor"
 
 Run = Callable[[], Any]
 
@@ -161,9 +165,24 @@ def _in_openvino(path: Path, x: Tensor) -> Run:
 
 def openvino_model(model: Path | bytes) -> Any:
     """Compile an ONNX file, or its bytes, with OpenVINO for one thread, in float32 where it is no integer."""
-    core = importlib.import_module("openvino").Core()
+    core = _openvino()
+    return _compiled_by(core, core.read_model(model))
+
+
+def nncf_model(case: Case) -> Any:
+    """NNCF's post-training quantization of the float file for OpenVINO, calibrated on the batch."""
+    nncf: Any = importlib.import_module("nncf")
+    core = _openvino()
+    return _compiled_by(core, nncf.quantize(core.read_model(_float_file(case)), nncf.Dataset([case.x.numpy()])))
+
+
+def _openvino() -> Any:
+    return importlib.import_module("openvino").Core()
+
+
+def _compiled_by(core: Any, model: Any) -> Any:
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    return core.compile_model(core.read_model(model), "CPU", options)
+    return core.compile_model(model, "CPU", options)
 
 
 def _openvino_run(model: Any, x: Tensor) -> Run:
@@ -171,24 +190,18 @@ def _openvino_run(model: Any, x: Tensor) -> Run:
     return lambda: request.infer(given)
 
 
-def _nncf(case: Case) -> Run:
-    """NNCF's post-training quantization of the float file, calibrated on the batch."""
-    nncf: Any = importlib.import_module("nncf")
-    core = importlib.import_module("openvino").Core()
-    quantized = nncf.quantize(core.read_model(str(_float_file(case))), nncf.Dataset([case.x.numpy()]))
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    return _openvino_run(core.compile_model(quantized, "CPU", options), case.x)
-
-
-def _torchao(case: Case) -> Run:
-    """The x86 flow of torchao through Inductor: export, prepare, calibrate, convert, compile with frozen weights."""
+def torchao_model(case: Case) -> Any:
+    """Return what the x86 flow of torchao makes, not compiled: exported, calibrated on the batch, converted."""
     flow: Any = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     x86: Any = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    exported = torch.export.export(copy.deepcopy(case.model), (case.last,)).module()
+    # Only a strict export tells the calls of ResNet's shared ReLUs apart, which the quantizer asks. Only one that is
+    # not takes PyTorch's transformer layers apart, whose linear layers would stay float.
+    strict = not any(isinstance(module, nn.MultiheadAttention) for module in case.model.modules())
+    exported = torch.export.export(copy.deepcopy(case.model), (case.last,), strict=strict).module()
     prepared = flow.prepare_pt2e(exported, quantizer)
     prepared(case.last)
-    return _frozen(flow.convert_pt2e(prepared), case.last)
+    return flow.convert_pt2e(prepared)
 
 
 def _float_in(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -231,13 +244,13 @@ def _bits(weight_bits: int, activation_bits: int, residual_bits: int | None = 8)
 # Variant -> how it is made, and what it is compared with.
 VARIANTS: Final[dict[str, tuple[Make, str]]] = {
     FLOAT: (_float_onnx, FLOAT),
-    "onnxruntime's quantize_static": (_static, FLOAT),
+    STATIC: (_static, FLOAT),
     "octav_fx W8A8 onnxruntime": (_our_onnx(_bits(8, 8)), FLOAT),
     "octav_fx W4A8 onnxruntime": (_our_onnx(_bits(4, 8)), FLOAT),
     "octav_fx W4A4 onnxruntime": (_our_onnx(_bits(4, 4)), FLOAT),
     "octav_fx W8A8 onnxruntime, residual_bits=None": (_our_onnx(_bits(8, 8, None)), FLOAT),
     OPENVINO: (lambda case: _in_openvino(_float_file(case), case.x), OPENVINO),
-    "NNCF on OpenVINO": (_nncf, OPENVINO),
+    NNCF: (lambda case: _openvino_run(nncf_model(case), case.x), OPENVINO),
     "octav_fx W8A8 OpenVINO": (_our_openvino(_bits(8, 8)), OPENVINO),
     "octav_fx W4A4 OpenVINO": (_our_openvino(_bits(4, 4)), OPENVINO),
     EAGER: (_eager(torch.float32), EAGER),
@@ -246,7 +259,7 @@ VARIANTS: Final[dict[str, tuple[Make, str]]] = {
     "octav_fx W4A4 eager": (_our_torch(_bits(4, 4), is_compiled=False), EAGER),
     COMPILED: (_compiled(torch.float32), COMPILED),
     "bfloat16 PyTorch Inductor": (_compiled(torch.bfloat16), COMPILED),
-    "torchao's x86 flow, Inductor": (_torchao, COMPILED),
+    TORCHAO: (lambda case: _frozen(torchao_model(case), case.last), COMPILED),
     "octav_fx W8A8 compiled": (_our_torch(_bits(8, 8), is_compiled=True), COMPILED),
     "octav_fx W4A4 compiled": (_our_torch(_bits(4, 4), is_compiled=True), COMPILED),
     "octav_fx W8A8 compiled, residual_bits=None": (_our_torch(_bits(8, 8, None), is_compiled=True), COMPILED),
@@ -255,10 +268,16 @@ VARIANTS: Final[dict[str, tuple[Make, str]]] = {
 # What a variant needs that may not be there.
 _NEEDS: Final = {
     OPENVINO: ("openvino",),
-    "NNCF on OpenVINO": ("nncf", "openvino"),
+    NNCF: ("nncf", "openvino"),
     **{f"octav_fx {bits} OpenVINO": ("openvino",) for bits in ("W8A8", "W4A4")},
-    "torchao's x86 flow, Inductor": ("torchao",),
+    TORCHAO: ("torchao",),
 }
+
+
+def absent_of(variant: str) -> str:
+    """Return what a variant needs that is not installed, as a note; empty where all is there."""
+    absent = [part for part in _NEEDS.get(variant, ()) if importlib.util.find_spec(part) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 def main(rounds: int, nets: str = "*", batches: Sequence[int] = BATCHES) -> None:
@@ -287,8 +306,8 @@ def measured(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         case = Case(*load(name, batch), Path(folder))
         for variant, (make, _) in VARIANTS.items():
-            if absent := [part for part in _NEEDS.get(variant, ()) if importlib.util.find_spec(part) is None]:
-                notes[variant] = f"not installed: {', '.join(absent)}"
+            if absent := absent_of(variant):
+                notes[variant] = absent
                 continue
             try:
                 runs[variant] = make(case)

@@ -17,6 +17,9 @@ PAGES: Final = tuple(ROOT / name for name in ("README.md", "docs/results.md", "d
 # Files of ./dev gpu, one for each GPU.
 _STEPS: Final = ("-resnet50", "-transformers")
 
+# How the note of a row begins whose library is not there.
+_ABSENT: Final = "not installed"
+
 # What the README shows of the study's first table.
 _SHOWN: Final = ("float", "octav", "octav-tight", "max", "lsq")
 
@@ -101,6 +104,8 @@ def _equal(found: dict[str, Any]) -> str:
 
 
 def _equality(row: dict[str, Any]) -> str:
+    if row.get("note"):
+        return _ABSENT
     accuracy = f"{100 * row['accuracy']:.1f}"
     if row["bits"] == "float":
         return accuracy
@@ -140,8 +145,8 @@ def _of_batch(rows: list[dict[str, Any]], batch: int) -> str:
 
 
 def _times(row: dict[str, Any]) -> str:
-    if row["note"].startswith("not installed"):
-        return "not installed"
+    if row["note"].startswith(_ABSENT):
+        return _ABSENT
     return "fails" if row["ms"] is None or row["ratio"] is None else f"{row['ms']:.1f} ({row['ratio']:.2f})"
 
 

@@ -16,7 +16,8 @@ from tabulate import tabulate
 
 from benchmarks import forked, result, zoo_models, zoo_worker
 
-MODEL_LIMIT = 120.0
+# Seconds of CPU time.
+MODEL_LIMIT = 120
 _LIBRARIES = ("transformers", "timm", "torchvision")
 
 Row = dict[str, Any]

@@ -3,17 +3,24 @@
 type(self).calls += 1    counted where the float model counts
 type(self)(8)            a Block that is not quantized
 type(self) == Block      True for a Block that is quantized, as is {Block: ...}[type(self)]
+type(self) is Block      True in the methods of modules: those that ask for it are copied, with another type()
 """
 
+import dis
 import functools
+import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from torch import nn
 
+from octav_fx.capture.module_state import is_users_class
+
 # What a stand-in keeps of its own: the class that it stands for.
 _USERS: Final = "octav_users_class"
+# The name of type() in methods that were copied.
+_TYPE: Final = "octav_type"
 
 
 def stand_in(
@@ -25,12 +32,53 @@ def stand_in(
     """
     # A compiler counts by its code how often a function was compiled, and gives up on one that many classes have.
     forward.__code__ = forward.__code__.replace()
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward, **names}
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
+    names = {**_methods(kind), **own, **names}
     metaclass: Any = type(kind)
     made: Any = _metaclass(metaclass)(kind.__name__, (marker, kind), names)
     # From here on what is set is set on the user's class: ABCs set some of their own before.
     type.__setattr__(made, _USERS, kind)
     return made
+
+
+@functools.cache
+def as_users(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function to which type(x) is the user's class where x is of a class that stands for it.
+
+    Of one that does not compare what type() returns by `is`, itself.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    # Those that stand inside of it have code of their own, and wrappers call what they wrap.
+    code, steps = function.__code__, list(dis.get_instructions(function))
+    # The lowest bit of the argument tells that it is called.
+    calls = [s for s in steps if s.opname == "LOAD_GLOBAL" and s.argval == "type" and s.arg is not None and s.arg & 1]
+    place = len(code.co_names) << 1 | 1
+    if not calls or all(s.opname != "IS_OP" for s in steps) or place > 255 or "type" in function.__globals__:
+        return function
+    changed = bytearray(code.co_code)
+    for step in calls:
+        changed[step.offset + 1] = place
+    function.__globals__[_TYPE] = _type
+    code = code.replace(co_code=bytes(changed), co_names=(*code.co_names, _TYPE))
+    made = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(made, function)
+
+
+def _type(*args: Any, **kwargs: Any) -> type:
+    kind = type(*args, **kwargs)
+    return vars(kind).get(_USERS, kind)
+
+
+def _methods(kind: type) -> dict[str, Any]:
+    """Return the methods of a user's class and of those above it that ask for classes, made to find the user's."""
+    names = dict.fromkeys(name for above in kind.__mro__ if is_users_class(above) for name in vars(above))
+    held = {name: inspect.getattr_static(kind, name) for name in names}
+    methods = {name: value for name, value in held.items() if isinstance(value, types.FunctionType)}
+    return {name: made for name, value in methods.items() if (made := as_users(value)) is not value}
 
 
 @functools.cache

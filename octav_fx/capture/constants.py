@@ -3,17 +3,22 @@
 Of the code that forward runs the names are known before it runs. So are the plain values that they may stand for:
 
     FACTOR, cfg.scale, Config.depth, settings.EPS, TABLE["k"], os.environ["FLAG"], a count in a closure or a default,
-    what a variable of the context or of the thread holds, what torch answers: torch.get_default_dtype()
+    what a variable of the context or of the thread holds, what torch answers: torch.get_default_dtype(),
+    torch.backends.cudnn.benchmark, logger.isEnabledFor(logging.DEBUG)
+
+So is that there is none yet: a global that is set later, getattr(cfg, "scale", 1.0).
 
 Each is asked at every call, and where the call is compiled, by the compiler's own guards.
 """
 
+import builtins
 import contextvars
 import copy
 import dis
 import functools
 import inspect
 import itertools
+import logging
 import math
 import os
 import sys
@@ -53,6 +58,10 @@ _QUESTIONS: Final[dict[str, Callable[[], Any]]] = {
     "get_num_threads": torch.get_num_threads,
     **dict.fromkeys(("is_initialized", "get_rank", "get_world_size"), _rank),
 }
+# Begins the names of functions that answer, below torch.backends; others set what these tell.
+_ANSWERS: Final = ("is_", "get_")
+# Methods and attributes of loggers by which code chooses.
+_OF_LOGGERS: Final = frozenset({"isEnabledFor", "getEffectiveLevel", "level", "disabled"})
 _CACHED: Final = type(functools.cache(_rank))
 # Defaults of functions that keep what is put into them.
 _CHANGING: Final = (list, dict, set)
@@ -147,6 +156,8 @@ class _Named:
     # Those of the names that stand for globals; the others are attributes of something.
     of_globals: tuple[str, ...]
     keys: tuple[str, ...]
+    # What it asks for by getattr and hasattr, each as the names that lead there.
+    asked: tuple[tuple[str, ...], ...]
     owner: Any
     # Whether it looks into what modules hold past their attributes: self.__dict__["scale"].
     asks_dict: bool
@@ -154,9 +165,12 @@ class _Named:
 
     @classmethod
     def by(cls, code: types.CodeType, owner: Any) -> "_Named":
-        names, keys = _names(code), (key for key in _constants(code) if isinstance(key, str))
+        names, of_globals = tuple(dict.fromkeys(_names(code))), _global_names(code)
+        keys = tuple(dict.fromkeys(key for key in _constants(code) if isinstance(key, str)))
+        if "globals" in of_globals:
+            of_globals += keys
         asks_dict = not {"__dict__", "vars"}.isdisjoint(code.co_names)
-        return cls(tuple(dict.fromkeys(names)), _global_names(code), tuple(dict.fromkeys(keys)), owner, asks_dict)
+        return cls(names, of_globals, keys, _asked(code), owner, asks_dict)
 
 
 @dataclass(eq=False)
@@ -203,6 +217,7 @@ class _Found:
             questions = ((name, _QUESTIONS[name]) for name in named.names if name in _QUESTIONS)
             self.answers |= {name: (question, question()) for name, question in questions}
             self._look(function.__globals__, named, _DEEP)
+            self._look_for_asked(function, named)
             for cell in filter(_is_filled, function.__closure__ or ()):
                 self._meet(cell, "cell_contents", cell.cell_contents, named, _DEEP)
             if any(type(value) in _CHANGING for value in function.__defaults__ or ()):
@@ -222,10 +237,42 @@ class _Found:
         """Look into what code names of a module: functions, and objects, of which guards ask what is not so deep."""
         for name in named.names:
             value = vars(module).get(name)
-            if isinstance(value, (types.FunctionType, functools.partial, _CACHED)) or _is_space(value):
+            if isinstance(value, (types.FunctionType, functools.partial, _CACHED, logging.Logger)) or _is_space(value):
                 self._meet(module, name, value, named, _DEEP)
         if named.asks_dict:
             self.add_attributes(type(module).__name__, module, named.keys)
+
+    def _look_for_asked(self, function: types.FunctionType, named: "_Named") -> None:
+        """Take what a function asks for by getattr and hasattr, there or not, of globals and of its own class."""
+        for first, *path, last in named.asked:
+            holder = named.owner if first == "type" else function.__globals__.get(first, MISSING)
+            for name in path:
+                holder = inspect.getattr_static(holder, name, MISSING)
+            value = inspect.getattr_static(holder, last, MISSING)
+            # What a __getattr__ finds is not missing.
+            if _is_space(holder) and (value is not MISSING or getattr(holder, last, MISSING) is MISSING):
+                self._meet(holder, last, value, named, _DEEP)
+
+    def _look_at_torch(self, space: Any, named: "_Named") -> None:
+        """Take what code names below torch.backends: flags, and functions that tell one."""
+        for name in named.names:
+            value = getattr(space, name, MISSING)
+            if name.endswith("_enabled") or name.startswith(_ANSWERS):
+                if callable(value):
+                    self.answers[name] = (value, value())
+            elif isinstance(value, PLAIN) and value is not MISSING:
+                self._values(self.attributes, "torch.backends", space)[name] = value
+            elif getattr(value, "__name__", type(value).__module__).startswith("torch.backends"):
+                self._look_at_torch(value, named)
+
+    def _look_at_logger(self, logger: logging.Logger) -> None:
+        """Take what decides which messages are written: levels of a logger and of those above it."""
+        above: logging.Logger | None = logger
+        while above is not None:
+            held = self._values(self.items, f"logger {above.name}", vars(above))
+            held |= {"level": above.level, "disabled": above.disabled}
+            above = above.parent
+        self._values(self.items, "logging", vars(logger.manager))["_disable"] = logger.manager.disable
 
     def _look(self, space: Any, named: "_Named", depth: int) -> None:
         """Look in a place for what code names: globals, a module, a class, an object, or a table."""
@@ -240,7 +287,8 @@ class _Found:
             # What a thread holds is found by asking alone.
             found = getattr if isinstance(space, threading.local) else inspect.getattr_static
             value = space.get(name, MISSING) if is_table else found(space, name, MISSING)
-            if value is not MISSING or space is os.environ:
+            is_to_come = space is os.environ or (is_globals and not hasattr(builtins, name))
+            if value is not MISSING or is_to_come:
                 self._meet(space, name, value, named, depth)
         if space is os and "getenv" in named.names:
             self._look(os.environ, named, 0)
@@ -271,6 +319,13 @@ class _Found:
         elif isinstance(value, type) and issubclass(value, nn.Module):
             # What its methods name is looked for where modules of it are.
             self.add_attributes(value.__name__, value, named.names if is_users_class(value) else ())
+        elif isinstance(value, types.ModuleType) and value.__name__.startswith("torch.backends"):
+            self._look_at_torch(value, named)
+        elif value is torch and "backends" in named.names:
+            self._look_at_torch(torch.backends, named)
+        elif isinstance(value, logging.Logger):
+            if not _OF_LOGGERS.isdisjoint(named.names):
+                self._look_at_logger(value)
         elif isinstance(value, contextvars.ContextVar):
             if _is_plain(held := value.get(MISSING)):
                 self.variables[value] = copy.deepcopy(held)
@@ -280,7 +335,8 @@ class _Found:
     def _add(self, space: Any, name: str, value: Any) -> None:
         if isinstance(space, dict) and "__builtins__" in space:
             file = sys.modules.get(str(space.get("__name__")))
-            if file is not None and vars(file) is space:
+            # Of what a file does not have a compiler knows nothing later, of what its dict does not have it does.
+            if file is not None and vars(file) is space and value is not MISSING:
                 self._values(self.attributes, file.__name__, file)[name] = value
             else:
                 self._values(self.items, str(space.get("__name__")), space)[name] = value
@@ -352,6 +408,32 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
     """Return the names of globals in a function, and in those that stand in it."""
     found = [str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     within = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return tuple(dict.fromkeys(itertools.chain(found, *within)))
+
+
+@functools.cache
+def _asked(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """Return what a function asks for by getattr and hasattr, and those that stand in it, as the names that lead there.
+
+    getattr(cfg.model, "scale", 1.0) -> ("cfg", "model", "scale"); hasattr(type(self), "scale") -> ("type", "scale")
+    """
+    found: list[tuple[str, ...]] = []
+    path: list[str] | None = None
+    for step in dis.get_instructions(code):
+        match step.opname, step.argval:
+            case "LOAD_GLOBAL" | "LOAD_NAME", "getattr" | "hasattr":
+                path = []
+            case "LOAD_GLOBAL" | "LOAD_NAME" | "LOAD_ATTR", str(name) if path is not None:
+                path = ["type"] if name == "__class__" else [*path, name]
+            case "LOAD_CONST", str(name) if path:
+                found.append((*path, name))
+                path = None
+            case "LOAD_CONST" | "STORE_FAST", _:
+                path = None
+            case "LOAD_FAST", _ if path != ["type"]:
+                # What self holds has guards of its own.
+                path = None if path is None else ["self"]
+    within = (_asked(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return tuple(dict.fromkeys(itertools.chain(found, *within)))
 
 

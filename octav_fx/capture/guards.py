@@ -218,8 +218,8 @@ def _equal(value: Any, expected: Any) -> bool:
 
 def _text(kind: Any) -> str:
     match kind:
-        case ("Tensor", int() as axes, *_):
-            return f"a tensor of {axes} axes"
+        case (("Tensor" | "Parameter") as name, int() as axes, *_):
+            return f"a {name.lower()} of {axes} axes"
         case (str(), value):
             kind = value
     text = repr(kind)

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import logging
 import types
 from collections.abc import Mapping
 from typing import Any, Final
@@ -14,8 +15,11 @@ from octav_fx.ir.meta import fake
 PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
 # In place of an attribute that is not there.
 MISSING: Final = "missing"
-# What counts by being itself.
-_ITSELF: Final = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+# What counts by being itself; levels of loggers are constants (constants.py).
+_ITSELF: Final = (
+    *(nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+    logging.Logger,
+)
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 3
 
@@ -28,11 +32,12 @@ def kind_of_attribute(module: nn.Module, name: str) -> Any:
 def kind_of(value: Any, depth: int = _DEEP) -> Any:
     """Return the kind of a value: two of equal kind lead Python the same ways, sizes and data of tensors aside.
 
-    Of a tensor the number of its axes and what users set on it, of a plain value the value and its type, of a container
-    its keys and the kinds of what it holds, of any other object its class and the kinds of its attributes.
+    Of a tensor its class, the number of its axes and what users set on it, of a plain value the value and its type, of
+    a container its keys and the kinds of what it holds, of any other object its class and the kinds of its attributes.
     """
     if isinstance(value, Tensor):
-        return ("Tensor", value.dim(), *[(name, kind_of(held, depth)) for name, held in tags_of(value).items()])
+        tags = [(name, kind_of(held, depth)) for name, held in tags_of(value).items()]
+        return ("Tensor" if type(value) is Tensor else _class_of(value), value.dim(), *tags)
     if isinstance(value, PLAIN):
         return value if value is None else (type(value).__name__, value)
     if isinstance(value, _ITSELF):
@@ -57,6 +62,13 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         held = [(name, getattr(value, name, MISSING)) for name in _slots(type(value))]
         return (type(value).__name__, *[(name, kind_of(item, depth - 1)) for name, item in held])
     return type(value).__name__
+
+
+def _class_of(tensor: Tensor) -> str:
+    """Return what isinstance tells of a tensor: a parameter, a class of the user's, or no more than a tensor."""
+    if isinstance(tensor, nn.Parameter):
+        return "Parameter"
+    return "Tensor" if type(tensor).__module__.startswith("torch.") else type(tensor).__name__
 
 
 def tags_of(tensor: Tensor) -> dict[str, Any]:

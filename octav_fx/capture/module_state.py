@@ -226,7 +226,7 @@ def own_copy(inputs: Any) -> Any:
             return leaf
         if isinstance(leaf, torch.Tensor):
             if id(leaf) not in memo:
-                memo[id(leaf)] = with_tags_of(leaf, leaf.clone())
+                memo[id(leaf)] = with_tags_of(leaf, _cloned(leaf))
             return memo[id(leaf)]
         # deepcopy refuses tensors with a history of gradients: a cache that earlier layers have filled.
         for tensor in _tensors_within(leaf, set()):
@@ -239,6 +239,13 @@ def own_copy(inputs: Any) -> Any:
             return leaf
 
     return pytree.tree_map(copied, inputs)
+
+
+def _cloned(tensor: torch.Tensor) -> torch.Tensor:
+    """Clone a tensor; what is a parameter stays one, which code may ask for."""
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.clone()
+    return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
 
 
 def with_tags_of(tensor: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.classes import stand_in
+from octav_fx.capture.classes import as_users, stand_in
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
@@ -299,7 +299,7 @@ class QuantizedModule(GuardedModule):
         Where it calls itself, for the images of a batch with labels, that is float, too.
         """
         with self.as_float(), _hidden_quantizers(self.owner):
-            return self.user_class.forward(self.owner, *args, **kwargs)
+            return as_users(self.user_class.forward)(self.owner, *args, **kwargs)
 
     def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the graph computes, frozen or not: levels, multiplied in float."""

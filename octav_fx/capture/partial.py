@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.classes import stand_in
+from octav_fx.capture.classes import as_users, stand_in
 from octav_fx.capture.inputs import Inputs, call_of
 from octav_fx.capture.module_state import without_history
-from octav_fx.capture.modules import GRAPHS, graphs_of
+from octav_fx.capture.modules import GRAPHS, graphs_of, users_own
 from octav_fx.capture.permits import is_permitted
 from octav_fx.capture.replaced import STRUCTURE, is_changed, looked_at, remember_structure
 from octav_fx.errors import OctavError
@@ -104,23 +105,43 @@ def partial_lines(quantized: nn.Module) -> list[str]:
 
 def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
     """Mark a module as one that runs its own Python over quantized children; return the same module."""
-    kind: Any = type(module)
-    if not isinstance(module, PartialModule):
-        module.__class__ = _partial_class(kind)
+    be_partial(module)
     module.__dict__[_PARTIAL] = descent
     remember_structure(module)
     return module
 
 
+def be_partial(module: nn.Module) -> None:
+    """Give a module the class that it has when it is marked: its own Python may ask for it."""
+    kind: Any = type(module)
+    if not isinstance(module, PartialModule):
+        module.__class__ = _partial_class(kind)
+
+
+@contextmanager
+def users_classes(root: nn.Module) -> Iterator[None]:
+    """Let every module in root be of the user's class inside, as it was before quantize()."""
+    kinds = {module: type(module) for module in root.modules() if isinstance(module, PartialModule)}
+    for module, kind in kinds.items():
+        module.__class__ = kind.__mro__[2]
+    try:
+        with users_own(root):
+            yield
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
+
+
 @functools.cache
 def _partial_class(kind: Any) -> type[nn.Module]:
     """Return a subclass of a user's class for a module that runs its own Python."""
+    own = as_users(kind.forward)
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_changed(self) and not is_permitted():
             _look(self, args, kwargs)
-        result = kind.forward(self, *args, **kwargs)
+        result = own(self, *args, **kwargs)
         if is_changed(self) and not is_permitted():
             # Modules that forward has made.
             _look(self, args, kwargs)

@@ -29,26 +29,29 @@ COARSE: Final = ("e8m0", "e4m3")
 # Of these 1.06 times the one before: no E4M3 is passed over, whose neighbours are 1.07 to 1.14 times as large.
 COARSE_RATIO: Final = 1.06
 # The probability that the best of the steps which clip nothing lies above the greatest that is tried.
-MISSED: Final = 0.03
+MISSED: Final = 0.06
 # Of how many values at most: of longer rows many may be near zero, or equal, as those of a GELU at its minimum.
 DIFFERENT: Final = 20
 # The largest value lies on a level or half-way between two, with each candidate on the next, or on each second, fourth,
 # .. one, so that there are at most so many.
 MOVED: Final = 0.5
-POINTS: Final = 44
+POINTS: Final = 38
 # By bits the least step, as a share of the one that clips nothing: long rows of few levels clip far more than others.
 LEAST: Final = {2: 0.08, 3: 0.2, 4: 0.35, 5: 0.5}
 LEAST_OF_MORE: Final = 0.6
 # From where the greatest is so many times as large on, each candidate is 1 + WIDE_RATIO / sqrt(levels) times the next.
 WIDE: Final = 2.5
 WIDE_RATIO: Final = 0.25
+# Of floating-point levels, whose errors are as large as the values, the largest value costs most: it lies so near to a
+# level, by the bits of the mantissa and as a share of the distance to the next.
+BESIDE: Final = {1: (-0.2, 0.0, 0.2), 2: (-0.2, 0.0, 0.2), 3: (-0.125, 0.125)}
 # Of levels that are not even: an octave above the step that clips nothing floating-point levels are the same again, and
 # with the largest magnitude on a lower level, the 3 or 4 of E2M1 in place of its 6, the others may fit better.
 OCTAVE: Final = 2.05
 # Two bits have no such level.
 OF_TWO_BITS: Final = 1.2
-# The ratio of neighbours less 1 by bits, a sixth of that of levels; of floating-point levels their mantissa says it.
-UNEVEN: Final = {2: 1 / 5, 4: 1 / 12}
+# The ratio of neighbours less 1 by bits: of four bits a quarter of that of E2M1's levels.
+UNEVEN: Final = {2: 1 / 5, 4: 1 / 8}
 # The columns of folded().
 COLUMNS: Final = 16
 
@@ -105,9 +108,10 @@ def candidates(form: Format, scales: str, n: int) -> tuple[float, ...]:
     if scales in COARSE:
         # One that clips nothing is among them when it is rounded down.
         return _geometric(OCTAVE if not isinstance(form, Grid) else greatest * 1.0625, least, COARSE_RATIO)
+    if isinstance(form, FloatFormat):
+        return tuple(form.greatest / place for place in _beside(form, form.greatest / 2, form.greatest / least))
     if not isinstance(form, Grid):
-        spacing = 2.0**-form.mantissa_bits / 6 if isinstance(form, FloatFormat) else UNEVEN[form.bits]
-        return _geometric(greatest, least, 1 + spacing)
+        return _geometric(greatest, least, 1 + UNEVEN[form.bits])
     if greatest / least > WIDE:
         return _geometric(greatest, least, 1 + WIDE_RATIO / math.sqrt(form.high))
     moved = MOVED
@@ -132,6 +136,16 @@ def _places(first: float, last: float, apart: float) -> list[float]:
     """Return the positive multiples of apart, ascending, from about first on to about last."""
     places = range(max(math.floor(first / apart), 1), math.ceil(last / apart) + 1)
     return [apart * place for place in places]
+
+
+def _beside(form: FloatFormat, first: float, last: float) -> list[float]:
+    """Return the places from first to last that are beside a level, or beside where it would be, ascending."""
+    places = []
+    for exponent in range(math.frexp(first)[1] - 1, math.frexp(last)[1]):
+        apart = 2.0 ** (exponent - form.mantissa_bits)
+        levels = (2.0**exponent + i * apart for i in range(2**form.mantissa_bits))
+        places += [level + share * apart for level in levels for share in BESIDE[form.mantissa_bits]]
+    return sorted(place for place in places if first <= place <= last)
 
 
 def _geometric(greatest: float, least: float, ratio: float) -> tuple[float, ...]:
@@ -180,17 +194,17 @@ def _best_fit(x: Tensor, whole: Tensor, shares: tuple[float, ...], form: Format)
     <q, q> is what is left of the squares of x / step = q + o. Its last places do not matter, as they would if the error
     were what is left of the squares of x.
     """
-    square = folded(x * x)
-    best, least = whole, torch.full_like(whole, torch.inf)
-    for share in shares:
-        step = whole * share
-        ratio = x * step.reciprocal()
+    square, unit = folded(x * x), whole.reciprocal()
+    best, least = torch.ones_like(whole), torch.full_like(whole, torch.inf)
+    for share in x.new_tensor(shares):
+        inverse = unit * share.reciprocal()
+        ratio = x * inverse
         level = form.round(ratio)
         off = ratio - level
         error, slope = folded(off * off), folded(off * level)
-        levels = square / (step * step) - slope - slope - error
+        levels = square * (inverse * inverse) - slope - slope - error
         gain = torch.where(levels > 0, slope / levels, 0)
-        error = (error - slope * gain) * (step * step)
+        error = (error - slope * gain) * (share * share)
         is_better = error < least
-        best, least = torch.where(is_better, step + step * gain, best), torch.where(is_better, error, least)
-    return best
+        best, least = torch.where(is_better, share + share * gain, best), torch.where(is_better, error, least)
+    return best * whole

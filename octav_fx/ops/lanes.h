@@ -35,7 +35,8 @@ struct IntegersOf<Lanes> {
 
 template <class T>
 inline T all(float x) {
-  return T{} + x;
+  // Not added: -0 and 0 would be 0, and a compiler would have to add.
+  return x - T{};
 }
 
 // The first of equal ones, and of zeros; NaN where a is.

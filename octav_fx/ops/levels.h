@@ -21,13 +21,27 @@ struct Levels {
 
 // Each rounds a ratio x / step to the nearest level, in steps; code() is the code of a level that it returned, and
 // level() the level of a code. Loops over elements take them by value: of what lies elsewhere compilers make no vectors.
+// MIRRORED: whether levels below zero are those above it, so that magnitudes say it all. nearest() rounds them where they
+// do, and inside() what does not lie beyond the levels; of a zero either returns one with any sign.
 struct Even {
+  static constexpr bool MIRRORED = false;
+
   explicit Even(const Levels& of) : least(of.least), greatest(of.greatest) {}
 
   template <class T>
   T operator()(T ratio) const {
     // Rounded first: what rounds to -0 stays that.
     return smaller(larger(to_integer(ratio), all<T>(least)), all<T>(greatest));
+  }
+
+  template <class T>
+  T nearest(T ratio) const {
+    return (*this)(ratio);
+  }
+
+  template <class T>
+  T inside(T ratio) const {
+    return to_integer(ratio);
   }
 
   int code(float level) const { return int(level); }
@@ -39,22 +53,33 @@ struct Even {
 
 // mantissa * 2^exponent; ties go to the even mantissa.
 struct FloatingPoint {
+  static constexpr bool MIRRORED = true;
+
   explicit FloatingPoint(const Levels& of)
-      : least(of.least),
-        greatest(of.greatest),
+      : greatest(of.greatest),
         smallest(float_of(uint32_t(127 + of.least_exponent) << 23)),
-        share(float_of(uint32_t(127 - of.mantissa_bits) << 23)),
-        places(1 / (smallest * share)),
+        places(float_of(uint32_t(127 + of.mantissa_bits - of.least_exponent) << 23)),
         mantissa_bits(of.mantissa_bits),
         levels(of.levels - of.low) {}
 
   template <class T>
   T operator()(T ratio) const {
-    const T inside = larger(smaller(ratio, all<T>(greatest)), all<T>(least));
-    const T power = from_bits<T>(as_bits(inside) & 0x7f800000);
-    const T level = to_multiple(inside, larger(power, all<T>(smallest)) * share);
+    const T level = nearest(magnitude_of(ratio));
     // What rounds to -0 stays that.
     return from_bits<T>(as_bits(level) | (as_bits(ratio) & int32_t(0x80000000)));
+  }
+
+  template <class T>
+  T nearest(T magnitude) const {
+    return inside(smaller(magnitude, all<T>(greatest)));
+  }
+
+  // As to_multiple, whose large number is made of the exponent.
+  template <class T>
+  T inside(T magnitude) const {
+    const auto power = larger(as_bits(magnitude) & 0x7f800000, as_bits(all<T>(smallest)));
+    const T large = from_bits<T>(power + (((23 - mantissa_bits) << 23) | 0x400000));
+    return (magnitude + large) - large;
   }
 
   int code(float level) const {
@@ -67,7 +92,7 @@ struct FloatingPoint {
 
   float level(int code) const { return levels[code]; }
 
-  float least, greatest, smallest, share, places;
+  float greatest, smallest, places;
   int mantissa_bits;
   const float* levels;
 };
@@ -76,6 +101,8 @@ struct FloatingPoint {
 // some vectors hold: there each lane halves the edges that are left four times.
 template <int SIZE>
 struct Table {
+  static constexpr bool MIRRORED = false;
+
   explicit Table(const Levels& of) : low(of.low) {
     std::fill(levels, levels + SIZE, INFINITY), std::fill(edges, edges + SIZE, INFINITY);
     std::copy(of.levels, of.levels + of.high - of.low + 1, levels);
@@ -92,6 +119,16 @@ struct Table {
     }
 #endif
     return picked(ratio, std::make_integer_sequence<int, SIZE - 1>());
+  }
+
+  template <class T>
+  T nearest(T ratio) const {
+    return (*this)(ratio);
+  }
+
+  template <class T>
+  T inside(T ratio) const {
+    return (*this)(ratio);
   }
 
   int code(float level) const { return low + below(level, std::make_integer_sequence<int, SIZE>()); }

@@ -15,7 +15,7 @@ from torch import nn
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success
 from octav_fx.capture.modules import graphs_of, quantized_modules, users_own
-from octav_fx.capture.partial import ATTRIBUTES, PartialInfo, PartialModule, mark_partial
+from octav_fx.capture.partial import ATTRIBUTES, PartialInfo, PartialModule, be_partial, mark_partial, users_classes
 from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
 from octav_fx.capture.symbolic.recurrent import is_recurrent
 from octav_fx.capture.symbolic.tracer import is_torch_leaf
@@ -136,6 +136,7 @@ class PartsQuantizer:
                 children = self._children(module, calls[0], path)
         except Exception as error:
             raise NotCaptured(f"{reason}; by itself the module does not run: {error}") from error
+        tree = tree_of(module)
         float_records: list[Record] = []
         placed: list[str] = []
         trees = {name: tree_of(child) for name, (child, _) in children.items()}
@@ -154,12 +155,15 @@ class PartsQuantizer:
                 # Captured, and nothing of it quantized: it has its reasons, an override among them.
                 float_records += [record for part in quantized_modules(child) for record in part.records]
                 restore(trees[name])
+        be_partial(module)
         if _fault(module, calls, expected) is not None:
             placed_children = {name: (*children[name], trees[name]) for name in placed}
             float_records += self._replace_misfits(module, placed_children, calls, expected, path)
             if (fault := _fault(module, calls, expected)) is not None:
+                restore(tree)
                 raise NotCaptured(f"{reason}; with its children quantized it does not run as before: {fault}")
         if not any(isinstance(m, FakeQuantizer) for m in module.modules()):
+            restore(tree)
             raise NotCaptured(reason)
         if own := sum(macs for at, macs in self.macs_by_module if at == path):
             float_records.insert(0, Record(path or "forward", type(module).__name__, None, (), own, None, reason))
@@ -312,8 +316,13 @@ def _fault(module: nn.Module, calls: list[Inputs], expected: list[Any]) -> str |
     try:
         found = results()
         fault = _difference(expected, found) if has_data(module, calls) else None
-        # What counts its calls, in a closure, differs from itself.
-        return None if fault is None or _difference(found, results()) is not None else fault
+        if fault is None:
+            return None
+        with users_classes(module):
+            again = [run_once(module, *call) for call in calls]
+        # What reads the clock, or counts its calls in a closure, differs from itself.
+        is_fickle = _difference(expected, again) is not None or _difference(found, results()) is not None
+        return None if is_fickle else fault
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -13,9 +13,9 @@ from octav_fx.backend import entry
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ops.product_of_codes import choice
-from tests.support.integers import needs_onednn
+from tests.support.integers import needs_onednn, needs_unsigned_bytes
 
-pytestmark = [pytest.mark.compile, needs_onednn]
+pytestmark = [pytest.mark.compile, needs_onednn, needs_unsigned_bytes]
 
 
 class Net(nn.Module):

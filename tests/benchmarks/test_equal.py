@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import equal, result, trained
+from benchmarks import equal, inference, result, trained
+from octav_fx import Config
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +29,8 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(result, "RESULTS", tmp_path)
     monkeypatch.setattr(trained, "task", task)
     monkeypatch.setattr(trained, "NETS", ("resnet18", "other"))
-    monkeypatch.setattr(equal, "BITS", ((8, 4),))
-    monkeypatch.setattr(equal, "_of_float", lambda net, given: [])
+    monkeypatch.setattr(equal, "CONFIGS", {"W8A4": Config(8, 4)})
+    monkeypatch.setattr(equal, "of_float", lambda net, given: [])
     return tmp_path
 
 
@@ -44,8 +45,20 @@ def test_every_runtime_is_compared_once(folder, monkeypatch):
         assert rows[runtime]["equal"] == 64
         assert rows[runtime]["moved"] == rows[runtime]["end to end"] == rows[runtime]["difference"] == 0
     monkeypatch.setattr(equal, "compared", lambda *given: pytest.fail("it is there"))
-    monkeypatch.setattr(equal, "_of_float", lambda *given: [])
     equal.main("res*")
+
+
+def test_a_quantizer_that_is_not_installed_is_a_row(monkeypatch):
+    monkeypatch.setattr(inference, "_NEEDS", {"absent": ("no_such_package",)})
+    monkeypatch.setattr(equal, "_OTHERS", {"twice": lambda case, x: 2 * case.model(x), "absent": None})
+    given = task("")
+    own, twice, absent = equal.of_float("other", given)
+    assert own["equal"] == 64
+    # Twice the logits: other bits, the same classes.
+    assert twice["equal"] == 0
+    assert twice["same class"] == 1
+    assert twice["accuracy"] == own["accuracy"]
+    assert absent == {"net": "other", "bits": "float", "runtime": "absent", "note": "not installed: no_such_package"}
 
 
 def test_a_layer_that_moves_codes_is_told_from_those_behind_it(folder, monkeypatch):
@@ -59,24 +72,25 @@ def test_a_layer_that_moves_codes_is_told_from_those_behind_it(folder, monkeypat
         return made
 
     monkeypatch.setattr(equal.octav_fx, "convert", wrong)
-    (row,) = (row for row in equal.compared("resnet18", task(""), 8, 8) if row["runtime"] == "PyTorch")
+    (row,) = (row for row in equal.compared("resnet18", task(""), "W8A4") if row["runtime"] == "PyTorch")
     assert not row["holds"]
     assert 0 < row["moved"] <= row["end to end"]
     assert row["equal"] < 64
 
 
 @pytest.mark.parametrize(
-    ("net", "runtime", "moved", "same", "held"),
+    ("net", "runtime", "residual_bits", "moved", "same", "held"),
     [
-        ("resnet18", "onnxruntime", 1, 1.0, False),
-        ("gpt", "onnxruntime", 1, 1.0, True),
-        ("gpt", "onnxruntime", 1, 0.99, False),
-        ("gpt", "PyTorch", 10, 0.9, True),
-        ("gpt", "PyTorch", 11, 1.0, False),
-        ("resnet18", "OpenVINO", 1000, 0.9, True),
-        ("resnet18", "OpenVINO", 1001, 1.0, False),
+        ("resnet18", "onnxruntime", 8, 1, 1.0, False),
+        ("resnet18", "onnxruntime", None, 1, 1.0, True),
+        ("gpt", "onnxruntime", 8, 1, 1.0, True),
+        ("gpt", "onnxruntime", 8, 1, 0.99, False),
+        ("gpt", "PyTorch", 8, 10, 0.9, True),
+        ("gpt", "PyTorch", 8, 11, 1.0, False),
+        ("resnet18", "OpenVINO", 8, 1000, 0.9, True),
+        ("resnet18", "OpenVINO", 8, 1001, 1.0, False),
     ],
 )
-def test_what_must_hold(net, runtime, moved, same, held):
+def test_what_must_hold(net, runtime, residual_bits, moved, same, held):
     row = {"codes": 10**6, "moved": moved, "same class": same, "equal": 256, "inputs": 256}
-    assert equal.bound(net, runtime).holds(row) is held
+    assert equal.bound(net, runtime, residual_bits).holds(row) is held

@@ -103,10 +103,17 @@ def test_what_cannot_be_made_says_why():
     assert row["captured"].startswith("not made: RuntimeError: ")
 
 
+def endless() -> None:
+    while True:
+        pass
+
+
 def test_a_crash_and_a_hang_are_rows(monkeypatch):
     assert measured(entry(lambda _: os._exit(3)))["stopped"] == "exit 3 after the start"
-    monkeypatch.setattr(zoo, "MODEL_LIMIT", 0.2)
-    assert measured(entry(lambda _: time.sleep(60)))["stopped"] == "over 0.2 s after the start"
+    monkeypatch.setattr(zoo, "MODEL_LIMIT", 1)
+    assert measured(entry(lambda _: endless()))["stopped"] == "over 1 s after the start"
+    monkeypatch.setattr(zoo, "MODEL_LIMIT", 0.1)
+    assert measured(entry(lambda _: time.sleep(60)))["stopped"] == "waits after the start"
 
 
 def test_a_run_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
@@ -122,7 +129,7 @@ def test_a_run_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(result, "environment", dict)
     monkeypatch.setattr(zoo_models, "entries", lambda: entries)
     monkeypatch.setattr(zoo.forked, "columns", columns)
-    monkeypatch.setattr(zoo, "MODEL_LIMIT", 0.0)
+    monkeypatch.setattr(zoo, "MODEL_LIMIT", 0)
     zoo.main(0.1)
     assert made == ["one"]
     assert "1 of 2 models are left" in capsys.readouterr().out

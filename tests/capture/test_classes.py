@@ -148,3 +148,55 @@ def test_a_slice_of_a_sequential_is_a_sequential_of_what_the_graph_holds() -> No
         assert torch.equal(some(x), q[0](x).relu())
     parts = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), x, blocks=["0", "2"])
     assert torch.equal(parts[2](parts[:2](x)), parts(x))
+
+
+class AsksForClasses(nn.Module):
+    """By `is`, in its forward and in a method, in one graph or by its own Python."""
+
+    def __init__(self, in_parts: bool) -> None:
+        super().__init__()
+        self.in_parts, self.a, self.scaled = in_parts, nn.Linear(8, 8), Scaled()
+
+    def is_one(self, module: nn.Module, kind: type, *, sign: bool = True) -> bool:
+        return (type(module) is kind) is sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.in_parts and y.sum() > 1e9:
+            return y
+        y = self.scaled(y) if type(self.scaled) is Scaled and isinstance(Scaled, type) else -y
+        return 3 * y if type(self) is AsksForClasses and self.is_one(self, AsksForClasses) else y
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_class_is_the_users_where_a_method_asks_for_it(in_parts: bool, is_compiled: bool) -> None:
+    model = AsksForClasses(in_parts).eval()
+    q = octav_fx.quantize(model, x)
+    assert isinstance(q, PartialModule) is in_parts
+    assert not in_parts or isinstance(q.scaled, WholeModule)
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    with silent_quantizers():
+        for _ in range(2):
+            assert_close("a call", call(x), model(x))
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))
+
+
+def is_exactly(module: nn.Module, kind: type) -> bool:
+    return type(module) is kind
+
+
+class AsksByFunction(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y if y.sum() > 1e9 or is_exactly(self, AsksByFunction) else -y
+
+
+def test_a_class_that_a_function_asks_for_is_refused_where_it_would_be_another() -> None:
+    with pytest.raises(octav_fx.OctavError, match="with its children quantized it does not run as before"):
+        octav_fx.quantize(AsksByFunction(), x)
+    # Below another module that one stays float.
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), AsksByFunction()), x)
+    assert "does not run as before" in octav_fx.table(q) and type(q[1]) is AsksByFunction

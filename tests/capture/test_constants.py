@@ -1,8 +1,10 @@
 """Constants: a plain value that users set anew, on a layer or in a file, makes a new graph."""
 
+import contextlib
 import copy
 import functools
 import itertools
+import logging
 import os
 import sys
 import types
@@ -17,6 +19,10 @@ import octav_fx
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.partial import partial_lines
 from tests.support import elsewhere
+
+# Dynamo of torch 2.11 follows neither the names in an object, where it breaks the graph, nor a count that is kept
+# outside of attributes: compiled, the float model has the first one in every call.
+FOLLOWS_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 
 FACTOR = 2.0
 SIGN = True
@@ -160,7 +166,7 @@ def test_what_lies_below_a_global_is_followed(
     model, x = Configured().eval(), torch.randn(4, 8)
     q = octav_fx.quantize(model, x)
     torch.compiler.reset()
-    compiled = torch.compile(q, backend="eager", fullgraph=True)
+    compiled = torch.compile(q, backend="eager", fullgraph=FOLLOWS_OBJECTS)
     before = q(x)
     assert torch.equal(compiled(x), before)
     change = monkeypatch.setitem if hasattr(holder, "__setitem__") else monkeypatch.setattr
@@ -263,6 +269,8 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("kind", ["closure", "default", "class", "iterator"])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_count_outside_of_attributes_goes_on(kind: str, is_compiled: bool) -> None:
+    if is_compiled and kind != "iterator" and not FOLLOWS_OBJECTS:
+        pytest.skip("Dynamo of torch 2.11 counts once, in float as well")
     x = torch.randn(4, 8)
     q = octav_fx.quantize(Counts(kind).eval(), x)
     assert len(partial_lines(q)) == 1
@@ -273,3 +281,89 @@ def test_a_count_outside_of_attributes_goes_on(kind: str, is_compiled: bool) -> 
     counts = [round(float((call(x) / one).detach().mean())) for _ in range(3)]
     assert counts == [counts[0], counts[0] + 1, counts[0] + 2]
     assert kind != "class" or counts[0] == before + 1
+
+
+LATER: float
+NOTHING = types.SimpleNamespace()
+LOGGER = logging.getLogger(f"{__name__}.below")
+
+
+class LooksForMore(nn.Module):
+    """What there may be later, and what torch and logging are set to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.logger = nn.Linear(8, 8), LOGGER
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) * getattr(NOTHING, "gain", 1.0) * getattr(type(self), "later", 1.0)
+        y = y * globals().get("EARLIER", 1.0)
+        with contextlib.suppress(NameError):
+            y = y * LATER  # noqa: F821
+        if torch.backends.cudnn.benchmark or not torch.backends.cuda.flash_sdp_enabled():
+            y = -y
+        if torch.backends.cuda.matmul.allow_tf32:
+            y = -y
+        return -y if LOGGER.isEnabledFor(logging.DEBUG) or self.logger.disabled else y
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "value"),
+    [
+        (sys.modules[__name__], "LATER", -1.0),
+        (sys.modules[__name__], "EARLIER", -1.0),
+        (NOTHING, "gain", -1.0),
+        (LooksForMore, "later", -1.0),
+        (torch.backends.cudnn, "benchmark", True),
+        (LOGGER, "level", logging.DEBUG),
+        (LOGGER.parent, "level", logging.DEBUG),
+        (LOGGER, "disabled", True),
+    ],
+)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_is_there_later_and_flags_of_torch_and_logging_are_followed(
+    monkeypatch: pytest.MonkeyPatch, holder: Any, name: str, value: Any, is_compiled: bool
+) -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(LooksForMore().eval(), x)
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    before = call(x)
+    assert before.abs().max() > 0
+    monkeypatch.setattr(holder, name, value, raising=False)
+    # Loggers remember their answers until setLevel is called.
+    LOGGER.setLevel(LOGGER.level)
+    assert torch.equal(call(x), -before)
+    monkeypatch.undo()
+    LOGGER.setLevel(LOGGER.level)
+    assert torch.equal(call(x), before)
+
+
+def _allow_tf32(is_allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = is_allowed
+
+
+@pytest.mark.parametrize("set_", [_allow_tf32, lambda flag: torch.backends.cuda.enable_flash_sdp(not flag)])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_a_backend_computes_is_followed(set_: Callable[[bool], None], is_compiled: bool) -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(LooksForMore().eval(), x)
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    before = call(x)
+    try:
+        set_(True)
+        assert torch.equal(call(x), -before)
+    finally:
+        set_(False)
+    assert torch.equal(call(x), before)
+
+
+def test_a_logger_that_is_used_is_no_reason_for_another_graph() -> None:
+    """Asking a logger writes into it."""
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(LooksForMore().eval(), x)
+    LOGGER.isEnabledFor(logging.CRITICAL)
+    LOGGER.debug("")
+    q(x)
+    assert len(q.graphs_of(False)) == 1

@@ -1,0 +1,43 @@
+"""Guards of arguments: what Python may have asked of them is asked again in each call."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import octav_fx
+from octav_fx.capture.modules import graphs_of
+from tests.support.alike import assert_close, silent_quantizers
+
+x = torch.randn(2, 5, 8)
+
+
+class Marked(Tensor):
+    """A class of the user's."""
+
+
+class AsksForItsClass(nn.Module):
+    def __init__(self, kind: type[Tensor]) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(8, 8), kind
+
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * factor if isinstance(factor, self.kind) else y + factor
+
+
+@pytest.mark.parametrize("made", [nn.Parameter, lambda t: t.as_subclass(Marked)])
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_the_class_of_a_tensor_is_guarded(made: type, is_first: bool, is_compiled: bool) -> None:
+    plain, special = torch.full((8,), 2.0), made(torch.full((8,), 2.0))
+    model = AsksForItsClass(type(special)).eval()
+    calls = [special, plain, special] if is_first else [plain, special, plain]
+    q = octav_fx.quantize(model, (x, calls[0]))
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    for factor in calls:
+        with silent_quantizers():
+            assert_close("a call", call(x, factor).as_subclass(Tensor), model(x, factor).as_subclass(Tensor))
+    # What is of a class of the user's is followed by the module's own Python.
+    graphs = graphs_of(q)
+    assert not isinstance(special, nn.Parameter) or (graphs is not None and len(graphs.graphs_of(False)) == 2)

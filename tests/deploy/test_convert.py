@@ -29,6 +29,9 @@ from tests.support.deployable_models import (
     observed,
     relative,
 )
+from tests.support.onnx_files import shortened
+
+CASES = shortened()
 
 # The definition of the arithmetic; tests/deploy/test_integers.py is about what the machine multiplies.
 convert = functools.partial(octav_fx.convert, integers=False)
@@ -82,9 +85,9 @@ def test_weights_are_those_of_the_frozen_model_and_biases_half_a_unit_from_them(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", CASES)
 def test_every_layer_computes_on_codes_what_it_computes_on_levels(name, bits):
-    q, inputs = frozen(WHOLE[name], Config(*bits, residual_bits=8))
+    q, inputs = frozen(CASES[name], Config(*bits, residual_bits=8))
     out, activations, _ = observed(rewritten(q, CONVERT), inputs)
     forced_out, found = forced(convert(q), inputs, activations)
     moved = check_codes(activations, found)

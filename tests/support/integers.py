@@ -4,9 +4,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from octav_fx.compat.tensors import multiplies_unsigned_bytes
 from octav_fx.ops import onednn
 
 needs_onednn = pytest.mark.skipif(onednn.largest_product() is None, reason="no integer kernels in this torch")
+needs_unsigned_bytes = pytest.mark.skipif(
+    not multiplies_unsigned_bytes(), reason="this torch multiplies no unsigned bytes, and such a layer stays float"
+)
 
 
 def numbers(generator: torch.Generator, *shape: int) -> torch.Tensor:

@@ -1,16 +1,11 @@
-"""What forward looks at besides its arguments: plain attributes of modules, the gradient mode, the clock, chance."""
+"""What forward looks at besides its arguments: plain attributes of modules, the gradient mode."""
 
-import builtins
 import contextlib
 import inspect
-import os
 import sys
-import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,6 +13,7 @@ from torch import Tensor, nn
 
 from octav_fx.capture.chance import without_chance
 from octav_fx.capture.kinds import MISSING, kind_of
+from octav_fx.capture.symbolic.clocks import OPAQUE, opaque_clocks
 from octav_fx.capture.user_stack import caller, is_users
 from octav_fx.compat.modules import PART_ATTRIBUTES
 from octav_fx.errors import NotCaptured
@@ -30,14 +26,6 @@ INTERNAL: Final = frozenset({*vars(nn.Module()), "_is_hf_initialized"})
 # In place of an attribute that a class computes.
 _COMPUTED: Final = object()
 _DEVICES: Final = ("cpu", "cuda")
-_CLOCKS: Final = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "process_time")
-_FILES: Final[tuple[tuple[Any, tuple[str, ...]], ...]] = (
-    (builtins, ("open",)),
-    (torch, ("load",)),
-    (os, ("listdir", "stat")),
-    (os.path, ("exists", "isfile", "isdir", "getmtime")),
-    (Path, ("exists", "is_file", "open", "read_text", "read_bytes")),
-)
 
 
 @dataclass
@@ -92,7 +80,7 @@ def watched_reads(tracer: "ValueTracer", root: nn.Module) -> Iterator[Reads]:
     reads = Reads()
     with (
         without_chance(root),
-        _without_clocks(tracer, root),
+        opaque_clocks(tracer, root),
         _watched_modes(tracer, reads),
         _watched_attributes(tracer, reads),
     ):
@@ -128,6 +116,8 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
         return object.__getattribute__(module, name)
 
     def write(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, OPAQUE):
+            raise NotCaptured(f"{caller()}: forward keeps a time in {name}, and a graph does not read the clock")
         if not tracer.evaluating and (module, name) not in reads.attributes:
             reads.written.add((module, name))
         original(module, name, value)
@@ -169,33 +159,3 @@ def _watched_modes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
         yield
     finally:
         modes.is_grad_enabled, modes.is_autocast_enabled = original, original_autocast
-
-
-@contextmanager
-def _without_clocks(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
-    def refused(original: Callable[..., Any], what: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not tracer.evaluating and id(sys._getframe(1).f_globals) in files:
-                raise NotCaptured(f"{caller()}: forward {what}")
-            return original(*args, **kwargs)
-
-        return call
-
-    forwards = (inspect.getattr_static(type(m), "forward", None) for m in root.modules())
-    files = {id(f.__globals__) for f in forwards if isinstance(f, types.FunctionType)}
-    places: list[tuple[Any, str, str]] = [
-        (time, name, "reads the clock, which is another one in each call") for name in _CLOCKS
-    ]
-    places += [
-        (place, name, "asks for a file, which is another one in each call") for place, names in _FILES for name in names
-    ]
-    places.append((torch, "manual_seed", "seeds torch's generator, which a graph does not"))
-    places.append((torch, "is_inference_mode_enabled", "asks for inference mode, in which no graph is captured"))
-    originals = [getattr(place, name) for place, name, _ in places]
-    try:
-        for (place, name, what), original in zip(places, originals, strict=True):
-            setattr(place, name, refused(original, what))
-        yield
-    finally:
-        for (place, name, _), original in zip(places, originals, strict=True):
-            setattr(place, name, original)

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from octav_fx.capture.hooks import as_hooks_leave, needs_calls, set_aside
 from octav_fx.capture.module_state import with_tags_of
+from octav_fx.capture.symbolic.clocks import OPAQUE
 from octav_fx.capture.symbolic.guards import guard_equal
+from octav_fx.capture.symbolic.identity import line_that_compares, may_be_its_input
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
     is_of_numpy,
@@ -230,6 +232,8 @@ class ValueTracer(fx.Tracer):
             return self.proxy_of(a).node
         if is_built_around_proxies(a):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
+        if isinstance(a, OPAQUE):
+            raise OctavError(f"{user_caller()}: forward computes with the clock, which is another one in each call")
         if is_of_numpy(a, "generic"):
             a = a.item()
         if isinstance(a, torch.Generator):
@@ -276,6 +280,9 @@ class ValueTracer(fx.Tracer):
             return proxy
         if kind == "call_function" and _is_user_function(target):
             return self._inline(target, args, kwargs)
+        called = self.root.get_submodule(target) if kind == "call_module" else target
+        if may_be_its_input(called) and (line := line_that_compares()) is not None:
+            raise OctavError(f"{line}: forward asks whether two results are one tensor, which no graph knows")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         return proxy if torch.is_grad_enabled() else self._without_gradient(proxy)
 

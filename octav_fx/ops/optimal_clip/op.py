@@ -1,6 +1,7 @@
 """torch.ops.octav.optimal_clip: the clip of a tensor, or of each of its channels."""
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +74,8 @@ class _Passes:
         """Search for the least error."""
         if (levels := levels_of(spec.format)) is None:
             return None
-        clips, shares = self._clips(), floats(candidates(spec.format, spec.scale, self.rows.shape[-1]))
-        scale = (SCALE_CODES[spec.scale], float(self.unit(spec)))
+        clips, shares = self._clips(), _shares(spec.format, spec.scale, self.rows.shape[-1])
+        scale = (SCALE_CODES[spec.scale], float(self.unit(spec)) if spec.scale == "e4m3" else 1.0)
         tried = (shares, len(shares), spec.scale in COARSE)
         self.library.octav_search(*self._data(clips), ctypes.byref(levels), *scale, *tried, torch.get_num_threads())
         return clips
@@ -110,6 +111,11 @@ class _Passes:
 
     def _data(self, *tensors: Tensor) -> tuple[int, ...]:
         return (self.rows.data_ptr(), self.element, *self.rows.shape, *(tensor.data_ptr() for tensor in tensors))
+
+
+@functools.cache
+def _shares(form: Format, scale: str, n: int) -> ctypes.Array[ctypes.c_float]:
+    return floats(candidates(form, scale, n))
 
 
 def _cuda(*args: Any, out: Tensor) -> bool:

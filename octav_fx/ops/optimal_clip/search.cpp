@@ -7,6 +7,9 @@
 
 #include "../levels.h"
 
+// What a sum adds up, so that the compiler sees all of it.
+#define INLINE __attribute__((always_inline))
+
 namespace {
 
 // Of search.folded.
@@ -30,14 +33,15 @@ struct Pair {
   Lanes first, second;
 };
 
-// Converts n elements; those that do not take part are zero.
-template <class X>
-inline void take(const X* __restrict x, int64_t n, float* __restrict out, float lowest) {
+// The first elements of x, magnitudes where these say it all; zeros for what does not take part, and behind them.
+template <bool MAGNITUDES, class X>
+inline Lanes taken(const X* x, int64_t count, float lowest) {
+  float room[LANES]{};
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float value = to_float(x[i]), raised = value > lowest ? value : lowest;
-    out[i] = std::fabs(value) <= FLT_MAX ? raised : 0.f;
-  }
+  for (int64_t i = 0; i < count; i++) room[i] = to_float(x[i]);
+  const Lanes value = load(room), magnitude = magnitude_of(value);
+  const Lanes part = MAGNITUDES ? magnitude : larger(all<Lanes>(lowest), value);
+  return magnitude <= all<Lanes>(FLT_MAX) ? part : Lanes{};
 }
 
 // Rows as the search reads them. SIDE_BY_SIDE: element i of row r is lane r of vector i. Else one row, its elements in
@@ -49,26 +53,30 @@ class Tile {
       : n_(n), lines_((n + COLUMNS - 1) / COLUMNS), x_(lines_ * WIDTH), sums_(lines_ * WIDTH), pairs_(lines_ * WIDTH) {}
 
   // Up to LANES rows, or one. lowest: 0 where levels below zero do not exist.
-  template <class X>
+  template <bool MAGNITUDES, class X>
   void read(const X* x, int64_t rows, float lowest) {
-    if (!SIDE_BY_SIDE) {
-      take(x, n_, reinterpret_cast<float*>(x_.data()), lowest);
-      return;
-    }
+    // Where the count is known, it is one vector.
+    const auto vector = [=](const X* from, int64_t count) {
+      return count < LANES ? taken<MAGNITUDES>(from, count, lowest) : taken<MAGNITUDES>(from, LANES, lowest);
+    };
+    least_ = greatest_ = Lanes{};
     for (int64_t at = 0; at < n_; at += LANES) {
       const int64_t count = std::min<int64_t>(LANES, n_ - at);
-      Lanes block[LANES]{};
-      for (int64_t row = 0; row < rows; row++)
-        take(x + row * n_ + at, count, reinterpret_cast<float*>(block + row), lowest);
+      if (!SIDE_BY_SIDE) {
+        put(at / LANES, vector(x + at, count));
+        continue;
+      }
+      Lanes block[LANES];
+      for (int64_t row = 0; row < LANES; row++) block[row] = row < rows ? vector(x + row * n_ + at, count) : Lanes{};
       transpose(block);
-      std::copy(block, block + count, x_.data() + at);
+      for (int64_t i = 0; i < LANES; i++)
+        if (i < count) put(at + i, block[i]);
     }
   }
 
   // In every lane the least and the greatest of 0 and the elements of its row.
   void extent(Lanes& least, Lanes& greatest) const {
-    least = greatest = Lanes{};
-    for (const Lanes value : x_) least = smaller(least, value), greatest = larger(greatest, value);
+    least = least_, greatest = greatest_;
     if (SIDE_BY_SIDE) return;
     for (int i = 1; i < LANES; i++) {
       least[0] = smaller<float>(least[0], least[i]);
@@ -88,14 +96,11 @@ class Tile {
     const Lanes* x = x_.data();
     Sum* sums = room(Sum{}).data();
     int64_t lines = lines_, width = WIDTH;
-    const int64_t part = lines * width / 8;
-    const bool is_whole = n_ % COLUMNS == 0, halves = lines % 8 == 0 || (SIDE_BY_SIDE && (lines & (lines - 1)) == 0);
-    if (is_whole && halves) {
+    const bool is_power = SIDE_BY_SIDE && (lines & (lines - 1)) == 0;
+    if (n_ % COLUMNS == 0 && (is_power || lines % 8 == 0)) {
       // The first three halvings at once, in registers.
-      for (int64_t i = 0; i < part; i++) {
-        const auto two = [&](int64_t at) { return term(x[i + at * part]) + term(x[i + (at + 4) * part]); };
-        sums[i] = (two(0) + two(2)) + (two(1) + two(3));
-      }
+      const int64_t part = lines * width / 8;
+      for (int64_t i = 0; i < part; i++) sums[i] = tree<8>(x + i, part, term);
       width = lines % 8 == 0 ? width : part;
       lines = lines % 8 == 0 ? lines / 8 : 1;
     } else {
@@ -110,12 +115,30 @@ class Tile {
       for (int64_t i = 0; i < (lines - half) * width; i++) sums[i] += sums[i + half * width];
       lines = half;
     }
-    for (width /= 2; width; width /= 2)
-      for (int64_t i = 0; i < width; i++) sums[i] += sums[i + width];
-    return SIDE_BY_SIDE ? sums[0] : across(sums[0]);
+    const auto line = [=](auto columns) { return tree<columns()>(sums, 1, [](const Sum& sum) { return sum; }); };
+    if constexpr (!SIDE_BY_SIDE) return across(line(std::integral_constant<int, WIDTH>()));
+    switch (width) {
+      case 2: return line(std::integral_constant<int, 2>());
+      case 4: return line(std::integral_constant<int, 4>());
+      case 8: return line(std::integral_constant<int, 8>());
+    }
+    return line(std::integral_constant<int, COLUMNS>());
   }
 
  private:
+  // term(x[0]) .. term(x[(COUNT - 1) * stride]), the second half of them added to the first until one is left.
+  template <int COUNT, class T, class Term>
+  INLINE static auto tree(const T* x, int64_t stride, const Term& term) {
+    if constexpr (COUNT == 1)
+      return term(*x);
+    else
+      return tree<COUNT / 2>(x, 2 * stride, term) + tree<COUNT / 2>(x + stride, 2 * stride, term);
+  }
+
+  void put(int64_t at, Lanes value) {
+    x_[at] = value, least_ = smaller(least_, value), greatest_ = larger(greatest_, value);
+  }
+
   std::vector<Lanes>& room(Lanes) { return sums_; }
   std::vector<Pair>& room(Pair) { return pairs_; }
 
@@ -139,6 +162,7 @@ class Tile {
   // Vectors of a line.
   static constexpr int64_t WIDTH = SIDE_BY_SIDE ? COLUMNS : COLUMNS / LANES;
   int64_t n_, lines_;
+  Lanes least_, greatest_;
   std::vector<Lanes> x_, sums_;
   std::vector<Pair> pairs_;
 };
@@ -156,19 +180,25 @@ struct Best {
 // search._best_fit.
 template <bool SIDE_BY_SIDE, class Round>
 Lanes best_fit(Tile<SIDE_BY_SIDE>& tile, Lanes whole, const Round& round, const Candidates& candidates) {
-  const Lanes zero{}, square = tile.sum([](Lanes x) { return x * x; });
-  Best best{whole, all<Lanes>(INFINITY)};
+  const Lanes zero{}, square = tile.sum([](Lanes x) { return x * x; }), unit = 1.f / whole;
+  Best best{all<Lanes>(1), all<Lanes>(INFINITY)};
   for (int i = 0; i < candidates.count; i++) {
-    const Lanes step = whole * candidates.shares[i], inverse = 1.f / step;
-    const Pair sums = tile.sum([&](Lanes x) {
-      const Lanes ratio = x * inverse, level = round(ratio), off = ratio - level;
-      return Pair{off * off, off * level};
-    });
-    const Lanes levels = square / (step * step) - sums.second - sums.second - sums.first;
+    const float share = candidates.shares[i];
+    const Lanes inverse = unit * (1 / share);
+    const auto sums_of = [&](auto level_of) {
+      return tile.sum([=](Lanes x) INLINE {
+        const Lanes ratio = x * inverse, level = level_of(ratio), off = ratio - level;
+        return Pair{off * off, off * level};
+      });
+    };
+    // Of a step that clips nothing nothing has to be clipped.
+    const Pair sums = share >= 1 ? sums_of([=](Lanes ratio) INLINE { return round.inside(ratio); })
+                                 : sums_of([=](Lanes ratio) INLINE { return round.nearest(ratio); });
+    const Lanes levels = square * (inverse * inverse) - sums.second - sums.second - sums.first;
     const Lanes gain = levels > zero ? sums.second / levels : zero;
-    best.offer(step + step * gain, (sums.first - sums.second * gain) * (step * step));
+    best.offer(share + share * gain, (sums.first - sums.second * gain) * (share * share));
   }
-  return best.step;
+  return best.step * whole;
 }
 
 // The clips of the rows of a tile.
@@ -185,23 +215,30 @@ Lanes searched(Tile<SIDE_BY_SIDE>& tile, const Levels& of, const Round& round, c
   tile.scale(down), least *= down, greatest *= down;
 
   const auto stored = [&](Lanes step) { return scale.kind == Scale::FLOAT32 ? step : scale(step * up) * down; };
-  const auto error = [&](Lanes step) {
-    const Lanes inverse = 1.f / step;
-    const Lanes sum = tile.sum([&](Lanes x) {
-      const Lanes ratio = x * inverse, off = ratio - round(ratio);
-      return off * off;
+  // Of two steps at once, which takes less than twice as long.
+  const auto errors = [&](Lanes step, Lanes other) {
+    const Lanes inverse = 1.f / step, its_inverse = 1.f / other;
+    const Pair sums = tile.sum([=](Lanes x) INLINE {
+      const Lanes ratio = x * inverse, off = ratio - round.nearest(ratio);
+      const Lanes its_ratio = x * its_inverse, its_off = its_ratio - round.nearest(its_ratio);
+      return Pair{off * off, its_off * its_off};
     });
-    return step > zero ? sum * (step * step) : all<Lanes>(INFINITY);
+    const auto error = [=](Lanes sum, Lanes step) { return step > zero ? sum * (step * step) : all<Lanes>(INFINITY); };
+    return Pair{error(sums.first, step), error(sums.second, other)};
   };
   const Lanes above = greatest / of.greatest;
   const Lanes whole = of.least < 0 ? larger(above, least / of.least) : above;
-  const auto offer = [&](Best& best, Lanes step) { best.offer(step, error(step)); };
-  Best best{stored(larger(-least, greatest) / of.steps), zero};
-  best.error = error(best.step);
-  if (candidates.as_stored)
-    for (int i = 0; i < candidates.count; i++) offer(best, stored(whole * candidates.shares[i]));
-  else
-    offer(best, stored(best_fit(tile, whole, round, candidates)));
+  const Lanes fit = candidates.as_stored ? zero : stored(best_fit(tile, whole, round, candidates));
+  const int count = candidates.as_stored ? candidates.count : 1;
+  const auto tried = [&](int i) { return candidates.as_stored ? stored(whole * candidates.shares[i]) : fit; };
+  // Taken whatever its error is: of scales too small for the row it is infinite.
+  const Lanes unclipped = stored(larger(-least, greatest) / of.steps);
+  Best best{unclipped, all<Lanes>(INFINITY)};
+  for (int i = -1; i < count; i += 2) {
+    const Lanes step = i < 0 ? unclipped : tried(i), other = tried(std::min(i + 1, count - 1));
+    const Pair found = errors(step, other);
+    best.offer(step, found.first), best.offer(other, found.second);
+  }
   return smaller((best.step * of.steps) * up, all<Lanes>(FLT_MAX));
 }
 
@@ -215,7 +252,7 @@ void search(const X* x, int64_t rows, int64_t n, float* clip, const Levels& of, 
 #pragma omp for
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t first = i * width, count = std::min(width, rows - first);
-      tile.read(x + first * n, count, of.least < 0 ? -INFINITY : 0.f);
+      tile.template read<Round::MIRRORED>(x + first * n, count, of.least < 0 ? -INFINITY : 0.f);
       float found[LANES];
       save(searched(tile, of, round, scale, candidates), found);
       std::copy(found, found + count, clip + first);

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from octav_fx.ir.printer import graph_text
 from octav_fx.ops.product_of_codes import choice
 from octav_fx.passes import codes_in_forward, lower_passes
-from tests.support.integers import needs_onednn
+from tests.support.integers import needs_onednn, needs_unsigned_bytes
 from tests.support.joint import joint, kept, leaf, lower, quantized, results, targets, weight
 
 octav, aten = torch.ops.octav, torch.ops.aten
-pytestmark = needs_onednn
+pytestmark = [needs_onednn, needs_unsigned_bytes]
 AUTO = lower_passes("auto")
 
 

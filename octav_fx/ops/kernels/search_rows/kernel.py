@@ -64,9 +64,15 @@ def folded(x, ROWS: tl.constexpr, HALVINGS: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(step):
+    """Return 1 / step, rounded to the nearest; 1 for a step of 0."""
+    return tl.div_rn(step * 0.0 + 1.0, tl.where(step > 0, step, 1.0))
+
+
+@triton.jit
 def levels_of(
     x,
-    step,
+    inverse,
     there,
     levels_ptr,
     edges_ptr,
@@ -77,8 +83,11 @@ def levels_of(
     MANTISSA: tl.constexpr,
     LEAST_EXPONENT: tl.constexpr,
 ):
-    """Return the levels of rows with these steps, and how far off they are, in steps; 0 behind the end of rows."""
-    ratio = x * tl.div_rn(step * 0.0 + 1.0, tl.where(step > 0, step, 1.0))[:, None]
+    """Return the levels of rows with these steps, given by 1 / step, and how far off they are, in steps.
+
+    0 behind the end of rows.
+    """
+    ratio = x * inverse[:, None]
     level = rounded(ratio, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT)
     return tl.where(there, level, 0.0), tl.where(there, ratio - level, 0.0)
 
@@ -128,20 +137,21 @@ def search_rows_kernel(
             refined = whole
         else:
             # search._best_fit.
-            refined, smallest = whole, largest * 0.0 + float("inf")
-            square = folded(x * x, ROWS, HALVINGS)
+            refined, smallest = largest * 0.0 + 1.0, largest * 0.0 + float("inf")
+            square, per_whole = folded(x * x, ROWS, HALVINGS), reciprocal(whole)
             for attempt in range(shares):
-                step = whole * tl.load(shares_ptr + attempt)
+                share = tl.load(shares_ptr + attempt)
+                inverse = per_whole * reciprocal(share)
                 level, off = levels_of(
-                    x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
+                    x, inverse, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
                 )
                 error, slope = folded(off * off, ROWS, HALVINGS), folded(off * level, ROWS, HALVINGS)
-                squared = tl.where(step > 0, step * step, 1.0)
-                levels = tl.div_rn(square, squared) - slope - slope - error
+                levels = square * (inverse * inverse) - slope - slope - error
                 gain = tl.where(levels > 0, tl.div_rn(slope, tl.where(levels > 0, levels, 1.0)), 0.0)
-                error = (error - slope * gain) * squared
-                better = (error < smallest) & (step > 0)
-                refined, smallest = tl.where(better, step + step * gain, refined), tl.where(better, error, smallest)
+                error = (error - slope * gain) * (share * share)
+                better = (error < smallest) & (whole > 0)
+                refined, smallest = tl.where(better, share + share * gain, refined), tl.where(better, error, smallest)
+            refined = refined * whole
         best, least = largest * 0.0, largest * 0.0 + float("inf")
         # The largest magnitude, and what is compared with it.
         for attempt in range(1 + (shares if COARSE else 1)):
@@ -149,7 +159,17 @@ def search_rows_kernel(
             step = tl.where(attempt == 0, tl.div_rn(largest * down, largest * 0.0 + STEPS), step)
             step = stored_in_units(step, up, down, unit, SCALE)
             _, off = levels_of(
-                x, step, there, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT
+                x,
+                reciprocal(step),
+                there,
+                levels_ptr,
+                edges_ptr,
+                edges,
+                KIND,
+                LEAST,
+                GREATEST,
+                MANTISSA,
+                LEAST_EXPONENT,
             )
             error = tl.where(step > 0, folded(off * off, ROWS, HALVINGS) * (step * step), float("inf"))
             # The first is taken whatever its error is: of scales too small for the row it is infinite.

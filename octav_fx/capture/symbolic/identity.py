@@ -1,0 +1,67 @@
+"""Whether two results are one tensor, which forward may ask (y is x) and a graph cannot: strides and modes decide.
+
+What writes in place, and what is given as the argument it was, is the same in the trace; the functions here return
+their input in some calls, and in others a new tensor.
+"""
+
+import dis
+import functools
+import inspect
+import sys
+from types import CodeType, FrameType
+from typing import Any, Final
+
+from torch import fx, nn
+
+from octav_fx.capture.user_stack import is_users_code
+
+_FUNCTIONS: Final = frozenset(
+    {
+        *("contiguous", "to", "type", "type_as", "cpu", "cuda", "expand", "expand_as", "reshape", "flatten"),
+        *("float", "double", "half", "bfloat16", "int", "long", "bool", "resolve_conj", "resolve_neg"),
+        *("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "rrelu"),
+    }
+)
+_MODULES: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_TRACE: Final = inspect.unwrap(fx.Tracer.trace).__code__
+_LOCAL: Final = ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK")
+
+
+def may_be_its_input(target: Any) -> bool:
+    """Tell whether a function, a method by its name, or a module returns its input in some calls."""
+    if isinstance(target, nn.Module):
+        return isinstance(target, _MODULES)
+    return (target if isinstance(target, str) else getattr(target, "__name__", "")) in _FUNCTIONS
+
+
+def line_that_compares() -> str | None:
+    """Return file:line of the user's code that is traced, if it compares results by `is`."""
+    frame: FrameType | None = sys._getframe(1)
+    # Around the trace is whoever called quantize.
+    while frame is not None and frame.f_code is not _TRACE:
+        if is_users_code(frame.f_code) and (line := _line_that_compares(frame.f_code)) is not None:
+            return f"{frame.f_code.co_filename}:{line}"
+        frame = frame.f_back
+    return None
+
+
+@functools.cache
+def _line_that_compares(code: CodeType) -> int | None:
+    """Return the line of the first `a is b` in a function of which one is a local variable, no argument as it came."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL")]
+    stored = {step.argval for step in steps if step.opname.startswith("STORE_")}
+    given = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *code.co_freevars} - stored
+    for at, step in enumerate(steps):
+        if step.opname != "IS_OP":
+            continue
+        operands = steps[at - 1 : at] if steps[at - 1].opname == "LOAD_FAST_LOAD_FAST" else steps[at - 2 : at]
+        names = {name for operand in operands for name in _names(operand)}
+        if names and not names <= given and all(operand.opname in (*_LOCAL, "CALL") for operand in operands):
+            return step.positions.lineno if step.positions is not None else None
+    return None
+
+
+def _names(step: dis.Instruction) -> tuple[str, ...]:
+    if step.opname not in _LOCAL:
+        return ()
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)

@@ -1,0 +1,101 @@
+"""What is another one in each call: printed it costs nothing, else the module that asks for it runs its own Python."""
+
+import datetime
+import secrets
+import time
+import uuid
+from collections.abc import Callable
+from datetime import datetime as imported_datetime
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import octav_fx
+from octav_fx.capture.partial import PartialModule, partial_lines
+from octav_fx.capture.symbolic.clocks import OPAQUE
+
+x = torch.randn(2, 5, 8)
+
+
+class Asks(nn.Module):
+    def __init__(self, ask: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.ask, self.a, self.b, self.seconds = ask, nn.Linear(8, 8), nn.Linear(8, 8), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        factor = self.ask(self)
+        return self.b(y) * (1 if factor is None else factor)
+
+
+class Around(nn.Module):
+    def __init__(self, ask: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.first, self.asks, self.block = nn.Linear(8, 8), Asks(ask), nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.asks(self.first(x)))
+
+
+def says_how_long(_: nn.Module) -> None:
+    begin, there = perf_counter(), datetime.datetime.now()
+    took = round(1e3 * (time.perf_counter() - begin), 2)
+    print(f"{took:.2f} ms, {abs(-took)} ms, %.1f s" % time.time())
+    print(f"{there:%H:%M} {datetime.datetime.now() - there} {(imported_datetime.now() - there).total_seconds()}")
+    print(isinstance(there, datetime.date) and issubclass(imported_datetime, datetime.date))
+    print(datetime.datetime(2000, 1, 2).year)
+
+
+def test_a_time_that_is_printed_costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    q = octav_fx.quantize(Around(says_how_long), x)
+    assert partial_lines(q) == [] and octav_fx.coverage(q).skipped == []
+    said = capsys.readouterr().out
+    assert "True\n2000" in said and "False" not in said and "object" not in said
+    assert not any(isinstance(read(), OPAQUE) for read in (time.time, perf_counter, datetime.datetime.now))
+    assert time.time is not perf_counter and datetime.datetime is imported_datetime
+
+
+def keeps(module: Any) -> None:
+    module.seconds = time.time()
+
+
+def decides(_: nn.Module) -> int:
+    begin = perf_counter()
+    return 2 if perf_counter() - begin > 100 else 1
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "time.time() of the module": lambda _: time.time(),
+    "perf_counter() of its own": lambda _: perf_counter(),
+    "datetime.now()": lambda _: datetime.datetime.now().timestamp(),
+    "an attribute of datetime.now()": lambda _: imported_datetime.now().microsecond,
+    "a number of seconds": lambda _: (datetime.datetime.now() - datetime.datetime.now()).total_seconds(),
+    "a date of today": lambda _: datetime.date.today().year,
+    "int": lambda _: int(time.time()),
+    "localtime": lambda _: time.localtime().tm_sec,
+    "uuid4": lambda _: uuid.uuid4().int % 1000003,
+    "secrets": lambda _: secrets.randbelow(1000003),
+    "kept": keeps,
+    "decides": decides,
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_only_the_module_that_asks_runs_its_own_python(name: str) -> None:
+    q = octav_fx.quantize(Around(ASKED[name]), x)
+    around, asks = partial_lines(q)
+    assert around.startswith("the model: in parts") and asks.startswith("asks: in parts")
+    assert "test_clocks.py" in asks and isinstance(q.asks, PartialModule)
+    # Its children and those around it are quantized.
+    assert octav_fx.coverage(q).skipped == []
+
+
+def test_a_time_goes_on() -> None:
+    q = octav_fx.quantize(Around(lambda _: time.perf_counter_ns() % 1000003), x)
+    assert not torch.equal(q(x), q(x))
+    q = octav_fx.quantize(Around(keeps), x)
+    q(x)
+    assert type(q.asks.seconds) is float and q.asks.seconds > 0
