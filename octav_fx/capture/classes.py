@@ -81,6 +81,14 @@ def _methods(kind: type) -> dict[str, Any]:
     return {name: made for name, value in methods.items() if (made := as_users(value)) is not value}
 
 
+class _ByIdentity(tuple[type, ...]):
+    """Classes in the order of inheritance, the first equal to a later one: who resolves super() asks where one is."""
+
+    def index(self, kind: Any, *_: Any) -> int:
+        """Return the place of a class."""
+        return next(place for place, other in enumerate(self) if other is kind)
+
+
 @functools.cache
 def _metaclass(above: Any) -> Any:
     def users(cls: Any) -> Any:
@@ -98,9 +106,13 @@ def _metaclass(above: Any) -> Any:
     def hashed(cls: Any) -> int:
         return above.__hash__(users(cls))
 
+    def order(cls: Any) -> Any:
+        return _ByIdentity(type.__dict__["__mro__"].__get__(cls))
+
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         # A module that begins is the user's own; quantize() makes the others past this.
         return above.__call__(users(cls), *args, **kwargs)
 
-    methods = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed, "__call__": call}
+    methods: dict[str, Any] = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
+    methods |= {"__call__": call, "__mro__": property(order)}
     return type(above.__name__, (above,), methods)

@@ -72,8 +72,7 @@ def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
         return kmeans((rows / unit).squeeze(0), 2**form.bits) * unit.squeeze(0)
     if searches(spec, method):
         return search(rows, form, spec.scale, store)
-    # Numbers of a format for scales are what they are only in the units of x.
-    scale = _scale(rows) if store is None else rows.new_ones(len(rows), 1)
+    scale = _scale(rows)
     known = torch.zeros_like(hint) if spec.granularity.is_short else hint / scale.squeeze(-1)
     clip = METHODS[method].solve(rows / scale, known, form) * scale.squeeze(-1)
     return clip if store is None else store(divided(clip, form.steps)) * form.steps

@@ -95,6 +95,12 @@ class Format(ABC):
         return torch.int8 if self.underflow_code > -128 and greatest <= 127 else torch.int16
 
 
+def representable(level: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return levels [...], and the greatest number of a dtype where one lies beyond what that holds."""
+    greatest = min(torch.finfo(dtype).max, torch.finfo(level.dtype).max)
+    return level.clamp(-greatest, greatest)
+
+
 def magnitudes(x: Tensor, form: Format) -> Tensor:
     """Return what can be clipped: |x|, or the positive part of x on an unsigned grid; 0 where x is not finite."""
     return torch.where(x.isfinite(), x.abs() if form.signed else x.clamp(min=0), 0)

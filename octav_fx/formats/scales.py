@@ -11,8 +11,9 @@ from octav_fx.formats.format import Format, divided
 
 # So many bits of the float32 scale of a tensor are kept: its product with a level and with a scale of 8 bits is exact.
 _KEPT: Final = 12
-# The least positive E4M3.
+# The least positive E4M3, and float16.
 _SMALLEST: Final = 2.0**-9
+_LEAST_FLOAT16: Final = 2.0**-24
 
 
 def tensor_scale(x: Tensor, form: Format) -> Tensor:
@@ -36,7 +37,8 @@ def _bfloat16(step: Tensor, unit: Tensor) -> Tensor:
 
 def _float16(step: Tensor, unit: Tensor) -> Tensor:
     rounded = step.to(torch.float16).to(step.dtype)
-    return rounded.clamp(max=torch.finfo(torch.float16).max)
+    # As below, none is zero: of E5M2 the step is a 57344th of the largest value, and few are larger than it.
+    return torch.where(step > 0, rounded.clamp(_LEAST_FLOAT16, torch.finfo(torch.float16).max), 0)
 
 
 def _e8m0(step: Tensor, unit: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.compat.modules import apply_to_tensors
+from octav_fx.formats.format import representable
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.packing import integer_codes, pack, unpack
@@ -158,7 +159,7 @@ class StoredWeight(nn.Module):
         form, bound = self.spec.fitted(self.clip)
         levels = form.levels(self.integers().to(torch.promote_types(self.dtype, torch.float32)))
         step = form.step(self.spec.granularity.along(bound, levels).to(levels.dtype))
-        return (levels * step).to(self.dtype)
+        return representable(levels * step, self.dtype).to(self.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         apply_to_tensors(self, fn, recurse)

@@ -66,6 +66,21 @@ inline Float16 from_float<Float16>(float x) {
   return {uint16_t(sign | (magnitude >= bits_of(65520.f) ? beyond : finite))};
 }
 
+// The greatest number of a type.
+template <class T>
+constexpr float GREATEST = 3.40282347e38f;
+template <>
+constexpr float GREATEST<BFloat16> = 0x1.fep127f;
+template <>
+constexpr float GREATEST<Float16> = 65504.f;
+
+// The nearest finite number of a type to a level.
+template <class T>
+inline float representable(float level) {
+  const float above = level < GREATEST<T> ? level : GREATEST<T>;
+  return above > -GREATEST<T> ? above : -GREATEST<T>;
+}
+
 // Codes of the types, those of ops/cpu.py. with_element calls run(an element) of the type with a code.
 constexpr int FLOAT = 0;
 

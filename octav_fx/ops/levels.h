@@ -178,7 +178,7 @@ struct Scale {
         const auto bits = as_bits(step);
         return from_bits<T>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
       }
-      case FLOAT16: return nearest(step, 10, -14, 65504.f);
+      case FLOAT16: return step > 0 ? larger(nearest(step, 10, -14, 65504.f), all<T>(0x1p-24f)) : T{};
       case E8M0: return power_of_two(step);
       case E4M3: {
         const T ratio = unit > 0 ? step / unit : T{};

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octav_fx.clips.kmeans import PARTS, kmeans
+from octav_fx.clips.kmeans import PARTS, _ascending, kmeans
 from tests.support.examples import examples
 from tests.support.samples import SAMPLES
 
@@ -69,3 +69,11 @@ def test_lloyds_steps_have_moved_the_cuts():
     part = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
     means = torch.zeros(16).index_add(0, part, x) / part.bincount()
     torch.testing.assert_close(means, levels, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [0, 1, 1000])
+def test_numbers_are_sorted_by_their_bits(dtype, n):
+    x = torch.randn(n, dtype=dtype)
+    x[:5] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-40])[:n]
+    assert torch.equal(_ascending(x), x.sort().values)

@@ -24,6 +24,15 @@ def test_half_precision(name, dtype):
     assert torch.equal(SCALES[name](step, ONE), step.to(dtype).float())
 
 
+def test_no_float16_step_is_zero():
+    assert SCALES["float16"](torch.tensor([0.0, 1e-12, 1e6]), ONE).tolist() == [0, 2**-24, 65504]
+    x = torch.randn(64) * 1e-6
+    clip = torch.ops.octav.optimal_clip(x, torch.zeros(()), "e5m2/tensor/float16", "octav")
+    error = x - torch.ops.octav.fake_quantize(x, clip, "e5m2/tensor/float16", "ste")
+    # Two bits behind the leading one: an eighth of each value, and half a subnormal level.
+    assert (error.abs() <= x.abs() / 8 + 2**-17 * 2**-24).all()
+
+
 def test_e4m3_under_the_scale_of_the_tensor():
     x = torch.randn(100, 16) * torch.randn(100, 1).exp()
     unit = tensor_scale(x, E2M1)

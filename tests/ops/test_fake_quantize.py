@@ -310,3 +310,18 @@ def test_the_host_reads_no_value(gradient):
     x, clip = torch.empty(3, 5, device="meta"), torch.empty(3, device="meta")
     assert reference.fake_quantize(x, clip, integers(4, True, 0), gradient).shape == x.shape
     assert reference.fake_quantize_backward(x, x, clip, integers(4, True, 0), gradient).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spec", ["int4/token.1", "int8/channel.0/e8m0", "e2m1/group-16.1/e4m3", "nf4/tensor/float16"])
+def test_near_the_end_of_a_dtype_levels_are_finite(spec, dtype):
+    greatest = torch.finfo(dtype).max
+    x = (torch.rand(16, 32) * 2 - 1).to(dtype) * greatest
+    x[0, 0], x[1, 1], x[2, 2] = greatest, -greatest, torch.inf
+    shape = () if "token" in spec or "group" in spec or "tensor" in spec else (16,)
+    clip = torch.ops.octav.optimal_clip(x, torch.zeros(shape), spec, "octav")
+    y = fake_quantize(x, clip, spec, "ste")
+    assert torch.equal(y.isfinite(), x.isfinite())
+    assert_same_bits(y, reference.fake_quantize(x, clip, spec, "ste"))
+    levels = torch.ops.octav.dequantize(torch.ops.octav.quantize(x, clip, spec), clip, spec, dtype)
+    assert torch.equal(levels[x.isfinite()], y[x.isfinite()])

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "../levels.h"
 #include "../stretches.h"
@@ -10,16 +11,16 @@ namespace {
 
 constexpr int64_t CHUNK = 1024;
 
-template <int EACH, class Code, class Round>
-void dequantize(const Code* __restrict codes, const float* __restrict clip, float* __restrict out, int64_t n,
-                const Levels& of, Round round) {
+template <class Y, int EACH, class Code, class Round>
+void levels_of(const Code* __restrict codes, const float* __restrict clip, float* __restrict out, int64_t n,
+               const Levels& of, Round round) {
   const float steps = of.steps;
   const int low = of.low, high = of.high;
   const int not_finite = std::numeric_limits<Code>::min(), saturated = 2 * (high + 1);
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const int code = low == 0 && codes[i] >= saturated ? codes[i] - saturated : codes[i];
-    const float level = round.level(std::min(std::max(code, low), high)) * (clip[EACH * i] / steps);
+    const float level = representable<Y>(round.level(std::min(std::max(code, low), high)) * (clip[EACH * i] / steps));
     out[i] = codes[i] == not_finite ? std::numeric_limits<float>::quiet_NaN() : level;
   }
 }
@@ -27,10 +28,11 @@ void dequantize(const Code* __restrict codes, const float* __restrict clip, floa
 // Through floats in the nearest cache: a loop over bytes, floats and halves at once takes half as long again.
 template <int EACH, class Code, class Y, class Round>
 void dequantize(const Code* codes, const float* clip, Y* __restrict out, int64_t n, const Levels& of, Round round) {
+  if constexpr (std::is_same_v<Y, float>) return levels_of<Y, EACH>(codes, clip, out, n, of, round);
   float levels[CHUNK];
   for (int64_t at = 0; at < n; at += CHUNK) {
     const int64_t count = std::min(CHUNK, n - at);
-    dequantize<EACH>(codes + at, clip + EACH * at, levels, count, of, round);
+    levels_of<Y, EACH>(codes + at, clip + EACH * at, levels, count, of, round);
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) out[at + i] = from_float<Y>(levels[i]);
   }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import spec_of
-from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, offsets_of
+from octav_fx.ops.fake_quantize.kernel import BLOCK, FLOATS, clip_at, elementwise, offsets_of, representable
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def dequantize_kernel(
     if not SIGNED:
         code = tl.where(code >= SATURATED, code - SATURATED, code)
     code = tl.minimum(tl.maximum(code, LOW), HIGH)
-    level = code.to(tl.float32) * (clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) * (1.0 / STEPS))
+    step = clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) * (1.0 / STEPS)
+    level = representable(code.to(tl.float32) * step, out_ptr.dtype.element_ty)
     level = tl.where(stored == NOT_FINITE, float("nan"), level)
     tl.store(out_ptr + offsets, level.to(out_ptr.dtype.element_ty), mask=mask)
 

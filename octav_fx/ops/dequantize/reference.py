@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from octav_fx.formats.format import representable
 from octav_fx.formats.spec import spec_of
 
 
@@ -18,7 +19,7 @@ def dequantize(codes: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Te
     code = codes if form.signed else torch.where(codes >= form.ceiling_flag, codes - form.ceiling_flag, codes)
     level = form.levels(code.clamp(form.low, form.high).to(value))
     level = level * form.step(represented.granularity.along(clip, codes).to(value))
-    return torch.where(codes == torch.iinfo(codes.dtype).min, torch.nan, level).to(dtype)
+    return torch.where(codes == torch.iinfo(codes.dtype).min, torch.nan, representable(level, dtype)).to(dtype)
 
 
 def levels_of(x: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
@@ -28,4 +29,4 @@ def levels_of(x: Tensor, clip: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     value = x.to(torch.promote_types(dtype, torch.float32))
     step = form.step(represented.granularity.along(clip, x).to(value.dtype))
     level = torch.where(step > 0, form.round(value / step), 0)
-    return torch.where(x.isfinite(), level * step, torch.nan).to(dtype)
+    return torch.where(x.isfinite(), representable(level * step, dtype), torch.nan).to(dtype)

@@ -16,7 +16,7 @@ void fake_quantize(const X* __restrict x, const float* __restrict clip, float st
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float value = to_float(x[i]), step = clip[EACH * i] / steps, level = round(value / step);
-    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? (step > 0 ? level * step : 0.f) : value);
+    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? (step > 0 ? representable<X>(level * step) : 0.f) : value);
   }
 }
 

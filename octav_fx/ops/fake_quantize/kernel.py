@@ -96,6 +96,16 @@ def rounded(
 
 
 @triton.jit
+def representable(level, TYPE: tl.constexpr):
+    """Return the nearest finite number of a type to a level, in float32."""
+    if tl.float16 == TYPE:
+        return tl.minimum(tl.maximum(level, -65504.0), 65504.0)
+    elif tl.bfloat16 == TYPE:
+        return tl.minimum(tl.maximum(level, -3.3895313892515355e38), 3.3895313892515355e38)
+    return tl.minimum(tl.maximum(level, -3.4028234663852886e38), 3.4028234663852886e38)
+
+
+@triton.jit
 def fake_quantize_kernel(
     x_ptr,
     clip_ptr,
@@ -115,7 +125,7 @@ def fake_quantize_kernel(
     value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     # Not a division, which is an approximation; STEPS is a power of two.
     step = clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) * (1.0 / STEPS)
-    level = nearest(value, step, LOW, HIGH) * step
+    level = representable(nearest(value, step, LOW, HIGH) * step, x_ptr.dtype.element_ty)
     level = tl.where(tl.abs(value) < float("inf"), level, value)
     tl.store(out_ptr + offsets, level.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -152,7 +162,7 @@ def fake_quantize_levels_kernel(
         # What rounds to -0 stays that.
         sign = ratio.to(tl.int32, bitcast=True) & -2147483648
         level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    level = tl.where(step > 0, level, 0.0) * step
+    level = representable(tl.where(step > 0, level, 0.0) * step, x_ptr.dtype.element_ty)
     level = tl.where(tl.abs(value) < float("inf"), level, value)
     tl.store(out_ptr + offsets, level.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.clips.gradients import GRADIENTS
+from octav_fx.formats.format import representable
 from octav_fx.formats.spec import spec_of
 
 
@@ -12,7 +13,8 @@ def fake_quantize(x: Tensor, clip: Tensor, spec: str, gradient: str, dtype: torc
 
     With a dtype: in that. Levels of half precision are those of float32, rounded once.
 
-    A clip of 0 sends every value to 0. Values that are not finite stay what they are, so that they are not hidden.
+    A clip of 0 sends every value to 0. A level that the dtype of x does not hold is the greatest number that it holds.
+    Values that are not finite stay what they are, so that they are not hidden.
     """
     represented = spec_of(spec)
     form, clip = represented.fitted(clip)
@@ -20,7 +22,7 @@ def fake_quantize(x: Tensor, clip: Tensor, spec: str, gradient: str, dtype: torc
     step = form.step(represented.granularity.along(clip, x).to(value.dtype))
     # Not a multiplication by steps / clip: that rounds twice and moves ties.
     level = torch.where(step > 0, form.round(value / step), 0)
-    return torch.where(x.isfinite(), level * step, value).to(dtype or x.dtype)
+    return torch.where(x.isfinite(), representable(level * step, x.dtype), value).to(dtype or x.dtype)
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, clip: Tensor, spec: str, gradient: str) -> Tensor:

@@ -49,7 +49,7 @@ void fake_quantize(const X* __restrict x, float step, float* __restrict out, int
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float value = to_float(x[i]), code = std::min(std::max(std::nearbyint(value / step), bottom), top);
-    out[i] = std::fabs(value) <= FLT_MAX ? (step > 0 ? code * step : 0.f) : value;
+    out[i] = std::fabs(value) <= FLT_MAX ? (step > 0 ? representable<X>(code * step) : 0.f) : value;
   }
 }
 

@@ -16,7 +16,7 @@ from octav_fx.clips.newton import as_octav
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops import cpu
-from octav_fx.ops.fake_quantize.kernel import FLOATS, nearest
+from octav_fx.ops.fake_quantize.kernel import FLOATS, nearest, representable
 from octav_fx.ops.kernels.solve_rows.kernel import METHODS, solve_row, tile_of
 
 # Rows of up to so many elements are held by so many warps, 4 or 16 elements in the registers of each thread. Longer
@@ -72,7 +72,8 @@ def fake_quantize_weights_kernel(
     step = clip * (1.0 / STEPS)
     for start in range(0, n, BLOCK):
         x = held if FITS else tile_of(w_ptr, row, start, n, 1, 1, BLOCK, True)
-        level = tl.where(tl.abs(x) < float("inf"), nearest(x, step, -STEPS, STEPS - 1) * step, x)
+        level = representable(nearest(x, step, -STEPS, STEPS - 1) * step, w_ptr.dtype.element_ty)
+        level = tl.where(tl.abs(x) < float("inf"), level, x)
         i = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + row * n + i, level.to(out_ptr.dtype.element_ty), mask=i < n)
 

@@ -35,7 +35,8 @@ def stored(step, unit, SCALE: tl.constexpr):
         bits = step.to(tl.int32, bitcast=True)
         step = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     elif SCALE == _FLOAT16:
-        step = to_mantissa(tl.minimum(step, 65504.0), 10, -14)
+        number = tl.maximum(to_mantissa(tl.minimum(step, 65504.0), 10, -14), 2.0**-24)
+        step = tl.where(step > 0, number, 0.0)
     elif SCALE == _E8M0:
         power = ((step.to(tl.int32, bitcast=True) + 0x400000) & 0x7F800000).to(tl.float32, bitcast=True)
         # Subnormal numbers by their bits: as literals they would be float64.
