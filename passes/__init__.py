@@ -24,6 +24,7 @@ from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
+from octav_fx.passes.convert.tables_into_layers import tables_into_layers
 from octav_fx.passes.lower.bfloat16_backward import bfloat16_backward
 from octav_fx.passes.lower.codes_in_forward import codes_in_forward
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
@@ -117,6 +118,7 @@ INTEGERS: Final[tuple[Any, ...]] = (
     codes_between_layers,  # the codes that one layer's result alone decides
     codes_of_sums,  # and those of two, where the sum is in float
     pools_of_layers,  # those that codes_between_layers left
+    tables_into_layers,  # last: whoever asks for a lookup has found it
 )
 
 
@@ -201,6 +203,7 @@ __all__ = [
     "solve_by_one_step",
     "split_quantizers",
     "strided_gradients",
+    "tables_into_layers",
     "update_at_once",
     "write_out",
 ]

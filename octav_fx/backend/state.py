@@ -20,6 +20,7 @@ _LOOKING: Final = {
     _OPS.integer_linear.default: 1,
     _OPS.code_sum.default: 2,
     _OPS.code_mean.default: 1,
+    _OPS.lookup.default: 1,
 }
 # A buffer of a module, whose name is the group.
 _BUFFER: Final = re.compile(r"(.*)\._buffers\['[^']*'\]")

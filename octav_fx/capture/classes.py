@@ -1,6 +1,7 @@
 """Subclasses of users' classes, which stand for them: what forward does to its class, it does to the user's.
 
 type(self).calls += 1    counted where the float model counts
+type(self)(8)            a Block that is not quantized
 type(self) == Block      True for a Block that is quantized, as is {Block: ...}[type(self)]
 type(self) is Block      True in the methods of modules: those that ask for it are copied, with another type()
 """
@@ -80,6 +81,14 @@ def _methods(kind: type) -> dict[str, Any]:
     return {name: made for name, value in methods.items() if (made := as_users(value)) is not value}
 
 
+class _ByIdentity(tuple[type, ...]):
+    """Classes in the order of inheritance, the first equal to a later one: who resolves super() asks where one is."""
+
+    def index(self, kind: Any, *_: Any) -> int:
+        """Return the place of a class."""
+        return next(place for place, other in enumerate(self) if other is kind)
+
+
 @functools.cache
 def _metaclass(above: Any) -> Any:
     def users(cls: Any) -> Any:
@@ -97,5 +106,13 @@ def _metaclass(above: Any) -> Any:
     def hashed(cls: Any) -> int:
         return above.__hash__(users(cls))
 
-    methods = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
+    def order(cls: Any) -> Any:
+        return _ByIdentity(type.__dict__["__mro__"].__get__(cls))
+
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # A module that begins is the user's own; quantize() makes the others past this.
+        return above.__call__(users(cls), *args, **kwargs)
+
+    methods: dict[str, Any] = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
+    methods |= {"__call__": call, "__mro__": property(order)}
     return type(above.__name__, (above,), methods)

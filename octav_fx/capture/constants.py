@@ -39,6 +39,7 @@ from octav_fx.capture.user_stack import is_users_code
 from octav_fx.compat.tensors import pytree
 from octav_fx.ir.ops import op_of_module
 from octav_fx.ir.table.contractions import CONTRACTIONS
+from octav_fx.nn.fake_quantizer import FakeQuantizer
 
 # So deep below a global, or what a module holds: cfg.model.scale.
 _DEEP: Final = 6
@@ -90,6 +91,8 @@ class Constants:
     variables: tuple[tuple[contextvars.ContextVar[Any], Any], ...]
     # Functions that keep what they have returned.
     caches: tuple[Any, ...]
+    # What the modules below hold by name, each with the forward among it: somebody may set another one.
+    forwards: tuple[tuple[dict[str, Any], Any], ...]
 
     @classmethod
     def of(cls, root: nn.Module) -> "Constants":
@@ -101,7 +104,9 @@ class Constants:
         found.add_named(root)
         attributes, items, objects = (tuple(held) for held in found.rows())
         answers = tuple((name, question, answer) for name, (question, answer) in found.answers.items())
-        return cls(attributes, items, objects, answers, tuple(found.variables.items()), tuple(found.caches))
+        below = [module for module in root.modules() if module is not root and not isinstance(module, FakeQuantizer)]
+        forwards = tuple((vars(module), vars(module).get("forward")) for module in below)
+        return cls(attributes, items, objects, answers, tuple(found.variables.items()), tuple(found.caches), forwards)
 
     def change(self) -> str | None:
         """Say which is another one now, or return None."""
@@ -124,7 +129,12 @@ class Constants:
         for variable, before in self.variables:
             if (now := variable.get(MISSING)) != before:
                 return _told("a variable", "the context", before, now)
-        return None
+        return "forward of a module is another one than at capture" if self._is_patched() else None
+
+    @torch.compiler.assume_constant_result
+    def _is_patched(self) -> bool:
+        """Tell whether a module has another forward of its own; compiled code asks once, as modules are many."""
+        return any(held.get("forward") is not before for held, before in self.forwards)
 
     @contextmanager
     def without_caches(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 4
+_FLAGS: Final = frozenset({type(None), bool, int, float, str})
 _CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 # Libraries whose objects keep what they keep, whatever forward does.
 CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
@@ -121,11 +122,12 @@ def containers_of(root: nn.Module) -> list[Any]:
     for _, held in attributes(root):
         for name, value in held.items():
             # Most are flags, and empty dicts of hooks.
-            if name in PART_ATTRIBUTES or value is None or type(value) is bool:
+            if type(value) in _FLAGS:
                 continue
             if type(value) in _CONTAINERS and not value:
-                found[id(value)] = value
-            else:
+                if name not in PART_ATTRIBUTES:
+                    found[id(value)] = value
+            elif name not in PART_ATTRIBUTES:
                 visit(value, _DEEP)
     return list(found.values())
 
@@ -166,8 +168,16 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def held_values(root: nn.Module) -> list[Any]:
-    """Return the buffers of modules, what is in their attributes, and what is in the containers there, however deep."""
-    held = [value for _, values in attributes(root) for name, value in values.items() if name not in PART_ATTRIBUTES]
+    """Return the buffers of modules, what is in their attributes, and what is in the containers there, however deep.
+
+    Numbers, texts and None among the attributes are left out.
+    """
+    held = [
+        value
+        for _, values in attributes(root)
+        for name, value in values.items()
+        if type(value) not in _FLAGS and name not in PART_ATTRIBUTES
+    ]
     return held + [item for c in containers_of(root) for item in (c.values() if isinstance(c, dict) else c)]
 
 

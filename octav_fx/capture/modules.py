@@ -392,6 +392,9 @@ class WholeModule:
         graphs: QuantizedModule = vars(self)[GRAPHS]
         if is_changed(graphs.owner):
             graphs._run_look(args, kwargs)
+            if GRAPHS not in vars(self):
+                # It is of another class now, and runs its own Python.
+                return self.forward(*args, **kwargs)
         return vars(self)[GRAPHS].forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:

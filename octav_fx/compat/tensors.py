@@ -1,5 +1,6 @@
 """Trees of tensors, fake tensors, dispatch."""
 
+import contextlib
 import functools
 import logging
 import sys
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
@@ -48,6 +50,7 @@ __all__ = [
     "validates_distributions",
     "version_of",
     "versions_of",
+    "without_mode",
     "without_modes",
 ]
 
@@ -177,3 +180,8 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         log.disabled = disabled
+
+
+def without_mode(mode: TorchFunctionMode) -> contextlib.AbstractContextManager[Any]:
+    """Take a mode of torch functions away inside, if it is the innermost."""
+    return _pop_mode_temporarily() if _get_current_function_mode() is mode else contextlib.nullcontext()

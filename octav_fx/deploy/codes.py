@@ -63,10 +63,14 @@ class _Run(fx.Interpreter):
         super().__init__(module)
         self.given = given
         self.found: Codes = {}
+        # By the node of what is looked up and that of the table.
+        self.looked_up: dict[Any, Tensor] = {}
         scales = {node: _scale(node) for node in module.graph.nodes}
         self.places = {_last(node): scale for node, scale in scales.items() if scale is not None}
 
     def run_node(self, n: fx.Node) -> Any:
+        if (table := n.kwargs.get("table")) is not None:
+            return self._run_looked_up(n, table)
         value = super().run_node(n)
         quantizer = module_of(n) if n.op == "call_module" else None
         if isinstance(quantizer, StaticQuantizer):
@@ -78,6 +82,17 @@ class _Run(fx.Interpreter):
         if isinstance(value, tuple):
             return value[0], self._read(self.places[n], value[1])
         return self._read(self.places[n], value)
+
+    def _run_looked_up(self, n: fx.Node, table: Any) -> Any:
+        """Run a layer that looks up its codes on these codes themselves."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        kwargs = dict(kwargs)
+        codes = lookup(args[0], kwargs.pop("table"))
+        # Other layers may read them, too.
+        if (read := (n.args[0], table)) not in self.looked_up:
+            self.looked_up[read] = self._read(str(table.target).rpartition(".")[0], codes)
+        value = self.call_function(n.target, (self.looked_up[read], *args[1:]), kwargs)
+        return value if n not in self.places else self._read(self.places[n], value)
 
     def _read(self, name: str, codes: Tensor) -> Tensor:
         """Keep the codes of a call of a quantizer; return those that are read."""

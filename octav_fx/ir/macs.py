@@ -110,6 +110,9 @@ class MacCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if is_higher_order(func):
             return func(*args, **kwargs)
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            # What wraps tensors, as a nested tensor does, comes back with these.
+            return NotImplemented
         packet = functional(packet_of(func))
         if packet not in _OURS and packet not in flop_registry and func is not torch.ops.prim.device.default:
             with self:

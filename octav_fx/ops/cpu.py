@@ -58,7 +58,7 @@ _SIGNATURES: Final = {
     "octav_depthwise": (*(_POINTER,) * 7, *(_LONG,) * 6, _INT, *(_FLOAT,) * 4, _INT),
     "octav_gated_codes": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, _INT, _INT, _INT, _INT),
     "octav_integer_codes": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT),
-    "octav_integer_linear": (*(_POINTER,) * 6, _LONG, _LONG, _LONG, _INT, *(_FLOAT,) * 4, _INT),
+    "octav_integer_linear": (*(_POINTER,) * 7, _LONG, _LONG, _LONG, _INT, *(_FLOAT,) * 4, _INT),
     "octav_lookup": (_POINTER, _POINTER, _POINTER, _LONG, _INT),
     "octav_max_pool": (_POINTER, _POINTER, _INT, *(_LONG,) * 6, *(_INT,) * 9),
     "octav_integer_sum": (*(_POINTER,) * 5, _LONG, _INT, _INT, _INT, _INT),

@@ -19,6 +19,7 @@ from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
 from octav_fx.training.one_graph import (
+    NeedsCalls,
     Recipe,
     add_records,
     prepare_module,
@@ -87,18 +88,40 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
     gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync():
         try:
-            prepare_module(owner, call, recipe.config, recipe.position, recipe.user, both_modes=False)
+            try:
+                prepare_module(owner, call, recipe.config, recipe.position, recipe.user, both_modes=False)
+            except NeedsCalls as reason:
+                # Adapters in a model that is recomputed: from now on its own Python, over quantized children.
+                parts = _parts_of(owner, call, recipe)
+                parts.find_settings(owner, call, recipe.position.path)
+                parts.descend(owner, [call], recipe.position.path, str(reason))
         except OctavError as error:
             restore(tree)
             raise OctavError(
                 f"{', '.join(places)}: another one than octav_fx.quantize saw, and no graph holds it: {error}; put "
                 "it there first, and quantize then"
             ) from error
-    anew = graphs_of(owner)
-    assert anew is not None
-    anew.capture_again, anew.examples = capture_again, quantized.examples
-    take_quantizers(anew, known)
+    for anew in graphs_in(owner):
+        anew.capture_again = capture_again
+        take_quantizers(anew, known)
+    if (whole := graphs_of(owner)) is not None:
+        whole.examples = quantized.examples
+    elif isinstance(owner, PartialModule):
+        mark_partial(owner, replace(owner.octav_partial, example=quantized.examples))
     _tell_new(owner, before, recipe.position.path or quantized.user_class.__name__)
+
+
+def _parts_of(owner: nn.Module, call: Inputs, recipe: Recipe) -> PartsQuantizer:
+    """Return what quantizes the children of a module that runs its own Python."""
+    path = recipe.position.path
+    with users_own(owner):
+        work = macs_by_module(owner, call)
+    return PartsQuantizer(
+        recipe.config,
+        recipe.user,
+        macs_by_module=[(f"{path}.{at}".strip("."), macs) for at, macs in work],
+        workers={id(owner.get_submodule(at)) for at, _ in work},
+    )
 
 
 def quantize_replaced(module: PartialModule, call: Inputs) -> None:
@@ -110,14 +133,7 @@ def quantize_replaced(module: PartialModule, call: Inputs) -> None:
     before = {m for m in owner.modules() if isinstance(m, FakeQuantizer)}
     recipe: Recipe = info.recipe
     path = recipe.position.path
-    with users_own(owner):
-        work = macs_by_module(owner, call)
-    parts = PartsQuantizer(
-        recipe.config,
-        recipe.user,
-        macs_by_module=[(f"{path}.{at}".strip("."), macs) for at, macs in work],
-        workers={id(owner.get_submodule(at)) for at, _ in work},
-    )
+    parts = _parts_of(owner, call, recipe)
     _quantize_below(owner, call)
     structure = vars(owner).pop(STRUCTURE)
     with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()), no_sync():

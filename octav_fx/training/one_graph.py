@@ -353,7 +353,7 @@ def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> t
             raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")
     if captured.remembered and has_data(module, call):
         with contextlib.suppress(_StoredAgain):
-            captured = _captured_warm(module, call, mode, user, captured.begun)
+            captured = _captured_warm(module, call, mode, user, captured.remembered)
     _check_memory(captured)
     return captured, list(captured.notes)
 
@@ -362,13 +362,13 @@ class _StoredAgain(Exception):
     """Forward sets an attribute in every call that it reads: no table, which is made once."""
 
 
-def _captured_warm(module: nn.Module, call: Inputs, mode: bool, user: UserRules, begun: Iterable[str]) -> Capture:
+def _captured_warm(module: nn.Module, call: Inputs, mode: bool, user: UserRules, changed: Iterable[str]) -> Capture:
     """Capture with the tables that forward makes once: after a first run they are there, and read like any buffer."""
     with attributes_kept_on_success(module):
         _warm_up(module, call)
         captured = _capture(module, call, mode, user)
         _check_memory(captured)
-        if any(name in captured.stored for name in begun):
+        if any(name in captured.stored for name in changed):
             raise _StoredAgain
         return captured
 

@@ -1,6 +1,7 @@
 """quantize(): capture a copy of the model, run the passes, fill the hints. float_mode(): the way back, for a while."""
 
 import contextlib
+import gc
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,7 +77,7 @@ def quantize(
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
     copied, user = _copy(model), _user_rules(rules, leaves, recurrent)
-    with progress("octav_fx.quantize"):
+    with progress("octav_fx.quantize"), _without_old_garbage():
         quantized = quantize_by_parts(copied, example, config, user, find_blocks(copied, blocks).values())
         _check_choices(quantized, model, config, rules, strict)
         if has_data(quantized, example):
@@ -88,6 +89,20 @@ def quantize(
             _begin_learned(quantized, example)
     _put_back(model, quantized)
     return quantized
+
+
+@contextmanager
+def _without_old_garbage() -> Iterator[None]:
+    """Let the garbage collector pass over what is there already, such as all that the libraries have made."""
+    # Somebody else's would be given back, too.
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _check_choices(quantized: nn.Module, model: nn.Module, config: Config, rules: Sequence[Op], strict: bool) -> None:

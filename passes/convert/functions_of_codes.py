@@ -87,9 +87,14 @@ def _table(gm: fx.GraphModule, x: OnCodes, steps: list[fx.Node]) -> Tensor:
     return known[steps[-1]]
 
 
+def tables_of(quantizer: nn.Module) -> int:
+    """Return how many tables a quantizer has: one for each value that it is called for."""
+    return sum(name.startswith(_TABLE) for name, _ in quantizer.named_buffers())
+
+
 def _unused(quantizer: nn.Module) -> str:
     """Return the name of a further table: a quantizer may be called for several values."""
-    count = sum(name.startswith(_TABLE) for name, _ in quantizer.named_buffers())
+    count = tables_of(quantizer)
     return f"{_TABLE}_{count}" if count else _TABLE
 
 

@@ -181,3 +181,43 @@ def test_a_class_that_a_function_asks_for_is_refused_where_it_would_be_another()
     # Below another module that one stays float.
     q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), AsksByFunction()), x)
     assert "does not run as before" in octav_fx.table(q) and type(q[1]) is AsksByFunction
+
+
+class AsksAbove(ScaledInParts):
+    """Calls what is above its class, which a compiler looks for by that class, to which its stand-in is equal."""
+
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_is_above_the_users_class_is_found(is_compiled: bool) -> None:
+    model = AsksAbove().eval()
+    q = octav_fx.quantize(model, x)
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    with silent_quantizers():
+        assert_close("a call", call(x), model(x))
+    assert type(q).__mro__.index(AsksAbove) == 2
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledInParts])
+def test_what_is_made_of_the_class_is_the_users_own(kind: type[nn.Module]) -> None:
+    q: Any = octav_fx.quantize(kind(), x)
+    made = type(q)()
+    assert type(made).__mro__ == kind.__mro__ and torch.equal(made(x), made.a(x) * 2)
+
+
+def test_a_slice_of_a_sequential_is_a_sequential_of_what_the_graph_holds() -> None:
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), x)
+    some = q[:2]
+    assert type(some).__mro__ == nn.Sequential.__mro__ and list(some) == [q[0], q[1]]
+    with pytest.raises(octav_fx.OctavError, match=r"0 of Sequential would compute in float here"):
+        some(x)
+    with octav_fx.float_mode(q):
+        assert torch.equal(some(x), q[0](x).relu())
+    parts = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), x, blocks=["0", "2"])
+    assert torch.equal(parts[2](parts[:2](x)), parts(x))

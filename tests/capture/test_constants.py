@@ -19,6 +19,7 @@ import octav_fx
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.partial import partial_lines
 from tests.support import elsewhere
+from tests.support.alike import assert_close, silent_quantizers
 
 # Dynamo of torch 2.11 follows neither the names in an object, where it breaks the graph, nor a count that is kept
 # outside of attributes: compiled, the float model has the first one in every call.
@@ -367,3 +368,18 @@ def test_a_logger_that_is_used_is_no_reason_for_another_graph() -> None:
     LOGGER.debug("")
     q(x)
     assert len(q.graphs_of(False)) == 1
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_forward_that_is_set_on_a_module_below_is_followed(is_compiled: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU())).eval(), torch.randn(4, 8)
+    q = octav_fx.quantize(model, x)
+    before = q(x)
+    own: Any = lambda x: x - 1  # noqa: E731
+    q[1].forward = model[1].forward = own
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    with silent_quantizers():
+        assert_close("a call", call(x), model(x))
+    del q[1].forward
+    assert torch.equal(q(x), before)

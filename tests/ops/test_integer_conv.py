@@ -217,3 +217,16 @@ def test_another_value_of_any_operand_counts():
         given[position].mul_(1.7)
         assert torch.equal(integer_conv(*given), reference.integer_conv(*given))
         assert not torch.equal(integer_conv(*given), before)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_codes_are_looked_up(kernel, stride):
+    x, *given = arguments()
+    given[3:6] = given[3][:, :, :kernel, :kernel].contiguous(), given[4], [5, 8, kernel, kernel]
+    given[7:9] = [stride] * 2, [kernel // 2] * 2
+    table = torch.randint(0, 256, (256,), dtype=torch.uint8)
+    y = integer_conv(x, *given, table=table)
+    assert torch.equal(y, integer_conv(table[x.int()], *given))
+    assert torch.equal(y, reference.integer_conv(x, *given, table=table))
+    torch.library.opcheck(integer_conv.default, (x, *given), {"table": table})

@@ -65,3 +65,25 @@ def test_operands_that_do_not_fit():
     x, *rest = arguments()
     with pytest.raises(OctavError, match="codes are uint8"):
         integer_linear(x.to(torch.int8), *rest)
+
+
+@needs_onednn
+@pytest.mark.parametrize("columns", [8, 6])
+@pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("channels", [5, 150])
+def test_codes_are_looked_up(threads, columns, rows, channels):
+    threads(2)
+    x = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    w = torch.randint(-8, 8, (channels, columns), dtype=torch.int8)
+    given = (torch.tensor(0.1), 4, True, w, torch.rand(channels), [channels, columns], torch.randn(channels))
+    table = torch.randint(0, 16, (256,), dtype=torch.uint8)
+    y = integer_linear(x, *given, table=table)
+    assert torch.equal(y, integer_linear(table[x.int()], *given))
+    assert torch.equal(y, reference.integer_linear(x, *given, table=table))
+    table.copy_(table.flip(0))
+    assert torch.equal(integer_linear(x, *given, table=table), integer_linear(table[x.int()], *given))
+
+
+def test_a_table_of_another_size():
+    with pytest.raises(OctavError, match=r"a table of torch.uint8 \(255,\) where codes are looked up in uint8 \[256\]"):
+        integer_linear(*arguments(), table=torch.zeros(255, dtype=torch.uint8))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import octav_fx
-from octav_fx import zoo
+from octav_fx import OctavError, zoo
 
 pytestmark = pytest.mark.stacks
 
@@ -88,3 +88,32 @@ def test_pipelines_sample_with_a_quantized_model(diffusers: Any, tmp_path: Path)
             assert (run(**seeds).images != images).any()
     run.save_pretrained(tmp_path)
     assert isinstance(getattr(diffusers, pipeline).from_pretrained(tmp_path).unet, diffusers.UNet2DModel)
+
+
+def test_adapters_in_a_model_that_recomputes(diffusers: Any) -> None:
+    peft = pytest.importorskip("peft")
+    q, example = quantized(diffusers, "UNet2DConditionModel")
+    q.enable_gradient_checkpointing()
+    q.requires_grad_(False)
+    q.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    q.train()(**example).sample.square().mean().backward()
+    trained = {name for name, p in q.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in q.named_parameters() if "lora_" in name}
+    assert octav_fx.coverage(q).skipped == []
+
+
+@pytest.mark.parametrize("blocks", ["auto", ()])
+def test_methods_of_an_autoencoder(diffusers: Any, blocks: Any) -> None:
+    sides = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2, **sides).eval()
+    x = torch.randn(2, 3, 16, 16)
+    q = octav_fx.quantize(model, x, blocks=blocks)
+    assert octav_fx.coverage(q).skipped == []
+    if blocks == ():
+        with pytest.raises(OctavError, match=r"encoder\.conv_in of AutoencoderKL would compute in float here"):
+            q.encode(x)
+        return
+    latent = q.encode(x).latent_dist.mode()
+    assert torch.equal(q.decode(latent).sample, q(x).sample)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q.encode(x).latent_dist.mode(), model.encode(x).latent_dist.mode())

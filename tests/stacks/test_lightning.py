@@ -1,5 +1,6 @@
 """Lightning's Trainer around a quantized network: fit, callbacks, precision, checkpoints."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
-from octav_fx import zoo
+from octav_fx import OctavError, zoo
 
 # A warning of a class of Lightning's makes the process that collects from xdist's workers import Lightning.
 pytestmark = [pytest.mark.stacks, pytest.mark.filterwarnings("ignore")]
@@ -112,3 +113,17 @@ def test_averages_of_weights_and_learned_clips(lightning: Any, tmp_path: Path) -
         before = clip.detach().clone()
         trainer(lightning, tmp_path, max_epochs=3, callbacks=[callback]).fit(module(lightning, net), loader())
         assert octav_fx.coverage(net).share == 1 and not torch.equal(clip, before)
+
+
+def test_what_graphs_have_no_place_for_is_refused(lightning: Any, tmp_path: Path) -> None:
+    net = module(lightning, quantized())
+    summary = importlib.import_module("lightning.pytorch.utilities.model_summary")
+    summary.summarize(net, max_depth=1)
+    with pytest.raises(OctavError, match=r"body of Net would never run this hook"):
+        summary.summarize(net, max_depth=-1)
+    with pytest.raises(OctavError, match=r"octav_fx\.export_onnx write this model"):
+        net.to_onnx(tmp_path / "net.onnx", torch.randn(4, 8))
+    # Frozen, the net inside is what it was.
+    octav_fx.freeze(octav_fx.calibrate(net.net.eval(), loader()))
+    run = trainer(lightning, tmp_path)
+    assert run.validate(net, loader(), verbose=False)[0]["loss"] > 0

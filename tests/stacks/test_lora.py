@@ -66,6 +66,38 @@ def test_adapters_put_on_afterwards_are_quantized_and_alone_train() -> None:
     assert any(re.search(r"q_proj\.lora_A", row.node) and row.bits for row in octav_fx.rows(model))
 
 
+# Kind of adapter -> its settings.
+KINDS: dict[str, dict[str, Any]] = {
+    "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LoraConfig": {"r": 2, "target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+    "VeraConfig": {"r": 2, "target_modules": ["q_proj", "o_proj"]},
+    "PrefixTuningConfig": {"num_virtual_tokens": 3},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_before", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_adapters_train_alone(kind: str, is_before: bool, tmp_path: Path) -> None:
+    config = getattr(peft(), kind)(task_type="CAUSAL_LM", **KINDS[kind])
+    model, inputs = build("LlamaForCausalLM"), {**text(), "labels": text()["input_ids"]}
+    if is_before:
+        q = octav_fx.quantize(peft().get_peft_model(model, config), inputs)
+    else:
+        q = peft().get_peft_model(octav_fx.quantize(model, inputs), config)
+    wanted = {name for name, p in q.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in q.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in q.parameters() if p.requires_grad], 0.1)
+    # The first step of a LoRA changes its second factor alone.
+    for _ in range(2):
+        q(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {name for name, p in q.named_parameters() if not torch.equal(p, before[name])} == wanted
+    assert octav_fx.coverage(q).share == 1
+    q.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("is_before", [True, False])
 def test_merged_adapters_are_quantized_weights(is_before: bool) -> None:
     model, inputs = build("LlamaForCausalLM").eval(), text()

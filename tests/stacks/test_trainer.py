@@ -11,7 +11,7 @@ import octav_fx
 from octav_fx import OctavError
 from octav_fx.capture.rerun import without_quantizers
 from tests.support.blocks import saved_bytes
-from tests.support.pretrained import WORDS, build, made, text
+from tests.support.pretrained import GROUPED, WORDS, build, made, text, words
 
 transformers = pytest.importorskip("transformers")
 
@@ -228,3 +228,38 @@ def test_generate_with_a_cache_is_floats_token_for_token(name: str) -> None:
     with octav_fx.float_mode(q):
         assert torch.equal(q.generate(**inputs, **settings), expected)
     assert q.generate(**inputs, **settings).shape == expected.shape
+
+
+def windowed() -> nn.Module:
+    return made("MistralForCausalLM", {**GROUPED, "sliding_window": 4})
+
+
+@pytest.mark.parametrize("cache", [{"cache_implementation": "static"}, {"use_cache": False}, {}])
+@pytest.mark.parametrize("build_", [windowed, lambda: build("OPTForCausalLM")], ids=["sliding", "learned positions"])
+def test_every_cache_gives_floats_tokens(build_: Any, cache: dict[str, Any]) -> None:
+    model, inputs = build_().eval(), {"input_ids": text()["input_ids"]}
+    q = octav_fx.quantize(model, inputs)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **cache}
+    expected = model.generate(**inputs, **settings)
+    with without_quantizers(q):
+        assert torch.equal(q.generate(**inputs, **settings), expected)
+    assert q.generate(**inputs, **settings).shape == expected.shape and octav_fx.coverage(q).skipped == []
+
+
+def test_sequences_to_sequences_are_generated_in_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    data = [{**row, "labels": row["input_ids"][:5]} for row in texts()]
+    model = build("T5ForConditionalGeneration", decoder_start_token_id=0)
+    q = octav_fx.quantize(model, together(data[:2]))
+    arguments = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        **{"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"},
+        **{"predict_with_generate": True, "generation_max_length": 6},
+    )
+    run = transformers.Seq2SeqTrainer(model=q, args=arguments, train_dataset=data, data_collator=together)
+    assert run.train().training_loss > 0 and len(run.predict(data).predictions) == len(data)
+    model.load_state_dict(q.state_dict())
+    beams = {"num_beams": 2, "max_new_tokens": 5}
+    ids = words()
+    with octav_fx.float_mode(q.eval()):
+        assert torch.equal(q.generate(ids, **beams), model.eval().generate(ids, **beams))

@@ -564,6 +564,21 @@ def keeps_a_loss_under_a_private_name(self: Any, x: Tensor) -> Tensor:
     return self.b(y) + self._loss
 
 
+@case((x,), (longer,), (one,))
+def multiplies_a_nested_tensor(self: Any, x: Tensor) -> Tensor:
+    nested = torch.nested.nested_tensor(list(self.a(x).unbind()), layout=torch.jagged)
+    return torch.nested.to_padded_tensor(self.b(nested), 0.0)
+
+
+@case((x,), (x,), (longer,), (longer,), memory={})
+def goes_on_from_what_a_dict_keeps(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    if "y" in self.memory and self.memory["y"].shape == y.shape:
+        y = (y + self.memory["y"]) / 2
+    self.memory["y"] = y.detach()
+    return self.b(y)
+
+
 @case((x,), (longer,), sizes={})
 def keeps_a_size_in_a_dict(self: Any, x: Tensor) -> Tensor:
     for name in ("a", "b"):

@@ -1,6 +1,7 @@
 """Modules that a user puts in the places of others after quantize(): heads, adapters, fused layers."""
 
 import copy
+import dataclasses
 import gc
 import io
 import pickle
@@ -19,8 +20,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import octav_fx
 from octav_fx import OctavError
 from octav_fx.capture.held import HeldHooks
+from octav_fx.capture.modules import graphs_of
+from tests.support.blocks import WIDTH, batch, saved_bytes
 from tests.support.blocks import Net as Blocks
-from tests.support.blocks import batch
 
 
 class Net(nn.Module):
@@ -137,6 +139,25 @@ def test_a_graph_of_its_own_among_blocks_and_the_python_around_them() -> None:
     assert {"blocks.0.up", "head"} <= {row.node for row in octav_fx.rows(q) if row.bits}
     with octav_fx.float_mode(q):
         assert torch.equal(q.head(torch.ones(2, 16)), F.linear(torch.ones(2, 16), q.head.weight, q.head.bias))
+
+
+def test_adapters_in_a_model_in_one_graph_that_is_recomputed_from_now_on() -> None:
+    model, x = Blocks(depth=6), torch.randn(8, 32, WIDTH)
+    q, plain = (octav_fx.quantize(model, x) for _ in range(2))
+    for each in (q, plain):
+        torch.manual_seed(1)
+        for block in each.blocks:
+            block.up = Adapted(block.up)
+    q.set_grad_checkpointing()
+    kept = q.quantizers.blocks_0_down_weight
+    assert torch.equal(q(x), plain(x))
+    # Its own Python runs now, over blocks with the quantizers that were there.
+    assert graphs_of(q) is None and q.blocks[0].quantizers.down_weight is kept
+    assert [dataclasses.replace(row, graph="") for row in octav_fx.rows(q)] == octav_fx.rows(plain)
+    assert saved_bytes(q, x, q) < saved_bytes(plain, x, plain) / 3
+    gradients = [torch.autograd.grad(each(x).sum(), list(each.parameters())) for each in (q, plain)]
+    assert all(map(torch.equal, *gradients))
+    assert torch.equal(copy.deepcopy(q)(x), plain(x))
 
 
 def test_what_asks_before_the_next_call_is_told() -> None:

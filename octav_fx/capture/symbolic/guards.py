@@ -48,7 +48,7 @@ def take_guards(
     deep: Facts | None = None
     if checks:
         near = _copied(graph, root)
-        _without_statistics(near)
+        _without_layers(near)
         _without_writes(near)
         forward_sizes(near)
         asked = near.find_nodes(op="call_function", target=guard_equal)
@@ -64,11 +64,17 @@ def take_guards(
     return Guards(_arguments(graph, kinds, same), _attributes(graph, attributes, modes), sizes, deep)
 
 
-def _without_statistics(graph: fx.Graph) -> None:
-    """Let what reads a batch norm read its input, which has its sizes: asking for one must not move statistics."""
+def _without_layers(graph: fx.Graph) -> None:
+    """Let what reads a layer that keeps sizes, such as a batch norm, read its input, which has them.
+
+    Asking for a size must not move statistics, and takes less time so.
+    """
     for node in graph.find_nodes(op="call_module"):
-        if keeps_shape(node) and _moves_buffers(node) and node.args:
-            node.replace_all_uses_with(node.args[0])
+        if keeps_shape(node) and node.args:
+            own, given = fake(node), fake(node.args[0])
+            is_alike = isinstance(own, Tensor) and isinstance(given, Tensor) and own.dtype is given.dtype
+            if is_alike or _moves_buffers(node):
+                node.replace_all_uses_with(node.args[0])
 
 
 def _without_writes(graph: fx.Graph) -> None:

@@ -1,7 +1,6 @@
 """What forward looks at besides its arguments: plain attributes of modules, the gradient mode."""
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ class Reads:
 
 def _found(module: nn.Module, name: str) -> Any:
     """Return a plain attribute, or what the user's own __getattr__ finds in its place."""
-    value, look = _plain(module, name), inspect.getattr_static(type(module), "__getattr__")
+    value, look = _plain(module, name), _of_class(type(module), "__getattr__")
     if value is MISSING and look is not nn.Module.__getattr__:
         with contextlib.suppress(AttributeError):
             return look(module, name)
@@ -59,7 +58,7 @@ def _plain(module: nn.Module, name: str) -> Any:
     MISSING stands for none at all, _COMPUTED for what the class makes of others: a method, a property.
     """
     held = object.__getattribute__(module, "__dict__")
-    of_class = inspect.getattr_static(type(module), name, MISSING)
+    of_class = _of_class(type(module), name)
     if hasattr(of_class, "__set__") or (of_class is not MISSING and hasattr(nn.Module, name)):
         return _COMPUTED
     if name in held:
@@ -67,6 +66,11 @@ def _plain(module: nn.Module, name: str) -> Any:
     if parts := [held[kind] for kind in PART_ATTRIBUTES if name in held.get(kind, ())]:
         return parts[0][name]
     return _COMPUTED if hasattr(of_class, "__get__") else of_class
+
+
+def _of_class(kind: type, name: str) -> Any:
+    # What inspect.getattr_static does takes long, and is asked for each attribute.
+    return next((vars(above)[name] for above in kind.__mro__ if name in vars(above)), MISSING)
 
 
 def _is_registered(module: nn.Module, value: Any) -> bool:
@@ -104,7 +108,10 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
             tracer.evaluating = False
         if isinstance(value, Tensor) and key not in reads.written:
             tracer.read_first.add(key)
-        if value is not _COMPUTED:
+        if value is _COMPUTED:
+            # Only a write makes anything else of it.
+            noted.add(key)
+        else:
             # Modules and their parameters and buffers have nodes of their own.
             is_part = isinstance(value, nn.Module) or _is_registered(module, value)
             # Tracers look for names that are free.

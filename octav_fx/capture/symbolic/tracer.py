@@ -38,7 +38,7 @@ from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, holders
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks
-from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree, storage_id
+from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree, storage_id, without_mode
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.macs import MacCounter
@@ -109,12 +109,14 @@ class ValueTracer(fx.Tracer):
         self.rules = {rule.target: rule for rule in self.user.ops}
         super().__init__(autowrap_functions=tuple(f for f in self.rules if isinstance(f, types.FunctionType)))
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.state_tensors = StateTensors(self)
         self.places: dict[int, Place] = {}
         # What holds them, by name: forward may set it to something else before a node is made that reads it.
         self.first_values: dict[str, Any] = {}
         self.attribute_nodes: dict[Place, fx.Node] = {}
-        # Modules that were called, by path.
+        # Modules that were called, by path, and their parameters and buffers as fake tensors.
         self.called: dict[str, nn.Module] = {}
+        self.fake_states: dict[nn.Module, dict[str, Tensor]] = {}
         # What stands for a tensor among the arguments, by the identity of its value: code may ask whether two are one.
         self.given: dict[int, ValueProxy] = {}
         # Tensors of modules that forward read before it set them, by module and name.
@@ -123,7 +125,7 @@ class ValueTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Learn first where the tensors of the modules are; readers of a tied one read one node."""
         self.places, self.first_values = places_of_tensors(root), holders_of_tensors(root)
-        with StateTensors(self):
+        with self.state_tensors:
             return super().trace(root)
 
     def proxy(self, node: fx.Node) -> ValueProxy:
@@ -538,10 +540,21 @@ class ValueTracer(fx.Tracer):
             value = value.value if isinstance(value, TrainingFlag) else value
             return (self.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value), 0
         args, kwargs = _mutable(fx.node.map_arg((node.args, node.kwargs), fake))
-        if any(value is UNKNOWN for value in pytree.tree_leaves((args, kwargs))):
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(value is UNKNOWN for value in leaves):
             return UNKNOWN, 0
+        if node.target is getattr or (_is_pythons(node.target) and not any(isinstance(v, Tensor) for v in leaves)):
+            # Arithmetic on sizes, of which there is much, is spared what follows.
+            return self._call(node, args, kwargs), 0
         try:
-            with plain_training(self._called(node)), self.fake_mode, torch.no_grad(), MacCounter() as counter:
+            with (
+                # It would let all of this pass.
+                without_mode(self.state_tensors),
+                plain_training(self._called(node)),
+                self.fake_mode,
+                torch.no_grad(),
+                MacCounter() as counter,
+            ):
                 value = self._call(node, args, kwargs)
             return value, counter.macs
         except NEEDS_DATA:
@@ -568,9 +581,13 @@ class ValueTracer(fx.Tracer):
                 module = self._called(node)
                 assert module is not None
                 # With fake state: FakeTensorMode would count num_batches_tracked up for real.
-                state = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
-                fake: dict[str, Tensor] = {name: self.fake_mode.from_tensor(tensor) for name, tensor in state.items()}
-                return torch.func.functional_call(module, fake, args, kwargs)
+                return torch.func.functional_call(module, self._fake_state(module), args, kwargs)
+
+    def _fake_state(self, module: nn.Module) -> dict[str, Tensor]:
+        if module not in self.fake_states:
+            state = itertools.chain(module.named_parameters(), module.named_buffers())
+            self.fake_states[module] = {name: self.fake_mode.from_tensor(tensor) for name, tensor in state}
+        return self.fake_states[module]
 
 
 def is_torch_leaf(m: nn.Module) -> bool:
@@ -582,6 +599,10 @@ def is_torch_leaf(m: nn.Module) -> bool:
 
 # A check holds by construction, and regions have been entered by the code that is traced.
 _NOT_EVALUATED: Final = (guard_equal, ENTER_AUTOCAST, EXIT_AUTOCAST)
+
+
+def _is_pythons(target: Any) -> bool:
+    return getattr(target, "__module__", None) in ("_operator", "builtins", "math")
 
 
 def _mutable(argument: Any) -> Any:

@@ -35,6 +35,7 @@ class Call(NamedTuple):
     bits: int = 8
     signed: bool = False
     fraction: int = 0
+    table: Tensor | None = None
 
     @property
     def window(self) -> tuple[list[int], list[int], list[int], int]:
@@ -65,9 +66,11 @@ def prepared(*args: Any) -> onednn.Run | None:
 
 def _run(call: Call) -> onednn.Run | None:
     """Return what convolves codes with a weight; None, as its result, too, where only the reference will do."""
-    reference.check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
+    reference.check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias, call.table)
     if call.groups == 1 and not any(call.padding) and all(size == 1 for size in call.shape[2:]):
         return _pointwise(call)
+    if call.table is not None:
+        return _looked_up(call)
     if call.x.dim() == 3:
         return _planar(call)
     if (run := _depthwise(call)) is not None:
@@ -106,7 +109,7 @@ def _leaves_one_column(call: Call, x: Tensor) -> bool:
 def _pointwise(call: Call) -> onednn.Run | None:
     """Filters of one element: a matmul at each position; as a convolution oneDNN can take ten times as long."""
     rank, ending = call.x.dim(), (call.low, call.high, call.step, call.bits, call.signed, call.fraction)
-    multiply = linear_op.rows_run(linear_op.Call(*call[:6], call.shape[:2], call.bias, *ending))
+    multiply = linear_op.rows_run(linear_op.Call(*call[:6], call.shape[:2], call.bias, *ending, call.table))
     if multiply is None:
         return None
     channels_last, channels_first = (0, *range(2, rank), 1), (0, rank - 1, *range(1, rank - 1))
@@ -118,6 +121,12 @@ def _pointwise(call: Call) -> onednn.Run | None:
         return None if y is None else y.permute(channels_first)
 
     return run
+
+
+def _looked_up(call: Call) -> onednn.Run | None:
+    """Look codes up before they are convolved: one takes part in several products."""
+    run, table = _run(call._replace(table=None)), call.table
+    return None if run is None else lambda x: run(reference.looked_up(x, table))
 
 
 def _strided(x: Tensor, strides: list[int]) -> Tensor:
@@ -191,7 +200,8 @@ integer_conv = register_allocating(
     "integer_conv",
     "Tensor x, Tensor x_scale, int x_bits, bool x_signed, Tensor w, Tensor w_scale, int[] shape, Tensor? bias, "
     "int[] stride, int[] padding, int[] dilation, int groups, "
-    "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False, int fraction=0",
+    "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False, int fraction=0, "
+    "Tensor? table=None",
     empty=_empty,
     reference=reference.integer_conv,
     cpu=_cpu,

@@ -30,6 +30,7 @@ def integer_conv(
     bits: int = 8,
     signed: bool = False,
     fraction: int = 0,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Return codes x uint8 [N, C, ...] and w of a shape [O, C / groups, ...] -> float32, or codes uint8 [N, O, ...].
 
@@ -37,14 +38,20 @@ def integer_conv(
     or [O], bias [O], step [] float32. The sum of products of codes is exact; then, in float32 and in this order,
     f32(sum) * (x_scale * w_scale) + bias, clamp to low .. high, and with a step the nearest code of the grid of bits
     and signed: rne(value * f32(1 / step) + zero). A bias of int32 counts 2**-fraction of a product of codes.
+    table uint8 [256]: codes are what it says of those in x (lookup).
     """
-    check(x, w, x_scale, w_scale, shape, bias)
+    check(x, w, x_scale, w_scale, shape, bias, table)
     zero, rank = -Grid(x_bits, x_signed).low, x.dim()
     # Every sum is an integer below 2**53, for any weight that fits a memory: exact in float64, in any order.
-    codes = x.to(torch.float64) - zero
+    codes = looked_up(x, table).to(torch.float64) - zero
     weight = integers(w, tuple(shape)).to(torch.float64)
     total = CONVOLUTIONS[rank](codes, weight, None, stride, padding, dilation, groups)
     return ended(scaled(total, x_scale * w_scale, bias, rank - 2, fraction), low, high, step, bits, signed)
+
+
+def looked_up(x: Tensor, table: Tensor | None) -> Tensor:
+    """Return what a table says of codes; the codes where there is none."""
+    return x if table is None else torch.ops.octav.lookup.default(x, table)
 
 
 def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, trailing: int, fraction: int = 0) -> Tensor:
@@ -69,8 +76,16 @@ def per_channel(value: Tensor, trailing: int) -> Tensor:
     return value if value.dim() == 0 else value.reshape(-1, *[1] * trailing)
 
 
-def check(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, shape: list[int], bias: Tensor | None) -> None:
-    """Raise OctavError for operands that are no codes, or whose scales do not fit them."""
+def check(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    shape: list[int],
+    bias: Tensor | None,
+    table: Tensor | None = None,
+) -> None:
+    """Raise OctavError for operands that are no codes, or whose scales or table do not fit them."""
     if x.dtype is not torch.uint8 or w.dtype not in (torch.uint8, torch.int8):
         raise OctavError(f"codes are uint8, those of a weight int8 or packed in uint8, not {x.dtype} and {w.dtype}")
     if x_scale.dim() or w_scale.shape not in ((), (shape[0],)) or (bias is not None and bias.shape != (shape[0],)):
@@ -79,3 +94,5 @@ def check(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, shape: list[in
             f"a weight {tuple(shape)} takes scales [] and [{shape[0]}] and a bias [{shape[0]}], not "
             f"{tuple(x_scale.shape)}, {tuple(w_scale.shape)} and {given}"
         )
+    if table is not None and (table.dtype is not torch.uint8 or table.shape != (256,)):
+        raise OctavError(f"a table of {table.dtype} {tuple(table.shape)} where codes are looked up in uint8 [256]")

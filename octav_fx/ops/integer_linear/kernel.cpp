@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
+#include "../lookup.h"
 #include "../vnni.h"
 
 #if defined(HAS_VNNI_PASSES)
@@ -69,14 +71,26 @@ void block(const uint8_t* x, const int8_t* w, Y* y, int64_t rows, int64_t column
 constexpr int64_t NEAR = 1 << 17, FEW = 84;
 
 template <class Y>
-void all_rows(const uint8_t* x, const int8_t* w, Y* y, int64_t rows, int64_t columns, int64_t channels,
-              const Ending& ending, int threads) {
+void all_rows(const uint8_t* x, const uint8_t* table, const int8_t* w, Y* y, int64_t rows, int64_t columns,
+              int64_t channels, const Ending& ending, int threads) {
   const int64_t size = std::max(FEW, NEAR / (columns + channels * int64_t(sizeof(Y))) / FEW * FEW);
   const int64_t parts = (rows + size - 1) / size, blocks = (channels + QUADS - 1) / QUADS;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < parts * blocks; i++) {
-    const int64_t at = i / blocks * size, channel = i % blocks * QUADS, count = std::min(size, rows - at);
-    block(x + at * columns, w + channel * columns, y + at * channels, count, columns, channels, channel, ending);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    // What a table says of the rows at hand.
+    std::vector<uint8_t> said(table ? std::min(size, rows) * columns : 0);
+    int64_t known = -1;
+#pragma omp for
+    for (int64_t i = 0; i < parts * blocks; i++) {
+      const int64_t at = i / blocks * size, channel = i % blocks * QUADS, count = std::min(size, rows - at);
+      const uint8_t* codes = x + at * columns;
+      if (table) {
+        if (at != known) look_up(codes, said.data(), count * columns, table);
+        known = at;
+        codes = said.data();
+      }
+      block(codes, w + channel * columns, y + at * channels, count, columns, channels, channel, ending);
+    }
   }
 }
 
@@ -85,15 +99,17 @@ VNNI_END
 #endif
 
 // x [rows, columns], columns a multiple of 4. w: as vnni.packed has it. offset, scale, bias [channels, up to the next 16].
-// y [rows, channels]: codes, or floats where is_float.
-extern "C" void octav_integer_linear(const uint8_t* x, const int8_t* w, const int32_t* offset, const float* scale,
-                                     const float* bias, void* y, int64_t rows, int64_t columns, int64_t channels,
-                                     int is_float, float inverse, float zero, float bottom, float top, int threads) {
+// table: of the codes that are multiplied, by those in x, or null where they are the same. y [rows, channels]: codes, or
+// floats where is_float.
+extern "C" void octav_integer_linear(const uint8_t* x, const uint8_t* table, const int8_t* w, const int32_t* offset,
+                                     const float* scale, const float* bias, void* y, int64_t rows, int64_t columns,
+                                     int64_t channels, int is_float, float inverse, float zero, float bottom,
+                                     float top, int threads) {
 #if defined(HAS_VNNI_PASSES)
   const Ending ending{offset, scale, bias, inverse, zero, bottom, top};
   if (is_float)
-    all_rows(x, w, static_cast<float*>(y), rows, columns, channels, ending, threads);
+    all_rows(x, table, w, static_cast<float*>(y), rows, columns, channels, ending, threads);
   else
-    all_rows(x, w, static_cast<uint8_t*>(y), rows, columns, channels, ending, threads);
+    all_rows(x, table, w, static_cast<uint8_t*>(y), rows, columns, channels, ending, threads);
 #endif
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.ops import onednn, vnni
-from octav_fx.ops.integer_conv.reference import check
+from octav_fx.ops.integer_conv.reference import check, looked_up
 from octav_fx.ops.integer_linear import reference
 from octav_fx.ops.register import register_allocating
 
@@ -28,6 +28,7 @@ class Call(NamedTuple):
     bits: int = 8
     signed: bool = False
     fraction: int = 0
+    table: Tensor | None = None
 
 
 def _empty(*args: Any) -> Tensor:
@@ -48,7 +49,7 @@ def prepared(*args: Any) -> onednn.Run | None:
 
 def rows_run(call: Call) -> onednn.Run | None:
     """Return what multiplies codes [..., K] by a weight; None where only the reference will do."""
-    check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias)
+    check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias, call.table)
     rows, columns = call.shape
     w = onednn.integers(call.w, (rows, columns))
     if onednn.refusal(call.x_bits, onednn.largest_code(w)):
@@ -59,8 +60,8 @@ def rows_run(call: Call) -> onednn.Run | None:
         return _by_pass(call, library, w, scale, bias)
     operands = 1.0, onednn.zero_point(call.x_bits, call.x_signed), torch.ops.onednn.qlinear_prepack(w, None)
     last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
-    multiply, zeros = torch.ops.onednn.qlinear_pointwise.default, onednn.zeros(rows)
-    return lambda x: multiply(x, *operands, scale, zeros, bias, *last)
+    multiply, zeros, table = torch.ops.onednn.qlinear_pointwise.default, onednn.zeros(rows), call.table
+    return lambda x: multiply(looked_up(x, table), *operands, scale, zeros, bias, *last)
 
 
 def _by_pass(call: Call, library: Any, w: Tensor, scale: Tensor, bias: Tensor | None) -> onednn.Run:
@@ -69,12 +70,14 @@ def _by_pass(call: Call, library: Any, w: Tensor, scale: Tensor, bias: Tensor | 
     dtype, multiply = torch.float32 if is_float else torch.uint8, library.octav_integer_linear
     offset = -onednn.zero_point(call.x_bits, call.x_signed) * w.sum(1, dtype=torch.int32)
     parts = [vnni.packed(w), *map(vnni.padded, (offset, scale, torch.zeros(rows) if bias is None else bias))]
+    table = None if call.table is None else call.table.contiguous()
 
     def run(x: Tensor) -> Tensor:
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
         sizes, pointers = (x.numel() // columns, columns, rows), map(Tensor.data_ptr, parts)
-        multiply(x.data_ptr(), *pointers, y.data_ptr(), *sizes, is_float, *last, torch.get_num_threads())
+        first = x.data_ptr(), None if table is None else table.data_ptr()
+        multiply(*first, *pointers, y.data_ptr(), *sizes, is_float, *last, torch.get_num_threads())
         return y
 
     return run
@@ -84,7 +87,7 @@ integer_linear = register_allocating(
     "integer_linear",
     "Tensor x, Tensor x_scale, int x_bits, bool x_signed, Tensor w, Tensor w_scale, int[] shape, Tensor? bias, "
     "float? low=None, float? high=None, Tensor? step=None, int bits=8, bool signed=False, "
-    "int fraction=0",
+    "int fraction=0, Tensor? table=None",
     empty=_empty,
     reference=reference.integer_linear,
     cpu=_cpu,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.grid import Grid
-from octav_fx.ops.integer_conv.reference import check, ended, scaled
+from octav_fx.ops.integer_conv.reference import check, ended, looked_up, scaled
 from octav_fx.ops.onednn import integers
 
 
@@ -23,9 +23,10 @@ def integer_linear(
     bits: int = 8,
     signed: bool = False,
     fraction: int = 0,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Return codes x uint8 [..., K] and w of a shape [O, K] -> float32, or codes uint8 [..., O]: as integer_conv."""
-    check(x, w, x_scale, w_scale, shape, bias)
-    codes = x.to(torch.float64) + Grid(x_bits, x_signed).low
+    check(x, w, x_scale, w_scale, shape, bias, table)
+    codes = looked_up(x, table).to(torch.float64) + Grid(x_bits, x_signed).low
     total = codes @ integers(w, tuple(shape)).to(torch.float64).t()
     return ended(scaled(total, x_scale * w_scale, bias, 0, fraction), low, high, step, bits, signed)

@@ -117,7 +117,8 @@ def _convolution(call: Call, x: Tensor) -> Tensor | None:
     if weight is None:
         return None
     zero, scale = -grid_of(call.spec).low, _scale(call)
-    packed = torch.ops.onednn.qconv_prepack(weight[0], scale, 1.0, zero, *call.window, list(x.shape))
+    # Packed alike for any scale; of a vector each element would be read by itself.
+    packed = torch.ops.onednn.qconv_prepack(weight[0], torch.ones(()), 1.0, zero, *call.window, list(x.shape))
     # oneDNN writes no float16.
     dtype = torch.float32 if call.dtype is torch.float16 else call.dtype
     y: Tensor = torch.ops.onednn.qconv_pointwise.default(
