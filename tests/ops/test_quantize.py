@@ -1,14 +1,16 @@
 import math
 
+import ml_dtypes
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from octav_fx.clips.gradients import piecewise_linear
+from octav_fx.formats.floats import FLOATS
 from octav_fx.formats.granularity import along, clip_shape
 from octav_fx.formats.grid import Grid
-from octav_fx.formats.spec import integers
+from octav_fx.formats.spec import integers, spec_of
 from octav_fx.ops.dequantize.op import dequantize
 from octav_fx.ops.quantize import reference
 from octav_fx.ops.quantize.op import quantize
@@ -16,6 +18,11 @@ from tests.support.examples import examples
 from tests.support.pairwise import pairwise
 from tests.support.strategies import DTYPES, NATIVE, axes, clips, every_number, filled_with_nan, laid_out, tensors
 
+INDEPENDENT = {
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+}
 SIGNED = [True, False]
 GRIDS = [(bits, signed) for bits in range(2, 9) for signed in SIGNED]
 
@@ -231,3 +238,23 @@ def test_codes_need_no_gradient():
 def test_the_host_reads_no_value(signed):
     x, clip = torch.empty(3, 5, device="meta"), torch.empty(3, device="meta")
     assert reference.quantize(x, clip, integers(4, signed, 0)).shape == x.shape
+
+
+@examples(60)
+@given(st.data())
+def test_codes_of_floating_point_levels_are_those_of_an_independent_encoder(data):
+    form = data.draw(st.sampled_from(FLOATS))
+    x = data.draw(tensors(NATIVE))
+    axis = data.draw(st.integers(0, x.dim() - 1)) if x.dim() else None
+    shared = "tensor" if axis is None else data.draw(st.sampled_from([f"token.{axis}", f"channel.{axis}", "tensor"]))
+    spec = spec_of(f"{form.name}/{shared}/{data.draw(st.sampled_from(['float32', 'e8m0', 'e4m3']))}")
+    shape = spec.clip_shape(x.shape)
+    clip = torch.ops.octav.optimal_clip(x, torch.zeros(() if spec.granularity.is_short else shape), str(spec), "octav")
+    codes = torch.ops.octav.quantize(x, clip, str(spec)).long().clamp(form.low, form.high)
+    step = form.step(spec.granularity.along(clip, x)).expand_as(x)
+    # What has no step, or is not finite, has no code there.
+    there = x.isfinite() & (step > 0)
+    ratio = (x.float() / step)[there].clamp(form.least, form.greatest)
+    stored = torch.from_numpy(ratio.numpy().astype(INDEPENDENT[form.name]).view("uint8").astype("int64"))
+    magnitude, negative = stored & (2 ** (form.bits - 1) - 1), stored >> (form.bits - 1) & 1
+    assert torch.equal(codes[there], torch.where(negative == 1, -magnitude, magnitude))
