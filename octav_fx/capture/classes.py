@@ -33,7 +33,10 @@ def stand_in(
     # A compiler counts by its code how often a function was compiled, and gives up on one that many classes have.
     forward.__code__ = forward.__code__.replace()
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
-    names = {**_methods(kind), **own, **names}
+    # A copy would stand before the marker's method of that name, which calls the user's.
+    methods = {name: method for name, method in _methods(kind).items() if name not in vars(marker)}
+    # A class with an __eq__ of its own inherits no hash.
+    names = {"__hash__": kind.__hash__, **methods, **own, **names}
     metaclass: Any = type(kind)
     made: Any = _metaclass(metaclass)(kind.__name__, (marker, kind), names)
     # From here on what is set is set on the user's class: ABCs set some of their own before.
@@ -86,7 +89,7 @@ class _ByIdentity(tuple[type, ...]):
 
     def index(self, kind: Any, *_: Any) -> int:
         """Return the place of a class."""
-        return next(place for place, other in enumerate(self) if other is kind)
+        return [*map(id, self)].index(id(kind))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.capture.classes import stand_in
-from octav_fx.capture.modules import WholeModule
+from octav_fx.capture.modules import WholeModule, graphs_of
 from octav_fx.capture.partial import PartialModule
 from tests.support.alike import assert_close, silent_quantizers
 
@@ -181,6 +181,43 @@ def test_a_class_that_a_function_asks_for_is_refused_where_it_would_be_another()
     # Below another module that one stays float.
     q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), AsksByFunction()), x)
     assert "does not run as before" in octav_fx.table(q) and type(q[1]) is AsksByFunction
+
+
+class Frozen(nn.Module):
+    """Keeps its batch norm in eval mode; asks for classes in train(), which quantized modules have too, and in __eq__."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(5)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        for module in self.modules():
+            if type(module) is nn.BatchNorm1d:
+                module.eval()
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is Frozen and isinstance(other, Frozen) and other.a is self.a)
+
+    __hash__ = nn.Module.__hash__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.a(x))
+
+
+def test_methods_that_ask_for_classes_leave_those_of_quantized_modules_in_place() -> None:
+    q: Any = octav_fx.quantize(Frozen(), x)
+    assert "train" not in vars(type(q)) and hash(q) == nn.Module.__hash__(q)
+    other = octav_fx.quantize(Frozen(), x)
+    assert q == q and q != other
+    other.a = q.a
+    assert q == other
+    graphs = graphs_of(q)
+    assert graphs is not None
+    for mode in (False, True):
+        q.train(mode)
+        assert graphs.training is mode and not q.norm.training
 
 
 class AsksAbove(ScaledInParts):
