@@ -72,8 +72,12 @@ class Moment(float):
     __sub__, __rsub__ = _moment(float.__sub__), _moment(float.__rsub__)
     __mul__, __rmul__ = _moment(float.__mul__), _moment(float.__rmul__)
     __truediv__, __rtruediv__ = _moment(float.__truediv__), _moment(float.__rtruediv__)
-    __neg__, __abs__, __round__ = _moment(float.__neg__), _moment(float.__abs__), _moment(float.__round__)
-    __bool__ = __int__ = __float__ = __trunc__ = __floor__ = __ceil__ = __floordiv__ = __mod__ = __pow__ = _stop
+    __neg__, __pos__, __abs__ = _moment(float.__neg__), _moment(float.__pos__), _moment(float.__abs__)
+    __round__ = _moment(float.__round__)
+    __bool__ = __int__ = __float__ = __trunc__ = __floor__ = __ceil__ = _stop
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _stop
+    is_integer = as_integer_ratio = hex = conjugate = _stop
+    real = imag = property(_stop)
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _stop
 
 
@@ -85,6 +89,8 @@ class _Span(datetime.timedelta):
         return Moment(super().total_seconds())
 
     days = seconds = microseconds = property(_stop)
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __pos__ = __abs__ = _stop
+    __truediv__ = __floordiv__ = __mod__ = __divmod__ = _stop
     __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _stop
 
 
@@ -107,7 +113,7 @@ class _Date(datetime.datetime):
         return format(self, form)
 
     year = month = day = hour = minute = second = microsecond = property(_stop)
-    date = time = weekday = toordinal = timetuple = _stop
+    date = time = timetz = weekday = isoweekday = isocalendar = toordinal = timetuple = utctimetuple = _stop
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _stop
 
 

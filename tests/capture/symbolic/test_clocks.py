@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.capture.partial import PartialModule, partial_lines
-from octav_fx.capture.symbolic.clocks import OPAQUE
+from octav_fx.capture.symbolic.clocks import OPAQUE, Moment, _Date, _Span
+from octav_fx.errors import NotCaptured
 
 x = torch.randn(2, 5, 8)
 
@@ -81,6 +82,43 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     "kept": keeps,
     "decides": decides,
 }
+
+
+MOMENTS: dict[str, Callable[[Any], Any]] = {
+    "divmod": lambda t: divmod(t, 60),
+    "of another number": lambda t: 10**12 // t,
+    "the rest": lambda t: 10**12 % t,
+    "a power": lambda t: 0.5**t,
+    "is_integer": lambda t: t.is_integer(),
+    "real": lambda t: t.real,
+    "twice": lambda t: float(+t + t),
+}
+SPANS: dict[str, Callable[[Any], Any]] = {
+    "a sum": lambda span: span + datetime.timedelta(1),
+    "abs": abs,
+    "in minutes": lambda span: span / datetime.timedelta(minutes=1),
+    "the rest": lambda span: span % datetime.timedelta(minutes=1),
+}
+DATES: dict[str, Callable[[Any], Any]] = {
+    "isoweekday": lambda date: date.isoweekday(),
+    "isocalendar": lambda date: date.isocalendar(),
+    "later": lambda date: (date + datetime.timedelta(1)).isoweekday(),
+    "utctimetuple": lambda date: date.utctimetuple(),
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "ask"),
+    [
+        *((lambda: Moment(2.0), ask) for ask in MOMENTS.values()),
+        *((lambda: _Span(1), ask) for ask in SPANS.values()),
+        *((_Date.now, ask) for ask in DATES.values()),
+    ],
+    ids=[*MOMENTS, *SPANS, *DATES],
+)
+def test_what_is_computed_from_a_time_is_one_or_stops(made: Callable[[], Any], ask: Callable[[Any], Any]) -> None:
+    with pytest.raises(NotCaptured, match="reads the clock"):
+        ask(made())
 
 
 @pytest.mark.parametrize("name", ASKED)
