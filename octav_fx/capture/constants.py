@@ -12,6 +12,7 @@ Each is asked at every call, and where the call is compiled, by the compiler's o
 """
 
 import builtins
+import contextlib
 import contextvars
 import copy
 import dis
@@ -269,7 +270,9 @@ class _Found:
             value = getattr(space, name, MISSING)
             if name.endswith("_enabled") or name.startswith(_ANSWERS):
                 if callable(value):
-                    self.answers[name] = (value, value())
+                    # What is asked about a tensor, or of a device that is not there, tells no flag.
+                    with contextlib.suppress(Exception):
+                        self.answers[name] = (value, value())
             elif isinstance(value, PLAIN) and value is not MISSING:
                 self._values(self.attributes, "torch.backends", space)[name] = value
             elif getattr(value, "__name__", type(value).__module__).startswith("torch.backends"):

@@ -360,6 +360,29 @@ def test_what_a_backend_computes_is_followed(set_: Callable[[bool], None], is_co
     assert torch.equal(call(x), before)
 
 
+class AsksAboutTensors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def get_name(self) -> float:
+        return 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if x.is_cuda and (torch.backends.cudnn.is_acceptable(x) or torch.backends.mps.is_available()):
+            return y
+        return y * self.get_name()
+
+
+def test_what_backends_tell_of_a_tensor_or_a_device_is_no_flag() -> None:
+    model, x = AsksAboutTensors().eval(), torch.randn(4, 8)
+    q = octav_fx.quantize(model, x)
+    assert partial_lines(q) == []
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))
+
+
 def test_a_logger_that_is_used_is_no_reason_for_another_graph() -> None:
     """Asking a logger writes into it."""
     x = torch.randn(4, 8)
