@@ -69,7 +69,7 @@ class _Run(fx.Interpreter):
         self.places = {_last(node): scale for node, scale in scales.items() if scale is not None}
 
     def run_node(self, n: fx.Node) -> Any:
-        if (table := n.kwargs.get("table")) is not None:
+        if n.target in (integer_conv, integer_linear) and (table := n.kwargs.get("table")) is not None:
             return self._run_looked_up(n, table)
         value = super().run_node(n)
         quantizer = module_of(n) if n.op == "call_module" else None

@@ -67,6 +67,27 @@ def test_codes_that_moved_are_counted():
     assert moved(found, expected) == {"a": 0.25, "b": 0}
 
 
+class Times(nn.Module):
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return x * table
+
+
+class UsersTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.times, self.table = nn.Linear(8, 8), Times(), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.times(self.a(x), table=self.table)
+
+
+def test_a_table_of_the_users_is_no_table_of_codes():
+    x = torch.randn(2, 8)
+    q = quantize(UsersTable().eval(), x, Config(edge_bits=None), leaves=[Times])
+    converted = convert(freeze(calibrate(q, [x])))
+    assert list(codes_of_quantizers(converted, (x,), {})) == ["quantizers.a_input"]
+
+
 @pytest.mark.parametrize("integers", [False, True])
 def test_layers_read_the_codes_that_are_given(integers):
     q, x = ready()
