@@ -9,7 +9,7 @@ The key is the path of the module; a target writes the nodes that stand for it (
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -155,10 +155,9 @@ def _free_axes(
         return None
     named = kwargs or dict(zip(_names(module, len(args)), args, strict=True))
     for name, axes in dynamic_axes.items():
-        value = named.get(name)
-        if not isinstance(value, Tensor) or not all(-value.dim() <= axis < value.dim() for axis in axes):
+        if not _has_axes(named.get(name), axes):
             there = ", ".join(f"{held} {list(x.shape)}" for held, x in named.items() if isinstance(x, Tensor))
-            raise OctavError(f"dynamic_axes={{{name!r}: {list(axes)}}}: no such axes; the inputs are {there}")
+            raise OctavError(f"dynamic_axes={{{name!r}: {axes!r}}}: no such axes; the inputs are {there}")
     batch, size = torch.export.Dim("batch"), _batch_size(args, kwargs)
 
     def free(leaf: Any, axes: Sequence[int]) -> Any:
@@ -172,6 +171,12 @@ def _free_axes(
         for name, value in named.items()
     }
     return marks if kwargs else tuple(marks.values())
+
+
+def _has_axes(value: Any, axes: Any) -> bool:
+    """Tell whether a value is a tensor that has some axes, of which users may give anything."""
+    is_there = isinstance(value, Tensor) and isinstance(axes, Iterable)
+    return is_there and all(isinstance(axis, int) and -value.dim() <= axis < value.dim() for axis in axes)
 
 
 def _names(module: nn.Module, count: int) -> list[str]:
