@@ -74,11 +74,11 @@ constexpr float GREATEST<BFloat16> = 0x1.fep127f;
 template <>
 constexpr float GREATEST<Float16> = 65504.f;
 
-// The nearest finite number of a type to a level.
+// The nearest finite number of a type to a level; NaN where that is.
 template <class T>
 inline float representable(float level) {
-  const float above = level < GREATEST<T> ? level : GREATEST<T>;
-  return above > -GREATEST<T> ? above : -GREATEST<T>;
+  const float above = level > GREATEST<T> ? GREATEST<T> : level;
+  return above < -GREATEST<T> ? -GREATEST<T> : above;
 }
 
 // Codes of the types, those of ops/cpu.py. with_element calls run(an element) of the type with a code.

@@ -325,3 +325,11 @@ def test_near_the_end_of_a_dtype_levels_are_finite(spec, dtype):
     assert_same_bits(y, reference.fake_quantize(x, clip, spec, "ste"))
     levels = torch.ops.octav.dequantize(torch.ops.octav.quantize(x, clip, spec), clip, spec, dtype)
     assert torch.equal(levels[x.isfinite()], y[x.isfinite()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_a_clip_makes_no_number_is_none(dtype):
+    x, codes, spec = torch.randn(64).to(dtype), torch.arange(-7, 8, dtype=torch.int8), integers(4, True, None)
+    for quantized in (fake_quantize, reference.fake_quantize):
+        assert quantized(x, torch.tensor(torch.inf), spec, "ste").isnan().all()
+    assert torch.ops.octav.dequantize(codes, torch.tensor(torch.nan), spec, dtype).isnan().all()
