@@ -45,10 +45,6 @@ class ByFunction(Net):
         return self.chosen(y, x is not y)
 
 
-def to_train(module: nn.Module) -> None:
-    module.train()
-
-
 @pytest.mark.parametrize("kind", [Contiguous, ByFunction, Dropped])
 @pytest.mark.parametrize("steps", [((x,), (turned,), (x,)), ((turned,), (x,), (turned,))])
 def test_what_may_be_one_tensor_later_is_asked_in_each_call(kind: type[Net], steps: tuple[tuple[Tensor], ...]) -> None:
