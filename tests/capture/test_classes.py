@@ -184,7 +184,7 @@ def test_a_class_that_a_function_asks_for_is_refused_where_it_would_be_another()
 
 
 class Frozen(nn.Module):
-    """Keeps its batch norm in eval mode; asks for classes in train(), which quantized modules have too, and in __eq__."""
+    """Keeps its batch norm in eval mode; asks for classes in __eq__ and in train(), which quantized modules have too."""
 
     def __init__(self) -> None:
         super().__init__()
