@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.classes import as_users, stand_in
+from octav_fx.capture.classes import forward_of, stand_in
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
@@ -66,6 +66,7 @@ class QuantizedModule(GuardedModule):
 
     owner: nn.Module
     user_class: type[nn.Module]
+    _own_forward: Callable[[], Callable[..., Any]]
     # The present graph as a function.
     captured: ClassVar[Callable[..., Any]]
     # From a frozen module to what it computes in eval mode. Passes are a floor above, and deploy/rule.py puts it here.
@@ -85,6 +86,7 @@ class QuantizedModule(GuardedModule):
             raise NotCaptured(f"{type(owner).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute")
         # Not registered children: the tree below both is the same one.
         self.__dict__["owner"], self.__dict__["user_class"] = owner, type(owner)
+        self.__dict__["_own_forward"] = forward_of(type(owner))
         super().__init__(nn.Module(), fx.Graph(), type(owner).__name__)
         share_parts(owner, self)
         quantizers = nn.Module().train(owner.training) if quantizers is None else quantizers
@@ -299,7 +301,7 @@ class QuantizedModule(GuardedModule):
         Where it calls itself, for the images of a batch with labels, that is float, too.
         """
         with self.as_float(), _hidden_quantizers(self.owner):
-            return as_users(self.user_class.forward)(self.owner, *args, **kwargs)
+            return self._own_forward()(self.owner, *args, **kwargs)
 
     def simulated_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the graph computes, frozen or not: levels, multiplied in float."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.classes import as_users, stand_in
+from octav_fx.capture.classes import forward_of, stand_in
 from octav_fx.capture.inputs import Inputs, call_of
 from octav_fx.capture.module_state import without_history
 from octav_fx.capture.modules import GRAPHS, graphs_of, users_own
@@ -135,13 +135,13 @@ def users_classes(root: nn.Module) -> Iterator[None]:
 @functools.cache
 def _partial_class(kind: Any) -> type[nn.Module]:
     """Return a subclass of a user's class for a module that runs its own Python."""
-    own = as_users(kind.forward)
+    own = forward_of(kind)
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_changed(self) and not is_permitted():
             _look(self, args, kwargs)
-        result = own(self, *args, **kwargs)
+        result = own()(self, *args, **kwargs)
         if is_changed(self) and not is_permitted():
             # Modules that forward has made.
             _look(self, args, kwargs)

@@ -165,6 +165,22 @@ def test_a_class_is_the_users_where_a_method_asks_for_it(in_parts: bool, is_comp
         assert torch.equal(q(x), model(x))
 
 
+def test_a_forward_that_is_set_on_the_class_is_followed_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = octav_fx.quantize(AsksForClasses(in_parts=True).eval(), x)
+    monkeypatch.setattr(AsksForClasses, "forward", lambda self, x: -self.scaled(self.a(x)) if x.sum() < 1e9 else x)
+    after = octav_fx.quantize(AsksForClasses(in_parts=True).eval(), x)
+    for q in (before, after):
+        assert isinstance(q, PartialModule) and torch.equal(q(x), -q.scaled(q.a(x)))
+
+
+def test_compiled_in_float_mode_it_is_one_graph() -> None:
+    model = nn.Sequential(Scaled(), Scaled()).eval()
+    q = octav_fx.quantize(model, x)
+    torch.compiler.reset()
+    with octav_fx.float_mode(q):
+        assert_close("a call", torch.compile(q, backend="eager", fullgraph=True)(x), model(x))
+
+
 def is_exactly(module: nn.Module, kind: type) -> bool:
     return type(module) is kind
 
@@ -184,7 +200,7 @@ def test_a_class_that_a_function_asks_for_is_refused_where_it_would_be_another()
 
 
 class Frozen(nn.Module):
-    """Keeps its batch norm in eval mode; asks for classes in __eq__ and in train(), which quantized modules have too."""
+    """Keeps its batch norm in eval mode; asks for classes in __eq__ and in train(), which quantized modules have."""
 
     def __init__(self) -> None:
         super().__init__()
