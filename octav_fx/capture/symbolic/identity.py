@@ -24,7 +24,9 @@ _FUNCTIONS: Final = frozenset(
 )
 _MODULES: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _TRACE: Final = inspect.unwrap(fx.Tracer.trace).__code__
-_LOCAL: Final = ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK")
+# Two local variables at once: of Python 3.13, and of 3.14.
+_TWO: Final = ("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW")
+_LOCAL: Final = ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", *_TWO)
 
 
 def may_be_its_input(target: Any) -> bool:
@@ -54,7 +56,7 @@ def _line_that_compares(code: CodeType) -> int | None:
     for at, step in enumerate(steps):
         if step.opname != "IS_OP":
             continue
-        operands = steps[at - 1 : at] if steps[at - 1].opname == "LOAD_FAST_LOAD_FAST" else steps[at - 2 : at]
+        operands = steps[at - 1 : at] if steps[at - 1].opname in _TWO else steps[at - 2 : at]
         names = {name for operand in operands for name in _names(operand)}
         if names and not names <= given and all(operand.opname in (*_LOCAL, "CALL") for operand in operands):
             return step.positions.lineno if step.positions is not None else None
