@@ -260,8 +260,7 @@ class _Found:
             for name in path:
                 holder = inspect.getattr_static(holder, name, MISSING)
             value = inspect.getattr_static(holder, last, MISSING)
-            # What a __getattr__ finds is not missing.
-            if _is_space(holder) and (value is not MISSING or getattr(holder, last, MISSING) is MISSING):
+            if _is_space(holder) and (value is not MISSING or _is_missing(holder, last)):
                 self._meet(holder, last, value, named, _DEEP)
 
     def _look_at_torch(self, space: Any, named: "_Named") -> None:
@@ -361,6 +360,14 @@ class _Found:
     @staticmethod
     def _values(kind: dict[int, tuple[str, Any, dict[Any, Any]]], where: str, holder: Any) -> dict[Any, Any]:
         return kind.setdefault(id(holder), (where, holder, {}))[2]
+
+
+def _is_missing(holder: Any, name: str) -> bool:
+    """Tell whether an object has nothing by a name, and finds nothing by its __getattr__, which may raise any error."""
+    try:
+        return getattr(holder, name, MISSING) is MISSING
+    except Exception:
+        return False
 
 
 def _is_alias(name: str, value: Any) -> bool:

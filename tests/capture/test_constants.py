@@ -360,6 +360,13 @@ def test_what_a_backend_computes_is_followed(set_: Callable[[bool], None], is_co
     assert torch.equal(call(x), before)
 
 
+class Table(dict[str, float]):
+    __getattr__ = dict.__getitem__
+
+
+SETTINGS = Table()
+
+
 class AsksAboutTensors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -371,11 +378,11 @@ class AsksAboutTensors(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
         if x.is_cuda and (torch.backends.cudnn.is_acceptable(x) or torch.backends.mps.is_available()):
-            return y
+            return y * getattr(SETTINGS, "gain", 1.0)
         return y * self.get_name()
 
 
-def test_what_backends_tell_of_a_tensor_or_a_device_is_no_flag() -> None:
+def test_what_raises_where_it_is_asked_early_is_no_constant() -> None:
     model, x = AsksAboutTensors().eval(), torch.randn(4, 8)
     q = octav_fx.quantize(model, x)
     assert partial_lines(q) == []
