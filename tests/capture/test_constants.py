@@ -321,7 +321,7 @@ class LooksForMore(nn.Module):
         (LOGGER, "disabled", True),
     ],
 )
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_is_there_later_and_flags_of_torch_and_logging_are_followed(
     monkeypatch: pytest.MonkeyPatch, holder: Any, name: str, value: Any, is_compiled: bool
 ) -> None:
@@ -345,7 +345,7 @@ def _allow_tf32(is_allowed: bool) -> None:
 
 
 @pytest.mark.parametrize("set_", [_allow_tf32, lambda flag: torch.backends.cuda.enable_flash_sdp(not flag)])
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_a_backend_computes_is_followed(set_: Callable[[bool], None], is_compiled: bool) -> None:
     x = torch.randn(4, 8)
     q = octav_fx.quantize(LooksForMore().eval(), x)

@@ -103,6 +103,7 @@ def test_blocks_are_recomputed_as_in_float(when: str) -> None:
     assert kept <= 1.2 * of_float
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_torchs_own_wrappers_recompute_blocks(when: str) -> None:
     model, x = Net(depth=12), torch.randn(8, 64, WIDTH)

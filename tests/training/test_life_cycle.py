@@ -603,7 +603,7 @@ def test_a_tracer_of_torch_fx_sees_quantizers_as_leaves(blocks: Any) -> None:
 
 
 @pytest.mark.parametrize("made", ["dynamic", "frozen", "blocks"])
-@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
 def test_torch_onnx_export_says_what_writes_the_model(made: str, dynamo: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

@@ -141,6 +141,7 @@ def test_a_graph_of_its_own_among_blocks_and_the_python_around_them() -> None:
         assert torch.equal(q.head(torch.ones(2, 16)), F.linear(torch.ones(2, 16), q.head.weight, q.head.bias))
 
 
+@pytest.mark.slow
 def test_adapters_in_a_model_in_one_graph_that_is_recomputed_from_now_on() -> None:
     model, x = Blocks(depth=6), torch.randn(8, 32, WIDTH)
     q, plain = (octav_fx.quantize(model, x) for _ in range(2))
