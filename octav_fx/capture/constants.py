@@ -12,7 +12,6 @@ Each is asked at every call, and where the call is compiled, by the compiler's o
 """
 
 import builtins
-import contextlib
 import contextvars
 import copy
 import dis
@@ -60,8 +59,6 @@ _QUESTIONS: Final[dict[str, Callable[[], Any]]] = {
     "get_num_threads": torch.get_num_threads,
     **dict.fromkeys(("is_initialized", "get_rank", "get_world_size"), _rank),
 }
-# Begins the names of functions that answer, below torch.backends; others set what these tell.
-_ANSWERS: Final = ("is_", "get_")
 # Methods and attributes of loggers by which code chooses.
 _OF_LOGGERS: Final = frozenset({"isEnabledFor", "getEffectiveLevel", "level", "disabled"})
 _CACHED: Final = type(functools.cache(_rank))
@@ -267,11 +264,10 @@ class _Found:
         """Take what code names below torch.backends: flags, and functions that tell one."""
         for name in named.names:
             value = getattr(space, name, MISSING)
-            if name.endswith("_enabled") or name.startswith(_ANSWERS):
-                if callable(value):
-                    # What is asked about a tensor, or of a device that is not there, tells no flag.
-                    with contextlib.suppress(Exception):
-                        self.answers[name] = (value, value())
+            if callable(value):
+                # Others tell what torch was built with, or set a flag.
+                if name.endswith("_enabled") and not name.startswith("set_"):
+                    self.answers[name] = (value, value())
             elif isinstance(value, PLAIN) and value is not MISSING:
                 self._values(self.attributes, "torch.backends", space)[name] = value
             elif getattr(value, "__name__", type(value).__module__).startswith("torch.backends"):

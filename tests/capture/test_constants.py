@@ -364,7 +364,7 @@ class Table(dict[str, float]):
     __getattr__ = dict.__getitem__
 
 
-SETTINGS = Table()
+BY_ATTRIBUTE = Table()
 
 
 class AsksAboutTensors(nn.Module):
@@ -378,7 +378,7 @@ class AsksAboutTensors(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
         if x.is_cuda and (torch.backends.cudnn.is_acceptable(x) or torch.backends.mps.is_available()):
-            return y * getattr(SETTINGS, "gain", 1.0)
+            return y * getattr(BY_ATTRIBUTE, "gain", 1.0)
         return y * self.get_name()
 
 
@@ -398,6 +398,19 @@ def test_a_logger_that_is_used_is_no_reason_for_another_graph() -> None:
     LOGGER.debug("")
     q(x)
     assert len(q.graphs_of(False)) == 1
+
+
+def test_what_torch_was_built_with_is_asked_in_no_call() -> None:
+    class Asks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return -y if torch.backends.mps.is_available() or torch.backends.cudnn.is_available() else y
+
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Asks(8, 8).eval(), x)
+    torch.compiler.reset()
+    # Dynamo itself does not follow these questions.
+    assert torch.equal(torch.compile(q, backend="eager", fullgraph=True)(x), q(x))
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
