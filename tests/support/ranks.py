@@ -1,8 +1,10 @@
 """Processes that train together over gloo, kept from test to test: starting them takes longer than most tests."""
 
+import atexit
 import functools
 import multiprocessing as mp
 import pickle
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -52,6 +54,7 @@ def _answer(rank: Rank) -> str | None:
 @functools.cache
 def _started() -> list[Rank]:
     context, store = mp.get_context("spawn"), tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, store, ignore_errors=True)
     ranks = []
     for number in range(RANKS):
         here, there = context.Pipe()
