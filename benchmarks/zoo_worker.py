@@ -118,8 +118,11 @@ def _operands(quantized: nn.Module, inputs: Any) -> Iterator[Column]:
     """What the dispatcher is given, fused attention's q, k and v among it."""
     seen = _Contractions()
     try:
-        with torch.no_grad(), seen:
+        with torch.no_grad():
+            # Caches that forward fills may ask for a new graph, which is compared with the float model.
             _call(quantized, inputs)
+            with seen:
+                _call(quantized, inputs)
     except Exception as error:
         yield "off grid", _reason(error)
         return
