@@ -97,12 +97,18 @@ def rounded(
 
 @triton.jit
 def representable(level, TYPE: tl.constexpr):
-    """Return the nearest finite number of a type to a level, in float32."""
+    """Return the nearest finite number of a type to a level, in float32; NaN, of a clip that is none, stays."""
     if tl.float16 == TYPE:
-        return tl.minimum(tl.maximum(level, -65504.0), 65504.0)
+        return _bounded(level, 65504.0)
     elif tl.bfloat16 == TYPE:
-        return tl.minimum(tl.maximum(level, -3.3895313892515355e38), 3.3895313892515355e38)
-    return tl.minimum(tl.maximum(level, -3.4028234663852886e38), 3.4028234663852886e38)
+        return _bounded(level, 3.3895313892515355e38)
+    return _bounded(level, 3.4028234663852886e38)
+
+
+@triton.jit
+def _bounded(level, greatest):
+    keep: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(tl.maximum(level, -greatest, propagate_nan=keep), greatest, propagate_nan=keep)
 
 
 @triton.jit
