@@ -8,10 +8,9 @@ nets of 4 bits that read sums of 8 bits spent 2 to 4 % of their time on that. La
 it is looked up before.
 """
 
-from typing import Any
-
 from torch import fx
 
+from octav_fx.ir.arguments import bound_arguments
 from octav_fx.ir.edits import Edit
 from octav_fx.nn.integer import integer_conv, integer_linear, lookup
 from octav_fx.passes.convert.functions_of_codes import tables_of
@@ -27,7 +26,7 @@ def tables_into_layers(gm: fx.GraphModule) -> list[Edit]:
         if tables_of(quantizer) > 1 or not all(_reads_once(reader) for reader in node.users):
             continue
         for layer in list(node.users):
-            layer.args = (codes, *layer.args[1:])
+            layer.replace_input_with(node, codes)
             layer.kwargs = {**layer.kwargs, "table": table}
             edits.append(Edit(layer.name, "look up", str(table)))
         gm.graph.erase_node(node)
@@ -42,6 +41,6 @@ def _reads_once(layer: fx.Node) -> bool:
         return True
     if layer.target is not integer_conv:
         return False
-    args: Any = layer.args
-    (_, _, *kernel), padding, groups = args[6], args[9], args[11]
-    return groups == 1 and not any(padding) and all(size == 1 for size in kernel)
+    given = bound_arguments(layer)
+    _, _, *kernel = given["shape"]
+    return given["groups"] == 1 and not any(given["padding"]) and all(size == 1 for size in kernel)

@@ -35,9 +35,12 @@ def test_golden() -> None:
         "mul_tensor = mul.Tensor(arg1_1, 0.125)\n"
         "mul = mul.Tensor(convert_element_type, mul_tensor)\n"
         "eq = eq.Scalar(arg0_1, -128)\n"
+        # A level beyond the dtype is its greatest number.
+        "clamp_min_1 = clamp_min.default(mul, -3.4028234663852886e+38)\n"
+        "clamp_max_1 = clamp_max.default(clamp_min_1, 3.4028234663852886e+38)\n"
         "scalar_tensor = scalar_tensor.default("
         "nan, dtype=torch.float32, layout=torch.strided, device=device(type='cpu'))\n"
-        "where = where.self(eq, scalar_tensor, mul)\n"
+        "where = where.self(eq, scalar_tensor, clamp_max_1)\n"
         "return (where)"
     )
 
