@@ -119,17 +119,19 @@ def containers_of(root: nn.Module) -> list[Any]:
         elif depth and is_users_object(value):
             visit(vars(value), depth - 1)
 
-    for _, held in attributes(root):
-        for name, value in held.items():
-            # Most are flags, and empty dicts of hooks.
-            if type(value) in _FLAGS:
-                continue
-            if type(value) in _CONTAINERS and not value:
-                if name not in PART_ATTRIBUTES:
-                    found[id(value)] = value
-            elif name not in PART_ATTRIBUTES:
-                visit(value, _DEEP)
+    for value in _kept(root):
+        # Most are empty dicts of hooks.
+        if type(value) in _CONTAINERS and not value:
+            found[id(value)] = value
+        else:
+            visit(value, _DEEP)
     return list(found.values())
+
+
+def _kept(root: nn.Module) -> Iterator[Any]:
+    """Yield what is in the attributes of modules, but numbers, texts and None, of which there are most."""
+    for _, held in attributes(root):
+        yield from (value for name, value in held.items() if type(value) not in _FLAGS and name not in PART_ATTRIBUTES)
 
 
 def is_users_object(value: Any) -> bool:
@@ -172,13 +174,7 @@ def held_values(root: nn.Module) -> list[Any]:
 
     Numbers, texts and None among the attributes are left out.
     """
-    held = [
-        value
-        for _, values in attributes(root)
-        for name, value in values.items()
-        if type(value) not in _FLAGS and name not in PART_ATTRIBUTES
-    ]
-    return held + [item for c in containers_of(root) for item in (c.values() if isinstance(c, dict) else c)]
+    return [*_kept(root)] + [item for c in containers_of(root) for item in (c.values() if isinstance(c, dict) else c)]
 
 
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:

@@ -50,25 +50,9 @@ def lookup(codes: Tensor, table: Tensor) -> Tensor:
     return found
 
 
-def integer_conv(
-    x: Tensor,
-    x_scale: Tensor,
-    x_bits: int,
-    x_signed: bool,
-    w: Tensor,
-    w_scale: Tensor,
-    shape: list[int],
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    *ends: Any,
-    **kwargs: Any,
-) -> Tensor:
+def integer_conv(*args: Any, **kwargs: Any) -> Tensor:
     """Return codes uint8 [N, C, ...] -> float32, or the codes of a next layer, [N, O, ...]: ops/integer_conv."""
-    convolution = (shape, bias, stride, padding, dilation, groups)
-    return torch.ops.octav.integer_conv.default(x, x_scale, x_bits, x_signed, w, w_scale, *convolution, *ends, **kwargs)
+    return torch.ops.octav.integer_conv.default(*args, **kwargs)
 
 
 def integer_linear(*args: Any, **kwargs: Any) -> Tensor:

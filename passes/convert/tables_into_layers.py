@@ -8,11 +8,13 @@ nets of 4 bits that read sums of 8 bits spent 2 to 4 % of their time on that. La
 it is looked up before.
 """
 
+import inspect
+
 from torch import fx
 
-from octav_fx.ir.arguments import bound_arguments
 from octav_fx.ir.edits import Edit
 from octav_fx.nn.integer import integer_conv, integer_linear, lookup
+from octav_fx.ops.integer_conv import reference
 from octav_fx.passes.convert.functions_of_codes import tables_of
 
 
@@ -41,6 +43,6 @@ def _reads_once(layer: fx.Node) -> bool:
         return True
     if layer.target is not integer_conv:
         return False
-    given = bound_arguments(layer)
+    given = inspect.signature(reference.integer_conv).bind(*layer.args, **layer.kwargs).arguments
     _, _, *kernel = given["shape"]
     return given["groups"] == 1 and not any(given["padding"]) and all(size == 1 for size in kernel)

@@ -28,8 +28,8 @@ from tests.support.deployable_models import (
     named,
     observed,
     relative,
+    shortened,
 )
-from tests.support.onnx_files import shortened
 
 CASES = shortened()
 

@@ -14,9 +14,9 @@ from octav_fx.demo import accuracy, digits
 from octav_fx.deploy.convert import rewritten
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.passes import CONVERT
-from tests.support.deployable_models import LANGUAGE, check_codes, frozen, levels_of, observed, relative
+from tests.support.deployable_models import LANGUAGE, check_codes, frozen, levels_of, observed, relative, shortened
 from tests.support.given_levels import computed
-from tests.support.onnx_files import ready, shortened, small
+from tests.support.onnx_files import ready, small
 
 CASES = shortened()
 

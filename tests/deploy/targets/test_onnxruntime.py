@@ -13,9 +13,9 @@ import octav_fx
 from octav_fx import Config, calibrate, export_onnx, freeze, quantize
 from octav_fx.deploy.runtimes import run_onnx
 from tests.support.deployable import trained
-from tests.support.deployable_models import frozen, images, levels_of, observed, relative
+from tests.support.deployable_models import frozen, images, levels_of, observed, relative, shortened
 from tests.support.given_levels import computed
-from tests.support.onnx_files import optimized_ops, ready, shortened, small
+from tests.support.onnx_files import optimized_ops, ready, small
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import Config, export_onnx
-from tests.support.deployable_models import WHOLE, Case, frozen, images, levels_of, observed, relative
+from tests.support.deployable_models import WHOLE, Case, frozen, images, levels_of, observed, relative, shortened
 from tests.support.given_levels import computed
-from tests.support.onnx_files import shortened
 
 pytestmark = pytest.mark.slow
 

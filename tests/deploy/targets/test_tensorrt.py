@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from octav_fx import Config, OctavError, Rule, calibrate, export_onnx, freeze, quantize, weight
 from tests.support.deployable import trained
-from tests.support.deployable_models import LANGUAGE, frozen, relative
-from tests.support.onnx_files import ready, shortened
+from tests.support.deployable_models import LANGUAGE, frozen, relative, shortened
+from tests.support.onnx_files import ready
 
 CASES = shortened()
 
