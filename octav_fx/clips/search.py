@@ -32,8 +32,8 @@ COARSE_RATIO: Final = 1.06
 MISSED: Final = 0.06
 # Of how many values at most: of longer rows many may be near zero, or equal, as those of a GELU at its minimum.
 DIFFERENT: Final = 20
-# The largest value lies on a level or half-way between two, with each candidate on the next, or on each second, fourth,
-# .. one, so that there are at most so many.
+# Candidates put the largest value on each level, and half-way between neighbours: places that are so many steps apart.
+# Where that would be more candidates than POINTS, only every second place is tried, or every fourth, and so on.
 MOVED: Final = 0.5
 POINTS: Final = 38
 # By bits the least step, as a share of the one that clips nothing: long rows of few levels clip far more than others.
