@@ -20,6 +20,8 @@ from octav_fx.nn.fake_quantizer import QUANTIZERS
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 4
 _FLAGS: Final = frozenset({type(None), bool, int, float, str})
+# What each module holds for torch besides its parts: hooks, most of them empty.
+_TORCHS: Final = frozenset(vars(nn.Module())) - {*PART_ATTRIBUTES, "training"}
 _CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 # Libraries whose objects keep what they keep, whatever forward does.
 CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
@@ -71,10 +73,13 @@ class _Before:
         kinds = {id(kind): kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
         quantizers = [children_of(module)[QUANTIZERS] for module in modules if QUANTIZERS in children_of(module)]
         own = {part for held in quantizers if held is not None for part in held.modules()}
+        containers = [(container, copy.copy(container) if container else ()) for container in containers_of(root)]
+        # Forward may be the first that registers a hook.
+        hooks = [held for module in modules for name in _TORCHS if not (held := vars(module).get(name, True))]
+        containers += [(held, ()) for held in hooks if type(held) in _CONTAINERS]
         return cls(
             named,
-            # Copies of what is empty, as most are, would take most of the time.
-            [(container, copy.copy(container) if container else ()) for container in containers_of(root)],
+            containers,
             [(kind, dict(vars(kind))) for kind in kinds.values()],
             [(children_of(module), set(children_of(module))) for module in modules if module not in own],
         )
@@ -120,18 +125,18 @@ def containers_of(root: nn.Module) -> list[Any]:
             visit(vars(value), depth - 1)
 
     for value in _kept(root):
-        # Most are empty dicts of hooks.
-        if type(value) in _CONTAINERS and not value:
-            found[id(value)] = value
-        else:
-            visit(value, _DEEP)
+        visit(value, _DEEP)
     return list(found.values())
 
 
-def _kept(root: nn.Module) -> Iterator[Any]:
-    """Yield what is in the attributes of modules, but numbers, texts and None, of which there are most."""
-    for _, held in attributes(root):
-        yield from (value for name, value in held.items() if type(value) not in _FLAGS and name not in PART_ATTRIBUTES)
+def _kept(root: nn.Module) -> list[Any]:
+    """Return what is in the attributes of modules, but numbers, texts, None and torch's empty dicts: most are these."""
+    return [
+        value
+        for _, held in attributes(root)
+        for name, value in held.items()
+        if type(value) not in _FLAGS and name not in PART_ATTRIBUTES and (name not in _TORCHS or value)
+    ]
 
 
 def is_users_object(value: Any) -> bool:
@@ -164,8 +169,9 @@ def state_tensors(root: nn.Module) -> list[torch.Tensor]:
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, torch.Tensor):
         return [value]
-    # Flattening all of these, of which most are flags and empty dicts of hooks, would take most of the time.
-    is_plain = value is None or isinstance(value, (bool, int, float, str, nn.Module))
+    # Flattening all of these, of which most are modules and sizes of kernels, would take most of the time.
+    items = value if type(value) is tuple else (value,)
+    is_plain = all(type(item) in _FLAGS or isinstance(item, nn.Module) for item in items)
     return [] if is_plain or (type(value) in _CONTAINERS and not value) else pytree.tree_leaves(value)
 
 

@@ -61,15 +61,32 @@ class _NoGraph(Exception):
 
 def _is_compared(quantized: QuantizedModule, calls: list[Inputs]) -> bool:
     """Compare calls in turn; tell whether there are graphs for them and the float module takes them."""
+    # What a graph computes on its way its own checks ask: to ask for it beforehand takes as long as a trace.
+    graphs = _holding(quantized, calls, deeply=False)
+    try:
+        return graphs is not None and _is_equal(quantized, calls, graphs)
+    except NotCaptured:
+        asked = _holding(quantized, calls, deeply=True)
+        if asked == graphs:
+            raise
+        return asked is not None and _is_equal(quantized, calls, asked)
+
+
+def _holding(quantized: QuantizedModule, calls: list[Inputs], *, deeply: bool) -> list[GuardedGraph] | None:
+    """Return the graph that holds for each call; None where one has none."""
+    graphs = [quantized.holding(*call, deeply=deeply) for call in calls]
+    held = [guarded for guarded in graphs if guarded is not None]
+    return held if len(held) == len(calls) else None
+
+
+def _is_equal(quantized: QuantizedModule, calls: list[Inputs], graphs: list[GuardedGraph]) -> bool:
+    """Compare calls of graphs in turn; tell whether the float module takes them, and does the same each time."""
     owner = quantized.owner
-    graphs = [guarded for call in calls if (guarded := quantized.holding(*call)) is not None]
-    if len(graphs) < len(calls):
-        return False
     unkept = {name for guarded in graphs for name in guarded.caches}
     gradients = any(guarded.asks_for_gradients for guarded in graphs) and torch.is_grad_enabled()
 
     def run(guarded: GuardedGraph, *args: Any, **kwargs: Any) -> Any:
-        if guarded.broken(owner, args, kwargs) is not None:
+        if guarded.broken(owner, args, kwargs, deeply=False) is not None:
             raise _NoGraph
         return guarded.function()(owner, *args, **kwargs)
 
