@@ -4,7 +4,7 @@ import collections
 import copy
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,15 +28,15 @@ CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy
 
 
 @contextmanager
-def preserved_attributes(root: nn.Module) -> Iterator[None]:
+def preserved_attributes(root: nn.Module) -> Iterator[Callable[[], bool]]:
     """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
     So is what the user's objects held, and children that are new are taken out. What is written into tensors in place
-    stays.
+    stays. Gives a function that tells whether all of it is as it was.
     """
     before = _Before.of(root)
     try:
-        yield
+        yield before.holds
     finally:
         before.restore()
 
@@ -83,6 +83,12 @@ class _Before:
             [(kind, dict(vars(kind))) for kind in kinds.values()],
             [(children_of(module), set(children_of(module))) for module in modules if module not in own],
         )
+
+    def holds(self) -> bool:
+        """Tell whether nothing was set, put in or taken out since."""
+        classes = [(dict(vars(kind)), names) for kind, names in self.classes]
+        named = all(_is_same(held, old) for held, old in (*self.attributes, *self.containers, *classes))
+        return named and all(children.keys() - {QUANTIZERS} <= names for children, names in self.children)
 
     def restore(self) -> None:
         for held, old in self.attributes:
@@ -147,14 +153,17 @@ def is_users_object(value: Any) -> bool:
     return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in CLOSED
 
 
+def _is_same(container: Any, content: Any) -> bool:
+    """Tell whether a container holds what it held."""
+    if len(container) != len(content):
+        return False
+    if isinstance(container, dict) and content:
+        return all(container.get(key, container) is value for key, value in content.items())
+    return all(a is b for a, b in zip(container, content, strict=True))
+
+
 def _refill(container: Any, content: Any) -> None:
-    if not content:
-        is_same = not container
-    elif isinstance(container, dict):
-        is_same = len(container) == len(content) and all(container.get(k, container) is v for k, v in content.items())
-    else:
-        is_same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
-    if not is_same:
+    if not _is_same(container, content):
         container.clear()
         getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(content)
 
