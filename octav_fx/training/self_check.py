@@ -90,29 +90,30 @@ def _is_equal(quantized: QuantizedModule, calls: list[Inputs], graphs: list[Guar
             raise _NoGraph
         return guarded.function()(owner, *args, **kwargs)
 
+    def float_results(at_least: int) -> list[Any]:
+        return _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept, at_least)
+
     # A part of it may be quantized already.
     with users_own(owner, but=owner):
         try:
-            expected = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept)
+            expected = float_results(at_least=1)
         except Exception:
             return False
         try:
             with without_quantizers(owner):
                 runs: list[Callable[..., Any]] = [functools.partial(run, guarded) for guarded in graphs]
-                found = _results(quantized, calls, runs, gradients, unkept)
+                found = _results(quantized, calls, runs, gradients, unkept, at_least=len(expected) - 1)
         except _NoGraph:
             return True
         except Exception as error:
             raise NotCaptured(f"the captured graph does not run on a call that the model takes: {error}") from error
-        # Of the first call alone, if one of them leaves the modules as they were; the state of both comes last.
-        pairs = [
-            *zip(calls, graphs, expected[:-1], found[:-1], strict=False),
-            (calls[-1], graphs[-1], expected[-1], found[-1]),
-        ]
-        for call, guarded, one, other in pairs:
+        made = len(found) - 1
+        if len(expected) < len(found):
+            expected = float_results(made)
+        places = [*zip(calls[:made], graphs[:made], strict=True), (calls[-1], graphs[-1])]
+        for (call, guarded), one, other in zip(places, expected, found, strict=True):
             if (detail := difference(one, other)) is not None:
-                again = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept)
-                if difference(expected, again) is not None:
+                if difference(expected, float_results(made)) is not None:
                     # Rows that nothing writes (a grouped product), or a count in a closure: it differs from itself.
                     return False
                 layer = first_layer(quantized, guarded, call)
@@ -129,18 +130,24 @@ def _results(
     forwards: list[Callable[..., Any]],
     gradients: bool,
     unkept: Iterable[str],
+    at_least: int,
 ) -> list[Any]:
     """Return what each call in turn returns, and last what the tensors of the modules hold then.
 
-    Where the first call leaves all as it was, the next one is the first one for the modules, and is not made.
-    unkept: names of dicts that forward fills, and graphs do not.
+    unkept: names of dicts that forward fills, and graphs do not. at_least: so many calls are made; further ones only
+    while calls change the modules, as one of modules that are as they were was compared when they were captured.
     """
     owner = quantized.owner
     hints = {id(m.hint) for m in owner.modules() if isinstance(m, FakeQuantizer)}
     found: list[Any] = []
     with preserved_tensors(owner) as are_kept, preserved_attributes(owner) as holds:
         for call, forward in zip(calls, forwards, strict=True):
-            if found and are_kept() and holds() and _holding(quantized, [call], deeply=False) is not None:
+            if (
+                len(found) >= at_least
+                and are_kept()
+                and holds()
+                and _holding(quantized, [call], deeply=False) is not None
+            ):
                 break
             args, kwargs = own_copy(call)
             result = run_keeping_state(owner, args, kwargs, forward, gradients=gradients)

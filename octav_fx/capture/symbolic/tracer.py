@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from octav_fx.capture.hooks import as_hooks_leave, needs_calls, set_aside
 from octav_fx.capture.module_state import with_tags_of
-from octav_fx.capture.symbolic.clocks import OPAQUE
+from octav_fx.capture.symbolic.clocks import Moment
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.identity import line_that_compares, may_be_its_input
 from octav_fx.capture.symbolic.objects import (
@@ -233,7 +233,7 @@ class ValueTracer(fx.Tracer):
             return self.proxy_of(a).node
         if is_built_around_proxies(a):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
-        if isinstance(a, OPAQUE):
+        if type(a) is Moment:
             raise OctavError(f"{user_caller()}: forward computes with the clock, which is another one in each call")
         if is_of_numpy(a, "generic"):
             a = a.item()
