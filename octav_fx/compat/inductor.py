@@ -117,7 +117,22 @@ class _Vectorizable(list[torch.dtype]):
         )
 
 
+class _CountedTile(cpp.CppTile2DKernel):
+    """A square of a transposed copy, each row of which is stored by its length."""
+
+    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        """Store a row: a vector of two-byte elements is longer, and Inductor stores it whole where it has no tail."""
+        tail = self.tail_size
+        if V.graph.get_dtype(name).itemsize == 2:
+            self.tail_size = tail or self.num_elems
+        try:
+            super().store(name, index, value, mode)
+        finally:
+            self.tail_size = tail
+
+
 def vectorize_where(dtype: torch.dtype, where: Callable[[fx.GraphModule], bool]) -> None:
     """Have Inductor's code for a CPU vectorize loops over a dtype in those graphs; twice does no harm."""
     if not isinstance(cpp.VECTORIZABLE_DTYPES, _Vectorizable):
         cpp.VECTORIZABLE_DTYPES = _Vectorizable(cpp.VECTORIZABLE_DTYPES, dtype, where)
+        cpp.CppKernelProxy.tile2d_kernel_cls = _CountedTile
