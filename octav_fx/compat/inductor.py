@@ -65,9 +65,21 @@ def writes_python() -> bool:
     return not V.graph.cpp_wrapper
 
 
+_MultiOut: Any = getattr(ir, "ExternKernelMultiOut", object)
+
+
+class _WrittenInto(_MultiOut):  # type: ignore[misc]
+    """A call that writes several results, also one that nobody reads, whose memory Inductor (2.13) leaves out."""
+
+    def codegen(self, wrapper: Any) -> None:
+        """Write the allocations and the call."""
+        V.graph.removed_buffers.difference_update(result.get_name() for result in self.outputs)
+        super().codegen(wrapper)
+
+
 def writes_several() -> bool:
     """Tell whether one call can write several tensors of planned memory: torch 2.13 has that, in Python."""
-    return writes_python() and hasattr(ir, "ExternKernelMultiOut")
+    return writes_python() and _MultiOut is not object
 
 
 def written_into(
@@ -79,7 +91,7 @@ def written_into(
     """
     outs = [argument.name for argument in into._schema.arguments if argument.is_out]
     layout = ir.MultiOutputLayout(device=example[0].device)
-    call = ir.ExternKernelMultiOut(layout, op, tensors, constants, unflatten, out_op=into, out_arg_names=outs)
+    call = _WrittenInto(layout, op, tensors, constants, unflatten, out_op=into, out_arg_names=outs)
     layouts = map(ir.FallbackKernel.tensor_to_layout, example)
     results = [ir.AllocatingMultiOutput(layout, call, [(tuple, i)]) for i, layout in enumerate(layouts)]
     call.out_variant_output_nodes = call.outputs = results
