@@ -547,7 +547,7 @@ class ValueTracer(fx.Tracer):
             return self._call(node, args, kwargs), 0
         try:
             with (
-                # It would let all of this pass.
+                # It does nothing while values are computed, and takes its time.
                 without_mode(self.state_tensors),
                 plain_training(self._called(node)),
                 self.fake_mode,
