@@ -208,10 +208,13 @@ def without_history(root: nn.Module) -> dict[int, Any]:
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
-    """Copy a model, and let the functions on its modules (hooks, lambdas) that speak of modules speak of the copies."""
+    """Copy a model in its modes; functions on its modules (hooks, lambdas) that speak of modules speak of copies."""
     memo = without_history(model)
     copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
+    for original, module in zip(model.modules(), copied.modules(), strict=True):
+        # A __setstate__ that calls __init__ (layers of einops) leaves a module in training mode.
+        if module.training != original.training:
+            module.training = original.training
         if not isinstance(module, torch.jit.ScriptModule):
             for held in (vars(module), *(v for v in vars(module).values() if type(v) in _CONTAINERS)):
                 items = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()

@@ -13,7 +13,9 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None, is_causal: bool =
     if is_causal:
         before = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~before, -torch.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
+    if mask is None:
+        # The first key is there for every query.
+        return torch.softmax(scores, -1)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
     nowhere = (scores == -torch.inf).all(-1, keepdim=True)
     return torch.softmax(scores, -1).masked_fill(nowhere, 0)

@@ -14,12 +14,12 @@ class Graph:
     """The graph of an onnx.ModelProto: who makes and who reads each value, and what a node is replaced by.
 
     rewrite() goes over the nodes in their order; what it makes lies where the node was. parts: what the nodes of octav
-    stand for, by their keys.
+    stand for, by their keys; who makes such a node adds its part.
     """
 
     def __init__(self, model: Any, parts: Mapping[str, Any]) -> None:
         self.onnx = optional("onnx")
-        self.model, self.proto, self.parts = model, model.graph, parts
+        self.model, self.proto, self.parts = model, model.graph, dict(parts)
         self.constants = {tensor.name: tensor for tensor in self.proto.initializer}
         self._index(self.proto.node)
 

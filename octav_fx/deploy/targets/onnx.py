@@ -46,7 +46,7 @@ def write(target: Target, model: Any, parts: Mapping[str, Part]) -> Any:
     graph = Graph(model, parts)
     for table in target.translations:
         graph.rewrite(functools.partial(_translation, graph, table))
-    graph.rewrite(lambda node: _operand(target, graph, node, parts) if node.domain == DOMAIN else None)
+    graph.rewrite(lambda node: _operand(target, graph, node) if node.domain == DOMAIN else None)
     kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)
@@ -57,9 +57,10 @@ def _translation(graph: Graph, table: Mapping[str, Translation], node: Any) -> l
     return table[node.op_type](graph, node) if node.op_type in table else None
 
 
-def _operand(target: Target, graph: Graph, node: Any, parts: Mapping[str, Part]) -> list[Any]:
+def _operand(target: Target, graph: Graph, node: Any) -> list[Any]:
     key, output = attribute(node, "key").decode(), node.output[0]
-    match parts[key]:
+    part: Part = graph.parts[key]
+    match part:
         case IntegerWeight() as weight:
             return target.weight(graph, key, weight, output)
         case StoredWeight() as stored:

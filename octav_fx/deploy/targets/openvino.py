@@ -3,12 +3,16 @@
     octav::Weight()                 int4 codes -> Cast, or int8 codes -> DequantizeLinear
     octav::Activation(x)            QuantizeLinear -> DequantizeLinear, zero points of zero; below 8 bits Clip before
     octav::Activation(Conv(...))    Div -> Round -> Clip -> Mul, where the kernel of the convolution computes on
+    octav::Activation(MaxPool(x))   MaxPool(octav::Activation(x)), and so with what only moves, before a product
     octav::Bias()                   float32, inside of the layer
 
 OpenVINO (2026.4) does functions of each element and one sum in the kernel of the convolution before them, in float32,
 and writes the codes of the next quantizer. Of a QuantizeLinear in between it writes the codes and makes them floats in
 a node of its own where a function follows, which costs more than integers gain, and leaves the rounding out where a sum
 follows. A zero point is a node of its own as well.
+The kernel of a layer writes codes where the quantizer follows at once, and a pool or a transpose behind it is one of
+bytes then. That is the same, as codes rise with their levels. Where a sum or a float product reads the levels, moving
+codes costs more than it gains. Attentions are written as OpenVINO fuses them (targets/attention.py).
 It moves a scale behind a layer norm, as if eps did not count. So a norm reads codes in place of levels, with eps over
 scale**2, which is the same.
 It scales sums of products in an order of its own, so a code at a tie may differ by one from that of the frozen model.
@@ -18,6 +22,7 @@ from typing import Any, Final
 
 import torch
 
+from octav_fx.deploy.targets.attention import part_of_projection, scores
 from octav_fx.deploy.targets.graph import Graph, attribute
 from octav_fx.deploy.targets.onnx import (
     Target,
@@ -28,6 +33,7 @@ from octav_fx.deploy.targets.onnx import (
     is_operand,
     weight_levels,
 )
+from octav_fx.deploy.translate import DOMAIN
 from octav_fx.formats.grid import Grid
 from octav_fx.nn import IntegerWeight, StaticQuantizer
 
@@ -38,10 +44,56 @@ _POINTWISE: Final = frozenset(
     {"Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Celu", "Selu", "Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Mish"}
     | {"Tanh", "Softplus", "Softsign", "Erf", "Exp", "Sqrt", "Abs", "Neg", "Mul", "Div", "Sub"}
 )
-# What moves elements and computes nothing; norms over some of them, and their eps where none is given.
+_SUMS: Final = frozenset({"Add", "Sum"})
+_PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# What moves elements and computes nothing, and what takes the largest; norms, and their eps where none is given.
 _MOVES: Final = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+_SELECTS: Final = frozenset({"MaxPool"})
 _NORMS: Final = frozenset({"LayerNormalization", "InstanceNormalization", "GroupNormalization"})
 _EPSILON: Final = 1e-5
+
+
+def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
+    """Return a quantizer before what moves its elements or takes the largest, which then do it to levels."""
+    key, output = attribute(node, "key").decode(), node.output[0]
+    if graph.parts[key].dim is not None:
+        return None
+    is_product = all(_multiplies_levels(graph, reader) for reader in _readers(graph, output))
+    passed, moves, source = _MOVES | _SELECTS if is_product else _SELECTS, list[Any](), node.input[0]
+    while (maker := graph.makers.get(source)) is not None and maker.op_type in passed:
+        if len(maker.output) > 1 or len(_readers(graph, source)) > 1:
+            break
+        moves.insert(0, maker)
+        source = maker.input[0]
+    if not moves:
+        return None
+    first, *names = [f"{output}.{i}" for i in range(len(moves))] + [output]
+    nodes = [graph.node("Activation", [source], first, domain=DOMAIN, key=key)]
+    for move, name in zip(moves, names, strict=True):
+        copied = graph.onnx.NodeProto.FromString(move.SerializeToString())
+        # Named as a node of the call of the quantizer, whose levels are what the last of them returns.
+        copied.name, copied.input[0], copied.output[0] = f"{key}/{first}.{move.op_type}", nodes[-1].output[0], name
+        nodes.append(copied)
+    return nodes
+
+
+def _readers(graph: Graph, name: str) -> list[Any]:
+    """Return the nodes that read more of a value than its shape."""
+    return [node for node in graph.readers.get(name, []) if node.op_type != "Shape"]
+
+
+def _multiplies_levels(graph: Graph, node: Any) -> bool:
+    """Tell whether a node, or what alone reads what it moves, is a product of two quantized operands."""
+    while node.op_type in _MOVES and len(readers := _readers(graph, node.output[0])) == 1:
+        (node,) = readers
+    return node.op_type in _PRODUCTS and all(_is_levels(graph, name) for name in node.input[:2])
+
+
+def _is_levels(graph: Graph, name: str) -> bool:
+    """Tell whether a value is what a quantizer or a weight returns, as it is or moved."""
+    while (maker := graph.makers.get(name)) is not None and maker.op_type in _MOVES:
+        name = maker.input[0]
+    return is_operand(graph, name, "Activation") or is_operand(graph, name, "Weight")
 
 
 def _weight(graph: Graph, key: str, weight: IntegerWeight, output: str) -> list[Any]:
@@ -90,7 +142,7 @@ def _is_between(graph: Graph, output: str) -> bool:
     if not is_operand(graph, output, "Activation") or not _is_in_kernel(graph, graph.makers[output].input[0]):
         return False
     for reader in graph.readers[output]:
-        if reader.op_type in ("Add", "Sum"):
+        if reader.op_type in _SUMS:
             # A sum is in one kernel: where two convolutions are added, the first one's.
             if reader.input[0] != output and _is_between(graph, reader.input[0]):
                 return False
@@ -122,4 +174,10 @@ def _rounded(graph: Graph, key: str, quantizer: StaticQuantizer, source: str, ou
     ]
 
 
-OPENVINO: Final = Target("openvino", _weight, _activation, bias_in_float)
+OPENVINO: Final = Target(
+    "openvino",
+    _weight,
+    _activation,
+    bias_in_float,
+    ({"Gather": part_of_projection, "MatMul": scores}, {"Activation": _before_moves}),
+)

@@ -112,6 +112,47 @@ def test_what_a_kernel_goes_on_with_is_rounded(function, bits, tmp_path):
     assert not {kind for kind, _ in found} & {"Eltwise", "Subgraph", "Subtract", "Convert", "Swish"}, found
 
 
+def test_a_pool_and_a_transpose_move_bytes(tmp_path):
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(3, 16, 3), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.pool = nn.MaxPool2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.pool(self.conv(x).relu()).flatten(2).transpose(1, 2)
+            return self.second(self.first(x).transpose(0, 1))
+
+    q, (x,) = frozen(Case(Moved, images), Config(8, 8, edge_bits=None))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, (x,), path, target="openvino")
+    found = kernels(path)
+    assert found["Pooling", "u8"] == 1 and found["Transpose", "i8"] + found["Transpose", "u8"] == 2, found
+    with torch.no_grad():
+        # A few codes at ties.
+        assert relative(only(path, (x,)), q(x)) < 0.05
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+@pytest.mark.parametrize("attention", ["operands", "full"])
+def test_an_attention_is_one_kernel_between_layers(attention, is_free, tmp_path):
+    def layer() -> nn.Module:
+        return nn.TransformerEncoderLayer(64, 2, 64, dropout=0.0, batch_first=True)
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 8, 64),)
+
+    q, (x,) = frozen(Case(layer, inputs), Config(8, 8, edge_bits=None, attention=attention))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, (x,), path, target="openvino", dynamic_batch=is_free)
+    found = kernels(path)
+    # Queries, keys, values, the output, and the two of the feed-forward part; both products of the attention.
+    assert found["FullyConnected", "i8"] + found["FullyConnected", "u8"] == 6, found
+    assert found["Subgraph", "i8"] == 1 and not {kind for kind, _ in found} & {"MatMul", "Softmax", "Gather"}, found
+    with torch.no_grad():
+        assert relative(only(path, (x,)), q(x)) < 0.02
+
+
 def test_a_small_norm_has_its_eps(tmp_path):
     """OpenVINO takes a scale for one that no norm sees; here eps is more than the variance."""
 

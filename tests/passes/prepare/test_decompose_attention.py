@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import octav_fx
@@ -101,6 +102,11 @@ def test_a_query_that_may_look_nowhere_has_weights_of_zero():
     weights = masked_softmax(torch.randn(2, 3), torch.tensor([[True, False, True], [False] * 3]))
     assert weights[0, 1] == 0 and weights[0].sum() == pytest.approx(1, rel=1e-6)
     assert weights[1].tolist() == [0, 0, 0]
+
+
+def test_without_a_mask_no_weight_is_asked_for():
+    computed = make_fx(lambda scores: masked_softmax(scores, is_causal=True))(torch.randn(2, 3))
+    assert not computed.graph.find_nodes(op="call_function", target=torch.ops.aten.eq.Scalar)
 
 
 def test_a_second_run_changes_nothing():
