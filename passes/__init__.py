@@ -37,6 +37,7 @@ from octav_fx.passes.lower.mask_from_value import mask_from_value
 from octav_fx.passes.lower.mask_in_place import mask_in_place
 from octav_fx.passes.lower.permute_summands import permute_summands
 from octav_fx.passes.lower.pool_gradients import pool_gradients
+from octav_fx.passes.lower.rows_in_one_pass import rows_in_one_pass
 from octav_fx.passes.lower.save_codes import save_codes
 from octav_fx.passes.lower.select_gradients import select_gradients
 from octav_fx.passes.lower.solve_by_one_step import solve_by_one_step
@@ -89,6 +90,7 @@ FUSE: Final[tuple[Pass, ...]] = (
     select_gradients,  # any time
     permute_summands,  # after select_gradients, of whose slices the sums are
     update_at_once,  # before write_out: it looks for clips, not for what they are written out as
+    rows_in_one_pass,  # after update_at_once, which asks for solves
     write_out,  # ops that Inductor does not look into, as ops that it fuses
 )
 
@@ -197,6 +199,7 @@ __all__ = [
     "quantize_operands",
     "quantize_residuals",
     "round_biases",
+    "rows_in_one_pass",
     "saturate_codes",
     "save_codes",
     "select_gradients",

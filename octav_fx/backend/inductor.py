@@ -25,6 +25,8 @@ from octav_fx.compat.inductor import (
     register_lowering,
     vectorize_where,
     writes_python,
+    writes_several,
+    written_into,
 )
 from octav_fx.ir.joint import CONVERT, VIEWS
 from octav_fx.ops.product_of_codes.op import product_of_codes
@@ -117,9 +119,13 @@ _GENERATED: Final = {"divide": _divide, "ratio": _ratio}
 
 def _register(name: str, packet: Any) -> None:
     @register_lowering(packet.default, type_promotion_kind=None)
-    def lower(*args: Any) -> ir.TensorBox:
+    def lower(*args: Any) -> Any:
         with planned_fake_mode():
-            example, tensors, constants, *_ = ir.FallbackKernel.process_kernel(packet.default, *args)
+            example, tensors, constants, unflatten, *_ = ir.FallbackKernel.process_kernel(packet.default, *args)
+        if isinstance(example, tuple):
+            if not writes_several():
+                return fallback_handler(packet.default, add_to_fallback_set=False)(*args)
+            return written_into(packet.default, packet.out, example, tensors, constants, unflatten)
         # All tensors come first in our schemas: inputs and constants together are the arguments in their order.
         call = ir.ExternKernelOut(
             layout=ir.FallbackKernel.tensor_to_layout(example),

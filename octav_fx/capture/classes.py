@@ -3,6 +3,7 @@
 type(self).calls += 1    counted where the float model counts
 type(self)(8)            a Block that is not quantized
 type(self) == Block      True for a Block that is quantized, as is {Block: ...}[type(self)]
+isinstance(b, type(q))   True for each Block b, quantized or not
 type(self) is Block      True in the methods of modules: those that ask for it are copied, with another type()
 """
 
@@ -99,10 +100,10 @@ def _methods(kind: type) -> dict[str, Any]:
 
 
 class _ByIdentity(tuple[type, ...]):
-    """Classes in the order of inheritance, the first equal to a later one: who resolves super() asks where one is."""
+    """An __mro__ in which a class is looked for by identity: a stand-in, which comes first, is equal to the user's."""
 
     def index(self, kind: Any, *_: Any) -> int:
-        """Return the place of a class."""
+        """Return the place of a class, from where on a compiler looks for what super() finds."""
         return [*map(id, self)].index(id(kind))
 
 
@@ -130,6 +131,20 @@ def _metaclass(above: Any) -> Any:
         # A module that begins is the user's own; quantize() makes the others past this.
         return above.__call__(users(cls), *args, **kwargs)
 
+    # Not by those of above: an ABC asks each class below it, which would ask that ABC.
+    def has_instance(cls: Any, x: Any) -> bool:
+        return type.__instancecheck__(users(cls), x)
+
+    def has_subclass(cls: Any, kind: type) -> bool:
+        return type.__subclasscheck__(users(cls), kind)
+
+    def signature(cls: Any) -> inspect.Signature:
+        if users(cls) is cls:
+            raise AttributeError("__signature__")
+        # Without it that of call() would be found.
+        return inspect.signature(users(cls))
+
     methods: dict[str, Any] = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
-    methods |= {"__call__": call, "__mro__": property(order)}
+    methods |= {"__call__": call, "__mro__": property(order), "__signature__": property(signature)}
+    methods |= {"__instancecheck__": has_instance, "__subclasscheck__": has_subclass}
     return type(above.__name__, (above,), methods)

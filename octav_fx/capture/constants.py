@@ -305,11 +305,11 @@ class _Found:
         """Take what stands in a place: a plain value, a function to be read, a place to look in."""
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
+        if _is_alias(name, value) and not isinstance(space, (nn.Module, types.CellType)):
+            self._add(space, name, value)
         if isinstance(value, _CACHED):
             self.caches.add(value)
             value = inspect.unwrap(value)
-        if _is_alias(name, value) and not isinstance(space, (nn.Module, types.CellType)):
-            self._add(space, name, value)
         if isinstance(value, functools.partial):
             # A compiler sees another one in each that it looks at.
             self._add(space, name, kind_of(value))

@@ -71,12 +71,12 @@ class Guards:
     deep: Facts | None = None
     _known: dict[Any, str | None] = field(default_factory=dict)
 
-    def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Say which guard does not hold for a call of the module, or return None."""
+    def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, deeply: bool = True) -> str | None:
+        """Say which guard does not hold for a call of the module, or return None; deeply: the deep ones, too."""
         for facts in (self.arguments, self.attributes, self.sizes):
             if facts is not None and (fault := facts.broken(module, args, kwargs)) is not None:
                 return fault
-        if self.deep is None:
+        if self.deep is None or not deeply:
             return None
         if torch.compiler.is_compiling():
             # Part of the compiled graph, where nobody reads the tensors: they are never computed.
@@ -156,13 +156,16 @@ class GuardedGraph:
         """Run a function that was generated for the graph elsewhere."""
         self._function = function
 
-    def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Say why the graph does not hold for a call of the module, or return None."""
+    def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, deeply: bool = True) -> str | None:
+        """Say why the graph does not hold for a call of the module, or return None.
+
+        deeply: ask what it computes on its way, too; without that the checks in it raise OctavError when it runs.
+        """
         if self._constants is not None and (change := self._constants.change()) is not None:
             return change
         if self._refused and (reason := self._refused.get(_shapes(pytree.tree_leaves((args, kwargs))))) is not None:
             return reason
-        return None if self.guards is None else self.guards.broken(module, args, kwargs)
+        return None if self.guards is None else self.guards.broken(module, args, kwargs, deeply=deeply)
 
     @contextmanager
     def refused(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Iterator[None]:

@@ -4,7 +4,7 @@ import collections
 import copy
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,21 +20,23 @@ from octav_fx.nn.fake_quantizer import QUANTIZERS
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 4
 _FLAGS: Final = frozenset({type(None), bool, int, float, str})
+# What each module holds for torch besides its parts: hooks, most of them empty.
+_TORCHS: Final = frozenset(vars(nn.Module())) - {*PART_ATTRIBUTES, "training"}
 _CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 # Libraries whose objects keep what they keep, whatever forward does.
 CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
 
 
 @contextmanager
-def preserved_attributes(root: nn.Module) -> Iterator[None]:
+def preserved_attributes(root: nn.Module) -> Iterator[Callable[[], bool]]:
     """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
     So is what the user's objects held, and children that are new are taken out. What is written into tensors in place
-    stays.
+    stays. Gives a function that tells whether all of it is as it was.
     """
     before = _Before.of(root)
     try:
-        yield
+        yield before.holds
     finally:
         before.restore()
 
@@ -71,13 +73,22 @@ class _Before:
         kinds = {id(kind): kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
         quantizers = [children_of(module)[QUANTIZERS] for module in modules if QUANTIZERS in children_of(module)]
         own = {part for held in quantizers if held is not None for part in held.modules()}
+        containers = [(container, copy.copy(container) if container else ()) for container in containers_of(root)]
+        # Forward may be the first that registers a hook.
+        hooks = [held for module in modules for name in _TORCHS if not (held := vars(module).get(name, True))]
+        containers += [(held, ()) for held in hooks if type(held) in _CONTAINERS]
         return cls(
             named,
-            # Copies of what is empty, as most are, would take most of the time.
-            [(container, copy.copy(container) if container else ()) for container in containers_of(root)],
+            containers,
             [(kind, dict(vars(kind))) for kind in kinds.values()],
             [(children_of(module), set(children_of(module))) for module in modules if module not in own],
         )
+
+    def holds(self) -> bool:
+        """Tell whether nothing was set, put in or taken out since."""
+        classes = [(dict(vars(kind)), names) for kind, names in self.classes]
+        named = all(_is_same(held, old) for held, old in (*self.attributes, *self.containers, *classes))
+        return named and all(children.keys() - {QUANTIZERS} <= names for children, names in self.children)
 
     def restore(self) -> None:
         for held, old in self.attributes:
@@ -120,18 +131,18 @@ def containers_of(root: nn.Module) -> list[Any]:
             visit(vars(value), depth - 1)
 
     for value in _kept(root):
-        # Most are empty dicts of hooks.
-        if type(value) in _CONTAINERS and not value:
-            found[id(value)] = value
-        else:
-            visit(value, _DEEP)
+        visit(value, _DEEP)
     return list(found.values())
 
 
-def _kept(root: nn.Module) -> Iterator[Any]:
-    """Yield what is in the attributes of modules, but numbers, texts and None, of which there are most."""
-    for _, held in attributes(root):
-        yield from (value for name, value in held.items() if type(value) not in _FLAGS and name not in PART_ATTRIBUTES)
+def _kept(root: nn.Module) -> list[Any]:
+    """Return what is in the attributes of modules, but numbers, texts, None and torch's empty dicts: most are these."""
+    return [
+        value
+        for _, held in attributes(root)
+        for name, value in held.items()
+        if type(value) not in _FLAGS and name not in PART_ATTRIBUTES and (name not in _TORCHS or value)
+    ]
 
 
 def is_users_object(value: Any) -> bool:
@@ -142,14 +153,17 @@ def is_users_object(value: Any) -> bool:
     return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in CLOSED
 
 
+def _is_same(container: Any, content: Any) -> bool:
+    """Tell whether a container holds what it held."""
+    if len(container) != len(content):
+        return False
+    if isinstance(container, dict) and content:
+        return all(container.get(key, container) is value for key, value in content.items())
+    return all(a is b for a, b in zip(container, content, strict=True))
+
+
 def _refill(container: Any, content: Any) -> None:
-    if not content:
-        is_same = not container
-    elif isinstance(container, dict):
-        is_same = len(container) == len(content) and all(container.get(k, container) is v for k, v in content.items())
-    else:
-        is_same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
-    if not is_same:
+    if not _is_same(container, content):
         container.clear()
         getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(content)
 
@@ -164,8 +178,9 @@ def state_tensors(root: nn.Module) -> list[torch.Tensor]:
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, torch.Tensor):
         return [value]
-    # Flattening all of these, of which most are flags and empty dicts of hooks, would take most of the time.
-    is_plain = value is None or isinstance(value, (bool, int, float, str, nn.Module))
+    # Flattening all of these, of which most are modules and sizes of kernels, would take most of the time.
+    items = value if type(value) is tuple else (value,)
+    is_plain = all(type(item) in _FLAGS or isinstance(item, nn.Module) for item in items)
     return [] if is_plain or (type(value) in _CONTAINERS and not value) else pytree.tree_leaves(value)
 
 
@@ -193,10 +208,13 @@ def without_history(root: nn.Module) -> dict[int, Any]:
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
-    """Copy a model, and let the functions on its modules (hooks, lambdas) that speak of modules speak of the copies."""
+    """Copy a model in its modes; functions on its modules (hooks, lambdas) that speak of modules speak of copies."""
     memo = without_history(model)
     copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
+    for original, module in zip(model.modules(), copied.modules(), strict=True):
+        # A __setstate__ that calls __init__ (layers of einops) leaves a module in training mode.
+        if module.training != original.training:
+            module.training = original.training
         if not isinstance(module, torch.jit.ScriptModule):
             for held in (vars(module), *(v for v in vars(module).values() if type(v) in _CONTAINERS)):
                 items = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()

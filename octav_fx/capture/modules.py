@@ -218,11 +218,11 @@ class QuantizedModule(GuardedModule):
         with transformed(quantizers):
             return guarded.function()(self._state_holder(), *args, **kwargs)
 
-    def holding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedGraph | None:
-        """Return the first graph of the present mode that holds for a call; None where none does."""
+    def holding(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, deeply: bool = True) -> GuardedGraph | None:
+        """Return the first graph of the present mode that holds for a call, as far as asked; None where none does."""
         state = self._state_holder()
         for guarded in self._graphs[self.training]:
-            if guarded.broken(state, args, kwargs) is None:
+            if guarded.broken(state, args, kwargs, deeply=deeply) is None:
                 return guarded
         return None
 

@@ -46,23 +46,33 @@ def run_once(
 
 
 @contextmanager
-def preserved_tensors(module: nn.Module) -> Iterator[None]:
+def preserved_tensors(module: nn.Module) -> Iterator[Callable[[], bool]]:
     """Put back, afterwards, what the tensors of modules held that forward may write into; hints may change.
 
-    Those are buffers, plain attributes, and the parameters that a graph writes into.
+    Those are buffers, plain attributes, and the parameters that a graph writes into. Gives a function that tells
+    whether they hold what they held.
     """
     hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
     written = [p for m in module.modules() if (graphs := graphs_of(m)) is not None for p in graphs.written_parameters()]
     kept = [t for t in (*state_tensors(module), *written) if t not in hints and not t.is_inference()]
     before = {t: t.detach().clone() for t in kept}
+
+    def are_kept() -> bool:
+        return all(_is_kept(tensor, old) for tensor, old in before.items())
+
     try:
-        yield
+        yield are_kept
     finally:
         with torch.no_grad():
             for tensor, old in before.items():
-                # An expanded one cannot be written, and nobody has. Sparse ones cannot be compared.
-                if tensor.is_meta or tensor.layout is not torch.strided or not torch.equal(tensor, old):
+                # An expanded one cannot be written, and nobody has.
+                if not _is_kept(tensor, old):
                     tensor.copy_(old)
+
+
+def _is_kept(tensor: Tensor, old: Tensor) -> bool:
+    """Tell whether a tensor is known to hold what it held: sparse ones cannot be compared."""
+    return not tensor.is_meta and tensor.layout is torch.strided and torch.equal(tensor, old)
 
 
 def run_keeping_state(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._guards import TracingContext
 from torch._inductor import ir, list_mode_options, list_options
@@ -33,6 +33,8 @@ __all__ = [
     "register_lowering",
     "vectorize_where",
     "writes_python",
+    "writes_several",
+    "written_into",
 ]
 
 
@@ -61,6 +63,27 @@ def drop_guards(objects: Iterable[str]) -> None:
 def writes_python() -> bool:
     """Tell whether the code that Inductor generates calls ops in Python, and not in C++."""
     return not V.graph.cpp_wrapper
+
+
+def writes_several() -> bool:
+    """Tell whether one call can write several tensors of planned memory: torch 2.13 has that, in Python."""
+    return writes_python() and hasattr(ir, "ExternKernelMultiOut")
+
+
+def written_into(
+    op: Any, into: Any, example: tuple[Tensor, ...], tensors: Any, constants: Any, unflatten: Any
+) -> tuple[ir.TensorBox, ...]:
+    """Return the results, like those of example, that the out= variant of an op writes; the rest is process_kernel's.
+
+    What Inductor itself makes of such an op does not know symbolic shapes.
+    """
+    outs = [argument.name for argument in into._schema.arguments if argument.is_out]
+    layout = ir.MultiOutputLayout(device=example[0].device)
+    call = ir.ExternKernelMultiOut(layout, op, tensors, constants, unflatten, out_op=into, out_arg_names=outs)
+    layouts = map(ir.FallbackKernel.tensor_to_layout, example)
+    results = [ir.AllocatingMultiOutput(layout, call, [(tuple, i)]) for i, layout in enumerate(layouts)]
+    call.out_variant_output_nodes = call.outputs = results
+    return tuple(map(ir.TensorBox.create, results))
 
 
 class Bound(ir.ExternKernelAlloc):
@@ -94,7 +117,22 @@ class _Vectorizable(list[torch.dtype]):
         )
 
 
+class _CountedTile(cpp.CppTile2DKernel):
+    """A square of a transposed copy, each row of which is stored by its length."""
+
+    def store(self, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        """Store a row: a vector of two-byte elements is longer, and Inductor stores it whole where it has no tail."""
+        tail = self.tail_size
+        if V.graph.get_dtype(name).itemsize == 2:
+            self.tail_size = tail or self.num_elems
+        try:
+            super().store(name, index, value, mode)
+        finally:
+            self.tail_size = tail
+
+
 def vectorize_where(dtype: torch.dtype, where: Callable[[fx.GraphModule], bool]) -> None:
     """Have Inductor's code for a CPU vectorize loops over a dtype in those graphs; twice does no harm."""
     if not isinstance(cpp.VECTORIZABLE_DTYPES, _Vectorizable):
         cpp.VECTORIZABLE_DTYPES = _Vectorizable(cpp.VECTORIZABLE_DTYPES, dtype, where)
+        cpp.CppKernelProxy.tile2d_kernel_cls = _CountedTile

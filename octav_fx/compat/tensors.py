@@ -34,6 +34,7 @@ __all__ = [
     "TorchDispatchMode",
     "assert_true",
     "body_of",
+    "composed",
     "detect_fake_mode",
     "functional",
     "has_vnni",
@@ -126,6 +127,17 @@ def functional(packet: Any) -> Any:
     """Return the op that addmm_ and its like are the in-place form of, or the op itself."""
     name = str(packet.__name__)
     return getattr(torch.ops.aten, name.removesuffix("_"), packet) if name.endswith("_") else packet
+
+
+def composed(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """Run an op as those that it is composed of; NotImplemented for one that has kernels of its own."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), composite):
+        # Python's own way, if it has one, is a formula for what kernels do.
+        return NotImplemented
+    # Python's way through a recurrent layer knows each of its steps; all others take far longer than the kernel's.
+    has_steps = op.name().partition("::")[2].partition(".")[0] in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    return op.decompose(*args, **kwargs) if has_steps else op._op_dk(composite, *args, **kwargs)
 
 
 def body_of(op: OpOverload) -> Any:

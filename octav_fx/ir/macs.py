@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from octav_fx.compat.tensors import TorchDispatchMode, body_of, functional, is_higher_order, packet_of
+from octav_fx.compat.tensors import TorchDispatchMode, body_of, composed, functional, is_higher_order, packet_of
 
 aten = torch.ops.aten
 
@@ -116,7 +116,7 @@ class MacCounter(TorchDispatchMode):
         packet = functional(packet_of(func))
         if packet not in _OURS and packet not in flop_registry and func is not torch.ops.prim.device.default:
             with self:
-                result = func.decompose(*args, **kwargs)
+                result = composed(func, args, kwargs)
             if result is not NotImplemented:
                 return result
             self._count_inside(func, args, kwargs)

@@ -39,8 +39,8 @@ def run(gm: fx.GraphModule, passes: Iterable[Pass]) -> list[Edit]:
         except Exception as error:
             error.add_note(f"in pass {name}, after {', '.join(done) or 'none'}")
             raise
-        if any(not edit.declined for edit in made):
-            gm.recompile()
         edits += made
         done.append(name)
+    if any(not edit.declined for edit in edits):
+        gm.recompile()
     return edits

@@ -26,6 +26,7 @@ import octav_fx.ops.max_pool_gradient.op
 import octav_fx.ops.optimal_clip.op
 import octav_fx.ops.product_of_codes.op
 import octav_fx.ops.quantize.op
+import octav_fx.ops.quantize_rows.op
 import octav_fx.ops.ratio.op
 import octav_fx.ops.synced_clip.op
 import octav_fx.ops.zero_clipped.op  # noqa: F401

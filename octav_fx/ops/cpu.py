@@ -46,7 +46,10 @@ _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ct
 _SIGNATURES: Final = {
     "octav_optimal_clip": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
     "octav_percentile": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _LONG, _INT),
-    "octav_search": (*(_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _INT, _INT, _INT),),
+    "octav_round_unclipped": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _INT),
+    "octav_search": (
+        *(_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _INT, _INT, _POINTER, _INT),
+    ),
     "octav_sweep": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT, _INT),
     "octav_dequantize": (_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
     "octav_fake_quantize": (_POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _POINTER, _INT),
@@ -242,12 +245,37 @@ def each_stretch(run: _Run, inputs: list[Tensor], clip: Tensor, shared: Granular
             return False
         run([lying_as(x, out) for x in inputs], clip, out, layout)
         return True
-    axis = range(out.dim())[shared.axis or 0]
-    order = [*sorted(set(range(out.dim())) - {axis}, key=out.stride().__getitem__, reverse=True), axis]
+    order = rows_last(out, shared.axis or 0)
     to, clip = out.permute(order), clip.permute(order).contiguous()
     written = to if to.is_contiguous() else torch.empty_like(to, memory_format=torch.contiguous_format)
     size = out.numel() // max(clip.numel(), 1)
     run([x.permute(order).contiguous() for x in inputs], clip, written, (1, clip.numel(), size))
+    if written is not to:
+        to.copy_(written)
+    return True
+
+
+def rows_last(x: Tensor, axis: int) -> list[int]:
+    """Return the axes of x as they lie in memory, but for that of its rows, which is the last."""
+    axis = range(x.dim())[axis]
+    return [*sorted(set(range(x.dim())) - {axis}, key=x.stride().__getitem__, reverse=True), axis]
+
+
+def each_row(
+    run: Callable[[Tensor, Tensor], Tensor | None], x: Tensor, shared: Granularity, out: Tensor, clip: Tensor
+) -> bool:
+    """Run a pass over tokens or groups, rows [R, N] of x and of out, both contiguous; False where it returns no clips.
+
+    It writes the rows of out and returns their clips [R]; x and out are copied where they lie otherwise.
+    """
+    assert shared.axis is not None
+    order, size = rows_last(out, shared.axis), out.numel() // clip.numel()
+    to, clips = out.permute(order), clip.permute(order)
+    written = to if to.is_contiguous() else torch.empty_like(to, memory_format=torch.contiguous_format)
+    found = run(x.permute(order).contiguous().view(-1, size), written.view(-1, size))
+    if found is None:
+        return False
+    clips.copy_(found.view(clips.shape))
     if written is not to:
         to.copy_(written)
     return True

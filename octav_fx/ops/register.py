@@ -27,52 +27,60 @@ def register_op(
     name: str,
     arguments: str,
     *,
-    empty: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
+    empty: Callable[..., Any],
+    reference: Callable[..., Any],
     cpu: Callable[..., bool] | None = None,
     cuda: Callable[..., bool] | None = None,
+    outs: tuple[str, ...] = ("out",),
 ) -> Any:
     """Register octav::name(arguments) -> Tensor and octav::name.out, which writes into out; return the op.
 
     empty(*args) allocates the result, and is its shape, dtype and layout for tracing; reference(*args) computes it in
     pure torch; cpu(*args, out=) writes it into out, or returns False where only the reference will do. So does
-    cuda(*args, out=), which may import Triton: it is called where there is one.
+    cuda(*args, out=), which may import Triton: it is called where there is one. With several outs results are tuples.
     """
 
-    def run_reference(*args: Any, out: Tensor) -> None:
-        out.copy_(reference(*args))
+    def run_reference(*args: Any, **into: Tensor) -> None:
+        for result, value in zip(outs, _as_tuple(reference(*args)), strict=True):
+            into[result].copy_(value)
 
-    def run_cpu(*args: Any, out: Tensor) -> None:
-        if cpu is None or not cpu(*args, out=out):
-            run_reference(*args, out=out)
+    def run_cpu(*args: Any, **into: Tensor) -> None:
+        if cpu is None or not cpu(*args, **into):
+            run_reference(*args, **into)
 
-    def run_cuda(*args: Any, out: Tensor) -> None:
+    def run_cuda(*args: Any, **into: Tensor) -> None:
         # Triton launches on the current device, whatever the tensors are on.
-        with torch.cuda.device(out.device):
-            written = cuda is not None and has_triton() and cuda(*args, out=out)
+        with torch.cuda.device(into[outs[0]].device):
+            written = cuda is not None and has_triton() and cuda(*args, **into)
         if not written:
-            run_reference(*args, out=out)
+            run_reference(*args, **into)
 
-    def allocate(run: Callable[..., None]) -> Callable[..., Tensor]:
-        def allocated(*args: Any) -> Tensor:
-            out = empty(*args)
-            run(*args, out=out)
-            return out
+    def allocate(run: Callable[..., None]) -> Callable[..., Any]:
+        def allocated(*args: Any) -> Any:
+            found = empty(*args)
+            run(*args, **dict(zip(outs, _as_tuple(found), strict=True)))
+            return found
 
         return allocated
 
     functional, into = f"octav::{name}", f"octav::{name}.out"
-    torch.library.define(functional, f"({arguments}) -> Tensor", tags=LAYOUT_AGNOSTIC)
+    returns = "Tensor" if len(outs) == 1 else f"({', '.join(['Tensor'] * len(outs))})"
+    written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", outs, strict=False))
+    torch.library.define(functional, f"({arguments}) -> {returns}", tags=LAYOUT_AGNOSTIC)
     # Neither tagged as an out variant nor returning out: Inductor's own lowering for those does not know symbolic
     # shapes (torch 2.13), so octav_fx/backend/inductor.py has another.
-    torch.library.define(into, f"({arguments}, *, Tensor(a!) out) -> ()", tags=LAYOUT_AGNOSTIC)
+    torch.library.define(into, f"({arguments}, *, {written}) -> ()", tags=LAYOUT_AGNOSTIC)
     for key, run in {"CompositeExplicitAutograd": run_reference, "CPU": run_cpu, "CUDA": run_cuda}.items():
         torch.library.impl(functional, key, allocate(run))
         torch.library.impl(into, key, run)
     torch.library.register_fake(functional, empty)
-    torch.library.register_fake(into, lambda *args, out: None)
+    torch.library.register_fake(into, lambda *args, **into: None)
     REGISTERED[name] = getattr(torch.ops.octav, name)
     return REGISTERED[name]
+
+
+def _as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def register_allocating(

@@ -106,11 +106,11 @@ def _rewritten(
     quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
     found = {}
     for mode in quantized.modes:
-        quantized.graph = graphs[mode].graph
         step("rewriting", position.path)
-        found[mode], told = recipe.rewrite(quantized)
+        with replaced_graph(quantized, graphs[mode].graph):
+            found[mode], told = recipe.rewrite(quantized)
         notes += told
-    quantized.graph = graphs[module.training].graph
+    quantized.recompile()
     update_graph_info(
         quantized,
         config=config.to_dict(),

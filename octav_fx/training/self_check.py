@@ -61,36 +61,59 @@ class _NoGraph(Exception):
 
 def _is_compared(quantized: QuantizedModule, calls: list[Inputs]) -> bool:
     """Compare calls in turn; tell whether there are graphs for them and the float module takes them."""
+    # What a graph computes on its way its own checks ask: to ask for it beforehand takes as long as a trace.
+    graphs = _holding(quantized, calls, deeply=False)
+    try:
+        return graphs is not None and _is_equal(quantized, calls, graphs)
+    except NotCaptured:
+        asked = _holding(quantized, calls, deeply=True)
+        if asked == graphs:
+            raise
+        return asked is not None and _is_equal(quantized, calls, asked)
+
+
+def _holding(quantized: QuantizedModule, calls: list[Inputs], *, deeply: bool) -> list[GuardedGraph] | None:
+    """Return the graph that holds for each call; None where one has none."""
+    graphs = [quantized.holding(*call, deeply=deeply) for call in calls]
+    held = [guarded for guarded in graphs if guarded is not None]
+    return held if len(held) == len(calls) else None
+
+
+def _is_equal(quantized: QuantizedModule, calls: list[Inputs], graphs: list[GuardedGraph]) -> bool:
+    """Compare calls of graphs in turn; tell whether the float module takes them, and does the same each time."""
     owner = quantized.owner
-    graphs = [guarded for call in calls if (guarded := quantized.holding(*call)) is not None]
-    if len(graphs) < len(calls):
-        return False
     unkept = {name for guarded in graphs for name in guarded.caches}
     gradients = any(guarded.asks_for_gradients for guarded in graphs) and torch.is_grad_enabled()
 
     def run(guarded: GuardedGraph, *args: Any, **kwargs: Any) -> Any:
-        if guarded.broken(owner, args, kwargs) is not None:
+        if guarded.broken(owner, args, kwargs, deeply=False) is not None:
             raise _NoGraph
         return guarded.function()(owner, *args, **kwargs)
+
+    def float_results(at_least: int) -> list[Any]:
+        return _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept, at_least)
 
     # A part of it may be quantized already.
     with users_own(owner, but=owner):
         try:
-            expected = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept)
+            expected = float_results(at_least=1)
         except Exception:
             return False
         try:
             with without_quantizers(owner):
                 runs: list[Callable[..., Any]] = [functools.partial(run, guarded) for guarded in graphs]
-                found = _results(quantized, calls, runs, gradients, unkept)
+                found = _results(quantized, calls, runs, gradients, unkept, at_least=len(expected) - 1)
         except _NoGraph:
             return True
         except Exception as error:
             raise NotCaptured(f"the captured graph does not run on a call that the model takes: {error}") from error
-        for call, guarded, one, other in zip([*calls, calls[-1]], [*graphs, graphs[-1]], expected, found, strict=True):
+        made = len(found) - 1
+        if len(expected) < len(found):
+            expected = float_results(made)
+        places = [*zip(calls[:made], graphs[:made], strict=True), (calls[-1], graphs[-1])]
+        for (call, guarded), one, other in zip(places, expected, found, strict=True):
             if (detail := difference(one, other)) is not None:
-                again = _results(quantized, calls, [quantized.float_forward] * len(calls), gradients, unkept)
-                if difference(expected, again) is not None:
+                if difference(expected, float_results(made)) is not None:
                     # Rows that nothing writes (a grouped product), or a count in a closure: it differs from itself.
                     return False
                 layer = first_layer(quantized, guarded, call)
@@ -107,16 +130,25 @@ def _results(
     forwards: list[Callable[..., Any]],
     gradients: bool,
     unkept: Iterable[str],
+    at_least: int,
 ) -> list[Any]:
     """Return what each call in turn returns, and last what the tensors of the modules hold then.
 
-    unkept: names of dicts that forward fills, and graphs do not.
+    unkept: names of dicts that forward fills, and graphs do not. at_least: so many calls are made; further ones only
+    while calls change the modules, as one of modules that are as they were was compared when they were captured.
     """
     owner = quantized.owner
     hints = {id(m.hint) for m in owner.modules() if isinstance(m, FakeQuantizer)}
-    found = []
-    with preserved_tensors(owner), preserved_attributes(owner):
+    found: list[Any] = []
+    with preserved_tensors(owner) as are_kept, preserved_attributes(owner) as holds:
         for call, forward in zip(calls, forwards, strict=True):
+            if (
+                len(found) >= at_least
+                and are_kept()
+                and holds()
+                and _holding(quantized, [call], deeply=False) is not None
+            ):
+                break
             args, kwargs = own_copy(call)
             result = run_keeping_state(owner, args, kwargs, forward, gradients=gradients)
             found.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), result))

@@ -159,6 +159,21 @@ def test_codes_of_two_bytes_are_read_by_vector_instructions(shape: tuple[int, in
         assert torch.equal(result, expected)
 
 
+def transposed_codes(x: Tensor) -> Tensor:
+    codes = quantize(x, x.abs().amax() / 2, integers(8, True, None))
+    return codes.to(memory_format=torch.channels_last)
+
+
+def test_a_transposed_copy_of_codes_of_two_bytes_writes_no_further_than_its_rows() -> None:
+    x = torch.randn(2, 128, 8, 8)
+    found, code = generated(transposed_codes, x)
+    assert torch.equal(found, transposed_codes(x))
+    # A vector of two bytes is as long as two of the rows into which a square is cut; stored whole it wrote beyond them.
+    stored = re.findall(r"\.store\(tmp\d+ \+ (.*)\);", code)
+    assert stored
+    assert all(", static_cast<int64_t>(" in row for row in stored)
+
+
 def test_what_else_computes_in_two_bytes_is_compiled_as_ever() -> None:
     def function(x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(x, clip, integers(8, True, None)), (x * 100).to(torch.int16) + 1

@@ -1,6 +1,7 @@
 """Classes of quantized modules: what code asks of them and does to them, it asks of and does to the user's."""
 
 import abc
+import inspect
 import pickle
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -107,6 +108,16 @@ def test_a_class_is_equal_to_the_users(kind: Any) -> None:
     assert its == kind and kind == its and its != nn.Module and its != "a name"
     assert {kind: 1}[its] == 1 and its in {kind} and {its: 1}[kind] == 1
     assert type(pickle.loads(pickle.dumps(q))) is type(q)
+    assert isinstance(kind(), its) and isinstance(q, its) and isinstance(q, kind) and not isinstance(q.a, its)
+    assert issubclass(kind, its) and issubclass(its, kind) and not issubclass(nn.Module, its)
+    assert inspect.signature(its) == inspect.signature(kind)
+
+
+def test_a_class_below_a_stand_in_is_one_of_its_own() -> None:
+    q: Any = octav_fx.quantize(Scaled(), x)
+    below: Any = type("Below", (type(q),), {})
+    assert not isinstance(Scaled(), below) and not isinstance(q, below) and issubclass(below, Scaled)
+    assert inspect.signature(below)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -192,6 +192,30 @@ def test_what_lies_deep_below_a_module_is_followed(is_compiled: bool) -> None:
     assert torch.equal(call(x), before)
 
 
+def _doubled(x: int) -> int:
+    return 2 * x
+
+
+# As einops has it: by another name than the function's own.
+doubled = functools.lru_cache(_doubled)
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ x.t() * doubled(3)
+
+
+def test_a_function_that_remembers_under_another_name_is_no_change() -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Remembering().eval(), x)
+    assert octav_fx.coverage(q).skipped == []
+    assert torch.equal(torch.compile(q, backend="eager", fullgraph=True)(x), q(x))
+
+
 def test_a_setting_of_a_layer_and_a_global_are_followed_where_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 8)
     q = octav_fx.quantize(Net().eval(), x)

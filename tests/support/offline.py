@@ -91,6 +91,11 @@ _BFLOAT16 = {"x": "*bf16", "out": "*bf16"}
 _TABLES = {**_BFLOAT16, "levels": "*fp32", "edges": "*fp32"}
 _LEVELS = {"LEAST": -6.0, "GREATEST": 6.0, "STEPS": 6.0, "MANTISSA": 1, "LEAST_EXPONENT": 0}
 _CODES = {"SATURATED": 32, "NOT_FINITE": -128, "SIGNED": False}
+# Of codes that quantize writes: 16 from 0 on, and 16 around 0.
+_FROM_ZERO = {"LOW": 0, "HIGH": 15, "BELOW": -2, **_CODES}
+_AROUND_ZERO = {"LOW": -8, "HIGH": 7, "BELOW": -9, **_CODES, "SIGNED": True}
+_EVEN = {"KIND": 0, "EDGES": 1}
+_STORED = {"codes": "*i8", "out": "*bf16", "levels": "*fp32"}
 
 
 def _solve_rows(kind: str, method: int, block: int, fits: bool, contiguous: bool = True) -> Row:
@@ -100,14 +105,24 @@ def _solve_rows(kind: str, method: int, block: int, fits: bool, contiguous: bool
     return Row("solve_rows_kernel", {**signature, "inner": "i32"}, constexprs, num_warps=warps)
 
 
-def _search_rows(of: str, halvings: int, kind: int, scale: int, search: bool = True) -> Row:
+def _search_rows(of: str, halvings: int, kind: int, scale: int, search: bool = True, out: str = "*fp32") -> Row:
+    """A launch that writes levels or codes where out is not the clips of float32 again."""
     pointers = dict.fromkeys(("clip", "unit", "shares", "levels", "edges"), "*fp32")
-    signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in {"x": of, **pointers}.items()}
-    sizes = dict.fromkeys(("rows", "n", "shares", "edges"), "i32")
+    signature = {f"{name}_ptr": f"{pointer}:16" for name, pointer in {"x": of, "out": out, **pointers}.items()}
+    sizes = {**dict.fromkeys(("rows", "n", "shares", "edges"), "i32"), "ceiling": "fp32"}
     levels = {"KIND": kind, "LEAST": -8.0, "GREATEST": 7.0, "STEPS": 8.0, "MANTISSA": 1, "LEAST_EXPONENT": 0}
     rows = max(2048 >> halvings, 1)
     tried = {"SEARCH": search, "COARSE": scale > 2}
-    constexprs = {**levels, "SCALE": scale, **tried, "ROWS": rows, "HALVINGS": halvings}
+    writes = {"*fp32": 0, "*bf16": 1, "*i8": 2}[out]
+    constexprs = {
+        **levels,
+        "SCALE": scale,
+        **tried,
+        **_AROUND_ZERO,
+        "WRITES": writes,
+        "ROWS": rows,
+        "HALVINGS": halvings,
+    }
     warps = min(max((rows << halvings) // 256, 1), 16)
     options = (("enable_fp_fusion", False), *((("maxnreg", 128),) if warps == 16 else ()))
     return Row("search_rows_kernel", {**signature, **sizes}, constexprs, num_warps=warps, options=options)
@@ -169,15 +184,23 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _weights("fp32", 1, 8192, 16),
         _weights("bf16", 1, 8192, 16, fits=False),
     ),
+    # Integers without and with a sign, E2M1 and NF4.
     "quantize": (
-        _elementwise("quantize_kernel", {"x": "*bf16", "out": "*i8"}, **_UNSIGNED, BELOW=-2, **_CODES),
-        _elementwise(
-            "quantize_kernel", {"x": "*fp32", "out": "*i16"}, **_SIGNED, BELOW=-9, **{**_CODES, "SIGNED": True}
-        ),
+        _elementwise("quantize_kernel", {**_TABLES, "out": "*i8"}, **_LEVELS, **_EVEN, **_FROM_ZERO),
+        _elementwise("quantize_kernel", {**_TABLES, "x": "*fp32", "out": "*i16"}, **_LEVELS, **_EVEN, **_AROUND_ZERO),
+        _elementwise("quantize_kernel", {**_TABLES, "out": "*i8"}, **_LEVELS, KIND=1, EDGES=15, **_AROUND_ZERO),
+        _elementwise("quantize_kernel", {**_TABLES, "out": "*i8"}, **_LEVELS, KIND=2, EDGES=15, **_AROUND_ZERO),
     ),
     "dequantize": (
-        _elementwise("dequantize_kernel", {"codes": "*i8", "out": "*bf16"}, **_UNSIGNED, **_CODES),
-        _elementwise("dequantize_kernel", {"codes": "*i16", "out": "*fp32"}, **_SIGNED, **{**_CODES, "SIGNED": True}),
+        _elementwise("dequantize_kernel", _STORED, **_UNSIGNED, **_CODES, EVEN=True),
+        _elementwise(
+            "dequantize_kernel",
+            {**_STORED, "codes": "*i16", "out": "*fp32"},
+            **_SIGNED,
+            **{**_CODES, "SIGNED": True},
+            EVEN=True,
+        ),
+        _elementwise("dequantize_kernel", _STORED, **_SIGNED, **{**_CODES, "SIGNED": True}, EVEN=False),
     ),
     "zero_clipped": (
         Row(
@@ -193,7 +216,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _solve_rows("bf16", 1, 2**14, False, contiguous=False),
         _solve_rows("fp32", 2, 4096, True),
     ),
-    # Integers in groups of 32, MXFP4, NVFP4, NF4 in groups of 64 under float16, the longest token, and "max".
+    # Integers in groups of 32, MXFP4, NVFP4, NF4 in groups of 64 under float16, the longest token, and "max"; some with
+    # their levels, or codes.
     "kernels.search_rows": (
         _search_rows("*fp32", 5, 0, 0),
         _search_rows("*bf16", 5, 1, 3),
@@ -201,6 +225,10 @@ ROWS: dict[str, tuple[Row, ...]] = {
         _search_rows("*fp32", 6, 2, 2),
         _search_rows("*fp32", 13, 0, 0),
         _search_rows("*bf16", 10, 0, 0, search=False),
+        _search_rows("*bf16", 5, 1, 3, out="*i8"),
+        _search_rows("*fp32", 6, 2, 2, out="*i8"),
+        _search_rows("*bf16", 12, 0, 0, out="*bf16"),
+        _search_rows("*bf16", 10, 0, 0, search=False, out="*i8"),
     ),
     "kernels.solve_passes": (
         *(_solve_pass(which, 0) for which in range(3)),

@@ -207,6 +207,18 @@ def test_each_submodule_keeps_its_mode(training):
     assert {name: module.training for name, module in q.named_modules() if name in expected} == expected
 
 
+class SetByInit(nn.Identity):
+    """As a layer of einops: what is copied or unpickled begins anew, in training mode."""
+
+    def __setstate__(self, state):
+        self.__init__()
+
+
+def test_a_module_that_begins_anew_where_it_is_copied_keeps_its_mode():
+    q = octav_fx.quantize(nn.Sequential(SetByInit(), nn.Linear(4, 2)).eval(), torch.randn(2, 4))
+    assert not any(module.training for module in q.modules())
+
+
 def test_a_frozen_batch_norm_stays_frozen():
     model = Net().train()
     model.norm.eval()

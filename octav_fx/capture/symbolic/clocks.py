@@ -1,12 +1,14 @@
 """What is another one in each call: the clock, unique names, files. A graph has none of them.
 
-A time may be subtracted and printed, which a graph leaves out. Where it decides, enters a tensor or is kept, and where
-forward asks for anything else of these, the capture stops.
+A time may be computed with and printed, which a graph leaves out. Where it decides, enters a tensor or is kept, and
+where forward asks for anything else of these, the capture stops.
 """
 
 import builtins
 import datetime
+import dis
 import inspect
+import operator
 import os
 import random
 import secrets
@@ -57,67 +59,79 @@ def _stop(*_: Any) -> NoReturn:
     raise NotCaptured(f"{caller()}: forward {_CLOCK}")
 
 
-def _moment(operation: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*values: Any) -> Any:
+def _computed(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an operation on moments and plain values, whose result is a moment, too."""
+
+    def call(*operands: Any) -> Any:
+        values = [operand._value if type(operand) is Moment else operand for operand in operands]
+        # A node would hold the number.
+        if not all(isinstance(value, _OPERANDS) for value in values):
+            return NotImplemented
         found = operation(*values)
-        return Moment(found) if isinstance(found, (int, float)) else found
+        return tuple(map(Moment, found)) if isinstance(found, tuple) else Moment(found)
 
     return call
 
 
-class Moment(float):
-    """A time in seconds or nanoseconds, or what is computed from one alone: it prints as it is, and decides nothing."""
+def _printed(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a conversion to a number for "%.1f" % moment alone, which a logger writes, too."""
 
-    __add__, __radd__ = _moment(float.__add__), _moment(float.__radd__)
-    __sub__, __rsub__ = _moment(float.__sub__), _moment(float.__rsub__)
-    __mul__, __rmul__ = _moment(float.__mul__), _moment(float.__rmul__)
-    __truediv__, __rtruediv__ = _moment(float.__truediv__), _moment(float.__rtruediv__)
-    __neg__, __pos__, __abs__ = _moment(float.__neg__), _moment(float.__pos__), _moment(float.__abs__)
-    __round__ = _moment(float.__round__)
-    __bool__ = __int__ = __float__ = __trunc__ = __floor__ = __ceil__ = _stop
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _stop
-    is_integer = as_integer_ratio = hex = conjugate = _stop
-    real = imag = property(_stop)
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _stop
+    def call(moment: Any) -> Any:
+        frame = sys._getframe(1)
+        steps = dis.get_instructions(frame.f_code)
+        if not any(step.offset == frame.f_lasti and step.argrepr in ("%", "%=") for step in steps):
+            _stop()
+        return kind(moment._value)
+
+    return call
 
 
-class _Span(datetime.timedelta):
-    """The time between two dates."""
+class Moment:
+    """A time, a date, or what is computed from these alone: it prints as what it is, and decides nothing.
 
-    def total_seconds(self) -> float:
-        """Return it in seconds."""
-        return Moment(super().total_seconds())
+    No number: what is written in C takes those as they are, math.sin(time.time()) among it.
+    """
 
-    days = seconds = microseconds = property(_stop)
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __pos__ = __abs__ = _stop
-    __truediv__ = __floordiv__ = __mod__ = __divmod__ = _stop
-    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _stop
+    __slots__ = ("_value",)
 
+    def __init__(self, value: Any) -> None:
+        self._value = value
 
-class _Date(datetime.datetime):
-    """A date of the call: the difference to another one is a _Span, and both print."""
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._value)
 
-    def __sub__(self, other: Any) -> Any:
-        difference = super().__sub__(other)
-        return _Span(0, difference.total_seconds()) if isinstance(difference, datetime.timedelta) else difference
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            # Those who look at values of any kind ask for such.
+            raise AttributeError(name)
+        if name not in _TOLD:
+            _stop()
+        return lambda *args: Moment(found) if isinstance(found := getattr(self._value, name)(*args), float) else found
 
-    def timestamp(self) -> float:
-        """Return it in seconds."""
-        return Moment(super().timestamp())
+    def __repr__(self) -> str:
+        return repr(self._value)
+
+    def __str__(self) -> str:
+        return str(self._value)
 
     def __format__(self, form: str) -> str:
-        return format(datetime.datetime.fromisoformat(self.isoformat()), form)
+        return format(self._value, form)
 
-    def strftime(self, form: str) -> str:
-        """Return it as text."""
-        return format(self, form)
-
-    year = month = day = hour = minute = second = microsecond = property(_stop)
-    date = time = timetz = weekday = isoweekday = isocalendar = toordinal = timetuple = utctimetuple = _stop
+    __neg__, __pos__, __abs__ = _computed(operator.neg), _computed(operator.pos), _computed(abs)
+    __round__ = _computed(round)
+    __int__, __float__ = _printed(int), _printed(float)
+    __bool__ = __trunc__ = __floor__ = __ceil__ = __index__ = __complex__ = _stop
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _stop
 
 
-OPAQUE: Final = (Moment, _Date, _Span)
+for _do in (operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, pow, divmod):
+    setattr(Moment, f"__{_do.__name__}__", _computed(_do))
+    setattr(Moment, f"__r{_do.__name__}__", _computed(lambda one, other, do=_do: do(other, one)))
+
+_OPERANDS: Final = (int, float, datetime.date, datetime.timedelta)
+# What dates and spans are asked for to be printed.
+_TOLD: Final = ("total_seconds", "timestamp", "strftime", "isoformat")
 
 
 @contextmanager
@@ -191,11 +205,8 @@ def _shadow(kind: Any, is_asked: Callable[[], bool]) -> Any:
 
     def read(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not is_asked():
-                return getattr(kind, name)(*args, **kwargs)
-            if kind is datetime.date:
-                _stop()
-            return getattr(_Date, name)(*args, **kwargs)
+            found = getattr(kind, name)(*args, **kwargs)
+            return Moment(found) if is_asked() else found
 
         return staticmethod(call)
 

@@ -52,9 +52,11 @@ def take_guards(
         _without_writes(near)
         forward_sizes(near)
         asked = near.find_nodes(op="call_function", target=guard_equal)
-        is_deep = [_computes_tensors(check) for check in asked]
+        tensors, writes = set(filter(_computes_tensors, near.nodes)), set(filter(_writes, near.nodes))
+        computed = [ancestors(check) for check in asked]
+        is_deep = [not tensors.isdisjoint(nodes) for nodes in computed]
         # What writes into an argument must run once, in the graph, where the check stays.
-        is_known_before = [flag and not _writes(check) for check, flag in zip(asked, is_deep, strict=True)]
+        is_known_before = [flag and writes.isdisjoint(nodes) for nodes, flag in zip(computed, is_deep, strict=True)]
         put_stand_ins(near)
         deep = _checked(_copied(near, root), is_known_before, True) if any(is_known_before) else None
         sizes = None if all(is_deep) else _checked(near, is_deep, False)
@@ -116,22 +118,17 @@ def _copied(graph: fx.Graph, root: nn.Module) -> fx.Graph:
     return copied
 
 
-def _computes_tensors(check: fx.Node) -> bool:
-    return any(
-        isinstance(leaf, Tensor)
-        for node in ancestors(check)
-        if node.op not in ("placeholder", "get_attr")
-        for leaf in pytree.tree_leaves(fake(node))
-    )
+def _computes_tensors(node: fx.Node) -> bool:
+    is_given = node.op in ("placeholder", "get_attr")
+    return not is_given and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(fake(node)))
 
 
-def _writes(check: fx.Node) -> bool:
-    """Tell whether what is checked is computed by what may write: into a tensor, an object (a cache), or buffers."""
-    computed = ancestors(check)
-    if any(node.op == "call_module" and _moves_buffers(node) for node in computed):
-        return True
-    calls = [node for node in computed if node.op in ("call_function", "call_method")]
-    return any(in_place(node) or (node.target not in _READS and _has_object(node)) for node in calls)
+def _writes(node: fx.Node) -> bool:
+    """Tell whether a node may write: into a tensor, an object (a cache), or buffers."""
+    if node.op == "call_module":
+        return _moves_buffers(node)
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and (in_place(node) or (node.target not in _READS and _has_object(node)))
 
 
 _READS: Final = (getattr, operator.getitem, len)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from octav_fx.capture.chance import without_chance
 from octav_fx.capture.kinds import MISSING, kind_of
-from octav_fx.capture.symbolic.clocks import OPAQUE, opaque_clocks
+from octav_fx.capture.symbolic.clocks import Moment, opaque_clocks
 from octav_fx.capture.user_stack import caller, is_users
 from octav_fx.compat.modules import PART_ATTRIBUTES
 from octav_fx.errors import NotCaptured
@@ -123,7 +123,7 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
         return object.__getattribute__(module, name)
 
     def write(module: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, OPAQUE):
+        if type(value) is Moment:
             raise NotCaptured(f"{caller()}: forward keeps a time in {name}, and a graph does not read the clock")
         if not tracer.evaluating and (module, name) not in reads.attributes:
             reads.written.add((module, name))

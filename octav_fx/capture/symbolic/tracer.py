@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from octav_fx.capture.hooks import as_hooks_leave, needs_calls, set_aside
 from octav_fx.capture.module_state import with_tags_of
-from octav_fx.capture.symbolic.clocks import OPAQUE
+from octav_fx.capture.symbolic.clocks import Moment
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.capture.symbolic.identity import line_that_compares, may_be_its_input
 from octav_fx.capture.symbolic.objects import (
@@ -33,7 +33,7 @@ from octav_fx.capture.symbolic.patches import PLAIN, plain_training
 from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
-from octav_fx.capture.symbolic.stand_ins import STAND_INS
+from octav_fx.capture.symbolic.stand_ins import STAND_INS, Evaluation
 from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, holders_of_tensors, places_of_tensors
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
@@ -41,7 +41,6 @@ from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks
 from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree, storage_id, without_mode
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
-from octav_fx.ir.macs import MacCounter
 from octav_fx.ir.meta import fake, info, set_fake, update
 from octav_fx.ir.ops import UserRules, in_place, is_altered, op_of_module
 from octav_fx.ir.table.contractions import CONTRACTIONS
@@ -114,9 +113,9 @@ class ValueTracer(fx.Tracer):
         # What holds them, by name: forward may set it to something else before a node is made that reads it.
         self.first_values: dict[str, Any] = {}
         self.attribute_nodes: dict[Place, fx.Node] = {}
-        # Modules that were called, by path, and their parameters and buffers as fake tensors.
+        # Modules that were called, by path, and fake tensors for their parameters and buffers, one for each kind.
         self.called: dict[str, nn.Module] = {}
-        self.fake_states: dict[nn.Module, dict[str, Tensor]] = {}
+        self.blanks: dict[Any, Tensor] = {}
         # What stands for a tensor among the arguments, by the identity of its value: code may ask whether two are one.
         self.given: dict[int, ValueProxy] = {}
         # Tensors of modules that forward read before it set them, by module and name.
@@ -234,7 +233,7 @@ class ValueTracer(fx.Tracer):
             return self.proxy_of(a).node
         if is_built_around_proxies(a):
             return self._made_again(a) if is_plain_dataclass(a) else self._rebuilt(a)
-        if isinstance(a, OPAQUE):
+        if type(a) is Moment:
             raise OctavError(f"{user_caller()}: forward computes with the clock, which is another one in each call")
         if is_of_numpy(a, "generic"):
             a = a.item()
@@ -282,7 +281,7 @@ class ValueTracer(fx.Tracer):
             return proxy
         if kind == "call_function" and _is_user_function(target):
             return self._inline(target, args, kwargs)
-        called = self.root.get_submodule(target) if kind == "call_module" else target
+        called = self._module(target) if kind == "call_module" else target
         if may_be_its_input(called) and (line := line_that_compares()) is not None:
             raise OctavError(f"{line}: forward asks whether two results are one tensor, which no graph knows")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
@@ -553,7 +552,7 @@ class ValueTracer(fx.Tracer):
                 plain_training(self._called(node)),
                 self.fake_mode,
                 torch.no_grad(),
-                MacCounter() as counter,
+                Evaluation() as counter,
             ):
                 value = self._call(node, args, kwargs)
             return value, counter.macs
@@ -563,7 +562,9 @@ class ValueTracer(fx.Tracer):
     def _called(self, node: fx.Node) -> nn.Module | None:
         if node.op != "call_module":
             return None
-        path = str(node.target)
+        return self._module(str(node.target))
+
+    def _module(self, path: str) -> nn.Module:
         if path not in self.called:
             self.called[path] = self.root.get_submodule(path)
         return self.called[path]
@@ -578,16 +579,19 @@ class ValueTracer(fx.Tracer):
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             case _:
-                module = self._called(node)
-                assert module is not None
+                module = self._module(str(node.target))
                 # With fake state: FakeTensorMode would count num_batches_tracked up for real.
-                return torch.func.functional_call(module, self._fake_state(module), args, kwargs)
+                state = itertools.chain(module.named_parameters(), module.named_buffers())
+                blank = {name: self._blank(tensor) for name, tensor in state}
+                return torch.func.functional_call(module, blank, args, kwargs)
 
-    def _fake_state(self, module: nn.Module) -> dict[str, Tensor]:
-        if module not in self.fake_states:
-            state = itertools.chain(module.named_parameters(), module.named_buffers())
-            self.fake_states[module] = {name: self.fake_mode.from_tensor(tensor) for name, tensor in state}
-        return self.fake_states[module]
+    def _blank(self, tensor: Tensor) -> Tensor:
+        """Return a fake tensor for one of a leaf module; all of one shape are the same, as making them takes long."""
+        is_plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if is_plain else id(tensor)
+        if key not in self.blanks:
+            self.blanks[key] = self.fake_mode.from_tensor(tensor)
+        return self.blanks[key]
 
 
 def is_torch_leaf(m: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from octav_fx.formats.spec import spec_of
 from octav_fx.ops.fake_quantize.op import gradient_of_x, save_for_backward
+from octav_fx.ops.quantize_rows.op import is_one_pass
 from octav_fx.ops.register import LAYOUT_AGNOSTIC
 
 _NAME = "octav::dynamic_fake_quantize"
@@ -20,7 +21,10 @@ torch.library.define(
 
 @torch.library.impl(_NAME, "CompositeExplicitAutograd")
 def _(x: Tensor, hint: Tensor, spec: str, method: str, gradient: str) -> tuple[Tensor, Tensor]:
-    """See reference.py. Composed of the two ops, so that each device runs the kernels it has."""
+    """See reference.py. Composed of other ops, so that each device runs the kernels it has."""
+    if is_one_pass(spec_of(spec), method):
+        rounded: tuple[Tensor, Tensor] = torch.ops.octav.quantize_rows(x, spec, method, x.dtype)
+        return rounded
     clip = torch.ops.octav.optimal_clip(x, hint, spec, method)
     return torch.ops.octav.fake_quantize(x, clip, spec, gradient), clip
 

@@ -1,24 +1,11 @@
 // Rounding to levels and its gradient, one pass each. reference.py is the definition, equal bit for bit.
-#include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
-#include "../levels.h"
+#include "../rounding.h"
 #include "../stretches.h"
 
 namespace {
-
-// A clip of zero leaves nothing but what is not finite.
-template <int EACH, class X, class Y, class Round>
-void fake_quantize(const X* __restrict x, const float* __restrict clip, float steps, Y* __restrict out, int64_t n,
-                   Round round) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float value = to_float(x[i]), step = clip[EACH * i] / steps, level = round(value / step);
-    out[i] = from_float<Y>(std::fabs(value) <= FLT_MAX ? (step > 0 ? representable<X>(level * step) : 0.f) : value);
-  }
-}
 
 template <bool SIGNED, bool MAGNITUDE_AWARE, int EACH, class G, class X>
 void backward(const G* __restrict grad, const X* __restrict x, const float* __restrict clip, X* __restrict out,
@@ -41,7 +28,7 @@ extern "C" void octav_fake_quantize(const void* x, int x_type, const float* clip
     auto* to = static_cast<decltype(of_out)*>(out);
     with_levels(*of, [=](auto round) {
       channel_stretches(outer, channels, inner, threads, [=](int64_t at, int64_t count, int64_t channel, auto each) {
-        fake_quantize<each()>(from + at, clip + channel, of->steps, to + at, count, round);
+        to_levels<each()>(from + at, clip + channel, of->steps, to + at, count, round);
       });
     });
   });

@@ -96,6 +96,36 @@ def rounded(
 
 
 @triton.jit
+def step_of(clip, STEPS: tl.constexpr, IS_EVEN: tl.constexpr):
+    """Return clip / STEPS [...], rounded to the nearest. IS_EVEN: of integers, whose STEPS are a power of two."""
+    return clip * (1.0 / STEPS) if IS_EVEN else tl.div_rn(clip, tl.zeros_like(clip) + STEPS)
+
+
+@triton.jit
+def level_of(
+    x,
+    step,
+    levels_ptr,
+    edges_ptr,
+    edges,
+    KIND: tl.constexpr,
+    LEAST: tl.constexpr,
+    GREATEST: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    LEAST_EXPONENT: tl.constexpr,
+):
+    """Return the levels nearest to x, in steps, ties to the even code; 0 for step 0. What rounds to -0 stays that."""
+    if KIND == EVEN:
+        return nearest(x, step, LEAST, GREATEST)
+    ratio = tl.div_rn(x, tl.where(step > 0, step, 1.0))
+    level = rounded(ratio, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT)
+    if KIND == FLOATING_POINT:
+        sign = ratio.to(tl.int32, bitcast=True) & -2147483648
+        level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(step > 0, level, 0.0)
+
+
+@triton.jit
 def representable(level, TYPE: tl.constexpr):
     """Return the nearest finite number of a type to a level, in float32; NaN, of a clip that is none, stays."""
     if tl.float16 == TYPE:
@@ -161,14 +191,9 @@ def fake_quantize_levels_kernel(
     offsets, mask = offsets_of(n, BLOCK, WIDE)
     value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     clip = clip_at(clip_ptr, offsets, channels, inner, PER_CHANNEL) + tl.zeros_like(value)
-    step = tl.div_rn(clip, tl.zeros_like(clip) + STEPS)
-    ratio = tl.div_rn(value, tl.where(step > 0, step, 1.0))
-    level = rounded(ratio, levels_ptr, edges_ptr, EDGES, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT)
-    if KIND == FLOATING_POINT:
-        # What rounds to -0 stays that.
-        sign = ratio.to(tl.int32, bitcast=True) & -2147483648
-        level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    level = representable(tl.where(step > 0, level, 0.0) * step, x_ptr.dtype.element_ty)
+    step = step_of(clip, STEPS, KIND == EVEN)
+    level = level_of(value, step, levels_ptr, edges_ptr, EDGES, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT)
+    level = representable(level * step, x_ptr.dtype.element_ty)
     level = tl.where(tl.abs(value) < float("inf"), level, value)
     tl.store(out_ptr + offsets, level.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -256,7 +281,7 @@ def kind_of(form: Format) -> dict[str, Any]:
 
 
 def tables_of(form: Format, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return levels and edges, float32, on a device; some number each where rounding reads none."""
+    """Return levels and edges, float32, on a device; some number each of even levels, where nobody reads any."""
     if isinstance(form, KMeans) and form.table is not None:
         return form.table, form.edges(torch.float32)
     return _known_tables(form, device)
@@ -264,7 +289,7 @@ def tables_of(form: Format, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _known_tables(form: Format, device: torch.device) -> tuple[Tensor, Tensor]:
-    if isinstance(form, Codebook) and not isinstance(form, FloatFormat):
+    if isinstance(form, Codebook):
         return torch.tensor(form.table, device=device), form.edges(torch.float32).to(device)
     return torch.zeros(1, device=device), torch.zeros(1, device=device)
 

@@ -36,7 +36,7 @@ def _cpu(x: Tensor, hint: Tensor, spec: str, method: str, out: Tensor) -> bool:
     if library is None or not fits or not out.is_contiguous() or (types := cpu.types_of("optimal_clip", x)) is None:
         return False
     rows = _rows(x, represented.granularity)
-    passes = _Passes(library, rows, *types)
+    passes = Passes(library, rows, *types)
     if not rows.numel():
         return False
     if searches(represented, method):
@@ -62,22 +62,41 @@ def _rows(x: Tensor, shared: Granularity) -> Tensor:
     return shared.rows(x).contiguous()
 
 
+class Rounding(ctypes.Structure):
+    """The struct of rounding.h."""
+
+    _fields_ = (
+        ("out", ctypes.c_void_p),
+        ("code_bytes", ctypes.c_int),
+        ("out_type", ctypes.c_int),
+        ("ceiling", ctypes.c_float),
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class _Passes:
+class Passes:
     """The passes over rows [R, N] of an element type of theirs; each returns clips [R], or None if it cannot."""
 
     library: ctypes.CDLL
     rows: Tensor
     element: int
 
-    def search(self, spec: Spec) -> Tensor | None:
-        """Search for the least error."""
+    def search(self, spec: Spec, rounding: Rounding | None = None) -> Tensor | None:
+        """Search for the least error; with a rounding, round each row when its clip is found."""
         if (levels := levels_of(spec.format)) is None:
             return None
         clips, shares = self._clips(), _shares(spec.format, spec.scale, self.rows.shape[-1])
-        scale = (SCALE_CODES[spec.scale], float(self.unit(spec)) if spec.scale == "e4m3" else 1.0)
         tried = (shares, len(shares), spec.scale in COARSE)
-        self.library.octav_search(*self._data(clips), ctypes.byref(levels), *scale, *tried, torch.get_num_threads())
+        then = (None if rounding is None else ctypes.byref(rounding), torch.get_num_threads())
+        self.library.octav_search(*self._data(clips), ctypes.byref(levels), *self._scale(spec), *tried, *then)
+        return clips
+
+    def round_unclipped(self, spec: Spec, rounding: Rounding) -> Tensor | None:
+        """Find the largest magnitude of each row, and round it."""
+        if (levels := levels_of(spec.format)) is None:
+            return None
+        clips, then = self._clips(), (ctypes.byref(rounding), torch.get_num_threads())
+        self.library.octav_round_unclipped(*self._data(clips), ctypes.byref(levels), *self._scale(spec), *then)
         return clips
 
     def solve(self, hint: Tensor, form: Format, method: str) -> Tensor | None:
@@ -101,10 +120,13 @@ class _Passes:
         """Return the float32 scale of the tensor; 1 where scales have none above them."""
         if spec.scale != "e4m3":
             return torch.ones(())
-        whole, none = _Passes(self.library, self.rows.reshape(1, -1), self.element), torch.zeros(1)
+        whole, none = Passes(self.library, self.rows.reshape(1, -1), self.element), torch.zeros(1)
         largest = whole.solve(none, Grid(8, True), "max")
         assert largest is not None
         return scale_for(largest.squeeze(0), spec.format)
+
+    def _scale(self, spec: Spec) -> tuple[int, float]:
+        return SCALE_CODES[spec.scale], float(self.unit(spec)) if spec.scale == "e4m3" else 1.0
 
     def _clips(self) -> Tensor:
         return self.rows.new_empty(len(self.rows), dtype=torch.float32)

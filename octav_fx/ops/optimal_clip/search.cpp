@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../levels.h"
+#include "../rounding.h"
 
 // What a sum adds up, so that the compiler sees all of it.
 #define INLINE __attribute__((always_inline))
@@ -243,8 +243,8 @@ Lanes searched(Tile<SIDE_BY_SIDE>& tile, const Levels& of, const Round& round, c
 }
 
 template <bool SIDE_BY_SIDE, class X, class Round>
-void search(const X* x, int64_t rows, int64_t n, float* clip, const Levels& of, const Round& round, const Scale& scale,
-            const Candidates& candidates, int threads) {
+void search(const X* x, int type, int64_t rows, int64_t n, float* clip, const Levels& of, const Round& round,
+            const Scale& scale, const Candidates& candidates, const Rounding* rounding, int threads) {
   const int64_t width = SIDE_BY_SIDE ? LANES : 1, tiles = (rows + width - 1) / width;
 #pragma omp parallel num_threads(threads) if (threads > 1 && tiles > 1 && rows * n >= PARALLEL_FROM)
   {
@@ -256,22 +256,24 @@ void search(const X* x, int64_t rows, int64_t n, float* clip, const Levels& of, 
       float found[LANES];
       save(searched(tile, of, round, scale, candidates), found);
       std::copy(found, found + count, clip + first);
+      if (rounding) (*rounding)(x, type, n, clip, of, first, count);
     }
   }
 }
 
 }  // namespace
 
-// x: [rows, n] contiguous, elements of a type, n > 0. clip: [rows]. scale, unit: of Scale.
+// x: [rows, n] contiguous, elements of a type, n > 0. clip: [rows]. scale, unit: of Scale. rounding: null for clips alone.
 extern "C" void octav_search(const void* x, int type, int64_t rows, int64_t n, float* clip, const Levels* of, int scale,
-                             float unit, const float* shares, int count, int as_stored,
+                             float unit, const float* shares, int count, int as_stored, const Rounding* rounding,
                              int threads) {
   with_element(type, [=](auto element) {
     const auto* from = static_cast<const decltype(element)*>(x);
     with_levels(*of, [=](auto round) {
       const auto run = n < LONG ? search<true, decltype(element), decltype(round)>
                                 : search<false, decltype(element), decltype(round)>;
-      run(from, rows, n, clip, *of, round, Scale{scale, unit}, Candidates{shares, count, as_stored != 0}, threads);
+      run(from, type, rows, n, clip, *of, round, Scale{scale, unit}, Candidates{shares, count, as_stored != 0}, rounding,
+          threads);
     });
   });
 }

@@ -1,10 +1,13 @@
 """clips/search.py in Triton, and the largest magnitude of rows: several rows for each program, which keeps them all.
 
+A program can write the rows rounded to the clips that it found, as levels or as codes.
+
 Sums are added up in the order of search.folded, so that clips are equal to the bit where the lines of sixteen columns
 are a power of two in number, as they are in groups; elsewhere sums may differ in their last place.
 """
 
 import functools
+import math
 from typing import Final
 
 import torch
@@ -17,12 +20,27 @@ from octav_fx.clips.methods import searches
 from octav_fx.formats.format import Format
 from octav_fx.formats.scales import SCALES, tensor_scale
 from octav_fx.formats.spec import Spec
-from octav_fx.ops.fake_quantize.kernel import FLOATS, kind_of, rounded, tables_of, to_mantissa
+from octav_fx.ops.fake_quantize.kernel import (
+    EVEN,
+    FLOATS,
+    kind_of,
+    level_of,
+    representable,
+    rounded,
+    step_of,
+    tables_of,
+    to_mantissa,
+)
 from octav_fx.ops.kernels.solve_rows.kernel import power_of_two
+from octav_fx.ops.quantize.kernel import code_for_backward, code_of, codes_of
 
 # Elements that a program holds, 8 registers for each of 256 threads, and the longest row, 16 for each of 512.
 ELEMENTS: Final = 2048
 LONGEST: Final = 2**13
+# The longest that is rounded, too: registers hold it twice, as it was given and as it is searched.
+LONGEST_ROUNDED: Final = 2**12
+# What is written of rows besides their clips.
+NOTHING, LEVELS, CODES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 _COLUMNS = tl.constexpr(search.COLUMNS)
 _BFLOAT16, _FLOAT16, _E8M0, _E4M3 = (tl.constexpr(list(SCALES).index(name)) for name in list(SCALES)[1:])
@@ -97,6 +115,7 @@ def levels_of(
 def search_rows_kernel(
     x_ptr,
     clip_ptr,
+    out_ptr,
     unit_ptr,
     shares_ptr,
     levels_ptr,
@@ -105,6 +124,7 @@ def search_rows_kernel(
     n,
     shares,
     edges,
+    ceiling,
     KIND: tl.constexpr,
     LEAST: tl.constexpr,
     GREATEST: tl.constexpr,
@@ -114,15 +134,26 @@ def search_rows_kernel(
     SCALE: tl.constexpr,
     SEARCH: tl.constexpr,
     COARSE: tl.constexpr,
+    WRITES: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BELOW: tl.constexpr,
+    SATURATED: tl.constexpr,
+    NOT_FINITE: tl.constexpr,
+    SIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     HALVINGS: tl.constexpr,
 ):
-    """x: [rows, n] contiguous. clip: [rows] float32. SEARCH: else the largest magnitude. COARSE: see search.COARSE."""
+    """x, out: [rows, n] contiguous. clip: [rows] float32. SEARCH: else the largest magnitude. COARSE: search.COARSE.
+
+    WRITES: what of x is written to out. LOW .. SIGNED: of codes.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, 1 << HALVINGS)
     there = i[None, :] < n
-    x = tl.load(x_ptr + row[:, None] * n + i[None, :], mask=(row[:, None] < rows) & there, other=0.0).to(tl.float32)
-    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    offsets, mask = row[:, None] * n + i[None, :], (row[:, None] < rows) & there
+    given = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(tl.abs(given) < float("inf"), given, 0.0)
     if LEAST >= 0:
         x = tl.maximum(x, 0.0)
     above, below = tl.max(tl.maximum(x, 0.0), 1), tl.min(tl.minimum(x, 0.0), 1)
@@ -181,34 +212,61 @@ def search_rows_kernel(
         clip = largest
         if SCALE > 0:
             clip = stored(tl.div_rn(largest, largest * 0.0 + STEPS), unit, SCALE) * STEPS
-    tl.store(clip_ptr + row, tl.minimum(clip, 3.4028234663852886e38), mask=row < rows)
+    clip = tl.minimum(clip, 3.4028234663852886e38)
+    tl.store(clip_ptr + row, clip, mask=row < rows)
+    if WRITES != NOTHING:
+        step = step_of(clip, STEPS, KIND == EVEN)[:, None] + tl.zeros_like(given)
+        level = level_of(given, step, levels_ptr, edges_ptr, edges, KIND, LEAST, GREATEST, MANTISSA, LEAST_EXPONENT)
+        if WRITES == LEVELS:
+            level = representable(level * step, x_ptr.dtype.element_ty)
+            level = tl.where(tl.abs(given) < float("inf"), level, given)
+            tl.store(out_ptr + offsets, level.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            code = code_of(level, edges_ptr, edges, LOW, KIND, MANTISSA, LEAST_EXPONENT)
+            clip = clip[:, None] + tl.zeros_like(given)
+            code = code_for_backward(code, given, clip, ceiling, LOW, HIGH, BELOW, SATURATED, NOT_FINITE, SIGNED)
+            tl.store(out_ptr + offsets, code.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
     """Write the clips of x into out; False where only the reference will do."""
-    form, shared = spec.format, spec.granularity
-    searched = searches(spec, method)
+    shared = spec.granularity
     fits = out.shape == shared.clip_shape(x.shape) and out.dtype is torch.float32
-    if x.dtype not in FLOATS or not fits or not (searched or method == "max") or not x.numel():
+    if not fits or not x.numel() or (clips := clips_of(shared.rows(x).contiguous(), spec, method)) is None:
         return False
-    rows = shared.rows(x).contiguous()
-    count, n = rows.shape
+    out.copy_(shared.of_rows(clips, x.shape))
+    return True
+
+
+def clips_of(
+    rows: Tensor, spec: Spec, method: str, out: Tensor | None = None, ceiling: float | None = None
+) -> Tensor | None:
+    """Return the clips [R] of rows [R, N], contiguous; None where only the reference will do.
+
+    out, if given: where rows go, rounded to their clips, as levels or as codes by its dtype; [R, N] contiguous.
+    """
+    form, searched, (count, n) = spec.format, searches(spec, method), rows.shape
     columns = max(triton.next_power_of_2(n), search.COLUMNS)
-    if columns > LONGEST:
-        return False
+    longest = LONGEST if out is None else LONGEST_ROUNDED
+    if rows.dtype not in FLOATS or not (searched or method == "max") or columns > longest:
+        return None
     clips = rows.new_empty(count, dtype=torch.float32)
     unit = tensor_scale(rows.float(), form) if spec.scale == "e4m3" else clips.new_ones(())
-    shares, (levels, edges) = _shares(form, spec.scale, n, x.device), tables_of(form, x.device)
+    shares, (levels, edges) = _shares(form, spec.scale, n, rows.device), tables_of(form, rows.device)
     per_program = max(ELEMENTS // columns, 1)
     warps = min(max(per_program * columns // 256, 1), 16)
+    writes = NOTHING if out is None else LEVELS if out.is_floating_point() else CODES
     # By itself an assembler may give threads of so large a program half of the registers that there are for them.
     registers = {"maxnreg": 128} if warps == 16 and not torch.version.hip else {}
     search_rows_kernel[(triton.cdiv(count, per_program),)](
-        *(rows, clips, unit, shares, levels, edges, count, n, len(shares), len(edges)),
+        *(rows, clips, clips if out is None else out, unit, shares, levels, edges),
+        *(count, n, len(shares), len(edges), math.inf if ceiling is None else float(ceiling)),
         **kind_of(form),
         SCALE=list(SCALES).index(spec.scale),
         SEARCH=searched,
         COARSE=spec.scale in search.COARSE,
+        WRITES=writes.value,
+        **codes_of(form),
         ROWS=per_program,
         HALVINGS=columns.bit_length() - 1,
         num_warps=warps,
@@ -216,8 +274,7 @@ def search_rows(x: Tensor, spec: Spec, method: str, *, out: Tensor) -> bool:
         enable_fp_fusion=False,
         **registers,
     )
-    out.copy_(shared.of_rows(clips, x.shape))
-    return True
+    return clips
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""torch.ops.octav.quantize_rows."""
