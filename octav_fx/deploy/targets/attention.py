@@ -5,8 +5,8 @@
     MatMul(Mul(q, c), Mul(Reshape(Transpose(Reshape(k))), c))         ->  Mul(MatMul(q, Transpose(k)), c * c)
 
 The first is how nn.MultiheadAttention takes queries, keys and values from one wide layer, the second how others do: its
-channels are theirs one after the other. Each part has codes of its own, which a kernel of its own writes. The last is how
-F.scaled_dot_product_attention is written; the product on codes is exact, and its scale is a number behind it.
+channels are theirs one after the other. Each part has codes of its own, which the kernel of a layer can write. The last
+is how F.scaled_dot_product_attention is written; its product of codes is exact, and its scale is a number behind it.
 """
 
 import copy

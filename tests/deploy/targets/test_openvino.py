@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import Config, export_onnx
-from tests.deploy.targets.test_text import Text, tokens
-from tests.support.deployable_models import WHOLE, Case, frozen, images, levels_of, observed, relative, shortened
+from tests.support.deployable_models import (
+    WHOLE,
+    Case,
+    Text,
+    frozen,
+    images,
+    levels_of,
+    observed,
+    relative,
+    rows_of_tokens,
+    shortened,
+)
 from tests.support.given_levels import computed
 
 pytestmark = pytest.mark.slow
@@ -155,7 +165,7 @@ def test_an_attention_is_one_kernel_between_layers(attention, is_free, tmp_path)
 
 
 def test_chunks_of_a_projection_are_layers(tmp_path):
-    q, inputs = frozen(Case(Text, tokens), Config(8, 8, edge_bits=None))
+    q, inputs = frozen(Case(Text, rows_of_tokens), Config(8, 8, edge_bits=None))
     path = tmp_path / "model.onnx"
     export_onnx(q, inputs, path, target="openvino")
     found = kernels(path)

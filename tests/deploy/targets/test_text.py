@@ -12,32 +12,12 @@ import octav_fx
 from octav_fx import Config
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.deploy.targets import TARGETS
-from tests.support.deployable_models import Case, frozen, relative
-
-
-class Text(nn.Module):
-    """Embeddings, an encoder layer of PyTorch's, and one whose queries, keys and values are chunks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(20, 16), nn.Embedding(8, 16)
-        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation="gelu", batch_first=True)
-        self.project, self.head = nn.Linear(16, 48), nn.Linear(16, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.layer(self.tokens(tokens) + self.places.weight[: tokens.shape[1]])
-        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
-        x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.head(x.mean(1))
-
-
-def tokens(batch: int = 2) -> tuple[Tensor, ...]:
-    return (torch.randint(0, 20, (batch, 8)),)
+from tests.support.deployable_models import Case, Text, frozen, relative, rows_of_tokens
 
 
 @pytest.fixture(scope="module")
 def model() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    return frozen(Case(Text, tokens), Config.preset("tensorrt"))
+    return frozen(Case(Text, rows_of_tokens), Config.preset("tensorrt"))
 
 
 @pytest.mark.parametrize("target", [target.name for target in TARGETS])
