@@ -30,7 +30,7 @@ from octav_fx.capture.symbolic.objects import (
     with_items,
 )
 from octav_fx.capture.symbolic.patches import PLAIN, plain_training
-from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
+from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, as_key, setitem_
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.symbolic.stand_ins import STAND_INS, Evaluation
@@ -225,6 +225,8 @@ class ValueTracer(fx.Tracer):
         """Find the tensors of modules by identity."""
         if type(a) in PROXIES:
             return self._latest(a.node)
+        if type(a) is dict:
+            return super().create_arg({as_key(key): value for key, value in a.items()})
         if type(a) is OrderedDict:
             # fx would make a plain dict of it.
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
