@@ -193,6 +193,12 @@ class ValueProxy(fx.Proxy):
         else:
             super().__setattr__(name, value)
 
+    def __eq__(self, other: object) -> Any:
+        if self.tracer.is_traced and isinstance(self.value, _KEYS):
+            # Keys of a dict that forward has filled, as it is put back.
+            return self.value == as_key(other)
+        return super().__eq__(other)
+
     def __hash__(self) -> int:
         """Return that of a number or a kind under a guard, as dicts and sets compare; of all else the identity."""
         kind, frame = next((k for k in _KEYS if isinstance(self.value, k)), None), sys._getframe(1)

@@ -100,6 +100,8 @@ class ValueTracer(fx.Tracer):
     hooked: list[str] = field(default_factory=list)
     user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
+    # Whether forward has returned.
+    is_traced: bool = False
     # Read by fx: buffers become proxies, not constants.
     proxy_buffer_attributes = True
 
@@ -125,7 +127,9 @@ class ValueTracer(fx.Tracer):
         """Learn first where the tensors of the modules are; readers of a tied one read one node."""
         self.places, self.first_values = places_of_tensors(root), holders_of_tensors(root)
         with self.state_tensors:
-            return super().trace(root)
+            graph = super().trace(root)
+        self.is_traced = True
+        return graph
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         """Make a proxy that has a value."""

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import octav_fx
 from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.partial import partial_lines
-from tests.support.alike import assert_follows
+from tests.support.alike import assert_close, assert_follows, silent_quantizers
 
 x, longer, one = torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8)
 
@@ -53,6 +54,47 @@ class Filled(Net):
         if key not in self.tables:
             self.tables[key] = torch.arange(x.shape[1]).unsqueeze(1) / x.shape[1]
         return self.tables[key]
+
+
+class ByDevice(Net):
+    """Biases by device, made once in eval mode, as LeViT has them."""
+
+    key_of: Any = str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases = nn.Parameter(torch.randn(3, 8))
+        self.register_buffer("index", torch.tensor([1]))
+
+    def train(self, mode: bool = True) -> Any:
+        self.tables = {}
+        return super().train(mode)
+
+    def scale(self, x: Tensor) -> Any:
+        key = type(self).key_of(x.device)
+        if key not in self.tables:
+            self.tables[key] = self.biases[self.index]
+        return self.tables[key]
+
+
+class ByDeviceItself(ByDevice):
+    key_of = staticmethod(lambda device: device)
+
+
+@pytest.mark.parametrize("kind", [ByDevice, ByDeviceItself])
+def test_a_table_by_device_that_is_there_already_is_computed_in_each_call(kind: type[nn.Module]) -> None:
+    model: Any = kind().eval()
+    with torch.no_grad():
+        model(x)
+        q: Any = octav_fx.quantize(model, x)
+        assert len(graphs_of(q).graphs_of(False)) == 1  # type: ignore[union-attr]
+        for each in (model, q):
+            each.train()
+            each.biases.data.mul_(2)
+            each.eval()
+        with silent_quantizers():
+            assert_close("after a step", q(longer), model(longer))
+        assert len(graphs_of(q).graphs_of(False)) == 1  # type: ignore[union-attr]
 
 
 class Returned(Net):
