@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -60,26 +60,51 @@ def user_caller() -> str:
 
 def is_told(frame: FrameType) -> bool:
     """Tell whether what a frame computes now is for a reader: in a call of print(), of a logger, or in a raise."""
-    position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    line, _, column, _ = position
+    line, _, column, _ = _position(frame)
     if line is None or column is None:
         return False
-    return any(start <= (line, column) < end for start, end in _places_of_told(frame.f_code.co_filename))
+    told = _tellers(frame.f_code.co_filename)
+    return any((n.lineno, n.col_offset) <= (line, column) < (n.end_lineno, n.end_col_offset) for n in told)
+
+
+def called_by(frame: FrameType) -> Any:
+    """Return the function that a frame calls now, if that stands under a name; else None."""
+    call = _calls(frame.f_code.co_filename).get(_position(frame))
+    return None if call is None else _found(call.func, frame)
+
+
+def _found(expression: ast.expr, frame: FrameType) -> Any:
+    match expression:
+        case ast.Name(id=name):
+            return frame.f_locals.get(name, frame.f_globals.get(name))
+        case ast.Attribute(value=holder, attr=name):
+            return getattr(_found(holder, frame), name, None)
+    return None
+
+
+def _position(frame: FrameType) -> tuple[int | None, int | None, int | None, int | None]:
+    """Return where in its file the present instruction of a frame stands: line, last line, column, last column."""
+    return next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
 
 
 @functools.cache
-def _places_of_told(file: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return where in a file text for a reader is made: begin and end, as line and column."""
+def _nodes(file: str) -> list[ast.AST]:
     try:
-        nodes = [*ast.walk(ast.parse("".join(linecache.getlines(file))))]
+        return [*ast.walk(ast.parse("".join(linecache.getlines(file))))]
     except (SyntaxError, ValueError):
         return []
-    told = [
-        node
-        for node in nodes
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and _name_of(node.func) in _TELLERS)
-    ]
-    return [((n.lineno, n.col_offset), (n.end_lineno or 0, n.end_col_offset or 0)) for n in told]
+
+
+@functools.cache
+def _tellers(file: str) -> list[Any]:
+    found = (n for n in _nodes(file) if isinstance(n, (ast.Raise, ast.Call)))
+    return [n for n in found if isinstance(n, ast.Raise) or _name_of(n.func) in _TELLERS]
+
+
+@functools.cache
+def _calls(file: str) -> dict[Any, ast.Call]:
+    calls = (n for n in _nodes(file) if isinstance(n, ast.Call))
+    return {(n.lineno, n.end_lineno, n.col_offset, n.end_col_offset): n for n in calls}
 
 
 def _name_of(function: ast.expr) -> str:

@@ -1,5 +1,6 @@
 """What user code holds while it is traced: proxies that know what the example inputs make of them."""
 
+import functools
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx
 
-from octav_fx.capture.user_stack import TORCH, caller, is_told, is_users, user_caller
+from octav_fx.capture.user_stack import TORCH, called_by, caller, is_told, is_users, user_caller
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake
 
@@ -45,7 +46,9 @@ class _Unknown:
 UNKNOWN: Final = _Unknown()
 _OF_DATA: Final = (Tensor, _Unknown)
 # What has a text that a guard can ask for, or that only data could tell.
-_WRITTEN: Final = (bool, int, float, str, torch.Size, torch.device, torch.dtype, *_OF_DATA)
+_KEYS: Final = (bool, int, float, str, torch.Size, torch.device, torch.dtype)
+_WRITTEN: Final = (*_KEYS, *_OF_DATA)
+_CACHED: Final = type(functools.cache(repr))
 
 
 class ValueProxy(fx.Proxy):
@@ -190,10 +193,27 @@ class ValueProxy(fx.Proxy):
         else:
             super().__setattr__(name, value)
 
+    def __eq__(self, other: object) -> Any:
+        if self.tracer.is_traced and isinstance(self.value, _KEYS):
+            # Keys of a dict that forward has filled, as it is put back.
+            return self.value == as_key(other)
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:
+        """Return that of a number or a kind under a guard, as dicts and sets compare; of all else the identity."""
+        kind, frame = next((k for k in _KEYS if isinstance(self.value, k)), None), sys._getframe(1)
+        if kind is None:
+            return object.__hash__(self)
+        if is_users(frame):
+            function = called_by(frame)
+            if isinstance(getattr(function, "__func__", function), _CACHED):
+                # What remembers its results computes one more, which then holds for each size.
+                return object.__hash__(self)
+            self.tracer.decide(self, kind)
+        return hash(self.value)
+
     # NumPy leaves operators with a number of its own to the proxy, as it does with a tensor.
     __array_priority__ = 1000
-    # fx.Proxy defines __eq__; a proxy is still hashed by identity.
-    __hash__ = object.__hash__
 
 
 def _augmented(name: str) -> Any:
@@ -232,6 +252,13 @@ class AttributeProxy(ValueProxy):
 
 
 PROXIES: Final = (ValueProxy, AttributeProxy)
+
+
+def as_key(key: Any) -> Any:
+    """Return a key of a dict as it is in the float model: guards hold for the proxies in it."""
+    if type(key) is tuple:
+        return tuple(map(as_key, key))
+    return key.value if type(key) in PROXIES and isinstance(key.value, _KEYS) else key
 
 
 def setitem_(target: Any, index: Any, item: Any) -> Any:

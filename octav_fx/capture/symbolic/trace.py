@@ -5,16 +5,18 @@ takes the side that the example inputs take and leaves a check behind. That trac
 attention with shape checks, loops over a list of features, functions hidden behind fx.wrap.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Final
 
+import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import Guards
 from octav_fx.capture.kinds import MISSING, kind_of, same_tensors
-from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.module_state import attributes, own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.names import symbolic_names
 from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
@@ -30,6 +32,7 @@ from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import UserRules
 
 _NOTHING: Final = UserRules()
+_DEVICE: Final = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,9 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             regions(tracer),
             quiet(),
         ):
+            for table in _tables_by_device(root):
+                # The graph computes what is in it, so that it holds before and after a step.
+                table.clear()
             graph = tracer.trace(root)
             if tracer.failed:
                 raise NotCaptured(f"{tracer.failed[0]}: forward catches this error, and a graph cannot")
@@ -109,13 +115,13 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         for key, name in named.items()
         if name in tracer.stored and reads.attributes[key] in (None, kind_of(MISSING))
     ]
-    attributes = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
-    attributes += [
+    facts = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
+    facts += [
         (f"{paths[module] or FLOAT_MODULE}.{name}", kind)
         for (module, name), kind in reads.attributes.items()
         if module in paths and ((module, name) not in remembered or (module, name) in begun)
     ]
-    guards = take_guards(graph, root, kinds, same, attributes, reads)
+    guards = take_guards(graph, root, kinds, same, facts, reads)
     guards.hold_for(tuple(arguments.values()))
     _remove_unused(graph)
     for node in graph.nodes:
@@ -147,6 +153,17 @@ def _caches(
     graph.owning_module = None
     kinds = {(module, name): reads.attributes[module, name] for module, name in remembered}
     return {(m, name) for (m, name), kind in kinds.items() if is_cache(vars(m).get(name), kind, decided)}
+
+
+def _tables_by_device(root: nn.Module) -> list[dict[Any, Any]]:
+    """Return the dicts on modules that forward has filled with a tensor for each device, as LeViT does in eval mode."""
+    held = (value for _, values in attributes(root) for value in values.values() if type(value) is dict and value)
+    return [
+        table
+        for table in held
+        if all(isinstance(key, torch.device) or (isinstance(key, str) and _DEVICE.fullmatch(key)) for key in table)
+        and all(isinstance(value, Tensor) for value in table.values())
+    ]
 
 
 def _is_constant(name: str) -> bool:

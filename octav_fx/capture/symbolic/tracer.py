@@ -30,7 +30,7 @@ from octav_fx.capture.symbolic.objects import (
     with_items,
 )
 from octav_fx.capture.symbolic.patches import PLAIN, plain_training
-from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, setitem_
+from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, as_key, setitem_
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.symbolic.stand_ins import STAND_INS, Evaluation
@@ -100,6 +100,8 @@ class ValueTracer(fx.Tracer):
     hooked: list[str] = field(default_factory=list)
     user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
+    # Whether forward has returned.
+    is_traced: bool = False
     # Read by fx: buffers become proxies, not constants.
     proxy_buffer_attributes = True
 
@@ -125,7 +127,9 @@ class ValueTracer(fx.Tracer):
         """Learn first where the tensors of the modules are; readers of a tied one read one node."""
         self.places, self.first_values = places_of_tensors(root), holders_of_tensors(root)
         with self.state_tensors:
-            return super().trace(root)
+            graph = super().trace(root)
+        self.is_traced = True
+        return graph
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         """Make a proxy that has a value."""
@@ -225,6 +229,8 @@ class ValueTracer(fx.Tracer):
         """Find the tensors of modules by identity."""
         if type(a) in PROXIES:
             return self._latest(a.node)
+        if type(a) is dict:
+            return super().create_arg({as_key(key): value for key, value in a.items()})
         if type(a) is OrderedDict:
             # fx would make a plain dict of it.
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
