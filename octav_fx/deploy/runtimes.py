@@ -62,6 +62,8 @@ def onnx_session(
     options.intra_op_num_threads = threads
     # By default the float operand of a matmul with stored integers is rounded to 8 bits: a result off by 3e-3.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # By default int8 is changed to uint8, and a zero point behind a transpose is left behind: such files do not load.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     # By default products of 8 bits saturate at 16 where the CPU has no VNNI; where it has, this doubles the time.
     if not has_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")

@@ -56,6 +56,22 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+class Text(nn.Module):
+    """Embeddings, an encoder layer of PyTorch's, and one whose queries, keys and values are chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(20, 16), nn.Embedding(8, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation="gelu", batch_first=True)
+        self.project, self.head = nn.Linear(16, 48), nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.layer(self.tokens(tokens) + self.places.weight[: tokens.shape[1]])
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x.mean(1))
+
+
 def _layer(width: int) -> dict[str, nn.Module]:
     square = {name: nn.Linear(width, width) for name in ("query", "key", "value", "out")}
     norms = {name: nn.LayerNorm(width) for name in ("norm1", "norm2")}
@@ -72,6 +88,10 @@ def images(batch: int = 2, size: int = 32) -> tuple[Tensor, ...]:
 
 def tokens(batch: int = 2) -> tuple[Tensor, ...]:
     return (torch.randint(0, 50, (batch, 12)),)
+
+
+def rows_of_tokens(batch: int = 2) -> tuple[Tensor, ...]:
+    return (torch.randint(0, 20, (batch, 8)),)
 
 
 def masked_tokens(batch: int = 2) -> tuple[Tensor, ...]:

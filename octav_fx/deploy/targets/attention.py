@@ -1,11 +1,12 @@
 """What PyTorch's exporter writes of an attention in many nodes, as few that runtimes have kernels for.
 
     Gather(Squeeze(Transpose(Unsqueeze(Reshape(layer(x))))), i)       ->  layer[i](x)
+    Split(layer(x), axis=-1)                                          ->  layer[0](x), layer[1](x), ...
     MatMul(Mul(q, c), Mul(Reshape(Transpose(Reshape(k))), c))         ->  Mul(MatMul(q, Transpose(k)), c * c)
 
-The first is how nn.MultiheadAttention takes queries, keys and values from one wide layer: its channels are theirs one
-after the other, and each part has codes of its own then, which the kernel of the layer writes. The second is how
-F.scaled_dot_product_attention is written; the product on codes is exact, and its scale is a number behind it.
+The first is how nn.MultiheadAttention takes queries, keys and values from one wide layer, the second how others do: its
+channels are theirs one after the other. Each part has codes of its own, which the kernel of a layer can write. The last
+is how F.scaled_dot_product_attention is written; its product of codes is exact, and its scale is a number behind it.
 """
 
 import copy
@@ -33,18 +34,34 @@ def part_of_projection(graph: Graph, node: Any) -> list[Any] | None:
     layer = _layer(graph, name)
     if attribute(transpose, "perm") != _PARTS_FIRST or layer is None:
         return None
-    size, output = graph.shape(view.output[0]), node.output[0]
+    size = graph.shape(view.output[0])
     if size is None or len(size) != 4 or size[-1] is None:
         return None
+    return _narrower(graph, layer, slice(int(part) * size[-1], (int(part) + 1) * size[-1]), node.output[0])
+
+
+def parts_of_projection(graph: Graph, node: Any) -> list[Any] | None:
+    """Return a linear layer of its own for each part of even sizes that a Split takes of a wider one's channels."""
+    layer, sizes, count = _layer(graph, node.input[0]), graph.shape(node.input[0]), len(node.output)
+    if layer is None or sizes is None or sizes[-1] is None or attribute(node, "num_outputs") != count:
+        return None
+    if attribute(node, "axis", 0) % len(sizes) != len(sizes) - 1 or sizes[-1] % count:
+        return None
+    width = sizes[-1] // count
+    parts = [slice(i * width, (i + 1) * width) for i in range(count)]
+    return [made for name, part in zip(node.output, parts, strict=True) for made in _narrower(graph, layer, part, name)]
+
+
+def _narrower(graph: Graph, layer: tuple[str, str, str], channels: slice, output: str) -> list[Any]:
+    """Return the nodes of a linear layer with some channels of another one."""
     x, *operands = layer
-    channels = slice(int(part) * size[-1], (int(part) + 1) * size[-1])
     weight, bias = (_channels(graph, key, channels) for key in operands)
     return [
         graph.node("Weight", [], f"{output}.weight", domain=DOMAIN, key=weight),
         graph.node("Bias", [], f"{output}.bias", domain=DOMAIN, key=bias),
         graph.node("Transpose", [f"{output}.weight"], f"{output}.weight.turned", perm=[1, 0]),
         graph.node("MatMul", [x, f"{output}.weight.turned"], f"{output}.product"),
-        graph.node("Add", [f"{output}.product", f"{output}.bias"], output, node.name),
+        graph.node("Add", [f"{output}.product", f"{output}.bias"], output),
     ]
 
 

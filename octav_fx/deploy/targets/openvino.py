@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 
-from octav_fx.deploy.targets.attention import part_of_projection, scores
+from octav_fx.deploy.targets.attention import part_of_projection, parts_of_projection, scores
 from octav_fx.deploy.targets.graph import Graph, attribute
 from octav_fx.deploy.targets.onnx import (
     Target,
@@ -69,10 +69,10 @@ def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
         return None
     first, *names = [f"{output}.{i}" for i in range(len(moves))] + [output]
     nodes = [graph.node("Activation", [source], first, domain=DOMAIN, key=key)]
-    for move, name in zip(moves, names, strict=True):
+    for i, (move, name) in enumerate(zip(moves, names, strict=True)):
         copied = graph.onnx.NodeProto.FromString(move.SerializeToString())
         # Named as a node of the call of the quantizer, whose levels are what the last of them returns.
-        copied.name, copied.input[0], copied.output[0] = f"{key}/{first}.{move.op_type}", nodes[-1].output[0], name
+        copied.name, copied.input[0], copied.output[0] = f"{key}/{first}.{i}", nodes[-1].output[0], name
         nodes.append(copied)
     return nodes
 
@@ -179,5 +179,5 @@ OPENVINO: Final = Target(
     _weight,
     _activation,
     bias_in_float,
-    ({"Gather": part_of_projection, "MatMul": scores}, {"Activation": _before_moves}),
+    ({"Gather": part_of_projection, "Split": parts_of_projection, "MatMul": scores}, {"Activation": _before_moves}),
 )

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from octav_fx.deploy.targets.attention import scores
 from octav_fx.deploy.targets.graph import Graph
 from octav_fx.deploy.targets.onnx import Target, bias_in_float, clipped_activation, dequantized, is_operand
 from octav_fx.errors import OctavError
@@ -63,4 +64,4 @@ def _activation(graph: Graph, key: str, quantizer: StaticQuantizer, source: str,
     return clipped_activation(graph, key, quantizer, source, output, _BYTE)
 
 
-TENSORRT: Final = Target("tensorrt", _weight, _activation, bias_in_float)
+TENSORRT: Final = Target("tensorrt", _weight, _activation, bias_in_float, ({"MatMul": scores},))

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import Config, export_onnx
-from tests.support.deployable_models import WHOLE, Case, frozen, images, levels_of, observed, relative, shortened
+from tests.support.deployable_models import (
+    WHOLE,
+    Case,
+    Text,
+    frozen,
+    images,
+    levels_of,
+    observed,
+    relative,
+    rows_of_tokens,
+    shortened,
+)
 from tests.support.given_levels import computed
 
 pytestmark = pytest.mark.slow
@@ -151,6 +162,18 @@ def test_an_attention_is_one_kernel_between_layers(attention, is_free, tmp_path)
     assert found["Subgraph", "i8"] == 1 and not {kind for kind, _ in found} & {"MatMul", "Softmax", "Gather"}, found
     with torch.no_grad():
         assert relative(only(path, (x,)), q(x)) < 0.02
+
+
+def test_chunks_of_a_projection_are_layers(tmp_path):
+    q, inputs = frozen(Case(Text, rows_of_tokens), Config(8, 8, edge_bits=None))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, inputs, path, target="openvino")
+    found = kernels(path)
+    # Of the first layer six, of the second three, and the head.
+    assert found["FullyConnected", "i8"] + found["FullyConnected", "u8"] == 10, found
+    assert not {kind for kind, _ in found} & {"Split", "MatMul"}, found
+    with torch.no_grad():
+        assert relative(only(path, inputs), q(*inputs)) < 0.02
 
 
 def test_a_small_norm_has_its_eps(tmp_path):
