@@ -1,9 +1,12 @@
 """Graphs as rows of plain values, which copy and pickle: fx nodes link to their neighbours, too deep for both."""
 
+import operator
 from typing import Any
 
+import torch
 from torch import fx
 
+from octav_fx.compat.tensors import OpOverload, OpOverloadPacket
 from octav_fx.ir.meta import info, update
 
 
@@ -13,15 +16,39 @@ class _Ref(str):
     __slots__ = ()
 
 
+class _OfTorch(str):
+    """Where an object is found in torch that does not pickle, in its place."""
+
+    __slots__ = ()
+
+    def found(self) -> Any:
+        """Return the object."""
+        return operator.attrgetter(self)(torch)
+
+
 def flatten(graph: fx.Graph) -> list[Any]:
     """Return a row for each node of a graph."""
 
     def refer(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: _Ref(node.name))
+        return fx.node.map_aggregate(argument, _plain)
 
     return [
-        (node.op, node.target, refer(node.args), refer(node.kwargs), node.name, info(node).site) for node in graph.nodes
+        (node.op, _plain(node.target), refer(node.args), refer(node.kwargs), node.name, info(node).site)
+        for node in graph.nodes
     ]
+
+
+def _plain(leaf: Any) -> Any:
+    """Return what stands for a value in a row."""
+    match leaf:
+        case fx.Node():
+            return _Ref(leaf.name)
+        case OpOverload() | OpOverloadPacket():
+            return _OfTorch(f"ops.{leaf}")
+        # Not by the protocol of torch.save.
+        case torch.memory_format():
+            return _OfTorch(str(leaf).removeprefix("torch."))
+    return leaf
 
 
 def unflatten(rows: list[Any]) -> fx.Graph:
@@ -30,10 +57,13 @@ def unflatten(rows: list[Any]) -> fx.Graph:
     nodes: dict[str, fx.Node] = {}
 
     def resolve(argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, lambda leaf: nodes[leaf] if isinstance(leaf, _Ref) else leaf)
+        return fx.node.map_aggregate(argument, value_of)
+
+    def value_of(leaf: Any) -> Any:
+        return nodes[leaf] if isinstance(leaf, _Ref) else leaf.found() if isinstance(leaf, _OfTorch) else leaf
 
     for op, target, args, kwargs, name, site in rows:
-        nodes[name] = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
+        nodes[name] = graph.create_node(op, value_of(target), resolve(args), resolve(kwargs), name)
         if site is not None:
             update(nodes[name], site=site)
     return graph

@@ -68,8 +68,8 @@ def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module]) -> bool:
 
 
 def is_recorded(module: nn.Module, inputs: Any) -> bool:
-    """Tell whether autograd will ask for gradients of a call."""
-    if not torch.is_grad_enabled():
+    """Tell whether autograd will ask for gradients of a call; torch.jit.trace records none of a Python function."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return any(tensor.requires_grad for tensor in (*module.parameters(), *tensors_of(inputs)))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._library.custom_ops import OPDEFS
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -31,6 +31,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "OpOverloadPacket",
     "TorchDispatchMode",
     "assert_true",
     "body_of",

@@ -115,6 +115,30 @@ def test_a_copy_of_what_holds_it_keeps_ties_across_its_border(duplicate: Any) ->
     assert torch.equal(again["inner"](X), q(X))
 
 
+UNPICKLED = {
+    "overload": torch.ops.aten.relu.default,
+    "packet": torch.ops.aten.relu,
+    # Not by the protocol of torch.save.
+    "memory format": lambda x: x.clone(memory_format=torch.contiguous_format),
+}
+
+
+class Calling(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.fc, self.name = nn.Linear(6, 4), name
+
+    def forward(self, x: Tensor) -> Any:
+        return UNPICKLED[self.name](self.fc(x))
+
+
+@pytest.mark.parametrize("name", UNPICKLED)
+@pytest.mark.parametrize("duplicate", COPIES[:3], ids=["deepcopy", "pickle", "torch.save"])
+def test_what_torch_itself_does_not_pickle(name: str, duplicate: Any) -> None:
+    q = octav_fx.quantize(Calling(name), X)
+    assert torch.equal(duplicate(q)(X), q(X))
+
+
 @pytest.mark.slow
 def test_long_graphs_copy_and_pickle() -> None:
     # fx nodes link to their neighbours: pickled as they are, 1600 of them are deeper than Python's stack.

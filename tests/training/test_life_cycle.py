@@ -571,6 +571,12 @@ def test_export_and_trace():
     assert torch.equal(torch.jit.trace(q, x)(x), q(x))
 
 
+def test_a_frozen_model_is_traced_as_what_it_is_deployed_as():
+    _, q, x = quantized(False)
+    octav_fx.freeze(octav_fx.calibrate(q.eval(), [x]))
+    assert torch.equal(torch.jit.trace(q, x)(x), octav_fx.convert(q, integers=False)(x))
+
+
 def test_scripting_is_refused():
     _, q, x = quantized(False)
     frozen = octav_fx.freeze(octav_fx.calibrate(quantize(Net().eval(), x), [x]))
