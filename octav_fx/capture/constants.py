@@ -341,6 +341,7 @@ class _Found:
             self._look(value, named, depth - 1)
 
     def _add(self, space: Any, name: str, value: Any) -> None:
+        """Take a value under its name in a place: as an attribute, or as an item of a table."""
         if isinstance(space, dict) and "__builtins__" in space:
             file = sys.modules.get(str(space.get("__name__")))
             # Of what a file does not have a compiler knows nothing later, of what its dict does not have it does.

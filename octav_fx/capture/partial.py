@@ -112,7 +112,7 @@ def mark_partial(module: nn.Module, descent: PartialInfo) -> nn.Module:
 
 
 def be_partial(module: nn.Module) -> None:
-    """Give a module the class that it has when it is marked: its own Python may ask for it."""
+    """Give a module the class that mark_partial() gives it, which its own Python may ask for before that."""
     kind: Any = type(module)
     if not isinstance(module, PartialModule):
         module.__class__ = _partial_class(kind)

@@ -1,5 +1,9 @@
 """Where in the user's files the Python interpreter is."""
 
+import ast
+import functools
+import itertools
+import linecache
 import os
 import sys
 from pathlib import Path
@@ -9,6 +13,13 @@ from typing import Final
 import torch
 
 TORCH: Final = str(Path(torch.__file__).parent) + os.sep
+# What takes text for a reader.
+_TELLERS: Final = frozenset(
+    {
+        *("print", "warn", "debug", "info", "warning", "warning_once", "warn_once", "error", "exception", "critical"),
+        *("log", "_assert", "_check"),
+    }
+)
 _HERE: Final = str(Path(__file__).parent.parent) + os.sep
 
 
@@ -45,6 +56,34 @@ def user_caller() -> str:
     """Return file:line of the nearest frame that is the user's code."""
     frame = user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def is_told(frame: FrameType) -> bool:
+    """Tell whether what a frame computes now is for a reader: in a call of print(), of a logger, or in a raise."""
+    position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    line, _, column, _ = position
+    if line is None or column is None:
+        return False
+    return any(start <= (line, column) < end for start, end in _places_of_told(frame.f_code.co_filename))
+
+
+@functools.cache
+def _places_of_told(file: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return where in a file text for a reader is made: begin and end, as line and column."""
+    try:
+        nodes = [*ast.walk(ast.parse("".join(linecache.getlines(file))))]
+    except (SyntaxError, ValueError):
+        return []
+    told = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and _name_of(node.func) in _TELLERS)
+    ]
+    return [((n.lineno, n.col_offset), (n.end_lineno or 0, n.end_col_offset or 0)) for n in told]
+
+
+def _name_of(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def user_line(error: BaseException) -> str:

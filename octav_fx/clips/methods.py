@@ -12,6 +12,7 @@ from octav_fx.clips.mse import mse_search
 from octav_fx.clips.newton import max_abs, octav, octav_grid, octav_tight, power_of_two
 from octav_fx.clips.percentile import ONE_IN, percentile
 from octav_fx.clips.search import Store, search
+from octav_fx.errors import OctavError
 from octav_fx.formats.format import divided
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.kmeans import KMeans
@@ -53,11 +54,20 @@ def _store(spec: Spec, rows: Tensor) -> Store:
     return lambda step: rounded(step, unit)
 
 
+def checked(spec: Spec, method: str) -> Method:
+    """Return a method by its name; raise OctavError where there is none, or it is not for such levels."""
+    if method not in METHODS:
+        raise OctavError(f"method={method!r}: one of {', '.join(map(repr, METHODS))}")
+    found, form = METHODS[method], spec.format
+    if found.even and not isinstance(form, (Grid, KMeans)):
+        raise OctavError(f"method={method!r} is for evenly spaced levels, not for {form.name}: take 'octav' or 'max'")
+    return found
+
+
 def searches(spec: Spec, method: str) -> bool:
     """Tell whether a method finds the clip of a spec by search.py, or its levels by kmeans.py."""
-    if isinstance(spec.format, KMeans):
-        return True
-    return METHODS[method].searches and (spec.granularity.is_short or not isinstance(spec.format, Grid))
+    found, form = checked(spec, method), spec.format
+    return isinstance(form, KMeans) or (found.searches and (spec.granularity.is_short or not isinstance(form, Grid)))
 
 
 def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:

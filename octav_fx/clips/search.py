@@ -32,10 +32,12 @@ COARSE_RATIO: Final = 1.06
 MISSED: Final = 0.06
 # Of how many values at most: of longer rows many may be near zero, or equal, as those of a GELU at its minimum.
 DIFFERENT: Final = 20
-# The largest value lies on a level or half-way between two, with each candidate on the next, or on each second, fourth,
-# .. one, so that there are at most so many.
+# Candidates put the largest value on each level, and half-way between neighbours: places that are so many steps apart.
+# Where that would be more candidates than POINTS, only every second place is tried, or every fourth, and so on.
 MOVED: Final = 0.5
 POINTS: Final = 38
+# From so many levels on the least error hangs on the largest value no more than on others: none is put half-way.
+FINE: Final = 63
 # By bits the least step, as a share of the one that clips nothing: long rows of few levels clip far more than others.
 LEAST: Final = {2: 0.08, 3: 0.2, 4: 0.35, 5: 0.5}
 LEAST_OF_MORE: Final = 0.6
@@ -48,10 +50,10 @@ BESIDE: Final = {1: (-0.2, 0.0, 0.2), 2: (-0.2, 0.0, 0.2), 3: (-0.125, 0.125)}
 # Of levels that are not even: an octave above the step that clips nothing floating-point levels are the same again, and
 # with the largest magnitude on a lower level, the 3 or 4 of E2M1 in place of its 6, the others may fit better.
 OCTAVE: Final = 2.05
-# Two bits have no such level.
-OF_TWO_BITS: Final = 1.2
-# The ratio of neighbours less 1 by bits: of four bits a quarter of that of E2M1's levels.
-UNEVEN: Final = {2: 1 / 5, 4: 1 / 8}
+# Those that are not floating-point by bits: four have several such levels above the half, two have none.
+ABOVE: Final = {2: 1.2, 4: 1.75}
+# The ratio of their neighbours less 1 by bits: of four bits a quarter of that of E2M1's levels.
+UNEVEN: Final = {2: 1 / 3, 4: 1 / 8}
 # The columns of folded().
 COLUMNS: Final = 16
 
@@ -114,7 +116,7 @@ def candidates(form: Format, scales: str, n: int) -> tuple[float, ...]:
         return _geometric(greatest, least, 1 + UNEVEN[form.bits])
     if greatest / least > WIDE:
         return _geometric(greatest, least, 1 + WIDE_RATIO / math.sqrt(form.high))
-    moved = MOVED
+    moved = MOVED if form.high < FINE else 2 * MOVED
     while len(places := _places(form.high / greatest, form.high / least, moved)) > POINTS:
         moved *= 2
     return tuple(form.high / place for place in places)
@@ -129,7 +131,7 @@ def _range(form: Format, n: int) -> tuple[float, float]:
     least = max(1 - lost, LEAST.get(form.bits, LEAST_OF_MORE))
     if isinstance(form, Grid):
         return min(MISSED ** (-1 / (min(n / 2, DIFFERENT) + 1)), OCTAVE), least
-    return (OF_TWO_BITS if form.bits == 2 else OCTAVE), least
+    return ABOVE.get(form.bits, OCTAVE), least
 
 
 def _places(first: float, last: float, apart: float) -> list[float]:

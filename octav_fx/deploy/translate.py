@@ -9,6 +9,7 @@ The key is the path of the module; a target writes the nodes that stand for it (
 
 import functools
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -191,6 +192,22 @@ def _why(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, S
     while error.__cause__ is not None:
         error = error.__cause__
     detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"PyTorch's exporter cannot write this model as ONNX: {detail}. {_advice(error, dynamic_batch, dynamic_axes)}"
+    )
+
+
+def _advice(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]) -> str:
+    """Say what to do: most often the op that the exporter names is the cause."""
+    if isinstance(error, OctavError):
+        return (
+            "Python around blocks may pass them other arguments while it is exported than it does otherwise: models of "
+            "transformers leave out a mask of nothing but ones. Quantize and calibrate with a padded batch, or with "
+            "blocks=()"
+        )
+    if (returned := re.search(r"Found <class '(.*)'> in output", str(error))) is not None:
+        kind = returned[1].rpartition(".")[2]
+        return f"Have forward return no {kind}; models of transformers return caches unless use_cache=False is passed"
     fixed = ["with dynamic_batch=False"] * dynamic_batch + ["without dynamic_axes"] * bool(dynamic_axes)
     hint = f"; if the model is for one size only, export it {' and '.join(fixed)}" if fixed else ""
-    return f"PyTorch's exporter cannot write this model as ONNX: {detail}. Write the op that it names with others{hint}"
+    return f"Write the op that it names with others{hint}"

@@ -107,8 +107,10 @@ class StaticQuantizer(nn.Module):
 
     @property
     def range(self) -> tuple[int, int]:
-        """Return the lowest and the highest code that forward returns the level of; of a scale for the tensor only."""
+        """Return the lowest and the highest code that forward returns the level of; with ends, of one scale only."""
         grid = Grid(self.bits, self.signed)
+        if self.floor is None and self.ceiling is None:
+            return grid.low, grid.high
         ends = torch.tensor([grid.low if self.floor is None else self.floor, self.ceiling or 0.0])
         floor, ceiling = (ends.to(self.scale.device) / self.scale).round().tolist()
         low = grid.low if self.floor is None else min(max(grid.low, int(floor)), grid.high)

@@ -103,6 +103,12 @@ inline void save(Lanes value, float* x) { std::memcpy(x, &value, sizeof value); 
 inline Lanes entry(const float* table, Integers place) {
   return (Lanes)_mm512_permutexvar_ps((__m512i)place, (__m512)load(table));
 }
+
+// The same of twice as many integers; of a place the last five bits count.
+inline Integers entry(const int32_t* table, Integers place) {
+  const __m512i first = _mm512_loadu_si512(table), second = _mm512_loadu_si512(table + LANES);
+  return (Integers)_mm512_permutex2var_epi32(first, (__m512i)place, second);
+}
 #endif
 
 // a[FROM], b[FROM], a[FROM + 1], b[FROM + 1], ..

@@ -152,6 +152,40 @@ struct Table {
   }
 };
 
+#if defined(__AVX512F__)
+// Sixteen levels of which no two edges lie in one of PARTS equal parts (is_divided): the part that a ratio is in says how
+// many edges are below it but for one, which is compared. Half as many instructions as halving.
+struct DividedTable : Table<16> {
+  static constexpr int PARTS = 32;
+
+  explicit DividedTable(const Levels& of) : Table<16>(of), least(of.least), greatest(of.greatest) {
+    // The greatest magnitude lies in the last part, or in the first.
+    per_step = (PARTS / 2 - 0.6f) / std::max(-least, greatest);
+    const int count = of.high - of.low;
+    int below = 0;
+    for (int part = -PARTS / 2; part < PARTS / 2; part++) {
+      starts[part & (PARTS - 1)] = below;
+      const int first = below;
+      // Rounding moves what lies at the end of a part into the next.
+      while (below < count && edges[below] * per_step < part + 0.499f) below++;
+      is_divided &= below - first <= 1 && (below == count || edges[below] * per_step > part + 0.501f);
+    }
+  }
+
+  Lanes nearest(Lanes ratio) const { return inside(smaller(larger(ratio, all<Lanes>(least)), all<Lanes>(greatest))); }
+
+  Lanes inside(Lanes ratio) const {
+    // As to_multiple: the nearest integer is in the last bits.
+    const Integers below = entry(starts, as_bits(ratio * per_step + 0x1.8p23f));
+    return entry(levels, below - (ratio > entry(edges, below)));
+  }
+
+  bool is_divided = true;
+  float least, greatest, per_step;
+  int32_t starts[PARTS];
+};
+#endif
+
 // run(the rounding of a format).
 template <class Run>
 void with_levels(const Levels& of, Run run) {

@@ -142,12 +142,8 @@ def _results(
     found: list[Any] = []
     with preserved_tensors(owner) as are_kept, preserved_attributes(owner) as holds:
         for call, forward in zip(calls, forwards, strict=True):
-            if (
-                len(found) >= at_least
-                and are_kept()
-                and holds()
-                and _holding(quantized, [call], deeply=False) is not None
-            ):
+            is_as_before = len(found) >= at_least and are_kept() and holds()
+            if is_as_before and quantized.holding(*call, deeply=False) is not None:
                 break
             args, kwargs = own_copy(call)
             result = run_keeping_state(owner, args, kwargs, forward, gradients=gradients)

@@ -192,7 +192,8 @@ def parameter(node: fx.Node, name: str, value: Tensor) -> fx.Node:
             node.prepend(existing)
         return existing
     with graph.inserting_before(node):
-        new = graph.get_attr(name)
+        # get_attr() would warn of a parametrized weight, which is a property.
+        new = graph.create_node("get_attr", name)
     set_fake(new, value.detach())
     return new
 

@@ -11,11 +11,12 @@ def test_ratios_are_to_the_fastest_float_of_the_same_precision(monkeypatch) -> N
     ms = {"float eager": 10.0, "float Inductor": 8.0, "octav compiled": 12.0}
     ms |= {"float Inductor, bf16 autocast": 4.0, "octav compiled, bf16 autocast": 5.0}
     written = {}
-    monkeypatch.setattr(worker, "run", lambda question, model, variant: {"ms": ms.get(variant, 20.0)})
+    monkeypatch.setattr(worker, "run", lambda question, model, variant: {"ms": ms.get(variant, 20.0), "kept_ms": 5.0})
     monkeypatch.setattr(result, "write", written.__setitem__)
     step.main(rounds=1)
     rows = written["step"]["rows"]
     ratios = {row["variant"]: row["ratio"] for row in rows if row["model"] == "encoder"}
+    assert {row["kept_ratio"] for row in rows} == {1}
     assert list(ratios) == [*OWN, *AUTOCAST]
     assert ratios["float eager"] == 1.25
     assert ratios["octav compiled"] == 1.5

@@ -123,6 +123,23 @@ def test_hooks_run_around_a_layer_that_is_quantized(layer: Callable[[], nn.Modul
     assert calls == ["before", "before by keyword", "behind"]
 
 
+class Kept(nn.Module):
+    """Reads what a hook of a layer keeps: features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.features = nn.Linear(8, 8), nn.Linear(8, 8), dict[str, Tensor]()
+        self.a.register_forward_hook(lambda module, args, y: self.features.__setitem__("a", y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) + self.features["a"].mean()
+
+
+def test_what_a_hook_keeps_is_that_of_the_call() -> None:
+    q = quantized_alike(Kept, (torch.randn(4, 8),), (torch.randn(3, 8),), parts=True)
+    assert "what a hook of a layer has kept" in octav_fx.table(q) and octav_fx.coverage(q).share == 1
+
+
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @pytest.mark.parametrize("place", ["", "0", "2"])
 def test_backward_hooks_run_and_change_what_they_change_in_float(register: str, place: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from octav_fx.clips.methods import solve
 from octav_fx.clips.search import candidates
+from octav_fx.errors import OctavError
 from octav_fx.formats.floats import FLOATS
 from octav_fx.formats.format import Format
 from octav_fx.formats.granularity import Granularity
@@ -153,3 +154,17 @@ def test_inf_and_nan_do_not_take_part():
     bad = x.clone()
     bad[0, 3], bad[1, 4], x[0, 3], x[1, 4] = torch.inf, torch.nan, 0, 0
     assert torch.equal(found(bad, Grid(4, True)), found(x, Grid(4, True)))
+
+
+@pytest.mark.parametrize("method", ["octav-grid", "octav-tight"])
+@pytest.mark.parametrize("spec", ["e2m1/tensor", "nf4/group-8.1", "ternary/channel.0"])
+def test_what_counts_on_even_levels_refuses_others(spec, method):
+    hint = torch.zeros(4) if "channel" in spec else torch.zeros(())
+    with pytest.raises(OctavError, match=rf"'{method}' is for evenly spaced levels, not for {spec.split('/')[0]}"):
+        torch.ops.octav.optimal_clip(torch.randn(4, 8), hint, spec, method)
+
+
+@pytest.mark.parametrize("spec", ["int4/tensor", "kmeans3/tensor", "e2m1/token.1"])
+def test_a_method_that_there_is_not_is_named(spec):
+    with pytest.raises(OctavError, match="'best': one of 'octav', "):
+        torch.ops.octav.dynamic_fake_quantize(torch.randn(4, 8), torch.zeros(()), spec, "best", "pwl")

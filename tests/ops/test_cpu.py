@@ -1,3 +1,4 @@
+import ctypes
 import subprocess
 import warnings
 from unittest.mock import Mock
@@ -109,17 +110,24 @@ def test_without_kernels_the_dtype_is_not_to_blame(fresh, monkeypatch):
         )
 
 
-@pytest.mark.slow
 def test_kernels_are_built_once(kernels, monkeypatch, tmp_path):
+    # Of other sources, which take less time than all kernels.
+    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "kernel.cpp").write_text('extern "C" int octav_one() { return 1; }')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = cpu._built()
     assert [path.name for path in (tmp_path / "octav_fx").iterdir()] == [built.name]
+    assert ctypes.CDLL(str(built)).octav_one() == 1
 
     def unreachable(*args, **kwargs):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(subprocess, "run", unreachable)
-    assert cpu._built() == built
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", unreachable)
+        assert cpu._built() == built
+    (tmp_path / "op" / "kernel.cpp").write_text('extern "C" int octav_one() { return 2; }')
+    assert ctypes.CDLL(str(cpu._built())).octav_one() == 2
 
 
 @pytest.mark.parametrize(

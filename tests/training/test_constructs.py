@@ -85,6 +85,12 @@ class Thrice(torch.autograd.Function):
         return gradient * 3
 
 
+@case((x,), (x, Kind.MEAN), (longer, Kind.SUM))
+def takes_a_member_of_an_enum(self: Any, x: Tensor, kind: Kind = Kind.SUM) -> Tensor:
+    y = self.b(self.a(x))
+    return y.mean(1) if kind is Kind.MEAN else y.sum(1)
+
+
 # What forward asks of gradients.
 
 

@@ -219,6 +219,22 @@ def test_a_module_that_begins_anew_where_it_is_copied_keeps_its_mode():
     assert not any(module.training for module in q.modules())
 
 
+class Selected(nn.Module):
+    """A parametrized layer behind a size that depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.conv = nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1))
+
+    def forward(self, x):
+        return self.conv(self.fc(x)[x[:, 0] > 0].unsqueeze(2))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_parametrized_weight_behind_data_is_quantized_without_a_warning():
+    assert octav_fx.coverage(octav_fx.quantize(Selected().eval(), torch.randn(8, 4))).skipped == []
+
+
 def test_a_frozen_batch_norm_stays_frozen():
     model = Net().train()
     model.norm.eval()

@@ -49,7 +49,10 @@ def line_that_compares() -> str | None:
 
 @functools.cache
 def _line_that_compares(code: CodeType) -> int | None:
-    """Return the line of the first `a is b` in a function of which one is a local variable, no argument as it came."""
+    """Return the line of the first `a is b` in a function that may compare results.
+
+    One operand at least is then a local variable other than an argument that keeps what the caller gave.
+    """
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL")]
     stored = {step.argval for step in steps if step.opname.startswith("STORE_")}
     given = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *code.co_freevars} - stored

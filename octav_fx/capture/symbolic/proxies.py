@@ -1,13 +1,15 @@
 """What user code holds while it is traced: proxies that know what the example inputs make of them."""
 
 import operator
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx
 
-from octav_fx.capture.user_stack import TORCH, caller, user_caller
+from octav_fx.capture.user_stack import TORCH, caller, is_told, is_users, user_caller
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake
 
@@ -41,6 +43,9 @@ class _Unknown:
 
 
 UNKNOWN: Final = _Unknown()
+_OF_DATA: Final = (Tensor, _Unknown)
+# What has a text that a guard can ask for, or that only data could tell.
+_WRITTEN: Final = (bool, int, float, str, torch.Size, torch.device, torch.dtype, *_OF_DATA)
 
 
 class ValueProxy(fx.Proxy):
@@ -129,6 +134,24 @@ class ValueProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.decide(self, float))
+
+    def __repr__(self) -> str:
+        return self._text(sys._getframe(1), repr)
+
+    def __str__(self) -> str:
+        return self._text(sys._getframe(1), str)
+
+    def __format__(self, form: str) -> str:
+        return self._text(sys._getframe(1), lambda value: format(value, form))
+
+    def _text(self, frame: FrameType, written: Callable[[Any], str]) -> str:
+        """Return the text of a number or a shape, which may be a key: that of the example, under a guard."""
+        kind = next((k for k in _WRITTEN if isinstance(self.value, k)), None)
+        if kind is None or not is_users(frame):
+            return super().__repr__()
+        if not is_told(frame):
+            self.tracer.decide(self, str if kind in _OF_DATA else kind)
+        return super().__repr__() if kind in _OF_DATA else written(self.value)
 
     def __len__(self) -> int:
         return int(self.tracer.create_proxy("call_function", len, (self,), {}))

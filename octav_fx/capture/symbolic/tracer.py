@@ -38,7 +38,7 @@ from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, holders
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks
-from octav_fx.compat.tensors import NEEDS_DATA, FakeTensorMode, pytree, storage_id, without_mode
+from octav_fx.compat.tensors import NEEDS_DATA, FakeTensor, FakeTensorMode, pytree, storage_id, without_mode
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.meta import fake, info, set_fake, update
@@ -163,7 +163,7 @@ class ValueTracer(fx.Tracer):
         stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
         has_default = not stars and parameter.default is not parameter.empty
         if has_default and not all(
-            isinstance(leaf, (*PLAIN, types.FunctionType)) for leaf in pytree.tree_leaves(parameter.default)
+            isinstance(leaf, (*PLAIN, enum.Enum, types.FunctionType)) for leaf in pytree.tree_leaves(parameter.default)
         ):
             raise OctavError(f"the default of {parameter.name} holds more than plain values: make it None")
         default = (parameter.default,) if has_default else ()
@@ -237,6 +237,8 @@ class ValueTracer(fx.Tracer):
             raise OctavError(f"{user_caller()}: forward computes with the clock, which is another one in each call")
         if is_of_numpy(a, "generic"):
             a = a.item()
+        if isinstance(a, FakeTensor) and a.fake_mode is self.fake_mode:
+            raise OctavError(f"{user_caller()}: forward computes with what a hook of a layer has kept of its call")
         if isinstance(a, torch.Generator):
             raise OctavError(f"{user_caller()}: forward draws from a torch.Generator, which a graph does not hold")
         if isinstance(a, torch.device) and "device" in self.arguments:
@@ -503,8 +505,10 @@ class ValueTracer(fx.Tracer):
             )
         if kind is not bool or not where.startswith(TORCH) or where.startswith(_AUTOCAST):
             # torch's own code branches to validate arguments or to choose a fast path: both stay right without a check.
-            node = proxy.node if isinstance(value, kind) else self.create_node("call_function", kind, (proxy.node,), {})
-            self._check(node, kind(value), where)
+            if isinstance(value, kind):
+                self._check(proxy.node, value, where)
+            else:
+                self._check(self.create_node("call_function", kind, (proxy.node,), {}), kind(value), where)
         return value
 
     def count(self, pieces: ValueProxy) -> None:
@@ -547,7 +551,7 @@ class ValueTracer(fx.Tracer):
             return self._call(node, args, kwargs), 0
         try:
             with (
-                # It would let all of this pass.
+                # It does nothing while values are computed, and takes its time.
                 without_mode(self.state_tensors),
                 plain_training(self._called(node)),
                 self.fake_mode,

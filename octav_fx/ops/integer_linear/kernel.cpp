@@ -77,17 +77,17 @@ void all_rows(const uint8_t* x, const uint8_t* table, const int8_t* w, Y* y, int
   const int64_t parts = (rows + size - 1) / size, blocks = (channels + QUADS - 1) / QUADS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    // What a table says of the rows at hand.
-    std::vector<uint8_t> said(table ? std::min(size, rows) * columns : 0);
-    int64_t known = -1;
+    // The rows at hand by the table, and which of all rows is their first.
+    std::vector<uint8_t> by_table(table ? std::min(size, rows) * columns : 0);
+    int64_t first = -1;
 #pragma omp for
     for (int64_t i = 0; i < parts * blocks; i++) {
       const int64_t at = i / blocks * size, channel = i % blocks * QUADS, count = std::min(size, rows - at);
       const uint8_t* codes = x + at * columns;
       if (table) {
-        if (at != known) look_up(codes, said.data(), count * columns, table);
-        known = at;
-        codes = said.data();
+        if (at != first) look_up(codes, by_table.data(), count * columns, table);
+        first = at;
+        codes = by_table.data();
       }
       block(codes, w + channel * columns, y + at * channels, count, columns, channels, channel, ending);
     }

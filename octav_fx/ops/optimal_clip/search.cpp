@@ -269,11 +269,16 @@ extern "C" void octav_search(const void* x, int type, int64_t rows, int64_t n, f
                              int threads) {
   with_element(type, [=](auto element) {
     const auto* from = static_cast<const decltype(element)*>(x);
-    with_levels(*of, [=](auto round) {
+    const auto search_for = [=](auto round) {
       const auto run = n < LONG ? search<true, decltype(element), decltype(round)>
                                 : search<false, decltype(element), decltype(round)>;
       run(from, type, rows, n, clip, *of, round, Scale{scale, unit}, Candidates{shares, count, as_stored != 0}, rounding,
           threads);
-    });
+    };
+#if defined(__AVX512F__)
+    if (of->kind == 3)
+      if (const DividedTable table(*of); table.is_divided) return search_for(table);
+#endif
+    with_levels(*of, search_for);
   });
 }

@@ -275,6 +275,59 @@ def test_inputs_that_are_one_tensor_are_refused(tmp_path):
             export_onnx(q, inputs, tmp_path / "model.onnx")
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.fc(x)
+        return y if mask is None else y * mask
+
+
+class Masked(nn.Module):
+    """As models of transformers: a mask of nothing but ones is left out, unless the model is exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        given = mask if torch.compiler.is_exporting() or not mask.all() else None
+        for block in self.blocks:
+            x = block(x, given)
+        return x
+
+
+def test_a_mask_that_only_an_export_passes_on_is_told(tmp_path):
+    example = torch.randn(2, 4), torch.ones(2, 4)
+    q = freeze(calibrate(quantize(Masked().eval(), example, blocks=[Block]), [example]))
+    with pytest.raises(OctavError, match=r"argument mask: .* calibrate with a padded batch, or with blocks=\(\)"):
+        export_onnx(q, example, tmp_path / "model.onnx")
+
+
+class Cache:
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Cache]:
+        y = self.fc(x)
+        return y, Cache(y)
+
+
+def test_an_object_among_the_outputs_is_told(tmp_path):
+    x = torch.randn(2, 4)
+    q = freeze(calibrate(quantize(Caching().eval(), x), [x]))
+    with pytest.raises(OctavError, match=r"Have forward return no Cache; .* use_cache=False is passed"):
+        export_onnx(q, x, tmp_path / "model.onnx")
+
+
 def test_an_example_that_the_model_does_not_hold_for_is_refused(tmp_path):
     class Masked(nn.Module):
         def __init__(self):

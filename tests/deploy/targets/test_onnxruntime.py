@@ -165,6 +165,26 @@ def test_what_stays_in_float_is_exact_too(tmp_path):
     assert relative(only(run_onnx(path, x)), convert(q)(x)) < 1e-5
 
 
+class Cross(nn.Module):
+    """Attention to other positions, where torch takes the weight of its projections apart: no weight, but computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.attention(x, other, other)[0]
+
+
+def test_a_weight_that_is_computed_has_a_scale_for_each_channel(tmp_path):
+    inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    q = freeze(calibrate(quantize(Cross().eval(), inputs), [inputs]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, inputs, path)
+    with torch.no_grad():
+        assert relative(only(run_onnx(path, inputs)), q(*inputs)) < 1e-5
+
+
 def test_silu_between_convolutions(tmp_path):
     """One node of floats between integer kernels, which gives the same codes."""
     torch.manual_seed(0)
