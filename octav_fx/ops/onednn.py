@@ -1,13 +1,15 @@
 """oneDNN's integer convolutions and matmuls: weights packed once, and which products this machine adds up exactly.
 
 torch ships oneDNN in its CPU builds. The kernels take unsigned codes of one byte (signed ones run thousands of times
-slower) and compute f32(sum) * scale + bias, clamp, then rne(value * f32(1 / step) + zero) where codes are asked for.
+slower) and compute f32(sum) * scale + bias, clamp, then rne(value * f32(1 / step) + zero) where codes are asked for. So
+with an integer bias a code at a tie, one of some millions, is its neighbour of the definition's.
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor
@@ -133,9 +135,26 @@ def channel_scale(x_scale: Tensor, w_scale: Tensor, channels: int) -> Tensor:
     return scale if scale.dim() else scale.expand(channels).contiguous()
 
 
+def is_integer(bias: Tensor | None) -> TypeGuard[Tensor]:
+    """Tell whether a bias is one of integers, which counts parts of a product of codes."""
+    return bias is not None and bias.dtype is torch.int32
+
+
+def in_steps(call: Any) -> Any:
+    """Return the call of a layer with an integer bias, its scale and bounds in units of the step of its codes.
+
+    As near as oneDNN comes to nn/integer_rule.py: it adds the bias after it multiplies, one rounding more.
+    """
+    if call.step is None or not is_integer(call.bias):
+        return call
+    low, high = (None if end is None else end / float(call.step) for end in (call.low, call.high))
+    one = torch.ones_like(call.step)
+    return call._replace(x_scale=one, w_scale=call.x_scale * call.w_scale / call.step, low=low, high=high, step=one)
+
+
 def bias_levels(bias: Tensor | None, scale: Tensor, fraction: int) -> Tensor | None:
     """Return a bias [O] as float32: of an integer one, in 2**-fraction of a sum that counts scale [O], the levels."""
-    if bias is None or bias.dtype is not torch.int32:
+    if not is_integer(bias):
         return None if bias is None else bias.to(torch.float32)
     return bias.float() * (scale / 2**fraction)
 
@@ -171,6 +190,17 @@ def epilogue(low: float | None, high: float | None, step: Tensor | None, bits: i
 
 
 _LARGEST: Final = torch.finfo(torch.float32).max
+
+
+def ends(low: float | None, high: float | None) -> tuple[float, float]:
+    """Return the bounds of a clamp, infinite where it has none."""
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+def code_bounds(low: float | None, high: float | None, step: Tensor, grid: Grid) -> tuple[float, float]:
+    """Return the codes of the bounds of a clamp, on a grid of steps."""
+    bottom, top = (torch.tensor(ends(low, high), device=step.device) / step).round().clamp(grid.low, grid.high).tolist()
+    return bottom, top
 
 
 def clamped(low: float | None, high: float | None, grid: Grid, step: float) -> tuple[float | None, float | None]:

@@ -57,12 +57,14 @@ ALWAYS_INLINE void add_products(__m512i& sum, __m512i codes, __m512i weights) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
 }
 
-// What becomes of a sum: f32(sum) * scale + bias, and of codes that * inverse + zero, between bottom and top.
-// offset: what sums begin with. Each step is monotone, so that a clamp of levels can be one of codes.
+// What becomes of a sum: f32(sum) * scale + bias, and of codes that * inverse + zero, between bottom and top, and then,
+// an integer, + lowest. offset: what sums begin with. Each step is monotone, so that a clamp of levels can be one of
+// codes.
 struct Ending {
   const int32_t* offset;
   const float *scale, *bias;
   float inverse, zero, bottom, top;
+  int lowest;
 
   __m512 level(__m512i sum, int64_t channel) const {
     const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(scale + channel));
@@ -80,7 +82,8 @@ struct Ending {
 
   __m512i code(__m512i sum, int64_t channel) const {
     const __m512 steps = _mm512_mul_ps(level(sum, channel), _mm512_set1_ps(inverse));
-    return _mm512_cvtps_epi32(bounded(_mm512_add_ps(steps, _mm512_set1_ps(zero))));
+    const __m512i rounded = _mm512_cvtps_epi32(bounded(_mm512_add_ps(steps, _mm512_set1_ps(zero))));
+    return _mm512_add_epi32(rounded, _mm512_set1_epi32(lowest));
   }
 
   void write(uint8_t* y, __m512i sum, int64_t channel, __mmask16 there) const {

@@ -1,7 +1,7 @@
 """The C++ passes that multiply codes, for CPUs with AVX-512 and VNNI: what they are given.
 
 Each call of oneDNN's costs torch some 30 microseconds beside its kernel, which is as much as a small layer takes. The
-passes compute what the references of integer_conv and integer_linear do, to the last bit, as oneDNN does.
+passes compute what the references of integer_conv and integer_linear do, to the last bit.
 """
 
 import functools
@@ -18,7 +18,6 @@ from octav_fx.ops import cpu, onednn
 _SUMS: Final = 16
 _BLOCK: Final = 64
 _FOUR: Final = 4
-_INFINITY: Final = float("inf")
 
 
 @functools.cache
@@ -59,17 +58,37 @@ def padded(x: Tensor) -> Tensor:
     return y
 
 
-def ending(
-    low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool
-) -> tuple[bool, float, float, float, float]:
-    """Return what follows the levels, as the passes take it: whether none does, 1 / step, zero point, both bounds.
+def operands(call: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Return codes of a weight [O, K], what sums begin with, scale and bias [O]; None where a byte holds no such codes.
 
-    The bounds are of codes where there is a step: of the clamp low .. high, and of the grid.
+    call: of integer_conv or integer_linear. An integer bias is part of the sum. Where it has a fraction, the codes are
+    those of that unit.
     """
-    low, high = -_INFINITY if low is None else low, _INFINITY if high is None else high
-    if step is None:
-        return True, 1.0, 0.0, low, high
-    grid, inverse = Grid(bits, signed), 1 / step
-    bounds = torch.tensor([low, high]) * inverse - grid.low
-    bottom, top = bounds.clamp(0, grid.high - grid.low).tolist()
-    return False, float(inverse), float(onednn.zero_point(bits, signed)), bottom, top
+    zero, rows = onednn.zero_point(call.x_bits, call.x_signed), w.shape[0]
+    scale = onednn.channel_scale(call.x_scale, call.w_scale, rows)
+    if not onednn.is_integer(call.bias):
+        bias = onednn.bias_levels(call.bias, scale, call.fraction)
+        return w, -zero * w.sum(1, dtype=torch.int32), scale, torch.zeros(rows) if bias is None else bias
+    wide = w.to(torch.int32) * 2**call.fraction
+    w = wide.to(torch.int8)
+    if not torch.equal(w.to(torch.int32), wide):
+        return None
+    multiplier = scale if call.step is None else scale / call.step
+    return w, call.bias - zero * w.sum(1, dtype=torch.int32), multiplier / 2**call.fraction, torch.zeros(rows)
+
+
+def ending(call: Any) -> tuple[bool, float, float, float, float, int]:
+    """Return what follows the levels of a call, as the passes take it.
+
+    Whether nothing does, 1 / step, zero point, both bounds, and what is added to rounded codes. The bounds are of codes
+    where there is a step: of the clamp low .. high, and of the grid.
+    """
+    low, high = onednn.ends(call.low, call.high)
+    if call.step is None:
+        return True, 1.0, 0.0, low, high, 0
+    grid = Grid(call.bits, call.signed)
+    if onednn.is_integer(call.bias):
+        return False, 1.0, 0.0, *onednn.code_bounds(call.low, call.high, call.step, grid), -grid.low
+    inverse = 1 / call.step
+    bottom, top = (torch.tensor([low, high]) * inverse - grid.low).clamp(0, grid.high - grid.low).tolist()
+    return False, float(inverse), float(onednn.zero_point(call.bits, call.signed)), bottom, top, 0

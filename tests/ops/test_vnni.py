@@ -1,15 +1,24 @@
 """The C++ passes that multiply codes: the bits of oneDNN, in any number of threads, and what they are given."""
 
+import functools
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octav_fx.formats.grid import Grid
+from octav_fx.formats.packing import pack
+from octav_fx.nn import IntegerBias, StaticQuantizer
+from octav_fx.nn.integer_rule import Rescale
 from octav_fx.ops import onednn, vnni
 from octav_fx.ops.integer_conv import op as conv
 from octav_fx.ops.integer_conv import reference
 from octav_fx.ops.integer_linear import op as linear
-from tests.support.integers import needs_onednn, numbers
+from octav_fx.ops.integer_linear import reference as linear_reference
+from tests.support.integers import ends, needs_onednn, numbers
 
 needs_vnni = pytest.mark.skipif(vnni.library() is None, reason="no AVX-512 with VNNI, or no C++ compiler")
 
@@ -98,9 +107,81 @@ def test_weights_lie_in_fours_of_codes_and_blocks_of_64_rows():
 
 def test_the_bounds_of_codes_are_those_of_a_clamp_and_a_grid():
     step = torch.tensor(0.5)
-    assert vnni.ending(None, None, step, 8, False) == (False, 2.0, 0.0, 0.0, 255.0)
-    assert vnni.ending(0.0, 2.0, step, 4, True) == (False, 2.0, 8.0, 8.0, 12.0)
+    floats, integers = (functools.partial(_ending, bias) for bias in (None, torch.zeros(1, dtype=torch.int32)))
+    assert floats(None, None, step, 8, False) == (False, 2.0, 0.0, 0.0, 255.0, 0)
+    assert floats(0.0, 2.0, step, 4, True) == (False, 2.0, 8.0, 8.0, 12.0, 0)
     # A clamp beyond the grid, on either side.
-    assert vnni.ending(-9.0, 9.0, step, 4, True) == (False, 2.0, 8.0, 0.0, 15.0)
-    assert vnni.ending(None, -9.0, step, 4, False) == (False, 2.0, 0.0, 0.0, 0.0)
-    assert vnni.ending(None, 6.0, None, 8, False) == (True, 1.0, 0.0, -float("inf"), 6.0)
+    assert floats(-9.0, 9.0, step, 4, True) == (False, 2.0, 8.0, 0.0, 15.0, 0)
+    assert floats(None, -9.0, step, 4, False) == (False, 2.0, 0.0, 0.0, 0.0, 0)
+    assert floats(None, 6.0, None, 8, False) == (True, 1.0, 0.0, -float("inf"), 6.0, 0)
+    # In steps, and rounded before they are counted from the lowest.
+    assert integers(0.0, 2.0, step, 4, True) == (False, 1.0, 0.0, 0.0, 4.0, 8)
+    assert integers(-9.0, None, step, 4, True) == (False, 1.0, 0.0, -8.0, 7.0, 8)
+    assert integers(None, 6.0, None, 8, False) == (True, 1.0, 0.0, -float("inf"), 6.0, 0)
+
+
+def _ending(bias: torch.Tensor | None, *args: Any) -> tuple[Any, ...]:
+    names = ("low", "high", "step", "bits", "signed")
+    return vnni.ending(SimpleNamespace(bias=bias, **dict(zip(names, args, strict=True))))
+
+
+@st.composite
+def with_integer_bias(draw: st.DrawFn) -> tuple[tuple, tuple]:
+    """The operands and the window of a linear layer, or of a depthwise or pointwise convolution; then the rest."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x_bits, w_bits, channels = draw(st.integers(2, 8)), draw(st.integers(2, 8)), draw(st.sampled_from([16, 48]))
+    shape, places, window = draw(
+        st.sampled_from(
+            [
+                ([channels, 20], (7, 20), ()),
+                ([channels, 20, 1, 1], (2, 20, 3, 5), ([1, 1], [0, 0], [1, 1], 1)),
+                ([channels, 1, 3, 3], (2, channels, 5, 4), ([1, 2], [1, 1], [1, 1], channels)),
+            ]
+        )
+    )
+    steps, low = 2 ** (w_bits - 1), -(2 ** (w_bits - 1))
+    x = torch.randint(0, 2**x_bits, places, generator=generator).to(torch.uint8)
+    w = torch.randint(low, steps, shape, generator=generator).to(torch.int8)
+    fraction = draw(st.integers(0, 8 - w_bits))
+    bias = torch.randint(-(2**14), 2**14, (channels,), generator=generator).to(torch.int32)
+    scales = numbers(generator).abs(), numbers(generator, channels)
+    operands = x, scales[0], x_bits, draw(st.booleans()), pack(w) if w_bits <= 4 else w, scales[1], shape, bias
+    # The depthwise pass returns codes alone.
+    low_end, high_end, step, *grid = draw(ends().filter(lambda end: shape[1:] != [1, 3, 3] or end[2] is not None))
+    return (*operands, *window), (low_end, high_end, step, *grid, fraction)
+
+
+@needs_vnni
+@settings(max_examples=150)
+@given(given=with_integer_bias(), threads=st.sampled_from([1, 3]))
+def test_an_integer_bias_is_part_of_the_sum_bit_for_bit(given, threads):
+    operands, rest = given
+    is_linear = len(operands) == 8
+    layer = linear.integer_linear if is_linear else conv.integer_conv
+    definition = linear_reference.integer_linear if is_linear else reference.integer_conv
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    y = layer(*operands, *rest)
+    torch.set_num_threads(before)
+    assert torch.equal(y, definition(*operands, *rest))
+
+
+@settings(max_examples=60)
+@given(given=with_integer_bias())
+def test_the_definition_is_that_of_a_frozen_model(given):
+    (x, x_scale, x_bits, x_signed, w, w_scale, shape, bias, *window), (_, _, step, bits, signed, fraction) = given
+    if window:
+        return
+    made = IntegerBias(torch.zeros(len(bias)), x_scale * w_scale, fraction)
+    made.codes = bias
+    sums = (x.double() + Grid(x_bits, x_signed).low) @ onednn.integers(w, tuple(shape)).double().t()
+    found = linear_reference.integer_linear(
+        *(x, x_scale, x_bits, x_signed, w, w_scale, shape, bias), None, None, step, bits, signed, fraction
+    )
+    if step is None:
+        assert torch.equal(found, Rescale(made, -1, None)(sums))
+        return
+    quantizer = StaticQuantizer(torch.ones(()), bits, signed, None)
+    quantizer.scale, quantizer.in_steps = step, True
+    levels = quantizer(Rescale(made, -1, quantizer)(sums))
+    assert torch.equal((found.float() + Grid(bits, signed).low) * step, levels)

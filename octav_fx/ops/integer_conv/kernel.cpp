@@ -156,10 +156,10 @@ VNNI_END
 extern "C" void octav_depthwise(const uint8_t* x, const int8_t* w, const int32_t* offset, const float* scale,
                                 const float* bias, const int64_t* window, uint8_t* y, int64_t images, int64_t height,
                                 int64_t width, int64_t channels, int64_t out_height, int64_t out_width, int x_zero,
-                                float inverse, float zero, float bottom, float top, int threads) {
+                                float inverse, float zero, float bottom, float top, int lowest, int threads) {
 #if defined(HAS_VNNI_PASSES)
   const Window moves{{window[0], window[1]}, {window[2], window[3]}, {window[4], window[5]}, {window[6], window[7]}};
-  const Ending ending{offset, scale, bias, inverse, zero, bottom, top};
+  const Ending ending{offset, scale, bias, inverse, zero, bottom, top, lowest};
   all_rows({x, w, y, height, width, channels, out_height, out_width, x_zero, moves, ending}, images, threads);
 #endif
 }

@@ -81,6 +81,7 @@ def _run(call: Call) -> onednn.Run | None:
 
 
 def _by_onednn(call: Call) -> onednn.Run | None:
+    call = onednn.in_steps(call)
     w, window = onednn.integers(call.w, tuple(call.shape)), call.window
     geometry = call.shape[2:], call.padding, call.dilation
     if onednn.refusal(call.x_bits, onednn.largest_code(w)) or onednn.fits_into_padding(*geometry):
@@ -149,14 +150,13 @@ def _depthwise(call: Call) -> onednn.Run | None:
     w = onednn.integers(call.w, tuple(call.shape)).reshape(channels, -1)
     if onednn.refusal(call.x_bits, onednn.largest_code(w)):
         return None
-    zero = onednn.zero_point(call.x_bits, call.x_signed)
-    scale = onednn.channel_scale(call.x_scale, call.w_scale, channels)
-    bias = onednn.bias_levels(call.bias, scale, call.fraction)
-    fours = F.pad(w, (0, -w.shape[1] % 4))
-    each_channel = -zero * w.sum(1, dtype=torch.int32), scale, torch.zeros(channels) if bias is None else bias
+    if (found := vnni.operands(call, w)) is None:
+        return None
+    w, *each_channel = found
+    zero, fours = onednn.zero_point(call.x_bits, call.x_signed), F.pad(w, (0, -w.shape[1] % 4))
     window = torch.tensor([*call.shape[2:], *call.stride, *call.padding, *call.dilation])
     parts = [vnni.dealt(fours, 4), *map(vnni.dealt, each_channel), window]
-    _, *last = vnni.ending(call.low, call.high, call.step, call.bits, call.signed)
+    _, *last = vnni.ending(call)
     extents = onednn.extents(call.shape[2:], call.dilation)
 
     def run(x: Tensor) -> Tensor:
@@ -191,6 +191,7 @@ def _planar(call: Call) -> onednn.Run | None:
 
 def _ended(call: Call) -> onednn.Run | None:
     """Run what follows apart from the convolution, which oneDNN is not given in three dimensions."""
+    call = onednn.in_steps(call)
     run = _by_onednn(call._replace(low=None, high=None, step=None))
     ending = call.low, call.high, call.step, call.bits, call.signed
     return None if run is None else lambda x: None if (y := run(x)) is None else reference.ended(y, *ending)

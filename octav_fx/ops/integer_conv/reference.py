@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
-from octav_fx.ops.onednn import bias_levels, clamped, integers
+from octav_fx.ops.onednn import clamped, code_bounds, integers, is_integer
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -37,7 +37,8 @@ def integer_conv(
     x counts from the lowest level of its grid (integer_codes), w is as IntegerWeight stores it. x_scale [], w_scale []
     or [O], bias [O], step [] float32. The sum of products of codes is exact; then, in float32 and in this order,
     f32(sum) * (x_scale * w_scale) + bias, clamp to low .. high, and with a step the nearest code of the grid of bits
-    and signed: rne(value * f32(1 / step) + zero). A bias of int32 counts 2**-fraction of a product of codes.
+    and signed: rne(value * f32(1 / step) + zero). A bias of int32 counts 2**-fraction of a product of codes, and is
+    added to the sum: nn/integer_rule.py, whose bits these are.
     table uint8 [256]: codes are what it says of those in x (lookup).
     """
     check(x, w, x_scale, w_scale, shape, bias, table)
@@ -46,7 +47,7 @@ def integer_conv(
     codes = looked_up(x, table).to(torch.float64) - zero
     weight = integers(w, tuple(shape)).to(torch.float64)
     total = CONVOLUTIONS[rank](codes, weight, None, stride, padding, dilation, groups)
-    return ended(scaled(total, x_scale * w_scale, bias, rank - 2, fraction), low, high, step, bits, signed)
+    return finished(total, x_scale * w_scale, bias, rank - 2, low, high, step, bits, signed, fraction)
 
 
 def looked_up(x: Tensor, table: Tensor | None) -> Tensor:
@@ -54,11 +55,32 @@ def looked_up(x: Tensor, table: Tensor | None) -> Tensor:
     return x if table is None else torch.ops.octav.lookup.default(x, table)
 
 
-def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, trailing: int, fraction: int = 0) -> Tensor:
+def finished(
+    total: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    trailing: int,
+    low: float | None,
+    high: float | None,
+    step: Tensor | None,
+    bits: int,
+    signed: bool,
+    fraction: int,
+) -> Tensor:
+    """Return what follows the sums of integers [..., O, *trailing axes]: see integer_conv."""
+    if not is_integer(bias):
+        return ended(scaled(total, scale, bias, trailing), low, high, step, bits, signed)
+    sums = (total + per_channel(bias.to(total.dtype) / 2**fraction, trailing)).to(torch.float32)
+    if step is None:
+        return ended(sums * per_channel(scale, trailing), low, high, None, bits, signed)
+    codes, grid = (sums * per_channel(scale / step, trailing)).round(), Grid(bits, signed)
+    return (codes.clamp(*code_bounds(low, high, step, grid)) - grid.low).to(torch.uint8)
+
+
+def scaled(total: Tensor, scale: Tensor, bias: Tensor | None, trailing: int) -> Tensor:
     """Return sums of integers [..., O, *trailing axes] -> f32(total) * scale + bias."""
     y = total.to(torch.float32) * per_channel(scale, trailing)
-    levels = bias_levels(bias, scale, fraction)
-    return y if levels is None else y + per_channel(levels, trailing)
+    return y if bias is None else y + per_channel(bias.to(torch.float32), trailing)
 
 
 def ended(y: Tensor, low: float | None, high: float | None, step: Tensor | None, bits: int, signed: bool) -> Tensor:

@@ -104,9 +104,9 @@ VNNI_END
 extern "C" void octav_integer_linear(const uint8_t* x, const uint8_t* table, const int8_t* w, const int32_t* offset,
                                      const float* scale, const float* bias, void* y, int64_t rows, int64_t columns,
                                      int64_t channels, int is_float, float inverse, float zero, float bottom,
-                                     float top, int threads) {
+                                     float top, int lowest, int threads) {
 #if defined(HAS_VNNI_PASSES)
-  const Ending ending{offset, scale, bias, inverse, zero, bottom, top};
+  const Ending ending{offset, scale, bias, inverse, zero, bottom, top, lowest};
   if (is_float)
     all_rows(x, table, w, static_cast<float*>(y), rows, columns, channels, ending, threads);
   else

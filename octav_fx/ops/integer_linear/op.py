@@ -54,22 +54,25 @@ def rows_run(call: Call) -> onednn.Run | None:
     w = onednn.integers(call.w, (rows, columns))
     if onednn.refusal(call.x_bits, onednn.largest_code(w)):
         return None
+    if columns % 4 == 0 and (library := vnni.library()) is not None:
+        return _by_pass(call, library, w)
+    call = onednn.in_steps(call)
     scale = onednn.channel_scale(call.x_scale, call.w_scale, rows)
     bias = onednn.bias_levels(call.bias, scale, call.fraction)
-    if columns % 4 == 0 and (library := vnni.library()) is not None:
-        return _by_pass(call, library, w, scale, bias)
     operands = 1.0, onednn.zero_point(call.x_bits, call.x_signed), torch.ops.onednn.qlinear_prepack(w, None)
     last = onednn.epilogue(call.low, call.high, call.step, call.bits, call.signed)
     multiply, zeros, table = torch.ops.onednn.qlinear_pointwise.default, onednn.zeros(rows), call.table
     return lambda x: multiply(looked_up(x, table), *operands, scale, zeros, bias, *last)
 
 
-def _by_pass(call: Call, library: Any, w: Tensor, scale: Tensor, bias: Tensor | None) -> onednn.Run:
+def _by_pass(call: Call, library: Any, w: Tensor) -> onednn.Run | None:
+    if (found := vnni.operands(call, w)) is None:
+        return None
+    w, *each_channel = found
     rows, columns = call.shape
-    is_float, *last = vnni.ending(call.low, call.high, call.step, call.bits, call.signed)
+    is_float, *last = vnni.ending(call)
     dtype, multiply = torch.float32 if is_float else torch.uint8, library.octav_integer_linear
-    offset = -onednn.zero_point(call.x_bits, call.x_signed) * w.sum(1, dtype=torch.int32)
-    parts = [vnni.packed(w), *map(vnni.padded, (offset, scale, torch.zeros(rows) if bias is None else bias))]
+    parts = [vnni.packed(w), *map(vnni.padded, each_channel)]
     table = None if call.table is None else call.table.contiguous()
 
     def run(x: Tensor) -> Tensor:

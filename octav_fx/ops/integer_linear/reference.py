@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from octav_fx.formats.grid import Grid
-from octav_fx.ops.integer_conv.reference import check, ended, looked_up, scaled
+from octav_fx.ops.integer_conv.reference import check, finished, looked_up
 from octav_fx.ops.onednn import integers
 
 
@@ -29,4 +29,4 @@ def integer_linear(
     check(x, w, x_scale, w_scale, shape, bias, table)
     codes = looked_up(x, table).to(torch.float64) + Grid(x_bits, x_signed).low
     total = codes @ integers(w, tuple(shape)).to(torch.float64).t()
-    return ended(scaled(total, x_scale * w_scale, bias, 0, fraction), low, high, step, bits, signed)
+    return finished(total, x_scale * w_scale, bias, 0, low, high, step, bits, signed, fraction)
