@@ -7,16 +7,19 @@ import linecache
 import os
 import sys
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, Final
 
 import torch
+from torch import nn
+
+from octav_fx.capture.module_state import CLOSED
 
 TORCH: Final = str(Path(torch.__file__).parent) + os.sep
 # What takes text for a reader.
 _TELLERS: Final = frozenset(
     {
-        *("print", "warn", "debug", "info", "warning", "warning_once", "warn_once", "error", "exception", "critical"),
+        *("warn", "debug", "info", "warning", "warning_once", "warn_once", "error", "exception", "critical"),
         *("log", "_assert", "_check"),
     }
 )
@@ -59,12 +62,23 @@ def user_caller() -> str:
 
 
 def is_told(frame: FrameType) -> bool:
-    """Tell whether what a frame computes now is for a reader: in a call of print(), of a logger, or in a raise."""
+    """Tell whether what a frame computes now is for a reader: in print(), in a raise, in a statement that logs.
+
+    Not in a raise that the function itself may catch, nor in a call of the user's own functions.
+    """
     line, _, column, _ = _position(frame)
     if line is None or column is None:
         return False
     told = _tellers(frame.f_code.co_filename)
-    return any((n.lineno, n.col_offset) <= (line, column) < (n.end_lineno, n.end_col_offset) for n in told)
+    around = [n for n in told if (n.lineno, n.col_offset) <= (line, column) < (n.end_lineno, n.end_col_offset)]
+    return any(isinstance(n, ast.Raise) or not _is_users_function(_found(n.func, frame)) for n in around)
+
+
+def _is_users_function(function: Any) -> bool:
+    if isinstance(owner := getattr(function, "__self__", None), nn.Module):
+        return True
+    is_free = isinstance(function, FunctionType) and owner is None
+    return is_free and (function.__module__ or "").partition(".")[0] not in CLOSED
 
 
 def called_by(frame: FrameType) -> Any:
@@ -97,8 +111,13 @@ def _nodes(file: str) -> list[ast.AST]:
 
 @functools.cache
 def _tellers(file: str) -> list[Any]:
-    found = (n for n in _nodes(file) if isinstance(n, (ast.Raise, ast.Call)))
-    return [n for n in found if isinstance(n, ast.Raise) or _name_of(n.func) in _TELLERS]
+    """Return what does nothing but tell in a file: where nobody takes its result, log() may be that of math, too."""
+    nodes = _nodes(file)
+    caught = {n for tried in nodes if isinstance(tried, ast.Try) for part in tried.body for n in ast.walk(part)}
+    raised = [n for n in nodes if isinstance(n, ast.Raise) and n not in caught]
+    printed = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
+    calls = [n.value for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+    return [*raised, *printed, *(call for call in calls if _name_of(call.func) in _TELLERS)]
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """What is another one in each call: the clock, unique names, files. A graph has none of them.
 
-A time may be computed with and printed, which a graph leaves out. Where it decides, enters a tensor or is kept, and
-where forward asks for anything else of these, the capture stops.
+A time may be computed with and printed, which a graph leaves out. Where it decides, enters a tensor or is kept, where
+its text is taken for anything but a message, and where forward asks for anything else of these, the capture stops.
 """
 
 import builtins
@@ -14,6 +14,7 @@ import random
 import secrets
 import sys
 import time
+import traceback
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from octav_fx.capture.module_state import CLOSED
-from octav_fx.capture.user_stack import caller
+from octav_fx.capture.user_stack import caller, is_told
 from octav_fx.errors import NotCaptured
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ def _computed(operation: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _told(written: Callable[..., str]) -> Callable[..., str]:
+    """Return a conversion to text that stops where the text is not for a reader alone."""
+
+    def call(moment: Any, *form: Any) -> str:
+        _stop_unless_told()
+        return written(moment._value, *form)
+
+    return call
+
+
 def _printed(kind: Callable[..., Any]) -> Callable[..., Any]:
     """Return a conversion to a number for "%.1f" % moment alone, which a logger writes, too."""
 
@@ -81,9 +92,20 @@ def _printed(kind: Callable[..., Any]) -> Callable[..., Any]:
         steps = dis.get_instructions(frame.f_code)
         if not any(step.offset == frame.f_lasti and step.argrepr in ("%", "%=") for step in steps):
             _stop()
+        _stop_unless_told()
         return kind(moment._value)
 
     return call
+
+
+def _stop_unless_told() -> None:
+    frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(1))]
+    libraries = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    # A logger writes what it was told, by handlers of whatever library.
+    if "logging" not in libraries:
+        nearest = next((f for f, name in zip(frames, libraries, strict=True) if name not in CLOSED), None)
+        if nearest is None or not is_told(nearest):
+            _stop()
 
 
 class Moment:
@@ -105,19 +127,14 @@ class Moment:
         if name.startswith("_"):
             # Those who look at values of any kind ask for such.
             raise AttributeError(name)
-        if name not in _TOLD:
+        if name in _NUMBERS:
+            return lambda: Moment(getattr(self._value, name)())
+        if name not in _TEXTS:
             _stop()
-        return lambda *args: Moment(found) if isinstance(found := getattr(self._value, name)(*args), float) else found
+        _stop_unless_told()
+        return getattr(self._value, name)
 
-    def __repr__(self) -> str:
-        return repr(self._value)
-
-    def __str__(self) -> str:
-        return str(self._value)
-
-    def __format__(self, form: str) -> str:
-        return format(self._value, form)
-
+    __repr__, __str__, __format__ = _told(repr), _told(str), _told(format)
     __neg__, __pos__, __abs__ = _computed(operator.neg), _computed(operator.pos), _computed(abs)
     __round__ = _computed(round)
     __int__, __float__ = _printed(int), _printed(float)
@@ -130,8 +147,9 @@ for _do in (operator.add, operator.sub, operator.mul, operator.truediv, operator
     setattr(Moment, f"__r{_do.__name__}__", _computed(lambda one, other, do=_do: do(other, one)))
 
 _OPERANDS: Final = (int, float, datetime.date, datetime.timedelta)
-# What dates and spans are asked for to be printed.
-_TOLD: Final = ("total_seconds", "timestamp", "strftime", "isoformat")
+# What dates and spans are asked for.
+_NUMBERS: Final = ("total_seconds", "timestamp")
+_TEXTS: Final = ("strftime", "isoformat")
 
 
 @contextmanager

@@ -103,6 +103,9 @@ MOMENTS: dict[str, Callable[[Any], Any]] = {
     "a sum": lambda t: math.fsum([t, 1.0]),
     "an index": lambda t: [1, 2, 3][t],
     "the rest of a number": lambda t: float(t) % 2,
+    "its last digit": lambda t: int(str(t)[-1]),
+    "a key": lambda t: {"2": 3}.get(f"{t:.0f}"),
+    "a number again": lambda t: float("%.1f" % t),  # noqa: UP031
 }
 SPANS: dict[str, Callable[[Any], Any]] = {
     "a sum": lambda span: bool(span + datetime.timedelta(1)),
@@ -116,6 +119,8 @@ DATES: dict[str, Callable[[Any], Any]] = {
     "isocalendar": lambda date: date.isocalendar(),
     "later": lambda date: (date + datetime.timedelta(1)).isoweekday(),
     "utctimetuple": lambda date: date.utctimetuple(),
+    "strftime": lambda date: int(date.strftime("%H")),
+    "isoformat": lambda date: date.isoformat() > "2000",
 }
 
 

@@ -1,5 +1,6 @@
 """Texts of sizes, dtypes and tensors: one that may be a key holds for what it says, one for a reader holds for all."""
 
+import math
 import warnings
 from typing import Any
 
@@ -55,7 +56,24 @@ class OfParameter(Net):
         return self.places.get(name, 1.0)
 
 
-@pytest.mark.parametrize("kind", [OfSize, OfPercent, OfShape, OfKind, OfParameter])
+class Untold(Net):
+    """Keys where texts for readers stand elsewhere."""
+
+    current = 1.0
+
+    def info(self, name: str) -> None:
+        self.current = self.scales.get(name, 1.0)
+
+    def scale(self, x: Tensor) -> Any:
+        self.info(f"{x.shape[1]}")
+        try:
+            raise KeyError(f"{x.shape[1]}")
+        except KeyError as error:
+            raised = self.scales.get(error.args[0], 1.0)
+        return self.current + raised + math.log(self.scales.get(f"{x.shape[1]}", 1.0))
+
+
+@pytest.mark.parametrize("kind", [OfSize, OfPercent, OfShape, OfKind, OfParameter, Untold])
 def test_a_text_that_is_a_key_is_that_of_the_call(kind: type[nn.Module]) -> None:
     q = assert_follows(kind, ((x,), (longer,), (one,), (x.double(),), (x,)), training=False)
     assert partial_lines(q) == []
