@@ -22,6 +22,8 @@ _FACTORIES: Final = (
     *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tril_indices", "triu_indices"),
     *("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "tensor", "as_tensor"),
 )
+# Of a leaf module what is set while it is evaluated.
+_SETTINGS: Final[tuple[str, ...]] = ("training", "momentum")
 # These want the number itself, or a dtype, and refuse a proxy for it.
 _OF_PROXY: Final = ("finfo", "iinfo")
 PLAIN: Final = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -114,17 +116,22 @@ def training_flags(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_training(module: nn.Module | None) -> Iterator[None]:
-    """Show real bools while a leaf module is evaluated: compiled functions take nothing else."""
+def plain_settings(module: nn.Module | None) -> Iterator[None]:
+    """Let a leaf module be evaluated without data: its training flags are bools, and no momentum is a count's.
+
+    Compiled functions take nothing else, and how fast statistics follow is nothing that a shape depends on.
+    """
     modules = [] if module is None else [m for m in module.modules() if "training" in m.__dict__]
-    flags = {m: m.__dict__["training"] for m in modules}
-    for m, flag in flags.items():
-        m.__dict__["training"] = bool(getattr(flag, "value", flag))
+    before = [(m.__dict__, {name: m.__dict__[name] for name in _SETTINGS if name in m.__dict__}) for m in modules]
+    for held, settings in before:
+        held["training"] = bool(getattr(settings["training"], "value", settings["training"]))
+        if settings.get("momentum", 0) is None:
+            held["momentum"] = 0.0
     try:
         yield
     finally:
-        for m, flag in flags.items():
-            m.__dict__["training"] = flag
+        for held, settings in before:
+            held.update(settings)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from octav_fx.capture.symbolic.objects import (
     template_of,
     with_items,
 )
-from octav_fx.capture.symbolic.patches import PLAIN, plain_training
+from octav_fx.capture.symbolic.patches import PLAIN, plain_settings
 from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, as_key, setitem_
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
@@ -559,7 +559,7 @@ class ValueTracer(fx.Tracer):
             with (
                 # It does nothing while values are computed, and takes its time.
                 without_mode(self.state_tensors),
-                plain_training(self._called(node)),
+                plain_settings(self._called(node)),
                 self.fake_mode,
                 torch.no_grad(),
                 Evaluation() as counter,
