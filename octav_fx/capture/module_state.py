@@ -22,7 +22,7 @@ _DEEP: Final = 4
 _FLAGS: Final = frozenset({type(None), bool, int, float, str})
 # What each module holds for torch besides its parts: hooks, most of them empty.
 _TORCHS: Final = frozenset(vars(nn.Module())) - {*PART_ATTRIBUTES, "training"}
-_CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
+CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 # Libraries whose objects keep what they keep, whatever forward does.
 CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
 
@@ -76,7 +76,7 @@ class _Before:
         containers = [(container, copy.copy(container) if container else ()) for container in containers_of(root)]
         # Forward may be the first that registers a hook.
         hooks = [held for module in modules for name in _TORCHS if not (held := vars(module).get(name, True))]
-        containers += [(held, ()) for held in hooks if type(held) in _CONTAINERS]
+        containers += [(held, ()) for held in hooks if type(held) in CONTAINERS]
         return cls(
             named,
             containers,
@@ -99,7 +99,7 @@ class _Before:
             for name in children.keys() - names_before - {QUANTIZERS}:
                 del children[name]
         for container, content in self.containers:
-            _refill(container, content)
+            refill(container, content)
         for kind, names in self.classes:
             for name in [name for name, value in vars(kind).items() if names.get(name, kind) is not value]:
                 if name in names:
@@ -118,7 +118,7 @@ def containers_of(root: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
 
     def visit(value: Any, depth: int) -> None:
-        if type(value) in _CONTAINERS:
+        if type(value) in CONTAINERS:
             if id(value) in found:
                 return
             found[id(value)] = value
@@ -162,7 +162,8 @@ def _is_same(container: Any, content: Any) -> bool:
     return all(a is b for a, b in zip(container, content, strict=True))
 
 
-def _refill(container: Any, content: Any) -> None:
+def refill(container: Any, content: Any) -> None:
+    """Let a container hold what it held."""
     if not _is_same(container, content):
         container.clear()
         getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(content)
@@ -181,7 +182,7 @@ def _leaves(value: Any) -> list[Any]:
     # Flattening all of these, of which most are modules and sizes of kernels, would take most of the time.
     items = value if type(value) is tuple else (value,)
     is_plain = all(type(item) in _FLAGS or isinstance(item, nn.Module) for item in items)
-    return [] if is_plain or (type(value) in _CONTAINERS and not value) else pytree.tree_leaves(value)
+    return [] if is_plain or (type(value) in CONTAINERS and not value) else pytree.tree_leaves(value)
 
 
 def held_values(root: nn.Module) -> list[Any]:
@@ -216,7 +217,7 @@ def deep_copy(model: nn.Module) -> nn.Module:
         if module.training != original.training:
             module.training = original.training
         if not isinstance(module, torch.jit.ScriptModule):
-            for held in (vars(module), *(v for v in vars(module).values() if type(v) in _CONTAINERS)):
+            for held in (vars(module), *(v for v in vars(module).values() if type(v) in CONTAINERS)):
                 items = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
                 for key, value in list(items):
                     if isinstance(value, types.FunctionType) and (function := _speaking_of(value, memo)) is not None:

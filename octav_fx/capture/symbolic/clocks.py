@@ -155,7 +155,7 @@ _TEXTS: Final = ("strftime", "isoformat")
 @contextmanager
 def opaque_clocks(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
     """Give forward opaque times inside, and raise NotCaptured where it asks for what no graph has."""
-    files = _files(root)
+    files = globals_of(root)
 
     def is_asked() -> bool:
         return not tracer.evaluating and id(sys._getframe(2).f_globals) in files
@@ -195,15 +195,16 @@ def opaque_clocks(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
             names[name] = original
 
 
-def _files(root: nn.Module) -> dict[int, dict[str, Any]]:
+def globals_of(root: nn.Module) -> dict[int, dict[str, Any]]:
     """Return the globals of each file that has a forward, and of the user's functions there, by identity."""
     forwards = (inspect.getattr_static(kind, "forward", None) for kind in {type(m) for m in root.modules()})
-    files = {id(f.__globals__): f.__globals__ for f in forwards if _is_users(f)}
-    files |= {id(f.__globals__): f.__globals__ for names in [*files.values()] for f in names.values() if _is_users(f)}
+    files = {id(f.__globals__): f.__globals__ for f in forwards if is_users(f)}
+    files |= {id(f.__globals__): f.__globals__ for names in [*files.values()] for f in names.values() if is_users(f)}
     return files
 
 
-def _is_users(function: Any) -> bool:
+def is_users(function: Any) -> bool:
+    """Tell whether a value is a function of the user's own files."""
     is_function = isinstance(function, types.FunctionType)
     return is_function and (function.__module__ or "").partition(".")[0] not in CLOSED
 

@@ -18,6 +18,7 @@ from octav_fx.capture.guards import Guards
 from octav_fx.capture.kinds import MISSING, kind_of, same_tensors
 from octav_fx.capture.module_state import attributes, own_copy
 from octav_fx.capture.symbolic.guards import take_guards
+from octav_fx.capture.symbolic.kept import nothing_kept
 from octav_fx.capture.symbolic.names import symbolic_names
 from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
 from octav_fx.capture.symbolic.reads import Reads, watched_reads
@@ -73,6 +74,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     try:
         with (
             undone_writes(tracer, root),
+            nothing_kept(root),
             training_flags(tracer, root),
             symbolic_torch(tracer),
             symbolic_names(root),
