@@ -352,26 +352,28 @@ def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> t
         if (change := constants.change()) is not None:
             raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")
     if captured.remembered and has_data(module, call):
-        with contextlib.suppress(_StoredAgain):
+        with contextlib.suppress(_NoTable):
             captured = _captured_warm(module, call, mode, user, captured)
     _check_memory(captured)
     return captured, list(captured.notes)
 
 
-class _StoredAgain(Exception):
-    """Forward sets an attribute in every call that it reads: no table, which is made once."""
+class _NoTable(Exception):
+    """What forward stores is no table, which is made once, and of which results know nothing."""
 
 
 def _captured_warm(module: nn.Module, call: Inputs, mode: bool, user: UserRules, cold: Capture) -> Capture:
     """Capture with the tables that forward makes once: after a first run they are there, and read like any buffer."""
     with attributes_kept_on_success(module):
-        _warm_up(module, call)
+        if difference(_warm_up(module, call), _warm_up(module, call)) is not None:
+            # It looks whether this length is that of the call before.
+            raise _NoTable
         captured = _capture(module, call, mode, user)
         _check_memory(captured)
         # A log is stored in each call and not read.
         read = {str(node.target) for node in captured.graph.find_nodes(op="get_attr")}
         if any(name in captured.stored and (name in cold.begun or name in read) for name in cold.remembered):
-            raise _StoredAgain
+            raise _NoTable
         return captured
 
 
@@ -390,10 +392,13 @@ def _check_calls(module: nn.Module, captured: Capture, position: Position) -> No
         raise NeedsCalls(f"hooks on {position.named(path)} run where that is called as a module")
 
 
-def _warm_up(module: nn.Module, example: Inputs) -> None:
-    """Run once and keep what forward stored; statistics and other buffers that were there stay as they were."""
+def _warm_up(module: nn.Module, example: Inputs) -> Any:
+    """Run once and keep what forward stored; statistics and other buffers that were there stay as they were.
+
+    Returns what it gives.
+    """
     with preserved_tensors(module):
-        run_keeping_state(module, *own_copy(example))
+        return run_keeping_state(module, *own_copy(example))
 
 
 def _runs(module: nn.Module, example: Inputs, mode: bool) -> bool:

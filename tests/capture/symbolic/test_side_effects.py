@@ -270,3 +270,21 @@ class TestACache:
 
         x = torch.randn(2, 5, 8)
         assert_follows(lambda: Begins().requires_grad_(False), ((x,), (x,), (x,)), training=False)
+
+
+class ByLast(nn.Module):
+    """Another factor in a call of another length than the last one, as in one where a window slides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(4, 4), nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 1 if self.last in (0, len(x)) else 3
+        self.last = len(x)
+        return self.b(self.a(x)) * factor
+
+
+def test_a_first_run_that_makes_no_table_leaves_the_call_as_it_is() -> None:
+    x, longer = torch.randn(2, 4), torch.randn(3, 4)
+    assert_follows(ByLast, ((x,), (longer,), (longer,), (x,)), training=False)
