@@ -47,11 +47,19 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
                         written.append((path, key, old, new, known is not None))
             for row in written:
                 _store(tracer, *row)
+            # Set on root by the tracer, also for what is stored: they are the graph's.
+            own = before[id(vars(root))]
+            tracer.made = {name: v for name, v in vars(root).items() if name not in own and is_constant(name)}
         finally:
             for original, saved in objects:
                 if proxies_in(original):
                     original.__dict__.clear()
                     original.__dict__.update(vars(saved))
+
+
+def is_constant(name: str) -> bool:
+    """Tell whether fx or our tracer named an attribute."""
+    return name.startswith(("_tensor_constant", "octav_object_"))
 
 
 def is_cache(held: Any, kind: Any, decided: set[fx.Node]) -> bool:

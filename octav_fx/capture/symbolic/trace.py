@@ -23,7 +23,7 @@ from octav_fx.capture.symbolic.names import symbolic_names
 from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
 from octav_fx.capture.symbolic.reads import Reads, watched_reads
 from octav_fx.capture.symbolic.regions import regions
-from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, is_cache, undone_writes
+from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, is_cache, is_constant, undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
 from octav_fx.compat.tensors import pytree, quiet
@@ -70,7 +70,6 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     # Evaluation may write into objects among them.
     tracer = ValueTracer(own_copy(dict(arguments)), user=user)
     kinds, same = {name: kind_of(value) for name, value in arguments.items()}, same_tensors(*arguments.values())
-    before = set(root.__dict__)
     try:
         with (
             undone_writes(tracer, root),
@@ -94,13 +93,11 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
                 remembered = reads.remembered()
             tracer.caches = _caches(graph, root, remembered, reads)
-            # Also set on root, by the tracer: they are the graph's.
-            made = {name: root.__dict__[name] for name in set(root.__dict__) - before if _is_constant(name)}
     except Exception as error:
         if isinstance(error, OctavError):
             raise NotCaptured(str(error)) from error
         raise NotCaptured(f"capture stopped at {user_line(error)}: {type(error).__name__}: {error}") from error
-    for name, constant in made.items():
+    for name, constant in tracer.made.items():
         if isinstance(constant, Tensor):
             root.register_buffer(name, constant, persistent=False)
         else:
@@ -110,7 +107,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     named = {
         (module, name): f"{paths[module]}.{name}".lstrip(".")
         for module, name in remembered
-        if module in paths and not _is_constant(name) and (module, name) not in tracer.caches
+        if module in paths and not is_constant(name) and (module, name) not in tracer.caches
     }
     begun = [
         key
@@ -166,11 +163,6 @@ def _tables_by_device(root: nn.Module) -> list[dict[Any, Any]]:
         if all(isinstance(key, torch.device) or (isinstance(key, str) and _DEVICE.fullmatch(key)) for key in table)
         and all(isinstance(value, Tensor) for value in table.values())
     ]
-
-
-def _is_constant(name: str) -> bool:
-    """Tell whether fx or our tracer named it."""
-    return name.startswith(("_tensor_constant", "octav_object_"))
 
 
 def _remove_unused(graph: fx.Graph) -> None:

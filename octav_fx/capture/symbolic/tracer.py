@@ -83,6 +83,8 @@ class ValueTracer(fx.Tracer):
     notes: list[str] = field(default_factory=list)
     # Dicts that forward fills with what parameters and buffers alone decide: a graph computes that in each call.
     caches: set[tuple[nn.Module, str]] = field(default_factory=set)
+    # Constants of the graph, by the names under which it reads them.
+    made: dict[str, Any] = field(default_factory=dict)
     # Attributes that forward sets.
     stored: list[str] = field(default_factory=list)
     # Those of them that it read first, and sets to a tensor of another shape: a table for another length.

@@ -288,3 +288,26 @@ class ByLast(nn.Module):
 def test_a_first_run_that_makes_no_table_leaves_the_call_as_it_is() -> None:
     x, longer = torch.randn(2, 4), torch.randn(3, 4)
     assert_follows(ByLast, ((x,), (longer,), (longer,), (x,)), training=False)
+
+
+class Last:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class StoresObjects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.lasts = nn.Linear(4, 4), [Last(torch.zeros(()))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = Last(x.mean())
+        self.lasts[0].value = x.amax()
+        return self.a(x)
+
+
+def test_objects_that_are_stored_hold_what_is_of_the_call() -> None:
+    q: Any = octav_fx.quantize(StoresObjects(), torch.randn(2, 4))
+    x = torch.randn(3, 4)
+    q(x)
+    assert isinstance(q, WholeModule) and (q.last.value, q.lasts[0].value) == (x.mean(), x.amax())
