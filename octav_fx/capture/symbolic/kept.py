@@ -20,6 +20,9 @@ from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 
 _STAND_INS: Final = (*PROXIES, Moment)
+# So deep below a global: STATS["lengths"].append(n). Larger tables are not looked into.
+_DEEP: Final = 3
+_SMALL: Final = 64
 
 
 @contextmanager
@@ -49,15 +52,22 @@ def _places(root: nn.Module) -> Iterator[tuple[str, Any]]:
         for name, value in names.items():
             if isinstance(value, type) and is_users_class(value):
                 yield f"the class {name}", value
-            elif is_users_object(value):
-                yield name, vars(value)
-            elif type(value) in CONTAINERS:
-                yield name, value
+            else:
+                yield from ((name, place) for place in _below(value))
     for function in functions:
         cells = (cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType())
         for value in (*(function.__defaults__ or ()), *cells):
-            if type(value) in CONTAINERS:
-                yield f"a default or the closure of {function.__qualname__}", value
+            yield from ((f"a default or the closure of {function.__qualname__}", place) for place in _below(value))
+
+
+def _below(value: Any, depth: int = _DEEP) -> Iterator[Any]:
+    """Yield a container, or the attributes of an object, and those in it."""
+    place = vars(value) if is_users_object(value) else value
+    if type(place) in CONTAINERS:
+        yield place
+        if depth and len(place) <= _SMALL:
+            for item in place.values() if isinstance(place, dict) else place:
+                yield from _below(item, depth - 1)
 
 
 def _content(place: Any) -> Any:
@@ -67,7 +77,8 @@ def _content(place: Any) -> Any:
 def _put_back(place: Any, content: Any) -> bool:
     """Put back what stand-ins took the place of; tell whether there were any."""
     if not isinstance(content, dict):
-        is_changed = any(map(_has_stand_in, place))
+        known = set(map(id, content))
+        is_changed = any(id(item) not in known and _has_stand_in(item) for item in place)
         if is_changed:
             refill(place, content)
         return is_changed

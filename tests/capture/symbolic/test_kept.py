@@ -16,6 +16,7 @@ from tests.support.alike import silent_quantizers
 x, longer = torch.randn(2, 5, 8), torch.randn(3, 7, 8)
 SEEN: list[Any] = []
 TABLE: dict[Any, Any] = {}
+LENGTHS: dict[str, list[Any]] = {"seen": []}
 FIRST = None
 
 
@@ -49,6 +50,12 @@ class InList(Net):
     def keep(self, x: Tensor) -> Any:
         SEEN.append((x.shape[1], time.time()))
         return SEEN[-1][0]
+
+
+class InListBelow(Net):
+    def keep(self, x: Tensor) -> Any:
+        LENGTHS["seen"].append(x.shape[1])
+        return LENGTHS["seen"][-1]
 
 
 class InTable(Net):
@@ -96,6 +103,7 @@ def default() -> list[Any]:
     ("kind", "last"),
     [
         (InList, lambda: SEEN[-1][0]),
+        (InListBelow, lambda: LENGTHS["seen"][-1]),
         (InTable, lambda: 7 if list(TABLE)[-1] == 3 else None),
         (InGlobal, lambda: FIRST),
         (InClass, lambda: Config.last),
@@ -111,5 +119,11 @@ def test_what_is_kept_is_that_of_the_call(kind: type[Net], last: Any) -> None:
     with silent_quantizers():
         torch.testing.assert_close(q(longer), q.b(q.a(longer)) * 7)
     assert last() == 7
-    everything = (*SEEN, TABLE.items(), [*TABLE, FIRST, Config.last, InItsClass.last, STATS.last], default())
+    everything = (
+        *SEEN,
+        LENGTHS["seen"],
+        TABLE.items(),
+        [*TABLE, FIRST, Config.last, InItsClass.last, STATS.last],
+        default(),
+    )
     assert not any(type(item) in (*PROXIES, Moment) for held in everything for item in held)
