@@ -200,11 +200,7 @@ def _why(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, S
 def _advice(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]) -> str:
     """Say what to do: most often the op that the exporter names is the cause."""
     if isinstance(error, OctavError):
-        return (
-            "Python around blocks may pass them other arguments while it is exported than it does otherwise: models of "
-            "transformers leave out a mask of nothing but ones. Quantize and calibrate with a padded batch, or with "
-            "blocks=()"
-        )
+        return "Python around blocks passes them other arguments in this export. Quantize and calibrate with blocks=()"
     if (returned := re.search(r"Found <class '(.*)'> in output", str(error))) is not None:
         kind = returned[1].rpartition(".")[2]
         return f"Have forward return no {kind}; models of transformers return caches unless use_cache=False is passed"

@@ -10,6 +10,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from octav_fx import Config, OctavError, calibrate, convert, export_onnx, freeze, quantize, unfreeze
+from octav_fx.capture.modules import quantized_modules
 from octav_fx.demo import accuracy, digits
 from octav_fx.deploy.convert import rewritten
 from octav_fx.deploy.runtimes import run_onnx
@@ -299,11 +300,17 @@ class Masked(nn.Module):
         return x
 
 
-def test_a_mask_that_only_an_export_passes_on_is_told(tmp_path):
+def test_a_mask_that_only_an_export_passes_on_is_in_the_file(tmp_path):
     example = torch.randn(2, 4), torch.ones(2, 4)
     q = freeze(calibrate(quantize(Masked().eval(), example, blocks=[Block]), [example]))
-    with pytest.raises(OctavError, match=r"argument mask: .* calibrate with a padded batch, or with blocks=\(\)"):
-        export_onnx(q, example, tmp_path / "model.onnx")
+    export_onnx(q, example, tmp_path / "model.onnx")
+    # A copy was captured again, and q has the graphs that it had.
+    assert [len(module.graphs_of(False)) for module in quantized_modules(q)] == [1, 1]
+    assert not torch.compiler.is_exporting() and not torch.compiler.is_compiling()
+    for mask in (torch.ones(3, 4), torch.arange(12.0).view(3, 4) % 2):
+        inputs = torch.randn(3, 4), mask
+        (found,) = run_onnx(tmp_path / "model.onnx", inputs).values()
+        assert torch.equal(found, q(*inputs))
 
 
 class Cache:
