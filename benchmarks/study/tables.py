@@ -60,7 +60,11 @@ def _tiny(seeds: int, *labelled: tuple[str, Run]) -> Labelled:
 
 def _glyphs(bits: int, weights: str, activations: str) -> Table:
     """Return the table of clips of one granularity on the glyphs' ResNet, whose channels are multiples of 16."""
-    labelled = _on(NETS[:1], *((clip, _run(clip, bits=bits)) for clip in ("max", "octav", "octav-tight")))
+    labelled = _on(
+        NETS[:1],
+        *((clip, _run(clip, bits=bits)) for clip in ("max", "octav", "octav-tight")),
+        ("octav-tight for activations, max for weights", _run("max", bits=bits, experiment="tight-activations")),
+    )
     shared = {"weight_granularity": weights, "activation_granularity": activations, "judged": VALIDATION}
     of_weights = "channels" if weights == "channel" else f"groups of {weights.removeprefix('group-')}"
     of_activations = {"tensor": "whole activations", "token": "tokens"}[activations]
