@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from octav_fx.capture.inputs import as_inputs
 from octav_fx.capture.kinds import same_tensors
@@ -48,6 +49,7 @@ def translated(
         )
     if isinstance(module, IntegerModule):
         module.check_call(args, kwargs)
+    _check_scales(module)
     parts = _stand_ins(module)
     kwargs = _in_order(module, kwargs)
     if dynamic_batch:
@@ -61,6 +63,20 @@ def translated(
         raise OctavError(_why(error, dynamic_batch, dynamic_axes)) from error
     assert program is not None
     return program.model_proto, parts
+
+
+def _check_scales(module: nn.Module) -> None:
+    """Raise OctavError for an attention with a scale of which PyTorch's exporter, which takes its root, makes NaN."""
+    for part in module.modules():
+        if not isinstance(part, fx.GraphModule):
+            continue
+        for node in part.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+            scale = node.kwargs.get("scale")
+            if isinstance(scale, (int, float)) and scale < 0:
+                raise OctavError(
+                    f"{node.name}: PyTorch's exporter has no scale below zero, {scale}: negate the query and the "
+                    "scale, or quantize with attention='full'"
+                )
 
 
 class _Constant(nn.Module):

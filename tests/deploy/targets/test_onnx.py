@@ -355,3 +355,23 @@ def test_an_example_that_the_model_does_not_hold_for_is_refused(tmp_path):
         with pytest.raises(OctavError, match="argument mask: None at capture, a tensor of 1 axes now"):
             export_onnx(q, inputs, tmp_path / "model.onnx")
     export_onnx(q, x, tmp_path / "model.onnx")
+
+
+class Negative(nn.Module):
+    """PyTorch's exporter takes the root of the scale, and writes NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, scale=-0.3)
+
+
+def test_an_attention_with_a_scale_below_zero_is_told(tmp_path):
+    x, path = torch.randn(1, 2, 3, 4), tmp_path / "model.onnx"
+    q = freeze(calibrate(quantize(Negative().eval(), x, Config(attention="operands")), [x]))
+    with pytest.raises(OctavError, match=r"no scale below zero, -0\.3: negate the query"):
+        export_onnx(q, x, path)
+    q = freeze(calibrate(quantize(Negative().eval(), x, Config(attention="full")), [x]))
+    export_onnx(q, x, path, dynamic_batch=False)
+    (found,) = run_onnx(path, (x,)).values()
+    with torch.no_grad():
+        # Sums of floats in other orders.
+        assert relative(found, q(x)) < 1e-5
