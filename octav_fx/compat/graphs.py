@@ -22,6 +22,13 @@ auto_functionalized: Final = torch.ops.higher_order.auto_functionalized
 FUSED_ENCODER_LAYER: Final = torch._transformer_encoder_layer_fwd
 
 
+def set_exporting(value: bool) -> bool:
+    """Let torch.compiler.is_exporting() and is_compiling() return a value; return the one of before."""
+    before = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = torch.compiler._is_compiling_flag = value
+    return before
+
+
 def autocast_settings(region: torch.autocast) -> tuple[Any, ...]:
     """Return the arguments of ENTER_AUTOCAST for a region: device, dtype, whether it is on, whether it caches."""
     return region.device, region.fast_dtype, region._enabled, region._cache_enabled

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octav_fx.deploy.convert import rewritten
+from octav_fx.deploy.exported_calls import led_by_exported_calls
 from octav_fx.deploy.files import replacing
 from octav_fx.deploy.runtimes import optional
 from octav_fx.deploy.targets import TARGETS, Target
@@ -47,11 +48,13 @@ def export_onnx(
     onnx = optional("onnx")
     optional("onnxscript")
     with replacing(Path(path)) as draft:
-        converted = rewritten(q, CONVERT)
-        _check_float32(converted)
-        model, parts = translated(
-            converted, example_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes or {}
-        )
+        freely = {"dynamic_batch": dynamic_batch, "dynamic_axes": dynamic_axes or {}}
+        try:
+            model, parts = _translated(q, example_inputs, freely)
+        except OctavError as error:
+            if not _is_call_of_a_block(error):
+                raise
+            model, parts = _translated(led_by_exported_calls(q, example_inputs), example_inputs, freely)
         model = write(row, model, parts)
         _strip(model)
         try:
@@ -66,6 +69,20 @@ def _target(name: str) -> Target:
         if row.name == name:
             return row
     raise OctavError(f"target={name!r}: one of {', '.join(repr(row.name) for row in TARGETS)}")
+
+
+def _translated(q: nn.Module, example_inputs: Any, freely: Mapping[str, Any]) -> tuple[Any, Any]:
+    converted = rewritten(q, CONVERT)
+    _check_float32(converted)
+    return translated(converted, example_inputs, **freely)
+
+
+def _is_call_of_a_block(error: BaseException) -> bool:
+    """Tell whether the exporter met a call that a graph of ours does not hold for."""
+    innermost = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    return innermost is not error and isinstance(innermost, OctavError)
 
 
 def _check_float32(module: nn.Module) -> None:

@@ -79,9 +79,14 @@ def freeze(q: nn.Module) -> nn.Module:
     for quantizer, clip in clips.items():
         quantizer.clip = clip.detach().to(torch.float32).clone()
     for module in modules:
-        update_graph_info(module, frozen={mode: fingerprint(module.graph_of(mode)) for mode in module.modes})
-        module.refresh()
+        note_frozen(module)
     return q
+
+
+def note_frozen(module: QuantizedModule) -> None:
+    """Keep what the graphs of a module are that its static clips are for."""
+    update_graph_info(module, frozen={mode: fingerprint(module.graph_of(mode)) for mode in module.modes})
+    module.refresh()
 
 
 def unfreeze(q: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from octav_fx.capture.inputs import as_inputs
 from octav_fx.capture.kinds import same_tensors
@@ -48,6 +49,7 @@ def translated(
         )
     if isinstance(module, IntegerModule):
         module.check_call(args, kwargs)
+    _check_scales(module)
     parts = _stand_ins(module)
     kwargs = _in_order(module, kwargs)
     if dynamic_batch:
@@ -61,6 +63,20 @@ def translated(
         raise OctavError(_why(error, dynamic_batch, dynamic_axes)) from error
     assert program is not None
     return program.model_proto, parts
+
+
+def _check_scales(module: nn.Module) -> None:
+    """Raise OctavError for an attention with a scale of which PyTorch's exporter, which takes its root, makes NaN."""
+    for part in module.modules():
+        if not isinstance(part, fx.GraphModule):
+            continue
+        for node in part.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+            scale = node.kwargs.get("scale")
+            if isinstance(scale, (int, float)) and scale < 0:
+                raise OctavError(
+                    f"{node.name}: PyTorch's exporter has no scale below zero, {scale}: negate the query and the "
+                    "scale, or quantize with attention='full'"
+                )
 
 
 class _Constant(nn.Module):
@@ -200,11 +216,7 @@ def _why(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, S
 def _advice(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]) -> str:
     """Say what to do: most often the op that the exporter names is the cause."""
     if isinstance(error, OctavError):
-        return (
-            "Python around blocks may pass them other arguments while it is exported than it does otherwise: models of "
-            "transformers leave out a mask of nothing but ones. Quantize and calibrate with a padded batch, or with "
-            "blocks=()"
-        )
+        return "Python around blocks passes them other arguments in this export. Quantize and calibrate with blocks=()"
     if (returned := re.search(r"Found <class '(.*)'> in output", str(error))) is not None:
         kind = returned[1].rpartition(".")[2]
         return f"Have forward return no {kind}; models of transformers return caches unless use_cache=False is passed"

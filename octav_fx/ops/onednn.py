@@ -33,6 +33,20 @@ def refusal(x_bits: int, largest: int) -> str | None:
     return None
 
 
+def is_exact(call: Any, w: Tensor) -> bool:
+    """Tell whether a call of integer_conv or integer_linear, with codes w int8 [O, ...], is added up exactly here.
+
+    Sums, an integer bias among them, have 32 bits.
+    """
+    if refusal(call.x_bits, largest_code(w)):
+        return False
+    grid = Grid(call.x_bits, call.x_signed)
+    total = w.flatten(1).to(torch.int16).abs().sum(1, dtype=torch.int64) * max(grid.high, -grid.low) * 2**call.fraction
+    if is_integer(call.bias):
+        total = total + call.bias.to(torch.int64).abs()
+    return bool((total < 2**31).all())
+
+
 def extents(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """Return how far a filter reaches along each axis."""
     return [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]

@@ -5,6 +5,7 @@ torch.library.custom_op would do the same with four times the Python in each cal
 
 import functools
 import importlib.util
+import string
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +66,7 @@ def register_op(
 
     functional, into = f"octav::{name}", f"octav::{name}.out"
     returns = "Tensor" if len(outs) == 1 else f"({', '.join(['Tensor'] * len(outs))})"
-    written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip("abc", outs, strict=False))
+    written = ", ".join(f"Tensor({letter}!) {out}" for letter, out in zip(string.ascii_lowercase, outs, strict=False))
     torch.library.define(functional, f"({arguments}) -> {returns}", tags=LAYOUT_AGNOSTIC)
     # Neither tagged as an out variant nor returning out: Inductor's own lowering for those does not know symbolic
     # shapes (torch 2.13), so octav_fx/backend/inductor.py has another.

@@ -194,7 +194,8 @@ with torch.no_grad():
         reasons = [reason for _, reason in integer_layers(convert(q)) if reason is not None]
         assert len(reasons) == floats and all(r.endswith("which has no VNNI") for r in reasons), reasons
     c, x, expected = pickle.load(open(sys.argv[1], "rb"))
-    assert torch.equal(c(x), expected)
+    # The reference runs here. oneDNN adds an integer bias after it has multiplied: one rounding more.
+    torch.testing.assert_close(c(x), expected, rtol=1e-6, atol=1e-6)
 """
     q, x = ready(Config(weight_bits=8, activation_bits=8))
     c = convert(q)

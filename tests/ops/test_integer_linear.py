@@ -87,3 +87,12 @@ def test_codes_are_looked_up(threads, columns, rows, channels):
 def test_a_table_of_another_size():
     with pytest.raises(OctavError, match=r"a table of torch.uint8 \(255,\) where codes are looked up in uint8 \[256\]"):
         integer_linear(*arguments(), table=torch.zeros(255, dtype=torch.uint8))
+
+
+# Each code of the input and of the weight is the largest of 8 bits; a bias is as large as deploying makes one.
+@pytest.mark.parametrize("columns, bias", [(70000, None), (40000, torch.full((1,), 2**30, dtype=torch.int32))])
+def test_sums_beyond_32_bits_are_the_reference(columns, bias):
+    x, w = torch.full((1, columns), 255, dtype=torch.uint8), torch.full((1, columns), 127, dtype=torch.int8)
+    one = torch.ones(())
+    y = integer_linear(x, one, 8, False, w, one, [1, columns], bias)
+    assert y.item() == torch.tensor(columns * 255 * 127 + (0 if bias is None else 2**30)).float().item()

@@ -85,3 +85,11 @@ def test_no_scale_overflows(kernels, method):
     # A power of two above the largest float32 number of 4 bits.
     x = torch.full((3, 32), 3e38)
     assert_one_pass(x, "int2/token.1/e8m0", method, torch.float32)
+
+
+@pytest.mark.parametrize("n", [16, 48])
+def test_groups_that_do_not_come_out_even_are_refused(n):
+    x = torch.randn(2, n)
+    for op in (quantize_rows, reference.quantize_rows):
+        with pytest.raises(RuntimeError, match="invalid for input of size"):
+            op(x, "int4/group-32.1", "max", torch.int8)

@@ -20,7 +20,8 @@ from octav_fx.deploy.targets.onnx import is_operand, product_and_bias
 from octav_fx.deploy.translate import DOMAIN
 from octav_fx.nn import IntegerBias, IntegerWeight
 
-# What brings the parts of a layer's channels to the front, the last one first, and the order of axes in it.
+# What brings the parts of a layer's channels to the front, the last one first, and the order of axes in it:
+# [A, B, parts * E] -> [A, B, parts, E] -> [1, A, B, parts, E] -> [parts, A, B, 1, E] -> [parts, A, B, E].
 _TO_THE_FRONT: Final = ("Squeeze", "Transpose", "Unsqueeze", "Reshape")
 _PARTS_FIRST: Final = [3, 1, 2, 0, 4]
 
@@ -30,14 +31,16 @@ def part_of_projection(graph: Graph, node: Any) -> list[Any] | None:
     part, found = graph.value(node.input[1]), _makers(graph, node.input[0], _TO_THE_FRONT)
     if part is None or part.dim() or attribute(node, "axis", 0) or found is None:
         return None
-    (_, transpose, _, view), name = found
-    layer = _layer(graph, name)
-    if attribute(transpose, "perm") != _PARTS_FIRST or layer is None:
+    (squeeze, transpose, unsqueeze, view), name = found
+    layer, sizes = _layer(graph, name), graph.shape(view.output[0])
+    is_front = (_axis(graph, unsqueeze), attribute(transpose, "perm"), _axis(graph, squeeze)) == (0, _PARTS_FIRST, 3)
+    if layer is None or not is_front or sizes is None:
         return None
-    size = graph.shape(view.output[0])
-    if size is None or len(size) != 4 or size[-1] is None:
+    *outer, count, width = sizes
+    if count is None or width is None or graph.shape(name) != [*outer, count * width]:
         return None
-    return _narrower(graph, layer, slice(int(part) * size[-1], (int(part) + 1) * size[-1]), node.output[0])
+    start = int(part) % count * width
+    return _narrower(graph, layer, slice(start, start + width), node.output[0])
 
 
 def parts_of_projection(graph: Graph, node: Any) -> list[Any] | None:
@@ -93,6 +96,12 @@ def _makers(graph: Graph, name: str, kinds: Sequence[str]) -> tuple[list[Any], s
     return found, name
 
 
+def _axis(graph: Graph, node: Any) -> int | None:
+    """Return the axis of five that a Squeeze or an Unsqueeze is about; None where it is about several, or all."""
+    axes = graph.value(node.input[1]) if len(node.input) > 1 else None
+    return None if axes is None or axes.numel() != 1 else int(axes) % len(_PARTS_FIRST)
+
+
 def _layer(graph: Graph, name: str) -> tuple[str, str, str] | None:
     """Return the input, and the keys of weight and bias, of a linear layer of integers that makes a value."""
     if (maker := graph.makers.get(name)) is None or maker.op_type != "Add":
@@ -117,7 +126,7 @@ def _channels(graph: Graph, key: str, channels: slice) -> str:
         codes = part.integers()[channels]
         part.store(codes)
         part.scale, part.shape = part.scale[channels], tuple(codes.shape)
-    name = f"{key}.{channels.start}"
+    name = f"{key}.{channels.start}-{channels.stop}"
     graph.parts[name] = part
     return name
 

@@ -84,7 +84,7 @@ def _by_onednn(call: Call) -> onednn.Run | None:
     call = onednn.in_steps(call)
     w, window = onednn.integers(call.w, tuple(call.shape)), call.window
     geometry = call.shape[2:], call.padding, call.dilation
-    if onednn.refusal(call.x_bits, onednn.largest_code(w)) or onednn.fits_into_padding(*geometry):
+    if not onednn.is_exact(call, w) or onednn.fits_into_padding(*geometry):
         return None
     zero = onednn.zero_point(call.x_bits, call.x_signed)
     scale = onednn.channel_scale(call.x_scale, call.w_scale, call.shape[0])
@@ -148,7 +148,7 @@ def _depthwise(call: Call) -> onednn.Run | None:
     if library is None or not is_depthwise or call.step is None:
         return None
     w = onednn.integers(call.w, tuple(call.shape)).reshape(channels, -1)
-    if onednn.refusal(call.x_bits, onednn.largest_code(w)):
+    if not onednn.is_exact(call, w):
         return None
     if (found := vnni.operands(call, w)) is None:
         return None

@@ -52,7 +52,7 @@ def rows_run(call: Call) -> onednn.Run | None:
     check(call.x, call.w, call.x_scale, call.w_scale, call.shape, call.bias, call.table)
     rows, columns = call.shape
     w = onednn.integers(call.w, (rows, columns))
-    if onednn.refusal(call.x_bits, onednn.largest_code(w)):
+    if not onednn.is_exact(call, w):
         return None
     if columns % 4 == 0 and (library := vnni.library()) is not None:
         return _by_pass(call, library, w)

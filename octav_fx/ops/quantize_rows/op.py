@@ -32,7 +32,8 @@ def _fits(x: Tensor, spec: Spec, method: str, dtype: torch.dtype, out: Tensor, c
     """Tell whether the kernels write such results: the levels of a dtype, or the codes of the format."""
     is_written = is_one_pass(spec, method) and (dtype.is_floating_point or dtype is spec.format.codes_dtype)
     is_there = out.shape == x.shape and out.dtype is dtype and clip.dtype is torch.float32
-    return is_written and is_there and clip.shape == spec.clip_shape(x.shape) and x.numel() > 0
+    has_rows = x.numel() > 0 and spec.granularity.divides(x.shape)
+    return is_written and is_there and has_rows and clip.shape == spec.clip_shape(x.shape)
 
 
 def _cpu(

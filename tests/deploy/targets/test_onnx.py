@@ -10,8 +10,10 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from octav_fx import Config, OctavError, calibrate, convert, export_onnx, freeze, quantize, unfreeze
+from octav_fx.capture.modules import quantized_modules
 from octav_fx.demo import accuracy, digits
 from octav_fx.deploy.convert import rewritten
+from octav_fx.deploy.exported_calls import led_by_exported_calls
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.passes import CONVERT
 from tests.support.deployable_models import LANGUAGE, check_codes, frozen, levels_of, observed, relative, shortened
@@ -299,11 +301,19 @@ class Masked(nn.Module):
         return x
 
 
-def test_a_mask_that_only_an_export_passes_on_is_told(tmp_path):
+def test_a_mask_that_only_an_export_passes_on_is_in_the_file(tmp_path):
     example = torch.randn(2, 4), torch.ones(2, 4)
     q = freeze(calibrate(quantize(Masked().eval(), example, blocks=[Block]), [example]))
-    with pytest.raises(OctavError, match=r"argument mask: .* calibrate with a padded batch, or with blocks=\(\)"):
-        export_onnx(q, example, tmp_path / "model.onnx")
+    export_onnx(q, example, tmp_path / "model.onnx")
+    # A copy was captured again, and q has the graphs that it had.
+    assert [len(module.graphs_of(False)) for module in quantized_modules(q)] == [1, 1]
+    assert not torch.compiler.is_exporting() and not torch.compiler.is_compiling()
+    # What is led by the calls with a mask computes the integers of these.
+    led = led_by_exported_calls(q, example)
+    for mask, model in ((torch.ones(3, 4), q), (torch.arange(12.0).view(3, 4) % 2, led)):
+        inputs = torch.randn(3, 4), mask
+        (found,) = run_onnx(tmp_path / "model.onnx", inputs).values()
+        assert torch.equal(found, model(*inputs))
 
 
 class Cache:
@@ -345,3 +355,23 @@ def test_an_example_that_the_model_does_not_hold_for_is_refused(tmp_path):
         with pytest.raises(OctavError, match="argument mask: None at capture, a tensor of 1 axes now"):
             export_onnx(q, inputs, tmp_path / "model.onnx")
     export_onnx(q, x, tmp_path / "model.onnx")
+
+
+class Negative(nn.Module):
+    """PyTorch's exporter takes the root of the scale, and writes NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, scale=-0.3)
+
+
+def test_an_attention_with_a_scale_below_zero_is_told(tmp_path):
+    x, path = torch.randn(1, 2, 3, 4), tmp_path / "model.onnx"
+    q = freeze(calibrate(quantize(Negative().eval(), x, Config(attention="operands")), [x]))
+    with pytest.raises(OctavError, match=r"no scale below zero, -0\.3: negate the query"):
+        export_onnx(q, x, path)
+    q = freeze(calibrate(quantize(Negative().eval(), x, Config(attention="full")), [x]))
+    export_onnx(q, x, path, dynamic_batch=False)
+    (found,) = run_onnx(path, (x,)).values()
+    with torch.no_grad():
+        # Sums of floats in other orders.
+        assert relative(found, q(x)) < 1e-5
