@@ -58,8 +58,8 @@ def test_mixed_bits_gives_few_bits_to_the_layers_that_mind_least(capsys):
 @pytest.mark.slow
 def test_deploy_onnx(tmp_path):
     found = deploy_onnx.main(tmp_path / "model.onnx")
-    # Biases are rounded; no value of these lies at a tie, which would move by a step of its grid.
-    assert 0 < found.converted_difference < 0.01
+    # Linear layers round once, as the frozen model; no value of these lies at a tie, where other CPUs move it by a step.
+    assert found.converted_difference < 1e-6
     assert abs(found.onnx_difference - found.converted_difference) < 1e-5
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
