@@ -258,7 +258,7 @@ class QuantizedModule(GuardedModule):
             return self._run(guarded, args, kwargs)
         except (OctavError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        except (AssertionError, RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             # Others, such as what ends a recomputation early, are for those around the call.
             if self.capture_again is None:
                 raise

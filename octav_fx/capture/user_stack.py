@@ -61,17 +61,21 @@ def user_caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def is_told(frame: FrameType) -> bool:
-    """Tell whether what a frame computes now is for a reader: in print(), in a raise, in a statement that logs.
+def told_by(frame: FrameType) -> str | None:
+    """Return what tells a reader what a frame computes now: "print", "raise", the name of what logs; else None.
 
     Not in a raise that the function itself may catch, nor in a call of the user's own functions.
     """
     line, _, column, _ = _position(frame)
     if line is None or column is None:
-        return False
-    told = _tellers(frame.f_code.co_filename)
-    around = [n for n in told if (n.lineno, n.col_offset) <= (line, column) < (n.end_lineno, n.end_col_offset)]
-    return any(isinstance(n, ast.Raise) or not _is_users_function(_found(n.func, frame)) for n in around)
+        return None
+    for n in _tellers(frame.f_code.co_filename):
+        if (n.lineno, n.col_offset) <= (line, column) < (n.end_lineno, n.end_col_offset):
+            if isinstance(n, ast.Raise):
+                return "raise"
+            if not _is_users_function(_found(n.func, frame)):
+                return _name_of(n.func)
+    return None
 
 
 def _is_users_function(function: Any) -> bool:

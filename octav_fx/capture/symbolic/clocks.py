@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from octav_fx.capture.module_state import CLOSED
-from octav_fx.capture.user_stack import caller, is_told
+from octav_fx.capture.user_stack import caller, told_by
 from octav_fx.errors import NotCaptured
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _stop_unless_told() -> None:
     # A logger writes what it was told, by handlers of whatever library.
     if "logging" not in libraries:
         nearest = next((f for f, name in zip(frames, libraries, strict=True) if name not in CLOSED), None)
-        if nearest is None or not is_told(nearest):
+        if nearest is None or told_by(nearest) is None:
             _stop()
 
 

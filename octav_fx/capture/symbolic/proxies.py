@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx
 
-from octav_fx.capture.user_stack import TORCH, called_by, caller, is_told, is_users, user_caller
+from octav_fx.capture.user_stack import TORCH, called_by, caller, is_users, told_by, user_caller
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake
 
@@ -49,6 +49,8 @@ _OF_DATA: Final = (Tensor, _Unknown)
 _KEYS: Final = (bool, int, float, str, torch.Size, torch.device, torch.dtype)
 _WRITTEN: Final = (*_KEYS, *_OF_DATA)
 _CACHED: Final = type(functools.cache(repr))
+# What tells later, in the graph.
+_IN_GRAPHS: Final = ("_assert",)
 
 
 class ValueProxy(fx.Proxy):
@@ -152,9 +154,10 @@ class ValueProxy(fx.Proxy):
         kind = next((k for k in _WRITTEN if isinstance(self.value, k)), None)
         if kind is None or not is_users(frame):
             return super().__repr__()
-        if not is_told(frame):
+        if (teller := told_by(frame)) is None:
             self.tracer.decide(self, str if kind in _OF_DATA else kind)
-        return super().__repr__() if kind in _OF_DATA else written(self.value)
+        # A graph would say of another size that it is the example's.
+        return super().__repr__() if kind in _OF_DATA or teller in _IN_GRAPHS else written(self.value)
 
     def __len__(self) -> int:
         return int(self.tracer.create_proxy("call_function", len, (self,), {}))

@@ -105,3 +105,16 @@ def test_a_text_of_data_is_in_no_graph() -> None:
     q = assert_follows(OfData, ((x,), (5 * x / x.max(),), (longer,)), training=False)
     assert isinstance(q, PartialModule) and octav_fx.coverage(q).share == 1
     assert "test_texts.py" in partial_lines(q)[0] and "depends on the data" in partial_lines(q)[0]
+
+
+class Asserts(Net):
+    def scale(self, x: Tensor) -> Any:
+        torch._assert(x.shape[1] < 7, f"at most 6, got {x.shape[1]}")
+        return 1.0
+
+
+def test_an_assertion_that_fails_says_what_the_model_says() -> None:
+    q = octav_fx.quantize(Asserts().eval(), x)
+    with pytest.raises(AssertionError, match="at most 6, got 7"):
+        q(longer)
+    assert q(one).shape == one.shape
