@@ -71,12 +71,10 @@ def _demo(found: dict[str, Any]) -> str:
 
 def _step(found: dict[str, Any]) -> str:
     """Return a table with memory as the C library has it, and one where freed memory stays with the process."""
-    table = _by_variant(found, "ms", "ms of one training step (ratio to the faster float)")
-    if not any(row.get("kept_ms") for row in found["rows"]):
+    table, rows = _by_variant(found, "ms", "ms of one training step (ratio to the faster float)"), found["rows"]
+    if not any(row.get("kept_ms") for row in rows):
         return table
-    rows = [{**row, "ratio": row["kept_ratio"]} for row in found["rows"]]
-    kept = _by_variant({**found, "rows": rows}, "kept_ms", "freed memory kept: ms (ratio)")
-    return f"{table}\n\n{kept.partition(chr(10) * 2)[2]}"
+    return f"{table}\n\n{_variants(rows, 'kept_ms', 'freed memory kept: ms (ratio)', 'kept_ratio')}"
 
 
 def _memory(found: dict[str, Any]) -> str:
@@ -153,16 +151,20 @@ def _times(row: dict[str, Any]) -> str:
 
 
 def _by_variant(found: dict[str, Any], unit: str, title: str) -> str:
+    return f"{_where(found)}.\n\n{_variants(found['rows'], unit, title, 'ratio')}"
+
+
+def _variants(rows: list[dict[str, Any]], unit: str, title: str, ratio: str) -> str:
     """A row per variant, a column per model."""
-    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
-    variants = list(dict.fromkeys(row["variant"] for row in found["rows"]))
-    cells = {(row["variant"], row["model"]): _cell(row, unit) for row in found["rows"]}
-    rows = [[variant, *(cells.get((variant, model), "") for model in models)] for variant in variants]
-    return f"{_where(found)}.\n\n{tabulate(rows, [title, *models], 'github', disable_numparse=True)}"
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    cells = {(row["variant"], row["model"]): _cell(row, unit, ratio) for row in rows}
+    lines = [[variant, *(cells.get((variant, model), "") for model in models)] for variant in variants]
+    return tabulate(lines, [title, *models], "github", disable_numparse=True)
 
 
-def _cell(row: dict[str, Any], unit: str) -> str:
-    return "fails" if row[unit] is None else f"{row[unit]:.0f} ({row['ratio']:.2f})"
+def _cell(row: dict[str, Any], unit: str, ratio: str) -> str:
+    return "fails" if row[unit] is None else f"{row[unit]:.0f} ({row[ratio]:.2f})"
 
 
 def _where(found: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from octav_fx.deploy.runtimes import optional
 from octav_fx.deploy.targets import TARGETS, Target
 from octav_fx.deploy.targets.graph import described
 from octav_fx.deploy.targets.onnx import write
-from octav_fx.deploy.translate import translated
+from octav_fx.deploy.translate import cause_of, translated
 from octav_fx.errors import OctavError
 from octav_fx.nn import IntegerWeight
 from octav_fx.passes import CONVERT
@@ -79,10 +79,8 @@ def _translated(q: nn.Module, example_inputs: Any, freely: Mapping[str, Any]) ->
 
 def _is_call_of_a_block(error: BaseException) -> bool:
     """Tell whether the exporter met a call that a graph of ours does not hold for."""
-    innermost = error
-    while innermost.__cause__ is not None:
-        innermost = innermost.__cause__
-    return innermost is not error and isinstance(innermost, OctavError)
+    cause = cause_of(error)
+    return cause is not error and isinstance(cause, OctavError)
 
 
 def _check_float32(module: nn.Module) -> None:

@@ -203,10 +203,16 @@ def _names(module: nn.Module, count: int) -> list[str]:
     return [*named, *map(str, range(len(named), count))]
 
 
-def _why(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]) -> str:
-    """Return the innermost cause, which names the op; the exporter's own messages are pages long."""
+def cause_of(error: BaseException) -> BaseException:
+    """Return the error that all others were raised from, or the error itself."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _why(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]) -> str:
+    """Return the innermost cause, which names the op; the exporter's own messages are pages long."""
+    error = cause_of(error)
     detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"PyTorch's exporter cannot write this model as ONNX: {detail}. {_advice(error, dynamic_batch, dynamic_axes)}"
