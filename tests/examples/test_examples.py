@@ -58,7 +58,7 @@ def test_mixed_bits_gives_few_bits_to_the_layers_that_mind_least(capsys):
 @pytest.mark.slow
 def test_deploy_onnx(tmp_path):
     found = deploy_onnx.main(tmp_path / "model.onnx")
-    # Linear layers round once, as the frozen model; no value of these lies at a tie, where other CPUs move it by a step.
+    # Linear layers round once, as the frozen model; at a tie, where none of these lies, other CPUs move a code.
     assert found.converted_difference < 1e-6
     assert abs(found.onnx_difference - found.converted_difference) < 1e-5
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
