@@ -13,6 +13,7 @@ This is the definition to the bit, so each sum has an order that kernels can fol
 import functools
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octav_fx.clips.newton import power_of_two
+from octav_fx.formats.codebook import Codebook
 from octav_fx.formats.floats import FloatFormat
 from octav_fx.formats.format import Format, divided
 from octav_fx.formats.grid import Grid
@@ -38,8 +40,9 @@ MOVED: Final = 0.5
 POINTS: Final = 38
 # From so many levels on the least error hangs on the largest value no more than on others: none is put half-way.
 FINE: Final = 63
-# By bits the least step, as a share of the one that clips nothing: long rows of few levels clip far more than others.
-LEAST: Final = {2: 0.08, 3: 0.2, 4: 0.35, 5: 0.5}
+# By the levels above zero the least step, as a share of the one that clips nothing: long rows of few levels clip far
+# more than others.
+LEAST: Final = {1: 0.08, 3: 0.2, 7: 0.35, 15: 0.45}
 LEAST_OF_MORE: Final = 0.6
 # From where the greatest is so many times as large on, each candidate is 1 + WIDE_RATIO / sqrt(levels) times the next.
 WIDE: Final = 2.5
@@ -47,13 +50,21 @@ WIDE_RATIO: Final = 0.25
 # Of floating-point levels, whose errors are as large as the values, the largest value costs most: it lies so near to a
 # level, by the bits of the mantissa and as a share of the distance to the next.
 BESIDE: Final = {1: (-0.2, 0.0, 0.2), 2: (-0.2, 0.0, 0.2), 3: (-0.125, 0.125)}
+# Of three bits and rows of so many elements at most: in the lower half of an octave, where levels are farther apart for
+# their size, and in the upper half.
+SHORT: Final = 32
+BESIDE_OF_SHORT: Final = (-0.1, 0.1), (0.0,)
 # Of levels that are not even: an octave above the step that clips nothing floating-point levels are the same again, and
 # with the largest magnitude on a lower level, the 3 or 4 of E2M1 in place of its 6, the others may fit better.
 OCTAVE: Final = 2.05
 # Those that are not floating-point by bits: four have several such levels above the half, two have none.
 ABOVE: Final = {2: 1.2, 4: 1.75}
-# The ratio of their neighbours less 1 by bits: of four bits a quarter of that of E2M1's levels.
-UNEVEN: Final = {2: 1 / 3, 4: 1 / 8}
+# The ratio of their neighbours less 1 by bits: of four bits about a quarter of that of E2M1's levels.
+UNEVEN: Final = {2: 1 / 3, 4: 0.13}
+# Those of four bits are finer below this share of the greatest, where most values of a row are, than above.
+MOST: Final = 1 / 3
+# Candidates in an octave of levels of which each is twice the one before.
+IN_OCTAVE: Final = 5
 # The columns of folded().
 COLUMNS: Final = 16
 
@@ -111,7 +122,9 @@ def candidates(form: Format, scales: str, n: int) -> tuple[float, ...]:
         # One that clips nothing is among them when it is rounded down.
         return _geometric(OCTAVE if not isinstance(form, Grid) else greatest * 1.0625, least, COARSE_RATIO)
     if isinstance(form, FloatFormat):
-        return tuple(form.greatest / place for place in _beside(form, form.greatest / 2, form.greatest / least))
+        return tuple(form.greatest / place for place in _beside(form, n, form.greatest / 2, form.greatest / least))
+    if _is_doubling(form):
+        return _octaves(form, n)
     if not isinstance(form, Grid):
         return _geometric(greatest, least, 1 + UNEVEN[form.bits])
     if greatest / least > WIDE:
@@ -126,12 +139,39 @@ def _range(form: Format, n: int) -> tuple[float, float]:
     """Return the greatest and the least share of candidates()."""
     # Levels that are not even are as far apart at the greatest as so many even ones.
     levels = form.high if isinstance(form, Grid) else 2 ** (form.bits - 1) - 1
-    rounding = n / (6 * levels**2)
+    rounding = n / (6 * _where_most_are(form, levels) ** 2)
     lost = rounding / 2 + math.sqrt(rounding**2 / 4 + rounding / 2)
-    least = max(1 - lost, LEAST.get(form.bits, LEAST_OF_MORE))
+    least = max(1 - lost, LEAST.get(levels, LEAST_OF_MORE))
     if isinstance(form, Grid):
         return min(MISSED ** (-1 / (min(n / 2, DIFFERENT) + 1)), OCTAVE), least
     return ABOVE.get(form.bits, OCTAVE), least
+
+
+def _where_most_are(form: Format, levels: int) -> float:
+    """Return how many levels above zero there would be if they were as dense everywhere as where most values are."""
+    if not isinstance(form, Codebook) or isinstance(form, FloatFormat) or form.bits != 4:
+        return levels
+    return sum(0 < level <= MOST * form.greatest for level in form.table) / MOST
+
+
+def _is_doubling(form: Format) -> bool:
+    """Tell whether each level above zero is twice the one before, several of them."""
+    above = [level for level in form.table if level > 0] if isinstance(form, Codebook) else []
+    return len(above) > 2 and all(2 * a == b for a, b in pairwise(above))
+
+
+def _octaves(form: Format, n: int) -> tuple[float, ...]:
+    """Return candidates for levels that double, which are the same again an octave below, but for the ends.
+
+    One octave is enough, from where the largest value lies half-way between the two greatest levels on. An octave lower
+    it would be off by up to half of itself, for n values below half of the least level at best: where their squares may
+    be more than its square, there are two octaves.
+    """
+    assert isinstance(form, Codebook)
+    lost = min(level for level in form.table if level > 0) / 2 / form.greatest
+    octaves = 1 if n * lost**2 <= 1 / 4 else 2
+    first = [4 / 3 * 2 ** (-(i + 0.5) / IN_OCTAVE) for i in range(IN_OCTAVE)]
+    return tuple(share / 2**octave for octave in range(octaves) for share in first)
 
 
 def _places(first: float, last: float, apart: float) -> list[float]:
@@ -140,13 +180,14 @@ def _places(first: float, last: float, apart: float) -> list[float]:
     return [apart * place for place in places]
 
 
-def _beside(form: FloatFormat, first: float, last: float) -> list[float]:
+def _beside(form: FloatFormat, n: int, first: float, last: float) -> list[float]:
     """Return the places from first to last that are beside a level, or beside where it would be, ascending."""
-    places = []
+    places, bits = [], form.mantissa_bits
+    halves = BESIDE_OF_SHORT if bits == 3 and n <= SHORT else (BESIDE[bits], BESIDE[bits])
     for exponent in range(math.frexp(first)[1] - 1, math.frexp(last)[1]):
-        apart = 2.0 ** (exponent - form.mantissa_bits)
-        levels = (2.0**exponent + i * apart for i in range(2**form.mantissa_bits))
-        places += [level + share * apart for level in levels for share in BESIDE[form.mantissa_bits]]
+        apart = 2.0 ** (exponent - bits)
+        for i in range(2**bits):
+            places += [2.0**exponent + (i + share) * apart for share in halves[i >> (bits - 1)]]
     return sorted(place for place in places if first <= place <= last)
 
 

@@ -98,13 +98,31 @@ inline Lanes load(const float* x) {
 
 inline void save(Lanes value, float* x) { std::memcpy(x, &value, sizeof value); }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 // In every lane the element of a table of LANES that stands at its place.
 inline Lanes entry(const float* table, Integers place) {
+#if defined(__AVX512F__)
   return (Lanes)_mm512_permutexvar_ps((__m512i)place, (__m512)load(table));
+#else
+  return (Lanes)_mm256_permutevar8x32_ps((__m256)load(table), (__m256i)place);
+#endif
 }
 
-// The same of twice as many integers; of a place the last five bits count.
+// The same of sixteen integers; of a place the last four bits count.
+inline Integers entry_of_16(const int32_t* table, Integers place) {
+#if defined(__AVX512F__)
+  return (Integers)_mm512_permutexvar_epi32((__m512i)place, _mm512_loadu_si512(table));
+#else
+  const __m256i* halves = (const __m256i*)table;
+  const auto first = (Integers)_mm256_permutevar8x32_epi32(_mm256_loadu_si256(halves), (__m256i)place);
+  const auto second = (Integers)_mm256_permutevar8x32_epi32(_mm256_loadu_si256(halves + 1), (__m256i)place);
+  return (place << 28) < 0 ? second : first;
+#endif
+}
+#endif
+
+#if defined(__AVX512F__)
+// The same of thirty-two integers; of a place the last five bits count.
 inline Integers entry(const int32_t* table, Integers place) {
   const __m512i first = _mm512_loadu_si512(table), second = _mm512_loadu_si512(table + LANES);
   return (Integers)_mm512_permutex2var_epi32(first, (__m512i)place, second);

@@ -186,6 +186,46 @@ struct DividedTable : Table<16> {
 };
 #endif
 
+#if defined(__AVX2__)
+// Eight magnitudes whose negatives are the levels below zero, no two edges in one half of an octave (is_mirrored). As
+// DividedTable: the bits of a magnitude are the place of its part.
+struct MirroredTable {
+  static constexpr bool MIRRORED = true;
+  static constexpr int SIZE = 8, PARTS = 16, SHIFT = 22;
+
+  explicit MirroredTable(const Levels& of) : greatest(of.greatest), is_mirrored(of.low == -of.high && of.high < SIZE) {
+    std::fill(levels, levels + LANES, INFINITY), std::fill(edges, edges + LANES, INFINITY);
+    if (!is_mirrored) return;
+    const float *from = of.levels - of.low, *from_edges = of.edges - of.low;
+    for (int i = 0; i <= of.high; i++) is_mirrored &= from[-i] == -from[i];
+    std::copy(from, from + of.high + 1, levels), std::copy(from_edges, from_edges + of.high, edges);
+    const int first = part_of(edges[0]);
+    smallest = float_of(uint32_t(first) << SHIFT);
+    is_mirrored &= part_of(greatest) < first + PARTS - 1;
+    for (int part = first, below = 0; part < first + PARTS; part++) {
+      starts[part & (PARTS - 1)] = below;
+      const bool is_there = below < of.high && part_of(edges[below]) == part;
+      below += is_there;
+      is_mirrored &= below == of.high || part_of(edges[below]) > part;
+    }
+  }
+
+  Lanes nearest(Lanes magnitude) const { return inside(smaller(magnitude, all<Lanes>(greatest))); }
+
+  Lanes inside(Lanes magnitude) const {
+    const Integers below = entry_of_16(starts, as_bits(larger(magnitude, all<Lanes>(smallest))) >> SHIFT);
+    return entry(levels, below - (magnitude > entry(edges, below)));
+  }
+
+  float greatest, smallest, levels[LANES], edges[LANES];
+  int32_t starts[PARTS];
+  bool is_mirrored;
+
+ private:
+  static int part_of(float magnitude) { return int(bits_of(magnitude) >> SHIFT); }
+};
+#endif
+
 // run(the rounding of a format).
 template <class Run>
 void with_levels(const Levels& of, Run run) {

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -75,9 +76,29 @@ def test_candidates_are_few():
     assert all(len(candidates(form, "float32", n)) <= 40 for form in FORMATS for n in (1, 16, 128, 4096))
 
 
+MOST = {"uint2": 15, "e4m3": 13, "pow2": 5, "nupes": 7, "apot": 8, "nf4": 8}
+
+
+@pytest.mark.parametrize(("name", "most"), MOST.items())
+def test_candidates_of_groups_of_32(name, most):
+    form = next(form for form in FORMATS if form.name == name)
+    assert len(candidates(form, "float32", 32)) <= most
+
+
+def test_levels_that_double_are_the_same_an_octave_below():
+    form = CODEBOOKS["pow2"]
+    octave, two = candidates(form, "float32", 4096), candidates(form, "float32", 4097)
+    assert 4 / 3 > octave[0] > octave[-1] > 2 / 3
+    assert two == octave + tuple(share / 2 for share in octave)
+    # A long row with one large value: the others are nearer to levels if that is clipped.
+    x = torch.full((1, 2**16), 0.01)
+    x[0, 0] = 1.9
+    assert error(x, found(x, form), form) <= least_of_400(x, form) * 1.02
+
+
 def test_the_largest_value_of_floating_point_levels_lies_beside_one():
-    for form in FLOATS:
-        places = [form.greatest / share for share in candidates(form, "float32", 32)]
+    for form, n in itertools.product(FLOATS, (32, 64)):
+        places = [form.greatest / share for share in candidates(form, "float32", n)]
         # Whole numbers are levels: an octave of them from 2**mantissa_bits on.
         ratios = [math.ldexp(math.frexp(place)[0], form.mantissa_bits + 1) for place in places]
         # Below a power of two levels are half as far apart.

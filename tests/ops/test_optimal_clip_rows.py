@@ -45,6 +45,19 @@ def test_whatever_the_numbers_and_where_they_lie(kernels, data):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("form", ["pow2", "apot", "nupes", "nf4", "e2m1"])
+def test_values_at_the_edges_between_levels(kernels, form):
+    levels = format_of(form)
+    edges = levels.edges(torch.float32)
+    there = torch.cat([edges, edges.nextafter(torch.tensor(9.0)), edges.nextafter(torch.tensor(-9.0)), -edges])
+    # Powers of two times that, so that with scales which are such every value is one at some step.
+    x = (levels.greatest * torch.rand(64, 32) * 1e-3).copysign(torch.randn(64, 32))
+    x[:, :30] = there[torch.randint(len(there), (64, 30))] * 2.0 ** torch.randint(-3, 4, (64, 1))
+    for scale in ("e8m0", "float32"):
+        found, expected = solve(x, f"{form}/token.1/{scale}", "octav")
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("factor", [1e-34, 1e-30, 1e30, 3e37])
 @pytest.mark.parametrize("scale", ["float32", "e8m0", "bfloat16"])
 @pytest.mark.parametrize("form", ["int4", "e2m1", "e5m2"])

@@ -275,6 +275,10 @@ extern "C" void octav_search(const void* x, int type, int64_t rows, int64_t n, f
       run(from, type, rows, n, clip, *of, round, Scale{scale, unit}, Candidates{shares, count, as_stored != 0}, rounding,
           threads);
     };
+#if defined(__AVX2__)
+    if (of->kind == 3)
+      if (const MirroredTable table(*of); table.is_mirrored) return search_for(table);
+#endif
 #if defined(__AVX512F__)
     if (of->kind == 3)
       if (const DividedTable table(*of); table.is_divided) return search_for(table);
