@@ -11,22 +11,27 @@ from torch import Tensor
 from benchmarks import result, worker
 from benchmarks.least import least_time
 from octav_fx.formats.grid import Grid
-from octav_fx.formats.spec import integers
+from octav_fx.formats.spec import integers, spec_of
 from octav_fx.ops.dequantize.op import dequantize
-from octav_fx.ops.fake_quantize.op import fake_quantize_backward
+from octav_fx.ops.fake_quantize.op import fake_quantize, fake_quantize_backward
 from octav_fx.ops.optimal_clip.op import optimal_clip
 from octav_fx.ops.quantize.op import quantize
+from octav_fx.ops.quantize_rows.op import quantize_rows
 
 SIZES = tuple(2**power for power in range(16, 25, 2))
 WIDTHS = (128, 256, 512, 1024)
+# Of a matrix 512 x 512: tokens, groups, and blocks with small scales.
+ROW_SPECS = ("int8/token.1", "int4/token.1", "int4/group-32.1", "e2m1/group-32.1/e8m0", "e2m1/group-16.1/e4m3")
 
 
 def main(rounds: int) -> None:
     """Measure both, and write results/cost.json."""
     sizes = [_size(elements) for elements in SIZES]
     widths = [_width(width, rounds) for width in WIDTHS]
-    result.write("cost", {"setting": {"threads": 1, "rounds": rounds}, "sizes": sizes, "widths": widths})
-    print(tabulate(sizes, headers="keys"), tabulate(widths, headers="keys"), sep="\n\n")
+    rows = [_rows(spec, rounds) for spec in ROW_SPECS]
+    tables = {"sizes": sizes, "widths": widths, "quantize_rows": rows}
+    result.write("cost", {"setting": {"threads": 1, "rounds": rounds}, **tables})
+    print(*(tabulate(table, headers="keys") for table in tables.values()), sep="\n\n")
 
 
 def _size(elements: int) -> dict[str, Any]:
@@ -55,3 +60,16 @@ def _width(width: int, rounds: int) -> dict[str, Any]:
             best[variant] = min(best[variant], worker.run("step", f"mlp-{width}", variant)["ms"])
     ratio = best["octav compiled"] / best["float eager"]
     return {"width": width, **{k: round(v, 2) for k, v in best.items()}, "overhead": round(ratio - 1, 3)}
+
+
+def _rows(spec: str, rounds: int) -> dict[str, Any]:
+    """Nanoseconds per element of clips and of what is rounded to them: in one pass, quantize_rows, and in two."""
+    torch.set_num_threads(1)
+    x, hint, codes = torch.randn(512, 512), torch.zeros(()), spec_of(spec).format.codes_dtype
+    ways: dict[str, Callable[[], object]] = {
+        "levels": lambda: quantize_rows(x, spec, "octav", x.dtype),
+        "levels in two": lambda: fake_quantize(x, optimal_clip(x, hint, spec, "octav"), spec, "ste"),
+        "codes": lambda: quantize_rows(x, spec, "octav", codes),
+        "codes in two": lambda: quantize(x, optimal_clip(x, hint, spec, "octav"), spec),
+    }
+    return {"spec": spec} | {name: round(least_time(run, rounds) / x.numel() * 1e9, 2) for name, run in ways.items()}
