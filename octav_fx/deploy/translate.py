@@ -54,7 +54,8 @@ def translated(
     kwargs = _in_order(module, kwargs)
     if dynamic_batch:
         args, kwargs = _at_least_two(args, kwargs)
-    dynamic = _free_axes(module, args, kwargs, dynamic_batch, dynamic_axes)
+    named = kwargs or dict(zip(_names(module, len(args)), args, strict=True))
+    dynamic = _free_axes(named, kwargs, dynamic_batch, dynamic_axes)
     try:
         program = torch.onnx.export(
             module, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
@@ -62,7 +63,9 @@ def translated(
     except Exception as error:
         raise OctavError(_why(error, dynamic_batch, dynamic_axes)) from error
     assert program is not None
-    return program.model_proto, parts
+    model = program.model_proto
+    _check_free(model, named, dynamic, dynamic_batch, dynamic_axes)
+    return model, parts
 
 
 def _check_scales(module: nn.Module) -> None:
@@ -143,15 +146,15 @@ def _in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs.get(name, inputs[name]) for name in names[: last + 1]} | kwargs
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _batch_size(inputs: Any) -> int | None:
     """Return the first size of the first tensor."""
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves = pytree.tree_leaves(inputs)
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
 
 
 def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the inputs with a batch of at least two, as one would be taken for a constant."""
-    if _batch_size(args, kwargs) != 1:
+    if _batch_size((args, kwargs)) != 1:
         return args, kwargs
     return pytree.tree_map(lambda x: torch.cat([x, x]) if _has_batch(x, 1) else x, (args, kwargs))
 
@@ -161,8 +164,7 @@ def _has_batch(leaf: Any, size: int | None) -> bool:
 
 
 def _free_axes(
-    module: nn.Module,
-    args: tuple[Any, ...],
+    named: Mapping[str, Any],
     kwargs: dict[str, Any],
     dynamic_batch: bool,
     dynamic_axes: Mapping[str, Sequence[int]],
@@ -170,12 +172,11 @@ def _free_axes(
     """Return for each leaf of the inputs its free axes, as torch.export takes them; None where there is none at all."""
     if not dynamic_batch and not dynamic_axes:
         return None
-    named = kwargs or dict(zip(_names(module, len(args)), args, strict=True))
     for name, axes in dynamic_axes.items():
         if not _has_axes(named.get(name), axes):
             there = ", ".join(f"{held} {list(x.shape)}" for held, x in named.items() if isinstance(x, Tensor))
             raise OctavError(f"dynamic_axes={{{name!r}: {axes!r}}}: no such axes; the inputs are {there}")
-    batch, size = torch.export.Dim("batch"), _batch_size(args, kwargs)
+    batch, size = torch.export.Dim("batch"), _batch_size(named)
 
     def free(leaf: Any, axes: Sequence[int]) -> Any:
         if not isinstance(leaf, Tensor):
@@ -188,6 +189,33 @@ def _free_axes(
         for name, value in named.items()
     }
     return marks if kwargs else tuple(marks.values())
+
+
+def _check_free(
+    model: Any,
+    named: Mapping[str, Any],
+    dynamic: Any,
+    dynamic_batch: bool,
+    dynamic_axes: Mapping[str, Sequence[int]],
+) -> None:
+    """Raise OctavError where a file fixes an axis that is to be free: the exporter tells nobody."""
+    if dynamic is None:
+        return
+    marks = dynamic.values() if isinstance(dynamic, dict) else dynamic
+    wanted: list[tuple[str, Any]] = []
+    for (name, value), mark in zip(named.items(), marks, strict=True):
+        leaves, spec = pytree.tree_flatten(value)
+        found = zip(leaves, spec.flatten_up_to(mark), strict=True)
+        wanted += [(name, axes or ()) for leaf, axes in found if isinstance(leaf, Tensor)]
+    # Of a model with numbers among its inputs the file may have others.
+    for (name, axes), value in zip(wanted, model.graph.input, strict=False):
+        sizes = value.type.tensor_type.shape.dim
+        for axis in axes:
+            if not sizes[axis].dim_param:
+                raise OctavError(
+                    f"PyTorch's exporter writes axis {axis} of {name} for size {sizes[axis].dim_value} alone: Python "
+                    f"around graphs, or a graph, computes for that size{_fixed_advice(dynamic_batch, dynamic_axes)}"
+                )
 
 
 def _has_axes(value: Any, axes: Any) -> bool:
@@ -226,6 +254,9 @@ def _advice(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str
     if (returned := re.search(r"Found <class '(.*)'> in output", str(error))) is not None:
         kind = returned[1].rpartition(".")[2]
         return f"Have forward return no {kind}; models of transformers return caches unless use_cache=False is passed"
+    return f"Write the op that it names with others{_fixed_advice(dynamic_batch, dynamic_axes)}"
+
+
+def _fixed_advice(dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]) -> str:
     fixed = ["with dynamic_batch=False"] * dynamic_batch + ["without dynamic_axes"] * bool(dynamic_axes)
-    hint = f"; if the model is for one size only, export it {' and '.join(fixed)}" if fixed else ""
-    return f"Write the op that it names with others{hint}"
+    return f"; if the model is for one size only, export it {' and '.join(fixed)}" if fixed else ""

@@ -111,3 +111,20 @@ def test_what_holds_for_one_size_is_refused(tmp_path: Path) -> None:
     q = frozen(Fixed, {"x": x})
     with pytest.raises(OctavError, match=r"with dynamic_batch=False and without dynamic_axes"):
         octav_fx.export_onnx(q, x, tmp_path / "model.onnx", dynamic_axes={"x": [1]})
+
+
+def test_a_size_that_the_exporter_fixes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its ways writes what fails in the others for the sizes of the example."""
+    q, path, original = frozen(Image, image(2, 8)), tmp_path / "model.onnx", torch.onnx.export
+    axes: dict[str, list[int]] = {"x": [2]}
+
+    def export(*args: Any, dynamic_shapes: Any, **kwargs: Any) -> Any:
+        # The batch is free, the height is not.
+        return original(*args, dynamic_shapes={"x": {0: dynamic_shapes["x"][0]}}, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    octav_fx.export_onnx(q, image(2, 8), path)
+    path.unlink()
+    with pytest.raises(OctavError, match=r"axis 2 of x for size 8 alone: .* without dynamic_axes"):
+        octav_fx.export_onnx(q, image(2, 8), path, dynamic_axes=axes)
+    assert not path.exists()
