@@ -5,9 +5,9 @@ rounds once where the graph rounds three times. So that a frozen model is the de
 that of a module that the passes of convert() made of a copy. It reads the parameters and buffers that stay float, and
 is no child: no key of the state_dict, no parameter and no path changes.
 
-It holds for calls like the example of quantize(), as convert() does; while every module is in eval mode and none has
-forward hooks, as a hook on a part of the graph sees the graph's own forward; where forward stores nothing, and every
-quantizer has a static clip, as those of tokens have not.
+It holds for calls like the example of quantize(), as convert() does; while every module that the graph calls or reads
+is in eval mode and none has forward hooks, as a hook on a part of the graph sees the graph's own forward; where forward
+stores nothing, and every quantizer has a static clip, as those of tokens have not.
 
 A change of the state makes it anew before the next call. In compiled code that is a change by load_state_dict, .to(),
 train() and eval(), freeze and unfreeze; a tensor that is written into in eval mode is noticed by a call outside of it
@@ -58,13 +58,20 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module]) -> bool:
-    """Tell whether the quantizers of a module have static clips, and all of it is in eval mode and not observed."""
+def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module], used: Callable[[], set[nn.Module]]) -> bool:
+    """Tell whether the quantizers of a module have static clips, and all of it is in eval mode and not observed.
+
+    used: what returns the parts that its graph calls or reads. The mode of others is nothing to it: a copy of a layer
+    of einops, which the graph does not call, begins in training mode.
+    """
     clips = [isinstance(quantizer, FakeQuantizer) and quantizer.clip is not None for quantizer in quantizers]
     if not clips or not all(clips):
         return False
     parts = [part for part in module.modules() if part is not module]
-    return not any(part.training or is_hooked(part) or has_own_forward(part) for part in parts)
+    if any(is_hooked(part) or has_own_forward(part) for part in parts):
+        return False
+    training = {part for part in parts if part.training}
+    return not training or training.isdisjoint(used())
 
 
 def is_recorded(module: nn.Module, inputs: Any) -> bool:

@@ -326,7 +326,13 @@ class QuantizedModule(GuardedModule):
     def _is_frozen(self) -> bool:
         # What forward stores on the user's modules would be stored on copies.
         possible = not self.training and not self._stores
-        return possible and is_frozen(self, map(self.get_submodule, self._called_quantizers))
+        return possible and is_frozen(self, map(self.get_submodule, self._called_quantizers), self._used_parts)
+
+    def _used_parts(self) -> set[nn.Module]:
+        """Return the modules that the present graph calls, with what is below them, and those whose state it reads."""
+        called = [self.get_submodule(str(node.target)) for node in self.graph.find_nodes(op="call_module")]
+        read = {str(node.target).rpartition(".")[0] for node in self.graph.find_nodes(op="get_attr")}
+        return {part for module in called for part in module.modules()} | set(map(self.get_submodule, read))
 
     def refresh(self) -> None:
         """Make what a frozen module computes in eval mode from its present state; of any other do nothing."""

@@ -170,6 +170,31 @@ def test_an_edited_graph_computes_what_it_says():
         assert torch.equal(q(x), 2 * first)
 
 
+class Begun(nn.Flatten):
+    """Begins anew in a copy, in training mode, as layers of einops do; the graph calls its function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"start": self.start_dim}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        super().__init__(state["start"])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
+def test_the_mode_of_what_the_graph_does_not_use_is_nothing_to_it(duplicate):
+    q, x = ready(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Begun(), nn.Linear(144, 2)).eval())
+    copied = duplicate(q)
+    assert copied[2].training
+    assert computes_the_rule(q, x)
+    assert torch.equal(copied(x), q(x))
+    # A batch norm that the graph calls.
+    copied[1].train()
+    assert torch.equal(copied(x), copied.simulated_forward(x))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
 def test_copies(duplicate):
     q, x = ready()
