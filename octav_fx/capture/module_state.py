@@ -115,6 +115,10 @@ def is_users_class(kind: type) -> bool:
 
 def containers_of(root: nn.Module) -> list[Any]:
     """Return the lists, dicts, sets and queues that modules hold, however deep, and the dicts of the user's objects."""
+    return _containers_in(_kept(root))
+
+
+def _containers_in(values: list[Any]) -> list[Any]:
     found: dict[int, Any] = {}
 
     def visit(value: Any, depth: int) -> None:
@@ -130,7 +134,7 @@ def containers_of(root: nn.Module) -> list[Any]:
         elif depth and is_users_object(value):
             visit(vars(value), depth - 1)
 
-    for value in _kept(root):
+    for value in values:
         visit(value, _DEEP)
     return list(found.values())
 
@@ -190,7 +194,8 @@ def held_values(root: nn.Module) -> list[Any]:
 
     Numbers, texts and None among the attributes are left out.
     """
-    return [*_kept(root)] + [item for c in containers_of(root) for item in (c.values() if isinstance(c, dict) else c)]
+    kept = _kept(root)
+    return kept + [item for c in _containers_in(kept) for item in (c.values() if isinstance(c, dict) else c)]
 
 
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    in_kernel_invocation_manager,
 )
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "is_functorch_wrapped",
     "is_higher_order",
     "is_sharded",
+    "make_fake",
     "multiplies_unsigned_bytes",
     "packet_of",
     "pytree",
@@ -54,6 +56,7 @@ __all__ = [
     "versions_of",
     "without_mode",
     "without_modes",
+    "without_users_modes",
 ]
 
 # F.grouped_mm under its older name.
@@ -88,6 +91,25 @@ NEEDS_DATA: Final = (DataDependentOutputException, DynamicOutputShapeException)
 def storage_id(tensor: Tensor) -> int:
     """Return a number that two tensors share exactly where they share memory; fake tensors have one, too."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def make_fake(
+    mode: FakeTensorMode,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Tensor | None = None,
+    offset: int = 0,
+) -> FakeTensor:
+    """Return a fake tensor, in the memory of another one if that is given, as the mode itself makes them."""
+    with in_kernel_invocation_manager(mode):
+        made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    if memory is not None:
+        storage = memory.untyped_storage()
+        with in_kernel_invocation_manager(mode):
+            made.set_(storage, offset, shape, stride)
+    return FakeTensor(mode, made, device)
 
 
 def transform() -> str | None:
@@ -198,3 +220,9 @@ def quiet() -> Iterator[None]:
 def without_mode(mode: TorchFunctionMode) -> contextlib.AbstractContextManager[Any]:
     """Take a mode of torch functions away inside, if it is the innermost."""
     return _pop_mode_temporarily() if _get_current_function_mode() is mode else contextlib.nullcontext()
+
+
+def without_users_modes() -> contextlib.AbstractContextManager[Any]:
+    """Take the modes of dispatch away inside, which count or keep what ops compute, unless one of them is torch's."""
+    is_torchs = any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    return contextlib.nullcontext() if is_torchs else without_modes()

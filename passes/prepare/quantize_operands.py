@@ -172,13 +172,11 @@ def add_quantizer(gm: fx.GraphModule, place: Place, settings: Settings, read: fx
     shape = () if running and shared.is_short else settings.spec.clip_shape(value.shape)
     base = f"{place.site}_{place.operand}".replace(".", "_").replace(":", "_")
     name, count = base, 0
-    used = {node.target for node in gm.graph.nodes if node.op == "call_module"}
     while hasattr(quantizers, name):
-        existing = getattr(quantizers, name)
+        existing, path = getattr(quantizers, name), f"{QUANTIZERS}.{name}"
         same = existing.settings == settings and existing.hint.shape == shape
-        same = same and existing.running is running
-        if same and f"{QUANTIZERS}.{name}" not in used:
-            return f"{QUANTIZERS}.{name}"
+        if same and existing.running is running and not gm.graph.find_nodes(op="call_module", target=path):
+            return path
         count += 1
         name = f"{base}_{count}"
     quantizer = FakeQuantizer(settings, shape, value.device, running=running)

@@ -1,7 +1,7 @@
 """What a trace took for granted: checks in its graph, and the guards that are made of them."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,6 @@ from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
-from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import in_place, module_of
 
@@ -51,14 +50,15 @@ def take_guards(
         _without_layers(near)
         _without_writes(near)
         forward_sizes(near)
+        _remove_unused(near)
         asked = near.find_nodes(op="call_function", target=guard_equal)
-        tensors, writes = set(filter(_computes_tensors, near.nodes)), set(filter(_writes, near.nodes))
-        computed = [ancestors(check) for check in asked]
-        is_deep = [not tensors.isdisjoint(nodes) for nodes in computed]
+        tensors, writes = _downstream(near, _computes_tensors), _downstream(near, _writes)
+        is_deep = [check in tensors for check in asked]
         # What writes into an argument must run once, in the graph, where the check stays.
-        is_known_before = [flag and writes.isdisjoint(nodes) for nodes, flag in zip(computed, is_deep, strict=True)]
+        is_known_before = [flag and check not in writes for check, flag in zip(asked, is_deep, strict=True)]
         put_stand_ins(near)
-        deep = _checked(_copied(near, root), is_known_before, True) if any(is_known_before) else None
+        if any(is_known_before):
+            deep = _checked(near if all(is_deep) else _copied(near, root), is_known_before, True)
         sizes = None if all(is_deep) else _checked(near, is_deep, False)
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
@@ -109,6 +109,22 @@ def _is_number_of_axes(value: Any) -> bool:
         return False
     counted = value.args[0]
     return isinstance(counted, fx.Node) and isinstance(fake(counted), torch.Size)
+
+
+def _downstream(graph: fx.Graph, test: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Return the nodes for which a test holds, and what is computed from them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes) or test(node):
+            found.add(node)
+    return found
+
+
+def _remove_unused(graph: fx.Graph) -> None:
+    """Drop what no check and no result is computed from."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output") and node.target is not guard_equal:
+            graph.erase_node(node)
 
 
 def _copied(graph: fx.Graph, root: nn.Module) -> fx.Graph:
@@ -187,9 +203,9 @@ def _facts(graph: fx.Graph, rows: list[tuple[Any, Any, str]]) -> Facts:
     rows = [(merged.get(value, value), expected, where) for value, expected, where in rows]
     rows = list({(value, repr(expected)): (value, expected, where) for value, expected, where in rows}.values())
     graph.output(tuple(value for value, *_ in rows))
-    for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
+    for check in graph.find_nodes(op="call_function", target=guard_equal):
+        graph.erase_node(check)
+    _remove_unused(graph)
     for node in graph.nodes:
         node.meta = {}
     graph.owning_module = None

@@ -33,6 +33,7 @@ from octav_fx.capture.symbolic.patches import PLAIN, plain_settings
 from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, TrainingFlag, ValueProxy, as_key, setitem_
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
+from octav_fx.capture.symbolic.remembered import Call
 from octav_fx.capture.symbolic.stand_ins import STAND_INS, Evaluation
 from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, holders_of_tensors, places_of_tensors
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
@@ -561,12 +562,15 @@ class ValueTracer(fx.Tracer):
             with (
                 # It does nothing while values are computed, and takes its time.
                 without_mode(self.state_tensors),
-                plain_settings(self._called(node)),
-                self.fake_mode,
+                plain_settings(layer := self._called(node)),
                 torch.no_grad(),
-                Evaluation() as counter,
             ):
-                value = self._call(node, args, kwargs)
+                call = Call(node, layer, args, kwargs)
+                if (known := call.known(self.fake_mode)) is not None:
+                    return known
+                with self.fake_mode, Evaluation() as counter:
+                    value = self._call(node, args, kwargs)
+                call.remember(value, counter.macs, self.blanks.values())
             return value, counter.macs
         except NEEDS_DATA:
             return UNKNOWN, 0
