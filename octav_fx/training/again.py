@@ -14,7 +14,7 @@ from octav_fx.capture.partial import PartialModule, mark_partial
 from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
 from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
 from octav_fx.clips.distributed import no_sync
-from octav_fx.compat.tensors import is_functorch_wrapped
+from octav_fx.compat.tensors import is_functorch_wrapped, without_users_modes
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
@@ -35,10 +35,16 @@ MOST_GRAPHS: Final = 8
 def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     """Capture a graph for a call, with the quantizers and parameters that are there; else prepare its own Python.
 
-    An error of the model's own on these inputs is raised as it is. Raises OctavError where no graph holds the call and
+    No mode of dispatch of the user's, such as a FlopCounterMode around the call, sees the runs that this takes. An
+    error of the model's own on these inputs is raised as it is. Raises OctavError where no graph holds the call and
     nothing below the module can be quantized by itself, and where modules below were replaced and no graph holds the
     new ones.
     """
+    with without_users_modes():
+        _capture_again(quantized, call)
+
+
+def _capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     if any(map(is_functorch_wrapped, tensors_of((call, list(quantized.owner.parameters()))))):
         raise OctavError(
             f"{quantized.user_class.__name__}: no graph holds for this call ({quantized.why_not(*call)}), and none can "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import octav_fx
 from octav_fx import OctavError
@@ -364,3 +365,16 @@ def test_a_further_graph_leaves_no_quantizer_that_it_does_not_call() -> None:
     names = list(octav_fx.state(q))
     q(x, scale=2.0)
     assert list(octav_fx.state(q)) == names and len(names) == 3
+
+
+def test_modes_around_a_call_see_none_of_the_runs_that_capture_takes() -> None:
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(3, 4))
+    call = torch.randn(2, 5, 4)
+    with FlopCounterMode(display=False) as first:
+        q(call)
+    with FlopCounterMode(display=False) as second:
+        q(call)
+    assert first.get_total_flops() == second.get_total_flops() == 2 * 2 * 10 * 4 * 4
+    with FlopCounterMode(display=False) as counter:
+        octav_fx.quantize(nn.Linear(4, 4), torch.randn(3, 4))
+    assert counter.get_total_flops() == 0
