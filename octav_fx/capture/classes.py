@@ -5,6 +5,8 @@ type(self)(8)            a Block that is not quantized
 type(self) == Block      True for a Block that is quantized, as is {Block: ...}[type(self)]
 isinstance(b, type(q))   True for each Block b, quantized or not
 type(self) is Block      True in the methods of modules: those that ask for it are copied, with another type()
+class W(type(q))         a subclass of Block: who keeps it for further modules, as fully_shard does, may take Blocks
+q.__class__ = W          a subclass of W and of the one before, whose forward stays what W finds above it
 """
 
 import dis
@@ -20,6 +22,8 @@ from octav_fx.capture.module_state import is_users_class
 
 # What a stand-in keeps of its own: the class that it stands for.
 _USERS: Final = "octav_users_class"
+# What a class has that is made of one below the user's and of a stand-in.
+_BELOW: Final = "octav_below"
 # The name of type() in methods that were copied.
 _TYPE: Final = "octav_type"
 
@@ -37,7 +41,7 @@ def stand_in(
     # A copy would stand before the marker's method of that name, which calls the user's.
     methods = {name: method for name, method in _methods(kind).items() if name not in vars(marker)}
     # A class with an __eq__ of its own inherits no hash.
-    names = {"__hash__": kind.__hash__, **methods, **own, **names}
+    names = {"__hash__": kind.__hash__, **methods, **own, **names, "__class__": property(type, _set_class)}
     metaclass: Any = type(kind)
     made: Any = _metaclass(metaclass)(kind.__name__, (marker, kind), names)
     # From here on what is set is set on the user's class: ABCs set some of their own before.
@@ -107,8 +111,31 @@ class _ByIdentity(tuple[type, ...]):
         return [*map(id, self)].index(id(kind))
 
 
+def _set_class(module: Any, kind: type) -> None:
+    made = next(above for above in type.__dict__["__mro__"].__get__(type(module)) if _USERS in vars(above))
+    users = vars(made)[_USERS]
+    # Back to the user's, or to another that stands for it, is past this.
+    is_below = kind is not users and issubclass(kind, users) and not isinstance(kind, type(made))
+    object.__dict__["__class__"].__set__(module, _below(kind, made) if is_below else kind)
+
+
+@functools.cache
+def _below(kind: Any, made: Any) -> Any:
+    """Return a subclass of both, which stands for kind, a class below the user's of made."""
+    own = {_BELOW: True, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__hash__": kind.__hash__}
+    below: Any = type(made)(kind.__name__, (kind, made), own)
+    type.__setattr__(below, _USERS, kind)
+    return below
+
+
 @functools.cache
 def _metaclass(above: Any) -> Any:
+    def new(meta: Any, name: str, bases: tuple[Any, ...], names: dict[str, Any], **rest: Any) -> Any:
+        if _BELOW not in names and any(users(base) is not base for base in bases):
+            names = {"__module__": bases[0].__module__, **names}
+            return above.__new__(above, name, tuple(map(users, bases)), names, **rest)
+        return above.__new__(meta, name, bases, names, **rest)
+
     def users(cls: Any) -> Any:
         return vars(cls).get(_USERS, cls)
 
@@ -145,6 +172,6 @@ def _metaclass(above: Any) -> Any:
         return inspect.signature(users(cls))
 
     methods: dict[str, Any] = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
-    methods |= {"__call__": call, "__mro__": property(order), "__signature__": property(signature)}
+    methods |= {"__new__": new, "__call__": call, "__mro__": property(order), "__signature__": property(signature)}
     methods |= {"__instancecheck__": has_instance, "__subclasscheck__": has_subclass}
     return type(above.__name__, (above,), methods)

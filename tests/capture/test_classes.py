@@ -120,6 +120,41 @@ def test_a_class_below_a_stand_in_is_one_of_its_own() -> None:
     assert inspect.signature(below)
 
 
+@pytest.mark.parametrize("kind", [Scaled, ScaledInParts, Concrete])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_class_below_that_others_keep_is_for_float_modules_and_for_quantized_ones(kind: Any, is_first: bool) -> None:
+    # As fully_shard does, for a student and its teacher.
+    kept: dict[type, type] = {}
+
+    def wrap(module: nn.Module) -> None:
+        own = module.__class__
+        if own not in kept:
+            kept[own] = type(f"Wrapped{own.__name__}", (own,), {"is_wrapped": True})
+        module.__class__ = kept[own]
+
+    model: Any = kind()
+    q: Any = octav_fx.quantize(model, x)
+    expected, expected_float = q(x), model(x)
+    for module in (q, model) if is_first else (model, q):
+        wrap(module)
+    assert q.is_wrapped and model.is_wrapped and isinstance(q, kept[kind])
+    assert torch.equal(q(x), expected) and torch.equal(model(x), expected_float)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), expected_float)
+
+
+def test_a_class_below_calls_the_graph_as_what_is_above_it() -> None:
+    q: Any = octav_fx.quantize(Scaled(), x)
+    expected = q(x)
+
+    class Negative(type(q)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    q.__class__ = Negative
+    assert torch.equal(q(x), -expected)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_count_in_a_class_is_one_of_all_its_modules(training: bool) -> None:
     model = Twice().train(training)
