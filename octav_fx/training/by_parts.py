@@ -16,7 +16,15 @@ from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success
 from octav_fx.capture.modules import graphs_of, quantized_modules, users_own
 from octav_fx.capture.partial import ATTRIBUTES, PartialInfo, PartialModule, be_partial, mark_partial, users_classes
-from octav_fx.capture.rerun import difference, has_data, macs_by_module, record_calls, run_once, without_quantizers
+from octav_fx.capture.rerun import (
+    difference,
+    has_data,
+    macs_by_module,
+    preserved_modes,
+    record_calls,
+    run_once,
+    without_quantizers,
+)
 from octav_fx.capture.symbolic.recurrent import is_recurrent
 from octav_fx.capture.symbolic.tracer import is_torch_leaf
 from octav_fx.compat.modules import RUNNING_HOOKS, children_of
@@ -126,7 +134,10 @@ class PartsQuantizer:
         if not self.macs_by_module:
             try:
                 self.macs_by_module = macs_by_module(module, calls[0])
-                self.workers = {id(module.get_submodule(at)) for at, _ in self.macs_by_module}
+                at_work = [at for at, _ in self.macs_by_module]
+                with contextlib.suppress(Exception), _in_other_mode(module):
+                    at_work += [at for at, _ in macs_by_module(module, calls[0])]
+                self.workers = {id(module.get_submodule(at)) for at in at_work}
             except Exception as error:
                 raise NotCaptured(f"{reason}; the model itself fails on these inputs, too: {error}") from error
         try:
@@ -208,7 +219,10 @@ class PartsQuantizer:
         return Record(path, type(module).__name__, None, (), self._macs(path), None, reason)
 
     def _children(self, module: nn.Module, call: Inputs, path: str) -> dict[str, tuple[nn.Module, list[Inputs]]]:
-        """Return the children that multiply, by name, and their calls; of a container, its children (blocks.0)."""
+        """Return the children that multiply, by name, and their calls; of a container, its children (blocks.0).
+
+        Those that the present mode does not call, as it leaves out layers by chance, have their calls of the other one.
+        """
 
         def working(within: str, parent: nn.Module) -> dict[str, nn.Module]:
             named = {_join(within, name): child for name, child in parent.named_children()}
@@ -219,6 +233,10 @@ class PartsQuantizer:
         children = working("", module)
         while True:
             calls = record_calls(module, call, children)
+            if idle := {name: child for name, child in children.items() if not calls[name]}:
+                # The other mode may want other arguments.
+                with contextlib.suppress(Exception), _in_other_mode(module):
+                    calls |= record_calls(module, call, idle)
             containers = {n: parts for n in children if not calls[n] and (parts := working(n, children[n]))}
             if not containers:
                 return {name: (child, calls[name]) for name, child in children.items()}
@@ -273,6 +291,13 @@ def quantize_by_parts(
         if isinstance(module, torch.jit.ScriptModule)
     ]
     return mark_partial(quantized, replace(descent, records=(*descent.records, *idle), example=example))
+
+
+@contextlib.contextmanager
+def _in_other_mode(module: nn.Module) -> Iterator[None]:
+    with preserved_modes(module):
+        module.train(not module.training)
+        yield
 
 
 def _outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

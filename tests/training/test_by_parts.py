@@ -974,3 +974,21 @@ def test_every_call_of_a_part_counts() -> None:
     q = octav_fx.quantize(made(forward, cell=nn.GRUCell(8, 8), fc=nn.Linear(8, 8)), torch.randn(2, 5, 8))
     covered = octav_fx.coverage(q)
     assert (covered.quantized_macs, covered.total_macs) == (5 * 2 * 64, 5 * 2 * (64 + 2 * 8 * 24))
+
+
+def test_layers_that_training_leaves_out_by_chance_are_quantized() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        for layer in s.layers:
+            if not (s.training and torch.rand(1).item() <= 0.5):
+                x = layer(x).relu()
+        return x
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = made(forward, layers=nn.ModuleList(nn.Linear(8, 8) for _ in range(4))).train()
+        q = octav_fx.quantize(model, torch.randn(4, 8))
+        assert q.training and all(layer.training for layer in q.layers)
+        assert not octav_fx.coverage(q).skipped
+        x = torch.randn(3, 8)
+        for layer in q.layers:
+            assert not torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
