@@ -1,4 +1,4 @@
-"""Nets of the recipes: small relatives of ResNet-18, MobileNetV2 and GPT-2, of any width."""
+"""Nets of the recipes: small relatives of ResNet-18, MobileNetV2, EfficientNet-B0 and GPT-2, of any width."""
 
 from typing import Final
 
@@ -84,6 +84,49 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, channels, H, W] -> [N, out, H / stride, W / stride]."""
         y = self.project(F.relu6(self.depthwise(F.relu6(self.expand(x)))))
+        return x + y if self.is_residual else y
+
+
+class EfficientNet(nn.Module):
+    """EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with the blocks of MobileNet: [N, 1, H, W] -> [N, classes]."""
+
+    def __init__(self, classes: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stem = _conv_bn(1, width, 3, stride)
+        blocks = []
+        channels = width
+        for expansion, factor, repeats, stride in _INVERTED:
+            out = int(width * factor)
+            for repeat in range(repeats):
+                blocks.append(GatedResidual(channels, out, expansion, stride if repeat == 0 else 1))
+                channels = out
+        self.blocks = nn.Sequential(*blocks)
+        self.last = _conv_bn(channels, 4 * channels, 1)
+        self.head = nn.Linear(4 * channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to logits."""
+        x = F.silu(self.last(self.blocks(F.silu(self.stem(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+class GatedResidual(nn.Module):
+    """InvertedResidual with SiLU, and a gate for each channel from the mean of all: squeeze and excitation."""
+
+    def __init__(self, channels: int, out: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        wide, narrow = channels * expansion, max(channels // 4, 4)
+        self.expand = _conv_bn(channels, wide, 1) if expansion > 1 else None
+        self.depthwise = _conv_bn(wide, wide, 3, stride, groups=wide)
+        self.squeeze, self.excite = nn.Conv2d(wide, narrow, 1), nn.Conv2d(narrow, wide, 1)
+        self.project = _conv_bn(wide, out, 1)
+        self.is_residual = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, channels, H, W] -> [N, out, H / stride, W / stride]."""
+        y = F.silu(self.depthwise(x if self.expand is None else F.silu(self.expand(x))))
+        gate = self.excite(F.silu(self.squeeze(y.mean((2, 3), keepdim=True))))
+        y = self.project(y * gate.sigmoid())
         return x + y if self.is_residual else y
 
 

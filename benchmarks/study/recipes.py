@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.study.data import Data
 from benchmarks.study.digits import Digits
 from benchmarks.study.glyphs import CHARACTERS, Glyphs
-from benchmarks.study.nets import MobileNet, ResNet, Transformer
+from benchmarks.study.nets import EfficientNet, MobileNet, ResNet, Transformer
 from benchmarks.study.run import Run
 from benchmarks.study.text import SYMBOLS, Text
 from octav_fx import OctavError
@@ -95,6 +95,14 @@ _DIGITS: Final = replace(
 RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ("glyphs", "resnet", "small"): _RESNET,
     ("glyphs", "mobilenet", "small"): _MOBILENET,
+    # Half the steps: of a net that takes twice as long.
+    ("glyphs", "efficientnet", "small"): replace(
+        _MOBILENET,
+        net=lambda: EfficientNet(len(CHARACTERS), width=16, stride=2),
+        steps=600,
+        warm_up=50,
+        retrain_steps=200,
+    ),
     ("text", "transformer", "small"): _TEXT,
     # A third of the time: for explanations, of which each takes several runs.
     ("text", "transformer", "tiny"): replace(
@@ -106,6 +114,7 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ),
     ("digits", "resnet", "small"): _DIGITS,
     ("digits", "mobilenet", "small"): replace(_DIGITS, net=lambda: MobileNet(10, width=4)),
+    ("digits", "efficientnet", "small"): replace(_DIGITS, net=lambda: EfficientNet(10, width=4)),
     ("glyphs", "resnet", "large"): replace(
         _RESNET,
         data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
@@ -120,6 +129,16 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
         _MOBILENET,
         data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
         net=lambda: MobileNet(len(CHARACTERS), width=48),
+        steps=20_000,
+        warm_up=1_000,
+        retrain_steps=4_000,
+        learning_rate=0.4,
+        retrain_learning_rate=0.04,
+    ),
+    ("glyphs", "efficientnet", "large"): replace(
+        _MOBILENET,
+        data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
+        net=lambda: EfficientNet(len(CHARACTERS), width=48),
         steps=20_000,
         warm_up=1_000,
         retrain_steps=4_000,

@@ -174,6 +174,23 @@ TABLES: Final[dict[str, Table]] = {
             ),
         ),
     ),
+    "gates": Table(
+        "octav, 8 bits, SiLU and gates: what sums, the global pool and SiLU read in float or at 8 bits, three seeds",
+        _on(
+            (("glyphs", "efficientnet"),),
+            *(
+                labelled
+                for seed in range(3)
+                for labelled in (
+                    (FLOAT, _run(FLOAT, seed=seed)),
+                    *(
+                        (f"residual_bits={bits or None}", _run("octav", bits=8, residual_bits=bits, seed=seed))
+                        for bits in (0, 8)
+                    ),
+                )
+            ),
+        ),
+    ),
     # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
     "clips, groups and tokens": Table(
         "text, tiny, 4 bits, groups of 32 of weights and tokens of activations, judged by validation files",
