@@ -6,10 +6,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from octav_fx.capture.modules import IntegerModule
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
+from octav_fx.ir.dataflow import readers
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn import StaticQuantizer
 from octav_fx.nn.integer import (
@@ -113,10 +115,10 @@ def _scale(node: fx.Node) -> str | None:
 
 def _last(node: fx.Node) -> fx.Node:
     """Return the last of the nodes that move codes from a node to a layer."""
-    while len(node.users) == 1:
-        (reader,) = node.users
+    while len(found := readers(node)) == 1:
+        (reader,) = found
         op = op_of(reader)
-        if reader.target is not max_pool and (op is None or op.name not in MOVING):
+        if reader.target not in (max_pool, F.pad) and (op is None or op.name not in MOVING):
             return node
         node = reader
     return node

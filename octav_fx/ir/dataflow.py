@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -13,6 +13,9 @@ from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake, info
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, in_place, op_of
+
+# Methods and attributes.
+_SIZES: Final = frozenset({"size", "dim", "numel", "nelement", "shape", "ndim"})
 
 
 def state_name(node: fx.Node) -> str | None:
@@ -52,6 +55,17 @@ def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
         (source, node) for node in graph.nodes for source in node.all_input_nodes if holds_tensor(source)
     )
     return flow
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read more of a value than its sizes."""
+    return [user for user in node.users if not _reads_sizes(user)]
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _SIZES
+    return node.target is getattr and node.args[1] in _SIZES
 
 
 def downstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:

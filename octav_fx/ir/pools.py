@@ -1,4 +1,4 @@
-"""Which nodes average whole images, and how the windows of a max pool move."""
+"""Which nodes average whole images or put zeros around them, and how the windows of a max pool move."""
 
 from typing import Any
 
@@ -10,6 +10,8 @@ from octav_fx.ir.ops import module_of, op_of
 
 _ONE = (1, (1, 1), [1, 1])
 _SPATIAL = ([2, 3], [-2, -1])
+# Those for zeros are kinds of them.
+_CONSTANT = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
 def is_global_mean(node: fx.Node) -> bool:
@@ -45,3 +47,13 @@ def max_window(node: fx.Node) -> tuple[Any, ...] | None:
     if given["return_indices"] or any(isinstance(size, fx.Node) for size in sizes):
         return None
     return (*([size, size] if isinstance(size, int) else list(size) for size in sizes), given["ceil_mode"])
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """Tell whether a node puts zeros around its input, or cuts it where a size is below zero."""
+    op = op_of(node)
+    if op is None or op.name != "pad":
+        return False
+    given = arguments(node)
+    is_constant = isinstance(module_of(node), _CONSTANT) if node.op == "call_module" else given["mode"] == "constant"
+    return is_constant and given["value"] in (None, 0)

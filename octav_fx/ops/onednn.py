@@ -34,16 +34,18 @@ def refusal(x_bits: int, largest: int) -> str | None:
 
 
 def is_exact(call: Any, w: Tensor) -> bool:
-    """Tell whether a call of integer_conv or integer_linear, with codes w int8 [O, ...], is added up exactly here.
-
-    Sums, an integer bias among them, have 32 bits.
-    """
+    """Tell whether a call of integer_conv or integer_linear, with codes w int8 [O, ...], is added up exactly here."""
     if refusal(call.x_bits, largest_code(w)):
         return False
-    grid = Grid(call.x_bits, call.x_signed)
-    total = w.flatten(1).to(torch.int16).abs().sum(1, dtype=torch.int64) * max(grid.high, -grid.low) * 2**call.fraction
-    if is_integer(call.bias):
-        total = total + call.bias.to(torch.int64).abs()
+    return fits_sums(w, call.x_bits, call.x_signed, call.bias, call.fraction)
+
+
+def fits_sums(w: Tensor, x_bits: int, x_signed: bool, bias: Tensor | None, fraction: int) -> bool:
+    """Tell whether 32 bits hold every sum of products of codes with w int8 [O, ...], an integer bias among them."""
+    grid = Grid(x_bits, x_signed)
+    total = w.flatten(1).to(torch.int16).abs().sum(1, dtype=torch.int64) * max(grid.high, -grid.low) * 2**fraction
+    if is_integer(bias):
+        total = total + bias.to(torch.int64).abs()
     return bool((total < 2**31).all())
 
 

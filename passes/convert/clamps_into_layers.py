@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import fx
 
 from octav_fx.ir.clamps import clamp_bounds
+from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.nn.integer import integer_conv, integer_linear
 
@@ -20,8 +21,8 @@ def clamps_into_layers(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring."""
     edits = []
     for node in gm.graph.nodes:
-        while is_layer(node) and len(node.users) == 1:
-            (reader,) = node.users
+        while is_layer(node) and len(found := readers(node)) == 1:
+            (reader,) = found
             bounds = clamp_bounds(reader)
             if bounds is None:
                 break

@@ -4,19 +4,24 @@
         ->  max_pool(integer_conv(..., step=s, bits=bits, signed=signed))
     integer_codes(flatten(integer_conv(...)), s, bits, signed)
         ->  flatten(integer_conv(..., step=s, bits=bits, signed=signed))
+    integer_codes(pad(integer_conv(...), (0, 1, 0, 1)), s, bits, signed)
+        ->  pad(integer_conv(..., step=s, bits=bits, signed=signed), (0, 1, 0, 1), "constant", code of zero)
 
-where nothing else reads the floats. Codes rise with their levels and belong to one element each: what moves elements or
-takes the largest of them does to codes what it does to floats.
+where nothing else reads more of the floats than their sizes. Codes rise with their levels and belong to one element
+each: what moves elements, takes the largest of them or puts zeros around them does to codes what it does to floats.
 """
 
 from typing import Any, Final
 
 from torch import fx
+from torch.nn import functional as F
 
+from octav_fx.formats.grid import Grid
 from octav_fx.ir.arguments import argument, bound_arguments
+from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import op_of
-from octav_fx.ir.pools import max_window
+from octav_fx.ir.pools import max_window, pads_with_zeros
 from octav_fx.nn.integer import integer_codes, max_pool
 from octav_fx.passes.convert.clamps_into_layers import is_layer
 
@@ -41,10 +46,17 @@ def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
         node.replace_all_uses_with(chain[-1])
         gm.graph.erase_node(node)
         for moved in between:
-            if (window := max_window(moved)) is not None:
-                with gm.graph.inserting_before(moved):
-                    moved.replace_all_uses_with(gm.graph.call_function(max_pool, (argument(moved, "input"), *window)))
-                gm.graph.erase_node(moved)
+            source = argument(moved, "input")
+            with gm.graph.inserting_before(moved):
+                if (window := max_window(moved)) is not None:
+                    new = gm.graph.call_function(max_pool, (source, *window))
+                elif pads_with_zeros(moved):
+                    zero = -Grid(read["bits"], read["signed"]).low
+                    new = gm.graph.call_function(F.pad, (source, argument(moved, "pad"), "constant", zero))
+                else:
+                    continue
+            moved.replace_all_uses_with(new)
+            gm.graph.erase_node(moved)
         edits.append(Edit(layer.name, "return", f"{read['bits']}-bit codes"))
     return edits
 
@@ -52,13 +64,13 @@ def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
 def _chain(node: Any) -> list[fx.Node] | None:
     """Return an integer layer and what moves its result up to a node, if each is read by the next alone; else None."""
     found: list[fx.Node] = []
-    while len(node.users) == 1:
+    while len(readers(node)) == 1:
         found.insert(0, node)
         if is_layer(node):
             return found
         op = op_of(node)
-        moves = op is not None and (op.name in MOVING or max_window(node) is not None)
-        if not moves or len(node.all_input_nodes) != 1:
+        moves = op is not None and (op.name in MOVING or max_window(node) is not None or pads_with_zeros(node))
+        if not moves:
             return None
-        node = node.all_input_nodes[0]
+        node = argument(node, "input")
     return None

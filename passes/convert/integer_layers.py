@@ -7,7 +7,8 @@
     s, w, sw, b = quantizer.scale, weight.codes, weight.scale, bias.codes
 
 The sum of products of levels is s * sw times the sum of products of codes, which is exact. Codes are stored as they
-were, and packed by the op when it first runs.
+were, and packed by the op when it first runs. What no kernel adds up exactly is computed by the op's definition, in
+float64: an edit says so.
 """
 
 from typing import Any
@@ -42,7 +43,10 @@ def integer_layers(gm: fx.GraphModule) -> list[Edit]:
         if (reason := _refusal(node, op)) is not None:
             edits.append(Edit.unsupported(node, reason))
             continue
-        edits.append(Edit(site_of(node), "multiply", "integers"))
+        if (reason := _by_definition(node, op)) is not None:
+            edits.append(Edit.unsupported(node, reason))
+        else:
+            edits.append(Edit(site_of(node), "multiply", "integers"))
         _rewrite(gm.graph, node, op)
     return edits
 
@@ -64,12 +68,27 @@ def _refusal(node: fx.Node, op: Op) -> str | None:
     if weight.codes.device.type != "cpu":
         return f"on {weight.codes.device}"
     for name in _WINDOW if op.spatial else ():
-        size = argument(node, name)
+        size = _size(node, name, weight)
         if isinstance(size, str):
-            return f"{name} {size!r}"
+            return f"{name} {size!r}, more at one end than at the other"
         if any(isinstance(value, fx.Node) for value in pytree.tree_leaves(size)):
             return f"a {name} that the graph computes"
     return onednn.refusal(grid[0], onednn.largest_code(weight.integers()))
+
+
+def _by_definition(node: fx.Node, op: Op) -> str | None:
+    """Return why the op of a layer has no kernel for it, or None."""
+    grid, weight = grid_of(argument(node, "input")), called_module(argument(node, "weight"))
+    bias = called_module(argument(node, "bias"))
+    assert grid is not None and isinstance(weight, IntegerWeight)
+    known = (bias.codes, bias.fraction) if isinstance(bias, IntegerBias) else (None, 0)
+    if not onednn.fits_sums(weight.integers(), *grid, *known):
+        return "sums beyond 32 bits, exact in float64"
+    if op.spatial:
+        _, padding, dilation, _ = _window(node, op)
+        if onednn.fits_into_padding(weight.shape[2:], padding, dilation):
+            return "filters that fit into the padding, exact in float64"
+    return None
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, op: Op) -> None:
@@ -103,6 +122,23 @@ def _window(node: fx.Node, op: Op) -> tuple[Any, ...]:
     """Return stride, padding and dilation for each axis, and the groups of a convolution; nothing for another layer."""
     if not op.spatial:
         return ()
-    sizes = (argument(node, name) for name in _WINDOW)
+    weight = called_module(argument(node, "weight"))
+    assert isinstance(weight, IntegerWeight)
+    sizes = (_size(node, name, weight) for name in _WINDOW)
     spread = ([size] * op.spatial if isinstance(size, int) else list(size) for size in sizes)
     return (*spread, argument(node, "groups"))
+
+
+def _size(node: fx.Node, name: str, weight: IntegerWeight) -> Any:
+    """Return what an argument of the window says, a padding by its name in numbers where both ends have the same."""
+    size = argument(node, name)
+    if size == "valid":
+        return 0
+    dilation = argument(node, "dilation")
+    if size != "same" or not isinstance(dilation, (int, tuple, list)):
+        return size
+    kernel = weight.shape[2:]
+    each = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
+    if any(not isinstance(d, int) or d * (k - 1) % 2 for d, k in zip(each, kernel, strict=True)):
+        return size
+    return [d * (k - 1) // 2 for d, k in zip(each, kernel, strict=True)]

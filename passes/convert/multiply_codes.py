@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from octav_fx.ir.arguments import argument, called_module, set_argument
+from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import op_of
 from octav_fx.ir.pools import is_global_mean, keeps_axes
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer_rule import EXACT, CodeMean, CodeSum, Rescale, codes_of
-from octav_fx.passes.convert.saturate_codes import SELECTING
+from octav_fx.passes.convert.saturate_codes import selects
 
 _SUMS: Final = "sums"
 _MEANS: Final = "means"
@@ -66,12 +67,12 @@ def is_plain_sum(node: fx.Node) -> bool:
 
 def result_of(node: fx.Node) -> tuple[fx.Node, StaticQuantizer] | None:
     """Return the quantizer that is the only reader of a node, seen through ops that select."""
-    while len(node.users) == 1:
-        (reader,) = node.users
+    while len(found := readers(node)) == 1:
+        (reader,) = found
         if (quantizer := quantizer_of(reader)) is not None:
             called = node.graph.find_nodes(op="call_module", target=reader.target)
             return (reader, quantizer) if len(called) == 1 else None
-        if not is_op(reader, *SELECTING):
+        if not selects(reader):
             return None
         node = reader
     return None

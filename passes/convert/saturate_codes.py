@@ -2,6 +2,7 @@
 
     quantizer(relu6(x))                       ->  quantizer(x)                    floor 0, ceiling 6
     quantizer(max_pool2d(relu(x), 3))         ->  quantizer(max_pool2d(x, 3))     floor 0
+    quantizer(pad(relu(x), (0, 1, 0, 1)))     ->  quantizer(pad(x, (0, 1, 0, 1)))
 
     round(min(x, 6) / scale) = min(round(x / scale), round(6 / scale)), as rounding is monotone
 
@@ -14,12 +15,20 @@ from torch import fx
 
 from octav_fx.ir.arguments import argument, module_input
 from octav_fx.ir.clamps import clamp_bounds
+from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import in_place, module_of, op_of
+from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import StaticQuantizer
 
 # These select or move elements, so that a clamp before them is one behind them.
-SELECTING: Final = frozenset({"max_pool", "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze"})
+_SELECTING: Final = frozenset({"max_pool", "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze"})
+
+
+def selects(node: fx.Node) -> bool:
+    """Tell whether each element that a node returns is one of its input, or a zero around them."""
+    op = op_of(node)
+    return op is not None and (op.name in _SELECTING or pads_with_zeros(node))
 
 
 def saturate_codes(gm: fx.GraphModule) -> list[Edit]:
@@ -45,12 +54,20 @@ def saturate_codes(gm: fx.GraphModule) -> list[Edit]:
 def _clamp_before(quantizer: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None]] | None:
     """Return the clamp whose result reaches the quantizer and nothing else, seen through what selects; its bounds."""
     node: Any = module_input(quantizer)
-    while isinstance(node, fx.Node) and len(node.users) == 1 and (op := op_of(node)) is not None:
+    has_zeros = False
+    while isinstance(node, fx.Node) and len(readers(node)) == 1:
         if (bounds := clamp_bounds(node)) is not None:
             # What is clamped in place must not be read as it was before.
             is_read = in_place(node) and any(len(source.users) > 1 for source in node.all_input_nodes)
-            return None if is_read else (node, bounds)
-        if op.name not in SELECTING:
+            # Zeros that are put around it must not be clamped to something else.
+            return None if is_read or (has_zeros and not _holds_zero(bounds)) else (node, bounds)
+        if not selects(node):
             return None
+        has_zeros |= pads_with_zeros(node)
         node = argument(node, "input")
     return None
+
+
+def _holds_zero(bounds: tuple[float | None, float | None]) -> bool:
+    low, high = bounds
+    return (low is None or low <= 0) and (high is None or high >= 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from octav_fx.deploy.runtimes import run_onnx
 
 # What a target has behind the levels of a call.
-MOVES = ("MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+MOVES = ("MaxPool", "Pad", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 # Of activations, by the path of their quantizer, in the order of its calls.
 Levels = dict[str, list[Tensor]]
 # A model as bytes and its inputs by name -> its outputs by name.

@@ -200,6 +200,32 @@ def bias_of_rank_three(graph: Graph, node: Any) -> list[Any] | None:
     return [shaped, node]
 
 
+def before_zeros(graph: Graph, node: Any) -> list[Any] | None:
+    """Return a quantizer before the zeros that are put around its input, which runtimes make padding of a convolution.
+
+    Zero is a level of every grid. Behind them the quantizer keeps the layer before them from writing codes.
+    """
+    key, output = attribute(node, "key").decode(), node.output[0]
+    pad = graph.makers.get(node.input[0])
+    if pad is None or graph.parts[key].dim is not None or not _puts_zeros(graph, pad):
+        return None
+    if len(graph.readers[pad.output[0]]) > 1:
+        return None
+    levels = f"{output}.0"
+    copied = graph.onnx.NodeProto.FromString(pad.SerializeToString())
+    # Named as a node of the call of the quantizer, whose levels are what the last of them returns.
+    copied.name, copied.input[0], copied.output[0] = f"{key}/{levels}.pad", levels, output
+    return [graph.node("Activation", [pad.input[0]], levels, domain=DOMAIN, key=key), copied]
+
+
+def _puts_zeros(graph: Graph, node: Any) -> bool:
+    """Tell whether a node is a Pad of constant sizes with zeros."""
+    if node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":
+        return False
+    value = graph.value(node.input[2]) if len(node.input) > 2 and node.input[2] else torch.zeros(())
+    return node.input[1] in graph.constants and value is not None and not value.any()
+
+
 def product_and_bias(graph: Graph, node: Any) -> tuple[Any, str] | None:
     """Return the MatMul that an Add reads and the name of what it adds, the bias of a linear layer; else None."""
     for product, bias in (tuple(node.input), tuple(node.input)[::-1]):

@@ -6,6 +6,7 @@
     Add(MatMul(x, Transpose(w)), b)    Reshape(Gemm(Reshape(x), w, b))               QGemm
     LayerNormalization(Add(x, y))      LayerNormalization(Sum(x, y))
     ReduceMean(x, spatial axes)        GlobalAveragePool(x)                          QLinearGlobalAveragePool
+    octav::Activation(Pad(x))          Pad(octav::Activation(x))                     padding of QLinearConv
     Mul(x, Sigmoid(x))                 QuickGelu(x)
     Gemm(x, w of int4 in groups, b)    Add(MatMulNBits(x, codes, scales), b)         MatMulNBits
 
@@ -25,6 +26,7 @@ from octav_fx.deploy.targets.onnx import (
     NOTHING,
     Target,
     activation_in_bytes,
+    before_zeros,
     bias_apart,
     bias_of_rank_three,
     dequantized,
@@ -172,5 +174,6 @@ ONNXRUNTIME: Final = Target(
     (
         {"Gemm": _gemm, "MatMul": _matmul},
         {"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _add, "Mul": _product, "ReduceMean": _mean},
+        {"Activation": before_zeros},
     ),
 )

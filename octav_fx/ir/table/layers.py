@@ -212,7 +212,11 @@ POOLS: Final = (
     Op(
         "pad",
         target=F.pad,
-        modules=(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
+        modules=(
+            *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+            *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+            *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+        ),
         parameters=parameters("input", "pad", mode="constant", value=None),
         aliases={"padding": "pad"},
         nonnegative=signs.pad,

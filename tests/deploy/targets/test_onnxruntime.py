@@ -200,3 +200,21 @@ def test_silu_between_convolutions(tmp_path):
     assert not set(ops) & {"Sigmoid", "Mul"}
     # The last convolution sums eight floats in another order; a moved code would be a hundred times as far.
     torch.testing.assert_close(only(run_onnx(path, x)), convert(q)(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zeros_around_images_are_padding_of_integer_convolutions(bits, tmp_path):
+    layers = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2), nn.ReLU6(), nn.ConstantPad2d((1, 2, 0, 1), 0.0)]
+    layers += [nn.Conv2d(8, 8, 3, 2, groups=8), nn.ReLU(), nn.ZeroPad2d(1), nn.Conv2d(8, 4, 3), nn.Flatten()]
+    x = torch.randn(4, 3, 13, 13)
+    q = freeze(calibrate(quantize(nn.Sequential(*layers).eval(), x, Config(*bits)), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    ops = optimized_ops(path)
+    # The last has a float result.
+    assert ops["QLinearConv"] == 2 and ops["Conv"] == 1
+    assert not set(ops) & {"Pad", "FusedConv"}
+    for batch in (x, 3 * torch.randn(5, 3, 13, 13)):
+        with torch.no_grad():
+            # Sums of 72 levels, rounded to float32; a code that moved would be a hundredth.
+            assert relative(only(run_onnx(path, batch)), q(batch)) < 72 * 2**-24

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import Config, export_onnx
+from octav_fx.compat.tensors import has_vnni
 from tests.support.deployable_models import (
     WHOLE,
     Case,
@@ -25,7 +26,10 @@ from tests.support.deployable_models import (
 )
 from tests.support.given_levels import computed
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_vnni(), reason="without VNNI OpenVINO's products of 8 bits saturate: docs/limits.md"),
+]
 
 openvino = pytest.importorskip("openvino", reason="a second runtime, which is not installed")
 CASES = shortened()

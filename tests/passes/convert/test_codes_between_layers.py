@@ -51,7 +51,10 @@ max_pool = max_pool(integer_conv, [3, 3], [2, 2], [1, 1], [1, 1], False)
         lambda y: F.max_pool2d(y, (3, 2), stride=(1, 2), padding=(1, 0), ceil_mode=True),
         lambda y: y.transpose(2, 3),
         lambda y: y.flatten(2).unsqueeze(-1),
+        lambda y: y.relu().view(y.size(0), 4, -1, 1),
         lambda y: F.max_pool2d(y.permute(0, 1, 3, 2), 3, dilation=2),
+        lambda y: F.pad(y, (0, 1, 2, 0)),
+        lambda y: F.pad(F.max_pool2d(y, 2), (-1, y.shape[2] - 6)),
     ],
 )
 def test_what_moves_or_selects_elements_moves_codes(between):

@@ -79,7 +79,11 @@ def test_a_shared_weight():
 @pytest.mark.parametrize(
     ("forward", "x", "reason"),
     [
-        (lambda s, x: F.conv2d(x, s.w, None, 1, "same"), (1, 3, 5, 5), "padding 'same'"),
+        (
+            lambda s, x: F.conv2d(x, s.w[..., :2, :2], None, 1, "same"),
+            (1, 3, 5, 5),
+            "padding 'same', more at one end than at the other",
+        ),
         (lambda s, x: F.conv2d(x, s.w, None, 1, s.w.shape[-1] - 1), (1, 3, 5, 5), "a padding that the graph computes"),
         (
             lambda s, x: F.conv_transpose2d(x, s.t),
@@ -96,6 +100,36 @@ def test_what_stays_float_has_its_reason(forward, x, reason):
     ((_, _, found),) = declined(c, integer_layers)
     assert found == reason
     assert torch.equal(c(x), expected)
+
+
+@pytest.mark.parametrize(("padding", "sizes"), [("same", "[2, 1]"), ("valid", "[0, 0]")])
+def test_a_padding_by_its_name(padding, sizes):
+    x = torch.randn(2, 3, 7, 7)
+    c = on_levels(nn.Sequential(nn.Conv2d(3, 4, 3, padding=padding, dilation=(2, 1))), x)
+    expected = c(x)
+    assert len(made(c, integer_layers)) == 1
+    assert f"[1, 1], {sizes}, [2, 1]" in graph_text(c.graph)
+    torch.testing.assert_close(c(x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "reason"),
+    [
+        # 255 * 7 for each product.
+        (nn.Linear(1_300_000, 1), (1, 1_300_000), "sums beyond 32 bits, exact in float64"),
+        (nn.Conv2d(3, 4, 1, padding=1), (1, 3, 5, 5), "filters that fit into the padding, exact in float64"),
+    ],
+)
+def test_what_no_kernel_adds_up_has_its_reason(layer, x, reason):
+    x = torch.rand(x)
+    nn.init.constant_(layer.weight, 0.5)
+    q = quantize(nn.Sequential(nn.ReLU(), layer).eval(), x, Config(4, 8, edge_bits=None))
+    c = rewritten(freeze(calibrate(q, [x])), CONVERT)
+    expected = c(x)
+    ((_, _, found),) = declined(c, integer_layers)
+    assert found == reason
+    assert "integer_" in graph_text(c.graph)
+    torch.testing.assert_close(c(x), expected, **CLOSE)
 
 
 def test_a_float_operand_stays_float():

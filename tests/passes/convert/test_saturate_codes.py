@@ -87,3 +87,15 @@ def test_what_stays():
     assert len(edits) <= 1
     for found, expected in zip(c(x), before(x), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("clamp", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.1, 0.4)])
+@pytest.mark.parametrize("pad", [nn.ZeroPad2d((0, 1, 0, 1)), nn.ConstantPad2d(1, 0.0), nn.ConstantPad2d(1, 0.5)])
+def test_zeros_around_what_is_clamped(clamp, pad):
+    x = torch.randn(2, 3, 8, 8)
+    c = converted(nn.Sequential(nn.Conv2d(3, 4, 3), clamp, pad, nn.Conv2d(4, 2, 3)), x)
+    before = copy.deepcopy(c)
+    # A zero that is not within the clamp would become its end.
+    assert len(made(c, saturate_codes)) == (pad.value == 0 and type(clamp) is not nn.Hardtanh)
+    for scale in (0.1, 1, 100):
+        assert torch.equal(c(scale * x), before(scale * x))
