@@ -5,7 +5,7 @@ shared machine only ever adds time. A variant is a row of VARIANTS: from a case,
 function that runs it. Models are untrained: time does not depend on the values.
 
 A case is written to results/inference.json when it is done, and one that is there for the same sources is not measured
-again: so it can run in pieces, by --nets and --batches, and be broken off.
+again: so it can run in pieces, by --nets and --batches, and be broken off. CPUs without VNNI have a file of their own.
 """
 
 import copy
@@ -284,7 +284,7 @@ def absent_of(variant: str) -> str:
 def main(rounds: int, nets: str = "*", batches: Sequence[int] = BATCHES) -> None:
     """Measure the cases that a glob of models and some batches name, and keep each when it is done."""
     torch.set_num_threads(1)
-    rows = result.kept("inference")
+    rows = result.kept(result.of_cpu("inference"))
     for name, batch in ((name, batch) for name in MODELS if fnmatch.fnmatch(name, nets) for batch in batches):
         if not any(row["model"] == name and row["batch"] == batch for row in rows):
             rows += measured(name, batch, rounds)
@@ -297,7 +297,7 @@ def _keep(rows: list[dict[str, Any]], rounds: int) -> None:
     rows.sort(key=lambda row: places.get((row["model"], row["batch"]), (len(MODELS), row["batch"])))
     ratio = "the float variant it is compared with over the variant"
     setting = {"threads": 1, "rounds": rounds, "runs": _RUNS, "ratio": ratio, "sources": result.sources()}
-    result.write("inference", {"setting": setting, "versions": _versions(), "rows": rows})
+    result.write(result.of_cpu("inference"), {"setting": setting, "versions": _versions(), "rows": rows})
 
 
 def measured(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:

@@ -179,11 +179,13 @@ def _of(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
 _TABLES: Final[dict[str, Callable[[], str]]] = {
     "demo": _of("demo", _demo),
     "step": _of("step", _step),
+    "step_without_vnni": _of("step_without_vnni", _step),
     "peers": _of("peers", _step),
     "memory": _of("memory", _memory),
     "compile": _of("compile", _compile),
     "equal": _of("equal", _equal),
     "inference": _of("inference", _inference),
+    "inference_without_vnni": _of("inference_without_vnni", _inference),
     "blocks": _of("blocks", _rows),
     "bytes": _of("bytes", _rows),
     "gpu": _gpu,

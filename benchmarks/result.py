@@ -12,6 +12,7 @@ import torch
 
 import octav_fx
 from octav_fx import passes
+from octav_fx.compat.tensors import has_vnni
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +37,11 @@ def sources() -> str:
     folders = [Path(str(package.__file__)).parent for package in (octav_fx, passes)]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
+
+
+def of_cpu(name: str) -> str:
+    """Return the name that results of this kind of CPU have: without VNNI other layers run as integers."""
+    return name if has_vnni() else f"{name}_without_vnni"
 
 
 def write(name: str, values: dict[str, Any], folder: Path | None = None) -> Path:

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from octav_fx.capture.classes import forward_of, stand_in
-from octav_fx.capture.constants import Constants
 from octav_fx.capture.dispatch import GuardedModule, is_traced
+from octav_fx.capture.find_constants import constants_of
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
 from octav_fx.capture.guards import GuardedGraph, Guards
@@ -502,7 +502,7 @@ def make_whole(graphs: QuantizedModule) -> nn.Module:
     owner.__class__ = _whole_class(kind)
     vars(owner)[GRAPHS] = graphs
     remember_structure(owner)
-    constants = Constants.of(owner)
+    constants = constants_of(owner)
     for guarded in graphs._captured():
         guarded.hold_constants(constants)
     return owner

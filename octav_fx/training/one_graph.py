@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from octav_fx.capture.constants import Constants
+from octav_fx.capture.find_constants import constants_of
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
@@ -178,7 +178,7 @@ class Recipe:
             remove_unused(quantized, [captured.graph], before)
         _drop_values([captured.graph])
         guarded = GuardedGraph(captured.graph, captured.guards, captured.caches)
-        guarded.hold_constants(Constants.of(owner))
+        guarded.hold_constants(constants_of(owner))
         if has_data(owner, call):
             _check_graph(quantized, guarded, call)
         for held in (True, False):
@@ -342,12 +342,12 @@ def _graphs(
 
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
     """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
-    constants = Constants.of(module)
+    constants = constants_of(module)
     with constants.without_caches():
         captured = _capture(module, call, mode, user)
     if constants.change() is not None:
         # A table of a file that forward fills once.
-        constants = Constants.of(module)
+        constants = constants_of(module)
         captured = _capture(module, call, mode, user)
         if (change := constants.change()) is not None:
             raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")

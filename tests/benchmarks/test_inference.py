@@ -26,7 +26,7 @@ def test_it_runs_in_pieces(monkeypatch, tmp_path):
     assert measured == [("other", 4)]
     inference.main(1, "*", [4, 1])
     assert measured == [("other", 4), ("one", 4), ("one", 1), ("other", 1)]
-    rows = result.read("inference")["rows"]
+    rows = result.read(result.of_cpu("inference"))["rows"]
     assert [(row["model"], row["batch"]) for row in rows[::3]] == [("one", 1), ("one", 4), ("other", 1), ("other", 4)]
     assert [row["note"] for row in rows[:3]] == ["", "no such op", "not installed: no_such_package"]
     assert rows[0]["ratio"] == 1.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import octav_fx
-from octav_fx.capture.constants import Constants
+from octav_fx.capture.find_constants import constants_of
 from octav_fx.capture.partial import partial_lines
 from tests.support import elsewhere
 from tests.support.alike import assert_close, silent_quantizers
@@ -88,7 +88,7 @@ class Net(nn.Module):
 
 
 def test_globals_of_forward_and_of_what_it_calls_are_found() -> None:
-    found = {held.where: dict(zip(held.names, held.values, strict=True)) for held in Constants.of(Net()).attributes}
+    found = {held.where: dict(zip(held.names, held.values, strict=True)) for held in constants_of(Net()).attributes}
     assert found.keys() == {"a layer", __name__}
     assert found[__name__] == {"FACTOR": 2.0, "SIGN": True}
 
@@ -98,7 +98,7 @@ second = nn.Linear(8, 8)
 
 
 def test_a_global_of_the_name_of_an_attribute_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    constants = Constants.of(Net())
+    constants = constants_of(Net())
     assert constants.objects == ()
     monkeypatch.setitem(globals(), "second", None)
     assert constants.change() is None
