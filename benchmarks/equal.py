@@ -27,7 +27,8 @@ from benchmarks import inference, result, trained
 from benchmarks.inference import Case
 from benchmarks.trained import Task
 from octav_fx import Config
-from octav_fx.capture.modules import IntegerModule, quantized_modules
+from octav_fx.capture.integer_module import IntegerModule
+from octav_fx.capture.modules import quantized_modules
 from octav_fx.deploy.codes import Codes, codes_of_quantizers
 from octav_fx.deploy.rule import rule_of
 from octav_fx.deploy.runtimes import onnx_session

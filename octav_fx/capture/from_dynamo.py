@@ -16,8 +16,10 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from octav_fx.capture.modules import IntegerModule, QuantizedModule, WholeModule
+from octav_fx.capture.integer_module import IntegerModule
+from octav_fx.capture.modules import QuantizedModule
 from octav_fx.capture.partial import PartialModule
+from octav_fx.capture.whole import WholeModule
 from octav_fx.compat.graphs import (
     FUSED_ENCODER_LAYER,
     copy_dynamo_names,

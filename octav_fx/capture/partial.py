@@ -14,9 +14,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from octav_fx.capture.classes import forward_of, stand_in
 from octav_fx.capture.inputs import Inputs, call_of
 from octav_fx.capture.module_state import without_history
-from octav_fx.capture.modules import GRAPHS, graphs_of, users_own
+from octav_fx.capture.modules import GRAPHS, graphs_of
 from octav_fx.capture.permits import is_permitted
 from octav_fx.capture.replaced import STRUCTURE, is_changed, looked_at, remember_structure
+from octav_fx.capture.whole import users_own
 from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from octav_fx.capture.modules import IntegerModule
+from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.dataflow import readers

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octav_fx.capture.modules import IntegerModule, QuantizedModule, graphs_of, quantized_modules
+from octav_fx.capture.integer_module import IntegerModule
+from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import share_forward_hooks
 from octav_fx.deploy.freeze import check_frozen

@@ -12,8 +12,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
+from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.modules import IntegerModule, QuantizedModule, quantized_modules
+from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.rerun import run_once
 from octav_fx.deploy.codes import codes_of_quantizers, moved
 from octav_fx.deploy.convert import bytes_of, integer_layers, multiplied, rewritten, size_of

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from octav_fx.capture.inputs import Inputs, tensors_of
-from octav_fx.capture.modules import users_own
 from octav_fx.capture.rerun import in_eval_mode
+from octav_fx.capture.whole import users_own
 from octav_fx.deploy.runtimes import onnx_runner, optional, write_float_onnx
 
 _ROUNDS: Final = 10

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from octav_fx.capture.guards import Guards
-from octav_fx.capture.modules import IntegerModule, QuantizedModule, graphs_of
+from octav_fx.capture.integer_module import IntegerModule
+from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import update_graph_info
 from octav_fx.passes import COMPUTE, CONVERT

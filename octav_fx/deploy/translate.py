@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from octav_fx.capture.inputs import as_inputs
+from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.kinds import same_tensors
-from octav_fx.capture.modules import IntegerModule
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid

@@ -9,10 +9,11 @@ from torch import nn
 
 from octav_fx.capture.hooks import set_aside
 from octav_fx.capture.inputs import Inputs, tensors_of
-from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of, make_users_own, users_own
+from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of
 from octav_fx.capture.partial import PartialModule, mark_partial
 from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
 from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
+from octav_fx.capture.whole import make_users_own, users_own
 from octav_fx.clips.distributed import no_sync
 from octav_fx.compat.tensors import is_functorch_wrapped, without_users_modes
 from octav_fx.errors import NotCaptured, OctavError

@@ -14,7 +14,7 @@ from torch import nn
 
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success
-from octav_fx.capture.modules import graphs_of, quantized_modules, users_own
+from octav_fx.capture.modules import graphs_of, quantized_modules
 from octav_fx.capture.partial import ATTRIBUTES, PartialInfo, PartialModule, be_partial, mark_partial, users_classes
 from octav_fx.capture.rerun import (
     difference,
@@ -27,6 +27,7 @@ from octav_fx.capture.rerun import (
 )
 from octav_fx.capture.symbolic.recurrent import is_recurrent
 from octav_fx.capture.symbolic.tracer import is_torch_leaf
+from octav_fx.capture.whole import users_own
 from octav_fx.compat.modules import RUNNING_HOOKS, children_of
 from octav_fx.config import Config
 from octav_fx.errors import NotCaptured

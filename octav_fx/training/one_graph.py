@@ -15,7 +15,7 @@ from octav_fx.capture.find_constants import constants_of
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
-from octav_fx.capture.modules import QuantizedModule, code_around, graphs_of, make_whole, users_own
+from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.capture.rerun import (
     difference,
     has_data,
@@ -26,6 +26,7 @@ from octav_fx.capture.rerun import (
     without_quantizers,
 )
 from octav_fx.capture.symbolic.trace import Capture, capture
+from octav_fx.capture.whole import code_around, make_whole, users_own
 from octav_fx.compat.graphs import replaced_graph
 from octav_fx.compat.modules import buffers_of, children_of
 from octav_fx.config import Config

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from octav_fx.capture.held import let_go
 from octav_fx.capture.inputs import Inputs, call_of
-from octav_fx.capture.modules import QuantizedModule, quantized_modules, users_own
+from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import ATTRIBUTES, float_records
 from octav_fx.capture.rerun import macs_by_module
+from octav_fx.capture.whole import users_own
 from octav_fx.compat.modules import HOOK_ATTRIBUTES, PART_ATTRIBUTES, children_of
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError

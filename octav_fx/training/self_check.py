@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
 from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
-from octav_fx.capture.modules import QuantizedModule, graphs_of, users_own
+from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.capture.permits import permitted
 from octav_fx.capture.rerun import (
     difference,
@@ -25,6 +25,7 @@ from octav_fx.capture.rerun import (
     run_once,
     without_quantizers,
 )
+from octav_fx.capture.whole import users_own
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.meta import info

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.capture.classes import stand_in
-from octav_fx.capture.modules import WholeModule, graphs_of
+from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.partial import PartialModule
+from octav_fx.capture.whole import WholeModule
 from tests.support.alike import assert_close, silent_quantizers
 
 x = torch.randn(2, 5, 8)

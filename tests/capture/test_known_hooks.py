@@ -8,7 +8,7 @@ from torch import nn
 
 import octav_fx
 from octav_fx import OctavError
-from octav_fx.capture.modules import WholeModule
+from octav_fx.capture.whole import WholeModule
 from tests.support.blocks import WIDTH, Net, batch
 
 capturing = pytest.importorskip("transformers.utils.output_capturing")

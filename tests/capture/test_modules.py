@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
-from octav_fx.capture.modules import QuantizedModule, WholeModule
+from octav_fx.capture.modules import QuantizedModule
+from octav_fx.capture.whole import WholeModule
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.table.contractions import CONTRACTIONS
 from tests.support.graphs import model, run_alike

@@ -12,7 +12,7 @@ from torch import nn
 
 import octav_fx
 from octav_fx import Config, OctavError, calibrate, freeze, quantize, unfreeze
-from octav_fx.capture.modules import IntegerModule
+from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.deploy.convert import rewritten, size_of
 from octav_fx.formats.granularity import along
 from octav_fx.nn import IntegerBias, IntegerWeight

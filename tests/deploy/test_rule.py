@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx import Config, OctavError, calibrate, convert, freeze, quantize, unfreeze
-from octav_fx.capture.modules import IntegerModule
+from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.nn import FakeQuantizer, IntegerWeight
 from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, relative
 from tests.support.nets import ConvNet as Net

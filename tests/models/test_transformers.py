@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from octav_fx import Config, coverage, float_mode, quantize
-from octav_fx.capture.modules import WholeModule
+from octav_fx.capture.whole import WholeModule
 from tests.support.on_grid import OnGrid
 from tests.support.pretrained import MODELS, build, text, words
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import octav_fx
-from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.rerun import without_quantizers
+from octav_fx.capture.whole import WholeModule
 from octav_fx.nn import FakeQuantizer
 
 # Both run the same ops of torch on the same numbers; where a graph spells one otherwise (x @ w.T for inner), sums round

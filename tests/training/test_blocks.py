@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize, table
-from octav_fx.capture.modules import WholeModule, graphs_of
+from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.partial import PartialModule
 from octav_fx.capture.rerun import without_quantizers
+from octav_fx.capture.whole import WholeModule
 from octav_fx.compat.tensors import pytree
 from tests.support.alike import assert_computes
 from tests.support.blocks import WIDTH, Block, Net, batch, saved_bytes

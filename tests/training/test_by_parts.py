@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize
-from octav_fx.capture.modules import WholeModule
+from octav_fx.capture.whole import WholeModule
 from tests.support.graphs import model as made
 from tests.support.on_grid import OnGrid
 

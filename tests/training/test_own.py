@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import Config, OctavError, Rule, activation, quantize, weight
-from octav_fx.capture.modules import WholeModule
+from octav_fx.capture.whole import WholeModule
 from octav_fx.ir.ops import OPS
 from tests.support.on_grid import OnGrid
 

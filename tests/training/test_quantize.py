@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize
-from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.rerun import without_quantizers
+from octav_fx.capture.whole import WholeModule
 from tests.support.on_grid import OnGrid
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
-from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.partial import PartialModule
 from octav_fx.capture.rerun import without_quantizers
+from octav_fx.capture.whole import WholeModule
 from tests.support.graphs import model
 
 # Float addition in another order of the same sums: a few units in the last place of numbers near one.

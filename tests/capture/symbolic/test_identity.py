@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.symbolic.identity import _line_that_compares, may_be_its_input
+from octav_fx.capture.whole import WholeModule
 from tests.support.alike import assert_follows
 
 x = torch.randn(2, 5, 8)

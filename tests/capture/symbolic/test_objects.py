@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import octav_fx
-from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.symbolic.objects import ObjectTemplate, is_built_around_proxies, rebuild, template_of
+from octav_fx.capture.whole import WholeModule
 from octav_fx.ir.printer import graph_text
 from tests.support.graphs import captured, model
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
-from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.rerun import without_quantizers
+from octav_fx.capture.whole import WholeModule
 from octav_fx.errors import OctavError
 from octav_fx.ir.printer import graph_text
 from tests.support.alike import quantized_alike

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import octav_fx
-from octav_fx.capture.modules import WholeModule
 from octav_fx.capture.symbolic.trace import capture
+from octav_fx.capture.whole import WholeModule
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.printer import graph_text
 from tests.support.alike import assert_follows, quantized_alike, silent_quantizers
