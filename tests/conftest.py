@@ -1,11 +1,12 @@
 """One thread, one seed, own caches: no test depends on another, on the machine's cores, or on an earlier run.
 
---fast leaves out every test with a marker of MARKERS, and holds the others to a second each.
+--fast leaves out every test with a marker of MARKERS, and holds the others to a second each, more on a slow machine.
 """
 
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,8 +40,20 @@ settings.load_profile("octav_fx_full")
 
 # What a fast run leaves out; pyproject.toml says what they mean.
 MARKERS = ("models", "compile", "ranks", "slow", "stacks", "gpu")
+
+
+def _slowness() -> float:
+    """Return how many times as long as on the machine that the limit was made for a plain loop takes, at least 1."""
+    seconds = []
+    for _ in range(3):
+        start = time.thread_time()
+        sum(i * i % 7 for i in range(10**6))
+        seconds.append(time.thread_time() - start)
+    return max(1.0, min(seconds) / 0.05)
+
+
 # Seconds of CPU time that any other test may take in a fast run. Another torch (./dev test --torch) takes its own time.
-LIMIT = math.inf if "OCTAV_FX_TORCH" in os.environ else 1.0
+LIMIT = math.inf if "OCTAV_FX_TORCH" in os.environ else _slowness()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
