@@ -13,7 +13,7 @@ from octav_fx.backend import entry
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.pipeline import run
 from octav_fx.ops.product_of_codes import choice
-from tests.support.integers import needs_onednn, needs_unsigned_bytes
+from tests.support.integers import needs_onednn, needs_unsigned_bytes, needs_vnni
 
 pytestmark = [pytest.mark.compile, needs_onednn, needs_unsigned_bytes]
 
@@ -51,6 +51,7 @@ def losses(q: nn.Module, forward: Any, batches: list[tuple[Tensor, Tensor]]) -> 
     return found
 
 
+@needs_vnni
 @pytest.mark.parametrize("autocast", [False, True])
 def test_fifty_steps_have_the_losses_of_levels(done: list[Edit], autocast: bool) -> None:
     torch.manual_seed(0)

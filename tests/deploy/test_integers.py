@@ -14,11 +14,11 @@ from octav_fx import Config, calibrate, convert, freeze, quantize
 from octav_fx.deploy.codes import codes_of_quantizers, moved
 from octav_fx.deploy.convert import integer_layers, rewritten, size_of
 from octav_fx.nn import StaticQuantizer
-from octav_fx.ops import onednn
 from octav_fx.passes import CONVERT
 from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, images, made, named, relative
+from tests.support.integers import needs_vnni
 
-pytestmark = pytest.mark.skipif(onednn.largest_product() != 32640, reason="no exact products of 8-bit codes here")
+pytestmark = needs_vnni
 
 
 @pytest.fixture(autouse=True)

@@ -175,7 +175,8 @@ def test_a_cpu_without_vnni_multiplies_what_cannot_overflow_and_by_convolution_o
         (Layer(36864, (96, 16, 1, 1), (0, 0), (1, 1)), torch.float32, False),
     ],
 )
-def test_what_pays(layer: Layer, dtype: torch.dtype, gains: bool) -> None:
+def test_what_pays(layer: Layer, dtype: torch.dtype, gains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "has_vnni", lambda: True)
     assert (choice.loss(layer, dtype) is None) == gains
 
 

@@ -8,6 +8,9 @@ from octav_fx.compat.tensors import multiplies_unsigned_bytes
 from octav_fx.ops import onednn
 
 needs_onednn = pytest.mark.skipif(onednn.largest_product() is None, reason="no integer kernels in this torch")
+needs_vnni = pytest.mark.skipif(
+    onednn.largest_product() != 255 * 128, reason="products of 8-bit codes saturate here, and such layers stay float"
+)
 needs_unsigned_bytes = pytest.mark.skipif(
     not multiplies_unsigned_bytes(), reason="this torch multiplies no unsigned bytes, and such a layer stays float"
 )

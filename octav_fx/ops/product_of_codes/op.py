@@ -64,6 +64,8 @@ def _cpu(*args: Any) -> Tensor | None:
     call = Call(*args)
     if cpu.library() is None or call.w.dtype not in cpu.TYPES or call.dtype not in cpu.TYPES or not call.codes.numel():
         return None
+    if onednn.refusal(grid_of(call.spec).bits, 2 ** (grid_of(call.w_spec).bits - 1)):
+        return None
     x = _activation(call)
     if x is None:
         return None

@@ -10,6 +10,8 @@ from octav_fx.passes import functions_of_codes
 from tests.support.on_codes import X, on_codes
 from tests.support.passes import made
 
+pytestmark = pytest.mark.usefixtures("as_with_vnni")
+
 
 def test_a_function_between_two_layers():
     c = on_codes(lambda self, x: self.b(F.silu(self.a(x))))

@@ -12,6 +12,8 @@ from octav_fx.passes import CONVERT, combine_codes, functions_of_codes, gates_on
 from tests.support.graphs import model
 from tests.support.passes import made
 
+pytestmark = pytest.mark.usefixtures("as_with_vnni")
+
 X = torch.randn(2, 3, 5, 5)
 
 

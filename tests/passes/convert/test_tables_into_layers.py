@@ -11,6 +11,8 @@ from octav_fx.passes import codes_between_layers, functions_of_codes, tables_int
 from tests.support.on_codes import X, on_codes
 from tests.support.passes import made
 
+pytestmark = pytest.mark.usefixtures("as_with_vnni")
+
 
 def looking_up(forward, **parts: nn.Module):
     c = on_codes(forward, **parts)

@@ -22,6 +22,7 @@ AUTO = lower_passes("auto")
 @pytest.fixture(autouse=True)
 def whatever_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_CALLS", -1.0)
+    monkeypatch.setattr(choice, "has_vnni", lambda: True)
 
 
 def linear(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor]:
