@@ -117,8 +117,9 @@ class Call:
             return
         leaves, spec = pytree.tree_flatten(value)
         try:
-            # What was called may have given an argument another shape: t_().
-            if [_kind_of_tensor(tensor) for tensor in self.tensors] != self.kinds:
+            # What was called may have given an argument another shape, or other memory: t_(), set_().
+            kinds, memories = map(_kind_of_tensor, self.tensors), map(storage_id, self.tensors)
+            if [*kinds] != self.kinds or [*memories] != self._memories:
                 return
             places = self._places(leaves, {storage_id(tensor) for tensor in state})
         except _NoKey:
@@ -197,14 +198,17 @@ def _kind_of_state(tensor: Tensor) -> Any:
 
 def _kind_of_tensor(tensor: Any) -> Any:
     is_plain = type(tensor) is FakeTensor and tensor.layout is torch.strided and tensor.constant is None
-    if not is_plain or tensor.is_conj() or tensor.is_neg():
+    # Those made in inference mode are other than their views, and say so.
+    if not is_plain or tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
         raise _NoKey
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
 
 def _modes() -> Any:
     """Return what else decides dtypes, and which of torch's attentions runs."""
+    if torch.is_inference_mode_enabled():
+        raise _NoKey
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     cuda = torch.backends.cuda
     attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
-    return *autocast, torch.get_default_dtype(), attention
+    return *autocast, torch.get_default_dtype(), attention, cuda.cudnn_sdp_enabled()

@@ -57,6 +57,20 @@ def attended(b: Blocks, x: Tensor) -> Any:
     return F.scaled_dot_product_attention(rows, rows, rows), torch.einsum("bcs,bds->bcd", rows, rows), rows.view(-1)
 
 
+def moved(b: Blocks, x: Tensor) -> Any:
+    y, z = torch.empty_like(x), x * 2
+    y.set_(z)
+    return y, y.view(-1), z
+
+
+def of_inference(b: Blocks, x: Tensor) -> Any:
+    outside = x * 2
+    with torch.inference_mode():
+        y, view = x * 2, x.view(-1)
+        kinds = y.is_inference(), view.is_inference()
+    return kinds, outside.is_inference(), outside.view(-1).is_inference(), y.is_inference()
+
+
 def described(graph: fx.Graph) -> list[Any]:
     memory: dict[int, int] = {}
 
@@ -69,7 +83,7 @@ def described(graph: fx.Graph) -> list[Any]:
     return [(n.name, info(n).macs, [*map(kind, pytree.tree_leaves(fake(n)))]) for n in graph.nodes]
 
 
-@pytest.mark.parametrize("block", [shared, written, of_kinds, of_one_memory, attended])
+@pytest.mark.parametrize("block", [shared, written, of_kinds, of_one_memory, attended, moved, of_inference])
 @pytest.mark.parametrize("training", [False, True])
 def test_what_is_remembered_is_what_is_computed(block: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, arguments = Blocks(block).train(training), {"x": torch.randn(2, 4, 6, 8)}
