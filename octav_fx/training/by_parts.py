@@ -297,7 +297,10 @@ def quantize_by_parts(
 @contextlib.contextmanager
 def _in_other_mode(module: nn.Module) -> Iterator[None]:
     with preserved_modes(module):
-        module.train(not module.training)
+        mode = not module.training
+        # A train() of the user's may merge weights (adapters), which putting the modes back does not undo.
+        for part in module.modules():
+            part.training = mode
         yield
 
 

@@ -992,3 +992,31 @@ def test_layers_that_training_leaves_out_by_chance_are_quantized() -> None:
         x = torch.randn(3, 8)
         for layer in q.layers:
             assert not torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+class Merging(nn.Linear):
+    """An adapter that eval mode adds to the weight, and training mode takes out."""
+
+    is_merged = False
+
+    def train(self, mode: bool = True) -> Any:
+        if self.is_merged is mode:
+            self.weight.data *= 0.5 if mode else 2
+            self.is_merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 if self.is_merged else 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_other_mode_merges_no_weights(training: bool) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.fc(x)
+        return s.out(y if y.sum().item() > 0 else -y)
+
+    model, x = made(forward, fc=Merging(8, 8), out=nn.Linear(8, 8)).train(training), torch.randn(4, 8)
+    q = octav_fx.quantize(model, x)
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))
+    assert torch.equal(q.fc.weight, model.fc.weight)
