@@ -28,6 +28,13 @@ _BELOW: Final = "octav_below"
 _TYPE: Final = "octav_type"
 
 
+class _Untold:
+    """Keeps a user's __init_subclass__ from being called for a class that stands for one it knows."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
 def stand_in(
     kind: Any, marker: type, forward: Any, names: Mapping[str, Any] = types.MappingProxyType({})
 ) -> type[nn.Module]:
@@ -43,7 +50,7 @@ def stand_in(
     # A class with an __eq__ of its own inherits no hash.
     names = {"__hash__": kind.__hash__, **methods, **own, **names, "__class__": property(type, _set_class)}
     metaclass: Any = type(kind)
-    made: Any = _metaclass(metaclass)(kind.__name__, (marker, kind), names)
+    made: Any = _metaclass(metaclass)(kind.__name__, (marker, _Untold, kind), names)
     # From here on what is set is set on the user's class: ABCs set some of their own before.
     type.__setattr__(made, _USERS, kind)
     return made
@@ -90,9 +97,19 @@ def forward_of(kind: Any) -> Callable[[], Callable[..., Any]]:
     return found
 
 
+def users_class(kind: type) -> type:
+    """Return the user's class that a class stands for: one below that of quantize(), if others have set one."""
+    found: type = vars(kind).get(_USERS, kind)
+    return found
+
+
+def highest_stand_in(kind: type) -> Any:
+    """Return the stand-in that stand_in() made, of a class that is that one or below it."""
+    return [above for above in type.__dict__["__mro__"].__get__(kind) if _USERS in vars(above)][-1]
+
+
 def _type(*args: Any, **kwargs: Any) -> type:
-    kind = type(*args, **kwargs)
-    return vars(kind).get(_USERS, kind)
+    return users_class(type(*args, **kwargs))
 
 
 def _methods(kind: type) -> dict[str, Any]:

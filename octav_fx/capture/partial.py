@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.classes import forward_of, stand_in
+from octav_fx.capture.classes import forward_of, stand_in, users_class
 from octav_fx.capture.inputs import Inputs, call_of
 from octav_fx.capture.module_state import without_history
 from octav_fx.capture.modules import GRAPHS, graphs_of
@@ -54,7 +54,7 @@ class PartialModule:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass has no name to be pickled by.
-        return _restore, (type(self).__mro__[2], self._state(), replace(self.octav_partial, example=None))
+        return _restore, (users_class(type(self)), self._state(), replace(self.octav_partial, example=None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         owner: Any = self
@@ -124,7 +124,7 @@ def users_classes(root: nn.Module) -> Iterator[None]:
     """Let every module in root be of the user's class inside, as it was before quantize()."""
     kinds = {module: type(module) for module in root.modules() if isinstance(module, PartialModule)}
     for module, kind in kinds.items():
-        module.__class__ = kind.__mro__[2]
+        module.__class__ = users_class(kind)
     try:
         with users_own(root):
             yield

@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octav_fx.capture.classes import stand_in
+from octav_fx.capture.classes import highest_stand_in, stand_in, users_class
 from octav_fx.capture.find_constants import constants_of
 from octav_fx.capture.held import hold, let_go
 from octav_fx.capture.module_state import without_history
@@ -45,8 +45,8 @@ class WholeModule:
         if is_changed(graphs.owner):
             graphs._run_look(args, kwargs)
             if GRAPHS not in vars(self):
-                # It is of another class now, and runs its own Python.
-                return self.forward(*args, **kwargs)
+                # It is of another class now, and runs its own Python; a forward below that is running.
+                return highest_stand_in(type(self)).forward(self, *args, **kwargs)
         return vars(self)[GRAPHS].forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
@@ -93,16 +93,20 @@ class WholeModule:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass has no name to be pickled by.
-        return _new, (vars(self)[GRAPHS].user_class,), self._state()
+        return _new, self._classes(), self._state()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         graphs: QuantizedModule = vars(self)[GRAPHS]
         owner: Any = self
         memo.update(without_history(owner))
-        copied = memo[id(self)] = _new(graphs.user_class)
+        copied = memo[id(self)] = _new(*self._classes())
         copied.__setstate__(copy.deepcopy(self._state(), memo))
         vars(copied)[GRAPHS].examples = graphs.examples
         return copied
+
+    def _classes(self) -> tuple[type, type]:
+        """Return the user's class, and one below it that others have set since, or the same again."""
+        return vars(self)[GRAPHS].user_class, users_class(type(self))
 
     def _state(self) -> tuple[Any, ...]:
         """Return what the user's class says its state is, and the graphs."""
@@ -120,10 +124,12 @@ class WholeModule:
         users, *parts = state
         super().__setstate__(users)  # type: ignore[misc]
         owner: Any = self
-        owner.__class__ = type(self).__mro__[2]
+        present = type(self)
+        owner.__class__ = users_class(highest_stand_in(present))
         quantizers = children_of(owner).pop(QUANTIZERS)
         graphs, meta, recipe, capture_again = parts
         make_whole(QuantizedModule(owner, graphs, meta, recipe, capture_again, quantizers))
+        owner.__class__ = present
 
 
 def _check_not_onnx(q: object) -> None:
@@ -247,7 +253,10 @@ def _shared(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _new(kind: Any) -> Any:
-    """Return a module of the subclass for a user's class, without anything in it yet."""
+def _new(kind: Any, below: Any = None) -> Any:
+    """Return a module of the subclass for a user's class, or for one below it, without anything in it yet."""
     # Past __new__ of the user's class: that of a GraphModule makes one more class.
-    return object.__new__(_whole_class(kind))
+    made: Any = object.__new__(_whole_class(kind))
+    if below not in (None, kind):
+        made.__class__ = below
+    return made

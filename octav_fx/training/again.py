@@ -7,6 +7,7 @@ from typing import Final, cast
 import torch
 from torch import nn
 
+from octav_fx.capture.classes import users_class
 from octav_fx.capture.hooks import set_aside
 from octav_fx.capture.inputs import Inputs, tensors_of
 from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of
@@ -90,7 +91,7 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
         for (site, operand), quantizer in quantizers_by_operand(quantized).items()
         if not any(is_at(site, place) for place in places)
     }
-    tree = tree_of(owner)
+    tree, below = tree_of(owner), users_class(type(owner))
     make_users_own(owner)
     gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync():
@@ -108,6 +109,9 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
                 f"{', '.join(places)}: another one than octav_fx.quantize saw, and no graph holds it: {error}; put "
                 "it there first, and quantize then"
             ) from error
+    if below is not quantized.user_class:
+        # Its forward, if it has one, is what calls this.
+        owner.__class__ = below
     for anew in graphs_in(owner):
         anew.capture_again = capture_again
         take_quantizers(anew, known)

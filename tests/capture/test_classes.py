@@ -1,6 +1,7 @@
 """Classes of quantized modules: what code asks of them and does to them, it asks of and does to the user's."""
 
 import abc
+import copy
 import inspect
 import pickle
 from collections.abc import Iterator
@@ -156,6 +157,58 @@ def test_a_class_below_calls_the_graph_as_what_is_above_it() -> None:
     assert torch.equal(q(x), -expected)
 
 
+class Doubled(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class DoubledInParts(ScaledInParts):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Doubled, DoubledInParts])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
+def test_a_copy_is_of_the_class_below(kind: Any, duplicate: Any) -> None:
+    q: Any = octav_fx.quantize(kind.__mro__[1](), x)
+    expected = q(x)
+    q.__class__ = kind
+    for copied in (duplicate(q), duplicate(duplicate(q))):
+        assert isinstance(copied, kind)
+        assert torch.equal(copied(x), 2 * expected)
+        assert torch.equal(copied(x[:1]), q(x[:1]))
+
+
+@pytest.mark.parametrize("kind", [Doubled, DoubledInParts])
+def test_a_module_whose_parts_are_replaced_stays_of_the_class_below(kind: Any) -> None:
+    q: Any = octav_fx.quantize(kind.__mro__[1](), x)
+    q.__class__ = kind
+    q.a = nn.Linear(8, 3)
+    expected = q(x)
+    assert isinstance(q, kind)
+    assert torch.equal(q(x), expected)
+    assert torch.equal(super(kind, q).forward(x), expected / 2)
+
+
+def test_what_counts_its_subclasses_knows_none_of_those_that_stand_for_them() -> None:
+    known = []
+
+    class Registered(nn.Module):
+        def __init_subclass__(cls, *, tag: str) -> None:
+            known.append((cls.__name__, tag))
+
+    class Layer(Registered, tag="layer"):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    assert octav_fx.quantize(Layer(), x)(x).shape == (2, 5, 4)
+    assert known == [("Layer", "layer")]
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_count_in_a_class_is_one_of_all_its_modules(training: bool) -> None:
     model = Twice().train(training)
@@ -301,7 +354,8 @@ def test_what_is_above_the_users_class_is_found(is_compiled: bool) -> None:
     call = torch.compile(q, backend="eager") if is_compiled else q
     with silent_quantizers():
         assert_close("a call", call(x), model(x))
-    assert type(q).__mro__.index(AsksAbove) == 2
+    above = type(q).__mro__
+    assert above[above.index(AsksAbove)] is AsksAbove
 
 
 @pytest.mark.parametrize("kind", [Scaled, ScaledInParts])
