@@ -198,10 +198,13 @@ def _geometric(greatest: float, least: float, ratio: float) -> tuple[float, ...]
 
 
 def squared_error(x: Tensor, step: Tensor, form: Format) -> Tensor:
-    """Return the sum of squared errors of finite rows [R, N] with steps [R, 1] -> [R, 1]; infinite for a step of 0."""
+    """Return the sum of squared errors of finite rows [R, N] with steps [R, 1] -> [R, 1].
+
+    Infinite for a step of 0, and for one that its format stores as infinity.
+    """
     ratio = x * step.reciprocal()
     error = ratio - form.round(ratio)
-    return torch.where(step > 0, folded(error * error) * (step * step), torch.inf)
+    return torch.where((step > 0) & (step < torch.inf), folded(error * error) * (step * step), torch.inf)
 
 
 def folded(x: Tensor) -> Tensor:

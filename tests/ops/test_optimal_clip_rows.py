@@ -68,6 +68,15 @@ def test_no_square_over_or_underflows(kernels, form, scale, factor):
     assert (found > 0).all()
 
 
+def test_a_step_that_is_stored_as_infinity_is_never_the_best(kernels):
+    # The largest magnitude would be rounded up to infinity.
+    x = torch.full((1, 16), 1.7e38)
+    x[0, 0] = torch.finfo(torch.float32).max
+    found, expected = solve(x, "ternary/token.1/bfloat16", "octav")
+    assert torch.equal(found, expected)
+    assert (found < 2e38).all()
+
+
 def test_the_result_depends_on_no_number_of_threads(kernels, threads):
     x = torch.randn(1001, 48)
     alone = solve(x, "int4/token.1", "octav")[0]

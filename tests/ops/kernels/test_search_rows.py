@@ -44,6 +44,14 @@ def test_whatever_the_numbers_and_where_they_lie(data):
         assert torch.equal(out, expected)
 
 
+def test_a_step_that_is_stored_as_infinity_is_never_the_best():
+    x = torch.full((1, 16), 1.7e38, device=DEVICE)
+    x[0, 0] = torch.finfo(torch.float32).max
+    out, expected = solve(x, "ternary/token.1/bfloat16", "octav")
+    assert torch.equal(out, expected)
+    assert (out < 2e38).all()
+
+
 def test_rows_of_an_odd_number_of_lines_are_near():
     x = torch.randn(8, 80, device=DEVICE)
     out, expected = solve(x, "int4/token.1", "octav")

@@ -203,7 +203,8 @@ def search_rows_kernel(
                 MANTISSA,
                 LEAST_EXPONENT,
             )
-            error = tl.where(step > 0, folded(off * off, ROWS, HALVINGS) * (step * step), float("inf"))
+            usable = (step > 0) & (step < float("inf"))
+            error = tl.where(usable, folded(off * off, ROWS, HALVINGS) * (step * step), float("inf"))
             # The first is taken whatever its error is: of scales too small for the row it is infinite.
             better = (error < least) | (attempt == 0)
             best, least = tl.where(better, step, best), tl.where(better, error, least)
