@@ -56,9 +56,11 @@ def translated(
         args, kwargs = _at_least_two(args, kwargs)
     named = kwargs or dict(zip(_names(module, len(args)), args, strict=True))
     dynamic = _free_axes(named, kwargs, dynamic_batch, dynamic_axes)
+    # A dictionary that is the last of them is taken for keyword arguments.
+    given = args if kwargs else (*args, {})
     try:
         program = torch.onnx.export(
-            module, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
+            module, given, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
         )
     except Exception as error:
         raise OctavError(_why(error, dynamic_batch, dynamic_axes)) from error

@@ -128,3 +128,20 @@ def test_a_size_that_the_exporter_fixes_is_told(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OctavError, match=r"axis 2 of x for size 8 alone: .* without dynamic_axes"):
         octav_fx.export_onnx(q, image(2, 8), path, dynamic_axes=axes)
     assert not path.exists()
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+        return self.fc(x) - self.fc(more["b"]) + more["a"]
+
+
+def test_a_dictionary_is_an_input(tmp_path: Path) -> None:
+    example = (torch.randn(2, 8), {"b": torch.randn(2, 8), "a": torch.randn(2, 8)})
+    q, path = octav_fx.quantize(Pair().eval(), example), tmp_path / "model.onnx"
+    q = octav_fx.freeze(octav_fx.calibrate(q, [example]))
+    octav_fx.export_onnx(q, example, path)
+    assert all(value.type.tensor_type.shape.dim[0].dim_param for value in onnx.load(path).graph.input)
