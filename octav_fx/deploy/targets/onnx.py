@@ -203,11 +203,16 @@ def bias_of_rank_three(graph: Graph, node: Any) -> list[Any] | None:
 def before_zeros(graph: Graph, node: Any) -> list[Any] | None:
     """Return a quantizer before the zeros that are put around its input, which runtimes make padding of a convolution.
 
-    Zero is a level of every grid. Behind them the quantizer keeps the layer before them from writing codes.
+    Zero is a level of every grid, but where a clamp between the two leaves it out. Behind them the quantizer keeps the
+    layer before them from writing codes.
     """
     key, output = attribute(node, "key").decode(), node.output[0]
-    pad = graph.makers.get(node.input[0])
-    if pad is None or graph.parts[key].dim is not None or not _puts_zeros(graph, pad):
+    quantizer, pad = graph.parts[key], graph.makers.get(node.input[0])
+    assert isinstance(quantizer, StaticQuantizer)
+    if pad is None or quantizer.dim is not None or not _puts_zeros(graph, pad):
+        return None
+    low, high = quantizer.range
+    if not low <= 0 <= high:
         return None
     if len(graph.readers[pad.output[0]]) > 1:
         return None
@@ -226,6 +231,34 @@ def _puts_zeros(graph: Graph, node: Any) -> bool:
     return node.input[1] in graph.constants and value is not None and not value.any()
 
 
+def zeros_of_pools(graph: Graph, node: Any) -> list[Any] | None:
+    """Return the zeros that a pool reads with their axes by name, which keeps onnxruntime from making them its padding.
+
+    The padding of a max pool is below all numbers, and no pool may have more of it than its window is long. Where a
+    quantizer takes what is below zero for zero, the two paddings of a max pool are the same.
+    """
+    readers = graph.readers.get(node.output[0], [])
+    if len(readers) != 1 or readers[0].op_type not in ("MaxPool", "AveragePool"):
+        return None
+    if not _puts_zeros(graph, node) or len(node.input) > 3:
+        return None
+    (pool,) = readers
+    sizes, window = graph.value(node.input[1]), attribute(pool, "kernel_shape")
+    assert sizes is not None
+    fits = bool((sizes.view(2, -1)[:, -len(window) :] < torch.tensor(window)).all())
+    if fits and (pool.op_type == "AveragePool" or _are_quantized_from_zero(graph, pool.output[0])):
+        return None
+    axes = graph.constant(f"{node.output[0]}.axes", "INT64", torch.arange(len(sizes) // 2))
+    node.input.extend([""] * (3 - len(node.input)) + [axes])
+    return [node]
+
+
+def _are_quantized_from_zero(graph: Graph, name: str) -> bool:
+    readers = graph.readers.get(name, [])
+    parts = [graph.parts[attribute(r, "key").decode()] for r in readers if r.domain == DOMAIN]
+    return len(parts) == len(readers) and all(isinstance(p, StaticQuantizer) and p.range[0] >= 0 for p in parts)
+
+
 def product_and_bias(graph: Graph, node: Any) -> tuple[Any, str] | None:
     """Return the MatMul that an Add reads and the name of what it adds, the bias of a linear layer; else None."""
     for product, bias in (tuple(node.input), tuple(node.input)[::-1]):
@@ -241,5 +274,5 @@ EXACT: Final = Target(
     weight_levels,
     activation_in_bytes,
     bias_in_float,
-    ({"Conv": bias_apart, "ConvTranspose": bias_apart, "Add": bias_of_rank_three},),
+    ({"Conv": bias_apart, "ConvTranspose": bias_apart, "Add": bias_of_rank_three, "Pad": zeros_of_pools},),
 )

@@ -7,6 +7,7 @@
     LayerNormalization(Add(x, y))      LayerNormalization(Sum(x, y))
     ReduceMean(x, spatial axes)        GlobalAveragePool(x)                          QLinearGlobalAveragePool
     octav::Activation(Pad(x))          Pad(octav::Activation(x))                     padding of QLinearConv
+    MaxPool(Pad(x))                    MaxPool(Pad(x, axes))
     Mul(x, Sigmoid(x))                 QuickGelu(x)
     Gemm(x, w of int4 in groups, b)    Add(MatMulNBits(x, codes, scales), b)         MatMulNBits
 
@@ -33,6 +34,7 @@ from octav_fx.deploy.targets.onnx import (
     grouped_weight,
     is_operand,
     product_and_bias,
+    zeros_of_pools,
 )
 from octav_fx.formats.packing import pack
 from octav_fx.nn import IntegerBias, IntegerWeight
@@ -175,5 +177,7 @@ ONNXRUNTIME: Final = Target(
         {"Gemm": _gemm, "MatMul": _matmul},
         {"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _add, "Mul": _product, "ReduceMean": _mean},
         {"Activation": before_zeros},
+        # Last: it asks for the zeros that stay before a pool.
+        {"Pad": zeros_of_pools},
     ),
 )

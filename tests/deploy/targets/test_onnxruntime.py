@@ -218,3 +218,47 @@ def test_zeros_around_images_are_padding_of_integer_convolutions(bits, tmp_path)
         with torch.no_grad():
             # Sums of 72 levels, rounded to float32; a code that moved would be a hundredth.
             assert relative(only(run_onnx(path, batch)), q(batch)) < 72 * 2**-24
+
+
+def test_zeros_that_a_clamp_behind_them_leaves_out(tmp_path):
+    layers = [nn.Conv2d(3, 8, 3), nn.ZeroPad2d(1), nn.Hardtanh(0.1, 0.4), nn.Conv2d(8, 4, 3)]
+    x = torch.randn(2, 3, 9, 9)
+    q = freeze(calibrate(quantize(nn.Sequential(*layers).eval(), x, Config(4, 8)), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    with torch.no_grad():
+        assert relative(only(run_onnx(path, x)), q(x)) < 72 * 2**-24
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "exact"])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_zeros_before_a_pool_are_not_its_padding(size, pool, target, tmp_path):
+    # All below zero, so that a zero is the largest; and zeros as many as the window is long.
+    layers = [nn.Conv2d(3, 8, 3), nn.Hardtanh(-0.4, -0.1), nn.ZeroPad2d(size), pool, nn.Conv2d(8, 4, 3)]
+    x = torch.randn(2, 3, 9, 9)
+    q = freeze(calibrate(quantize(nn.Sequential(*layers).eval(), x, Config(4, 8)), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path, target=target)
+    with torch.no_grad():
+        # Another order of additions may move a code of an average at a tie.
+        assert relative(only(run_onnx(path, x)), q(x)) < 0.05
+
+
+def test_zeros_that_are_returned(tmp_path):
+    x, path = torch.randn(2, 3, 9, 9), tmp_path / "model.onnx"
+    q = freeze(calibrate(quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ZeroPad2d(1)).eval(), x, Config(4, 8)), [x]))
+    export_onnx(q, x, path)
+    with torch.no_grad():
+        assert relative(only(run_onnx(path, x)), q(x)) < 27 * 2**-24
+
+
+def test_zeros_before_a_pool_of_what_is_not_below_zero_are_its_padding(tmp_path):
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2), nn.Conv2d(8, 4, 3)]
+    x = torch.randn(2, 3, 13, 13)
+    q = freeze(calibrate(quantize(nn.Sequential(*layers).eval(), x, Config(4, 8)), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path)
+    assert "Pad" not in optimized_ops(path)
+    with torch.no_grad():
+        assert relative(only(run_onnx(path, x)), q(x)) < 72 * 2**-24
