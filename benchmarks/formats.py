@@ -68,7 +68,7 @@ def main(rounds: int) -> None:
     rows = [_row(spec, method, data, rounds) for spec in SPECS for method in methods[spec]]
     setting = {"threads": 1, "rounds": rounds, "shape": [ROWS, COLUMNS], "seed": 0}
     searched = [_searched(name, rounds) for name in SEARCHED]
-    result.write("formats", {"setting": setting, "rows": rows, "searched": searched})
+    result.write(result.of_cpu("formats"), {"setting": setting, "rows": rows, "searched": searched})
     print(tabulate(rows, headers="keys"), tabulate(searched, headers="keys"), sep="\n\n")
 
 

@@ -191,6 +191,7 @@ _TABLES: Final[dict[str, Callable[[], str]]] = {
     "gpu": _gpu,
     "formats": _of("formats", _rows),
     "searched": _of("formats", functools.partial(_rows, part="searched")),
+    "searched_without_vnni": _of("formats_without_vnni", functools.partial(_rows, part="searched")),
     "study": _study,
     "accuracy": _accuracy,
 }

@@ -40,7 +40,7 @@ def sources() -> str:
 
 
 def of_cpu(name: str) -> str:
-    """Return the name that results of this kind of CPU have: without VNNI other layers run as integers."""
+    """Return the name that results of this kind of CPU have: without VNNI other layers and passes run."""
     return name if has_vnni() else f"{name}_without_vnni"
 
 
