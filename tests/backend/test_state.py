@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 from octav_fx import Config, calibrate, convert, freeze, quantize
+from tests.support.integers import needs_vnni
 
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("fresh_dynamo")]
 
@@ -50,6 +51,7 @@ def compiled(model: nn.Module, guarded: list[str]) -> Any:
     return torch.compile(model, backend="octav", options={"guard_filter_fn": all_of})
 
 
+@needs_vnni
 def test_constants_of_layers_on_codes_are_not_guarded() -> None:
     names: list[str] = []
     model = converted(1)
@@ -61,6 +63,7 @@ def test_constants_of_layers_on_codes_are_not_guarded() -> None:
     assert [name for name in names if "['norm']._parameters['weight']" in name]
 
 
+@needs_vnni
 def test_layers_are_called_past_the_dispatcher_at_any_batch() -> None:
     model, x = converted(1), images()
     function = torch.compile(model, backend="octav", dynamic=True)
