@@ -29,10 +29,25 @@ _TYPE: Final = "octav_type"
 
 
 class _Untold:
-    """Keeps a user's __init_subclass__ from being called for a class that stands for one it knows."""
+    """Keeps a user's __init_subclass__ from being called for a class that stands for one it knows.
+
+    One that can be called is: it may wrap the forward of each subclass, as the layers of transformers do to recompute it.
+    """
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
+
+
+def _takes_any_subclass(kind: Any) -> bool:
+    """Tell whether __init_subclass__ of a class takes a subclass that says nothing else."""
+    try:
+        inspect.signature(kind.__init_subclass__).bind()
+    except ValueError:
+        # That of object has no signature.
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def stand_in(
@@ -50,7 +65,8 @@ def stand_in(
     # A class with an __eq__ of its own inherits no hash.
     names = {"__hash__": kind.__hash__, **methods, **own, **names, "__class__": property(type, _set_class)}
     metaclass: Any = type(kind)
-    made: Any = _metaclass(metaclass)(kind.__name__, (marker, _Untold, kind), names)
+    bases = (marker, kind) if _takes_any_subclass(kind) else (marker, _Untold, kind)
+    made: Any = _metaclass(metaclass)(kind.__name__, bases, names)
     # From here on what is set is set on the user's class: ABCs set some of their own before.
     type.__setattr__(made, _USERS, kind)
     return made

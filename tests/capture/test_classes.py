@@ -190,7 +190,7 @@ def test_a_module_whose_parts_are_replaced_stays_of_the_class_below(kind: Any) -
     assert torch.equal(super(kind, q).forward(x), expected / 2)
 
 
-def test_what_counts_its_subclasses_knows_none_of_those_that_stand_for_them() -> None:
+def test_a_class_whose_subclasses_say_something_is_not_told_of_those_that_stand_for_them() -> None:
     known = []
 
     class Registered(nn.Module):
