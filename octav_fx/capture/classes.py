@@ -31,7 +31,7 @@ _TYPE: Final = "octav_type"
 class _Untold:
     """Keeps a user's __init_subclass__ from being called for a class that stands for one it knows.
 
-    One that can be called is: it may wrap the forward of each subclass, as the layers of transformers do to recompute it.
+    One that can be called is: it may wrap the forward of each subclass, as layers of transformers do to recompute it.
     """
 
     def __init_subclass__(cls, **_: Any) -> None:
