@@ -108,6 +108,9 @@ class Guards:
                 except Exception as error:
                     # With sizes of the example in it, what a later value is computed from need not run at all.
                     fault = f"what it computes sizes from fails: {error}"
+                finally:
+                    # Under autocast it has casts of weights by now, and they are fake.
+                    torch.clear_autocast_cache()
                 self._known[key] = fault
         return self._known[key]
 

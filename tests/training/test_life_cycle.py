@@ -345,6 +345,34 @@ def test_autocast_forward_and_backward(training):
         assert torch.equal(ours, model.eval()(x))
 
 
+class Doubled(nn.Module):
+    """How often a layer runs is decided by sizes of what another computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.body = nn.ConvTranspose2d(1, 4, 2, stride=2), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        for _ in range(x.shape[2] // 8):
+            x = self.body(x)
+        return x
+
+
+@pytest.mark.parametrize("side", [4, 6, 8])
+def test_autocast_computes_with_data_on_sizes_that_are_asked_about_inside(side):
+    model, x = Doubled(), torch.randn(2, 1, side, side)
+    q = quantize(model, x.new_ones(2, 1, 4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = q(x)
+        with float_mode(q):
+            assert torch.equal(q(x), model(x))
+    # What asks about sizes computes without numbers: nothing of it is left in what autocast has cast.
+    assert type(out) is Tensor
+    out.float().sum().backward()
+    assert all(type(p.grad) is Tensor and p.grad.any() for p in q.parameters())
+
+
 def test_inference_mode():
     _, q, x = quantized(False)
     expected = q(x)
