@@ -121,7 +121,12 @@ def users_class(kind: type) -> type:
 
 def highest_stand_in(kind: type) -> Any:
     """Return the stand-in that stand_in() made, of a class that is that one or below it."""
-    return [above for above in type.__dict__["__mro__"].__get__(kind) if _USERS in vars(above)][-1]
+    return _stand_ins(kind)[-1]
+
+
+def _stand_ins(kind: type) -> list[Any]:
+    """Return a class and those above it that stand for others, the nearest first."""
+    return [above for above in type.__dict__["__mro__"].__get__(kind) if _USERS in vars(above)]
 
 
 def _type(*args: Any, **kwargs: Any) -> type:
@@ -145,7 +150,7 @@ class _ByIdentity(tuple[type, ...]):
 
 
 def _set_class(module: Any, kind: type) -> None:
-    made = next(above for above in type.__dict__["__mro__"].__get__(type(module)) if _USERS in vars(above))
+    made = _stand_ins(type(module))[0]
     users = vars(made)[_USERS]
     # Back to the user's, or to another that stands for it, is past this.
     is_below = kind is not users and issubclass(kind, users) and not isinstance(kind, type(made))
@@ -164,45 +169,42 @@ def _below(kind: Any, made: Any) -> Any:
 @functools.cache
 def _metaclass(above: Any) -> Any:
     def new(meta: Any, name: str, bases: tuple[Any, ...], names: dict[str, Any], **rest: Any) -> Any:
-        if _BELOW not in names and any(users(base) is not base for base in bases):
+        if _BELOW not in names and any(users_class(base) is not base for base in bases):
             names = {"__module__": bases[0].__module__, **names}
-            return above.__new__(above, name, tuple(map(users, bases)), names, **rest)
+            return above.__new__(above, name, tuple(map(users_class, bases)), names, **rest)
         return above.__new__(meta, name, bases, names, **rest)
 
-    def users(cls: Any) -> Any:
-        return vars(cls).get(_USERS, cls)
-
     def set_(cls: Any, name: str, value: Any) -> None:
-        above.__setattr__(cls if name in vars(cls) else users(cls), name, value)
+        above.__setattr__(cls if name in vars(cls) else users_class(cls), name, value)
 
     def delete(cls: Any, name: str) -> None:
-        above.__delattr__(cls if name in vars(cls) else users(cls), name)
+        above.__delattr__(cls if name in vars(cls) else users_class(cls), name)
 
     def equal(cls: Any, other: object) -> bool:
-        return other is cls or users(cls) is users(other) if isinstance(other, type) else False
+        return other is cls or users_class(cls) is users_class(other) if isinstance(other, type) else False
 
     def hashed(cls: Any) -> int:
-        return above.__hash__(users(cls))
+        return above.__hash__(users_class(cls))
 
     def order(cls: Any) -> Any:
         return _ByIdentity(type.__dict__["__mro__"].__get__(cls))
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         # A module that begins is the user's own; quantize() makes the others past this.
-        return above.__call__(users(cls), *args, **kwargs)
+        return above.__call__(users_class(cls), *args, **kwargs)
 
     # Not by those of above: an ABC asks each class below it, which would ask that ABC.
     def has_instance(cls: Any, x: Any) -> bool:
-        return type.__instancecheck__(users(cls), x)
+        return type.__instancecheck__(users_class(cls), x)
 
     def has_subclass(cls: Any, kind: type) -> bool:
-        return type.__subclasscheck__(users(cls), kind)
+        return type.__subclasscheck__(users_class(cls), kind)
 
     def signature(cls: Any) -> inspect.Signature:
-        if users(cls) is cls:
+        if users_class(cls) is cls:
             raise AttributeError("__signature__")
         # Without it that of call() would be found.
-        return inspect.signature(users(cls))
+        return inspect.signature(users_class(cls))
 
     methods: dict[str, Any] = {"__setattr__": set_, "__delattr__": delete, "__eq__": equal, "__hash__": hashed}
     methods |= {"__new__": new, "__call__": call, "__mro__": property(order), "__signature__": property(signature)}
