@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import networkx as nx
+import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.compat.modules import parameters_of
@@ -14,8 +15,10 @@ from octav_fx.ir.meta import fake, info
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, in_place, op_of
 
-# Methods and attributes.
-_SIZES: Final = frozenset({"size", "dim", "numel", "nelement", "shape", "ndim"})
+# What tells sizes.
+_METHODS: Final = ("size", "dim", "numel", "nelement")
+_FUNCTIONS: Final = (torch.numel, *(getattr(Tensor, name) for name in _METHODS))
+_ATTRIBUTES: Final = ("shape", "ndim")
 
 
 def state_name(node: fx.Node) -> str | None:
@@ -59,13 +62,14 @@ def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
 
 def readers(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that read more of a value than its sizes."""
-    return [user for user in node.users if not _reads_sizes(user)]
+    return [user for user in node.users if not reads_sizes(user)]
 
 
-def _reads_sizes(node: fx.Node) -> bool:
+def reads_sizes(node: fx.Node) -> bool:
+    """Tell whether a node reads no more of a value than its sizes: x.size(0), x.shape, torch.numel(x)."""
     if node.op == "call_method":
-        return node.target in _SIZES
-    return node.target is getattr and node.args[1] in _SIZES
+        return node.target in _METHODS
+    return node.target in _FUNCTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES)
 
 
 def downstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:

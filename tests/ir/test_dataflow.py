@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from torch import fx
 from torch.nn import functional as F
 
 from octav_fx.errors import OctavError
-from octav_fx.ir.dataflow import constants, downstream, holds_tensor, state_only, tensor_flow, upstream, value_of
+from octav_fx.ir.dataflow import (
+    constants,
+    downstream,
+    holds_tensor,
+    readers,
+    state_only,
+    tensor_flow,
+    upstream,
+    value_of,
+)
 from tests.support.graphs import captured, model, parameter
 
 
@@ -93,3 +103,13 @@ def test_what_is_drawn_anew_is_no_constant() -> None:
     forward = lambda self, x: x @ F.dropout(self.w, 0.5, True) @ (self.w * torch.rand(3, 3))  # noqa: E731
     gm = captured(model(forward, w=parameter(3, 3)), x=torch.randn(2, 3))
     assert constant_names(gm) == {"w"}
+
+
+def test_what_reads_sizes_is_no_reader() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for name in ("size", "dim", "numel", "sum"):
+        graph.call_method(name, (x,))
+    for target, args in ((torch.numel, ()), (getattr, ("shape",)), (getattr, ("T",)), (torch.sin, ())):
+        graph.call_function(target, (x, *args))
+    assert [reader.name for reader in readers(x)] == ["sum_1", "getattr_2", "sin"]

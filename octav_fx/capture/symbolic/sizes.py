@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from octav_fx.compat.tensors import TORCH_GROUPED_MM
+from octav_fx.ir.dataflow import reads_sizes
 from octav_fx.ir.meta import fake, set_fake
 from octav_fx.ir.ops import in_place, module_of
 
@@ -51,10 +52,7 @@ def forward_sizes(graph: fx.Graph) -> None:
         if len(node.args) == 0 or not isinstance(node.args[0], fx.Node):
             continue
         read = node.args[0]
-        name = _name(node)
-        if name in ("size", "dim", "numel", "nelement") or (
-            node.target is getattr and node.args[1] in ("shape", "ndim")
-        ):
+        if reads_sizes(node):
             node.args = (_same_shape(read), *node.args[1:])
         elif node.target is len and isinstance(fake(read), Tensor):
             node.args = (_same_shape(read),)
