@@ -1,5 +1,6 @@
 """Nets of the recipes: small relatives of ResNet-18, MobileNetV2, EfficientNet-B0 and GPT-2, of any width."""
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -47,29 +48,6 @@ class BasicBlock(nn.Module):
 _INVERTED: Final = ((1, 1, 1, 1), (6, 1.5, 2, 2), (6, 2, 2, 2), (6, 4, 2, 1))
 
 
-class MobileNet(nn.Module):
-    """MobileNetV2 with fewer blocks: [N, 1, H, W] -> [N, classes]."""
-
-    def __init__(self, classes: int, width: int, stride: int = 1) -> None:
-        super().__init__()
-        self.stem = _conv_bn(1, width, 3, stride)
-        blocks = []
-        channels = width
-        for expansion, factor, repeats, stride in _INVERTED:
-            out = int(width * factor)
-            for repeat in range(repeats):
-                blocks.append(InvertedResidual(channels, out, expansion, stride if repeat == 0 else 1))
-                channels = out
-        self.blocks = nn.Sequential(*blocks)
-        self.last = _conv_bn(channels, 4 * channels, 1)
-        self.head = nn.Linear(4 * channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to logits."""
-        x = F.relu6(self.last(self.blocks(F.relu6(self.stem(x)))))
-        return self.head(x.mean((2, 3)))
-
-
 class InvertedResidual(nn.Module):
     """1x1 up, 3x3 depthwise, 1x1 down without an activation (Sandler et al., arXiv 1801.04381)."""
 
@@ -87,8 +65,29 @@ class InvertedResidual(nn.Module):
         return x + y if self.is_residual else y
 
 
-class EfficientNet(nn.Module):
-    """EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with the blocks of MobileNet: [N, 1, H, W] -> [N, classes]."""
+class GatedResidual(InvertedResidual):
+    """InvertedResidual with SiLU, and a gate for each channel from the mean of all: squeeze and excitation."""
+
+    def __init__(self, channels: int, out: int, expansion: int, stride: int) -> None:
+        super().__init__(channels, out, expansion, stride)
+        wide, narrow = channels * expansion, max(channels // 4, 4)
+        self.squeeze, self.excite = nn.Conv2d(wide, narrow, 1), nn.Conv2d(narrow, wide, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, channels, H, W] -> [N, out, H / stride, W / stride]."""
+        # What comes without an expansion has been through SiLU.
+        y = x if isinstance(self.expand, nn.Identity) else F.silu(self.expand(x))
+        y = F.silu(self.depthwise(y))
+        gate = self.excite(F.silu(self.squeeze(y.mean((2, 3), keepdim=True))))
+        y = self.project(y * gate.sigmoid())
+        return x + y if self.is_residual else y
+
+
+class MobileNet(nn.Module):
+    """MobileNetV2 with fewer blocks: [N, 1, H, W] -> [N, classes]."""
+
+    block: type[InvertedResidual] = InvertedResidual
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.relu6)
 
     def __init__(self, classes: int, width: int, stride: int = 1) -> None:
         super().__init__()
@@ -98,7 +97,7 @@ class EfficientNet(nn.Module):
         for expansion, factor, repeats, stride in _INVERTED:
             out = int(width * factor)
             for repeat in range(repeats):
-                blocks.append(GatedResidual(channels, out, expansion, stride if repeat == 0 else 1))
+                blocks.append(self.block(channels, out, expansion, stride if repeat == 0 else 1))
                 channels = out
         self.blocks = nn.Sequential(*blocks)
         self.last = _conv_bn(channels, 4 * channels, 1)
@@ -106,28 +105,15 @@ class EfficientNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images to logits."""
-        x = F.silu(self.last(self.blocks(F.silu(self.stem(x)))))
+        x = self.activation(self.last(self.blocks(self.activation(self.stem(x)))))
         return self.head(x.mean((2, 3)))
 
 
-class GatedResidual(nn.Module):
-    """InvertedResidual with SiLU, and a gate for each channel from the mean of all: squeeze and excitation."""
+class EfficientNet(MobileNet):
+    """EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with the blocks of MobileNet: [N, 1, H, W] -> [N, classes]."""
 
-    def __init__(self, channels: int, out: int, expansion: int, stride: int) -> None:
-        super().__init__()
-        wide, narrow = channels * expansion, max(channels // 4, 4)
-        self.expand = _conv_bn(channels, wide, 1) if expansion > 1 else None
-        self.depthwise = _conv_bn(wide, wide, 3, stride, groups=wide)
-        self.squeeze, self.excite = nn.Conv2d(wide, narrow, 1), nn.Conv2d(narrow, wide, 1)
-        self.project = _conv_bn(wide, out, 1)
-        self.is_residual = stride == 1 and channels == out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, channels, H, W] -> [N, out, H / stride, W / stride]."""
-        y = F.silu(self.depthwise(x if self.expand is None else F.silu(self.expand(x))))
-        gate = self.excite(F.silu(self.squeeze(y.mean((2, 3), keepdim=True))))
-        y = self.project(y * gate.sigmoid())
-        return x + y if self.is_residual else y
+    block = GatedResidual
+    activation = staticmethod(F.silu)
 
 
 class Transformer(nn.Module):

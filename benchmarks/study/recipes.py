@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
@@ -91,6 +91,15 @@ _DIGITS: Final = replace(
     retrain_steps=20,
 )
 
+# What the large recipes of glyphs share.
+_LARGE: Final[dict[str, Any]] = {
+    "data": lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
+    "steps": 20_000,
+    "warm_up": 1_000,
+    "retrain_steps": 4_000,
+    "learning_rate": 0.4,
+    "retrain_learning_rate": 0.04,
+}
 # (recipe, net, size); the first net of a recipe is its default. The large rows differ in arguments only.
 RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ("glyphs", "resnet", "small"): _RESNET,
@@ -115,35 +124,10 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ("digits", "resnet", "small"): _DIGITS,
     ("digits", "mobilenet", "small"): replace(_DIGITS, net=lambda: MobileNet(10, width=4)),
     ("digits", "efficientnet", "small"): replace(_DIGITS, net=lambda: EfficientNet(10, width=4)),
-    ("glyphs", "resnet", "large"): replace(
-        _RESNET,
-        data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
-        net=lambda: ResNet(len(CHARACTERS), width=64),
-        steps=20_000,
-        warm_up=1_000,
-        retrain_steps=4_000,
-        learning_rate=0.4,
-        retrain_learning_rate=0.04,
-    ),
-    ("glyphs", "mobilenet", "large"): replace(
-        _MOBILENET,
-        data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
-        net=lambda: MobileNet(len(CHARACTERS), width=48),
-        steps=20_000,
-        warm_up=1_000,
-        retrain_steps=4_000,
-        learning_rate=0.4,
-        retrain_learning_rate=0.04,
-    ),
+    ("glyphs", "resnet", "large"): replace(_RESNET, net=lambda: ResNet(len(CHARACTERS), width=64), **_LARGE),
+    ("glyphs", "mobilenet", "large"): replace(_MOBILENET, net=lambda: MobileNet(len(CHARACTERS), width=48), **_LARGE),
     ("glyphs", "efficientnet", "large"): replace(
-        _MOBILENET,
-        data=lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
-        net=lambda: EfficientNet(len(CHARACTERS), width=48),
-        steps=20_000,
-        warm_up=1_000,
-        retrain_steps=4_000,
-        learning_rate=0.4,
-        retrain_learning_rate=0.04,
+        _MOBILENET, net=lambda: EfficientNet(len(CHARACTERS), width=48), **_LARGE
     ),
     ("text", "transformer", "large"): replace(
         _TEXT,
