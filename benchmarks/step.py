@@ -20,8 +20,6 @@ FLOAT = ("float eager", "float Inductor")
 UNITS = {"ms": "ratio", "kept_ms": "kept_ratio"}
 # What a variant is compared with: the fastest of these that runs in its precision.
 _FLOAT = (*FLOAT, "float Inductor, bf16 autocast")
-
-
 # What a CPU without VNNI runs in another way.
 _INTEGERS = (*FLOAT, "octav compiled", "octav compiled, integer")
 
