@@ -3,6 +3,7 @@
 --fast leaves out every test with a marker of MARKERS, and holds the others to a second each, more on a slow machine.
 """
 
+import functools
 import math
 import os
 import tempfile
@@ -42,18 +43,20 @@ settings.load_profile("octav_fx_full")
 MARKERS = ("models", "compile", "ranks", "slow", "stacks", "gpu")
 
 
-def _slowness() -> float:
-    """Return how many times as long as on the machine that the limit was made for a plain loop takes, at least 1."""
+@functools.cache
+def limit() -> float:
+    """Return the seconds of CPU time that any other test may take in a fast run: one, or more on a slow machine.
+
+    Slow is where a plain loop takes more than 0.05 seconds. Another torch (./dev test --torch) takes its own time.
+    """
+    if "OCTAV_FX_TORCH" in os.environ:
+        return math.inf
     seconds = []
     for _ in range(3):
         start = time.thread_time()
         sum(i * i % 7 for i in range(10**6))
         seconds.append(time.thread_time() - start)
     return max(1.0, min(seconds) / 0.05)
-
-
-# Seconds of CPU time that any other test may take in a fast run. Another torch (./dev test --torch) takes its own time.
-LIMIT = math.inf if "OCTAV_FX_TORCH" in os.environ else _slowness()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,11 +83,11 @@ def _cpu_seconds() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test of a fast run that takes longer than LIMIT."""
+    """Fail a test of a fast run that takes longer than limit()."""
     start = _cpu_seconds()
     result = yield
     spent = _cpu_seconds() - start
-    if item.config.getoption("fast") and spent > LIMIT:
+    if item.config.getoption("fast") and spent > limit():
         pytest.fail(f"{spent:.1f} s of CPU time: make it cheaper, or mark it with one of {', '.join(MARKERS)}")
     return result
 

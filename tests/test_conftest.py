@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LIMIT, MARKERS
+from tests.conftest import MARKERS, limit
 from tests.support.examples import PROFILES
 
 ROOT = Path(__file__).parent.parent
 TESTS = """
 import subprocess, sys, time
 import pytest
-from tests.conftest import LIMIT
+from tests.conftest import limit
 from tests.support.examples import examples
 
-LONG = 1.2 * LIMIT
+LONG = 1.2 * limit()
 SPIN = f"import time\\nwhile time.process_time() < {LONG}: pass"
 
 def test_quick():
@@ -51,7 +51,7 @@ def outcomes(folder: Path, *arguments: str) -> tuple[dict[str, str], str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(math.isinf(LIMIT), reason="another torch takes its own time")
+@pytest.mark.skipif(math.isinf(limit()), reason="another torch takes its own time")
 def test_a_fast_run_leaves_out_what_is_marked_and_fails_what_computes_for_over_a_second(tmp_path: Path) -> None:
     found, printed = outcomes(tmp_path, "--fast")
     assert found == {
