@@ -64,15 +64,25 @@ def onnx_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # By default int8 is changed to uint8, and a zero point behind a transpose is left behind: such files do not load.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
-    # By default products of 8 bits saturate at 16 where the CPU has no VNNI; where it has, this doubles the time.
-    if not has_vnni():
-        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         # It says that the file is for machines like this one, which is what is wanted here.
         options.log_severity_level = 3
         options.optimized_model_filepath = os.fspath(optimized)
     source = model if isinstance(model, bytes) else os.fspath(model)
-    return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    def start() -> Any:
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    if has_vnni():
+        return start()
+    # By default products of 8 bits saturate at 16 where the CPU has no VNNI; where it has, this doubles the time.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return start()
+    except runtime.capi.onnxruntime_pybind11_state.NotImplemented:
+        # Under that option it makes products of int8 that it has no kernel for: without them it computes levels.
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return start()
 
 
 def optional(module: str) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from octav_fx.ops import bound
 from octav_fx.ops.bound import Bound
+from tests.support.integers import needs_vnni
 
 ONE = [1, 1]
 CODES = torch.randint(0, 256, (2, 8, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -59,6 +60,7 @@ def test_other_constants_are_seen(op: str, place: int) -> None:
     assert_same(op, made, args)
 
 
+@needs_vnni
 def test_what_was_prepared_goes_with_its_constants() -> None:
     made, args = layer("integer_linear")
     assert_same("integer_linear", made, args)
