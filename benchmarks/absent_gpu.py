@@ -132,11 +132,15 @@ class Generated:
     activations: tuple[int, ...]
 
 
+# What quantizers of activations have in the nets that are counted.
+_OF_ACTIVATIONS = ("tensor", "token")
+
+
 def _activations(graph: fx.Graph) -> list[int]:
-    """Return the sizes of what is quantized with a clip of its own: of weights, each channel has one."""
+    """Return the sizes of what is quantized with one clip, or one for each token: weights have theirs by channel."""
     quantizers = graph.find_nodes(op="call_function", target=torch.ops.octav.dynamic_fake_quantize.default)
     calls = [arguments_of(node) for node in quantizers]
-    return [call.x.meta["val"].numel() for call in calls if spec_of(call.spec).granularity.axis is None]
+    return [call.x.meta["val"].numel() for call in calls if spec_of(call.spec).granularity.kind in _OF_ACTIVATIONS]
 
 
 def _bytes_of(node: Any) -> int:

@@ -56,11 +56,20 @@ class Layer(nn.Sequential):
 # What is kept, and how clips are solved.
 WAYS: Final = (("codes", "exact"), ("levels", "exact"), ("codes", "step"), ("levels", "step"))
 
-# The layer that a net repeats, and a batch.
-NETS: Final[dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]]] = {
-    "convolutions": (Layer, lambda batch: torch.randn(batch, 32, 16, 16).to(memory_format=torch.channels_last)),
-    "transformer": (Block, lambda batch: torch.randn(batch, 32, 64)),
+
+def _tokens(batch: int) -> Tensor:
+    return torch.randn(batch, 32, 64)
+
+
+# The layer that a net repeats, a batch, and how it is quantized.
+NETS: Final[dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], Config]]] = {
+    "convolutions": (Layer, lambda batch: torch.randn(batch, 32, 16, 16).to(memory_format=torch.channels_last), CONFIG),
+    "transformer": (Block, _tokens, CONFIG),
+    # Codes of 8 bits take two bytes.
+    "transformer, w4a8-g32-token": (Block, _tokens, Config.preset("w4a8-g32-token")),
 }
+# A clip for each token is found in the pass that rounds.
+_SOLVES: Final = {"transformer, w4a8-g32-token": ("exact",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class Beyond:
 def beyond(net: str, depth: int, **options: str) -> Beyond:
     """Compile both steps for both batches, and count. options: of the backend."""
     small, large = (
-        generated(octav_fx.quantize(model, batch, CONFIG), batch, options=options, autocast=True)
+        generated(octav_fx.quantize(model, batch, NETS[net][2]), batch, options=options, autocast=True)
         for model, batch in _steps(net, depth)
     )
     small_float, large_float = _of_float(net, depth)
@@ -87,14 +96,15 @@ def beyond(net: str, depth: int, **options: str) -> Beyond:
     )
     launched, quantizers = launches(large[0]), len(large[0].activations)
     kernels = len(launched.kernels) - len(launches(large_float[0]).kernels)
-    # A solve fills its bins and runs twice (solve_tail). Weights are one launch in all; a single one is a solve.
-    solves = 3 * min(launched.ops.count("optimal_clip"), quantizers)
+    # A solve fills its bins and runs twice (solve_tail). Weights are one launch in all; a single one is a solve. Tokens
+    # and groups are a launch for each tensor.
+    solves = 3 * min(launched.ops.count("optimal_clip"), quantizers) + launched.ops.count("quantize_rows")
     return Beyond(forward, backward, (solves + kernels) / quantizers, quantizers)
 
 
 def _steps(net: str, depth: int) -> Iterator[tuple[nn.Module, Tensor]]:
     """Return the net and a batch, of both sizes."""
-    layer, batch_of = NETS[net]
+    layer, batch_of, _ = NETS[net]
     for size in BATCHES:
         torch.manual_seed(0)
         yield nn.Sequential(*(layer() for _ in range(depth))), batch_of(size)
@@ -110,6 +120,8 @@ def main(rounds: int) -> None:
     """Count once (it does not vary), and write results/bytes.json."""
     rows: list[dict[str, Any]] = []
     for net, (keep, solve) in itertools.product(NETS, WAYS):
+        if solve not in _SOLVES.get(net, (solve,)):
+            continue
         found = beyond(net, DEPTH, keep=keep, solve=solve)
         rows.append(
             {

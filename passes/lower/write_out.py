@@ -12,7 +12,8 @@ levels of codes that are written here are computed from x. What is saved are lau
 once, where it is computed, its conversion by autocast and those of codes and levels cost nothing.
 
 A CPU keeps the ops: its passes are faster than what Inductor makes of them. So does a GPU that is not NVIDIA's, for
-which divide has no code, and a graph whose sizes the reference asks for.
+which divide has no code, a graph whose sizes the reference asks for, and, as ops, formats that are no grid, groups, and
+scales that are rounded.
 """
 
 import math
@@ -22,7 +23,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from octav_fx.formats.spec import spec_of
+from octav_fx.formats.grid import Grid
+from octav_fx.formats.spec import Spec, spec_of
 from octav_fx.ir import trace
 from octav_fx.ir.calls import arguments_of, insert_call
 from octav_fx.ir.edits import Edit
@@ -65,7 +67,7 @@ def write_out(gm: fx.GraphModule, device: str = "cuda") -> list[Edit]:
 
 def _write_out(node: fx.Node, reference: Callable[..., Tensor]) -> Edit:
     call = dict(arguments_of(node))
-    if spec_of(call["spec"]).plain is None:
+    if not _is_written(spec_of(call["spec"])):
         return Edit.info(str(node), f"{call['spec']} is rounded by its reference")
     tensors = [fake(value) for value in call.values() if isinstance(value, fx.Node)]
     if any(not isinstance(size, int) for value in tensors for size in value.shape) and _asks_for_sizes(node):
@@ -75,6 +77,11 @@ def _write_out(node: fx.Node, reference: Callable[..., Tensor]) -> Edit:
         reference, call = levels_of, of_codes
     trace.write_out(node, reference, call, _divide_exactly)
     return edit
+
+
+def _is_written(spec: Spec) -> bool:
+    """Tell whether a spec's rounding is arithmetic on each element and its clip, which Inductor generates well."""
+    return isinstance(spec.format, Grid) and spec.scale == "float32" and spec.granularity.size is None
 
 
 def _of_codes(node: fx.Node) -> dict[str, Any] | None:

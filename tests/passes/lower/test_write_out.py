@@ -86,6 +86,35 @@ def test_no_value_changes(op: Any, signed: bool, dim: int | None, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_value_of_a_token_changes(axis: int, bits: int, dtype: torch.dtype) -> None:
+    x, spec = numbers(dtype), f"int{bits}/token.{axis}"
+    clip = torch.rand(*(1 if i == axis else size for i, size in enumerate(x.shape)))
+    clip.flatten()[0] = 0
+    codes = octav.quantize(x, clip, spec)
+    for op, tensors, rest in (
+        (octav.quantize.default, (x, clip), (spec, 2.0)),
+        (octav.dequantize.default, (codes, clip), (spec, dtype)),
+        (octav.fake_quantize.default, (x, clip), (spec, "pwl", torch.bfloat16)),
+        (octav.fake_quantize_backward.default, (torch.randn_like(x), x, clip), (spec, "mad")),
+    ):
+        gm = joint(lambda *of, op=op, rest=rest: (op(*of, *rest),), *tensors, trace_joint=False)
+        assert [edit.verb for edit in lower(gm, on_cpu)] == ["write out"]
+        assert op not in targets(gm)
+        (found,) = gm(*tensors)
+        assert_same_bits(found, op(*tensors, *rest))
+
+
+@pytest.mark.parametrize("spec", ["int4/group-2.1", "int4/token.1/e8m0", "e2m1/token.1"])
+def test_other_rows_stay_ops(spec: str) -> None:
+    x, clip = torch.randn(3, 4), torch.rand(3, 2 if "group" in spec else 1)
+    gm = joint(lambda x, clip: (octav.quantize(x, clip, spec),), x, clip, trace_joint=False)
+    assert [edit.verb for edit in lower(gm, on_cpu)] == ["skip"]
+    assert octav.quantize.default in targets(gm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("signed", [True, False])
 def test_levels_of_codes_that_are_written_here_come_from_the_values(signed: bool, dtype: torch.dtype) -> None:
     x, clip, spec = numbers(dtype), torch.tensor(1.0), integers(4, signed, None)
