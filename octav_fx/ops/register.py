@@ -76,8 +76,20 @@ def register_op(
         torch.library.impl(into, key, run)
     torch.library.register_fake(functional, empty)
     torch.library.register_fake(into, lambda *args, **into: None)
+    torch.library.register_vmap(functional, functools.partial(_one_by_one, name))
     REGISTERED[name] = getattr(torch.ops.octav, name)
     return REGISTERED[name]
+
+
+def _one_by_one(name: str, info: Any, axes: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Call an op for each index of the axis that vmap takes away, as torch would by itself, with a warning each time."""
+    op = getattr(torch.ops.octav, name)
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        return _as_tuple(op(*(x if axis is None else x.select(axis, i) for x, axis in zip(args, axes, strict=True))))
+
+    results = tuple(map(torch.stack, zip(*map(call, range(info.batch_size)), strict=True)))
+    return (results[0], 0) if len(results) == 1 else (results, (0,) * len(results))
 
 
 def _as_tuple(results: Any) -> tuple[Tensor, ...]:

@@ -84,6 +84,32 @@ def test_both_overloads_take_any_layout(overload):
 
 
 @pytest.mark.slow
+def _halves(x, factor):
+    return x * factor, x.sum(-1) / factor
+
+
+halves = register_op(
+    "test_define_halves",
+    "Tensor x, int factor",
+    empty=lambda x, factor: (torch.empty_like(x), x.new_empty(x.shape[:-1])),
+    reference=_halves,
+    outs=("out", "rest"),
+)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("op", [scale, halves], ids=["one result", "two"])
+def test_vmap_calls_it_for_each_index(op, axis):
+    x = torch.randn(3, 4, 5)
+    found = torch.func.vmap(lambda x: op(x, 2), axis)(x)
+    expected = [op(part, 2) for part in x.unbind(axis)]
+    if op is scale:
+        assert torch.equal(found, torch.stack(expected))
+    else:
+        assert all(map(torch.equal, found, map(torch.stack, zip(*expected, strict=True))))
+
+
 def test_nothing_imports_triton_before_a_gpu_asks_for_a_kernel():
     code = "import sys, octav_fx.ops; sys.exit(any(name.endswith('.kernel') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
