@@ -82,7 +82,7 @@ def register_op(
 
 
 def _one_by_one(name: str, info: Any, axes: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    """Call an op for each index of the axis that vmap takes away, as torch would by itself, with a warning each time."""
+    """Call an op for each index of the axis that vmap takes away, as torch would, without a warning."""
     op = getattr(torch.ops.octav, name)
 
     def call(i: int) -> tuple[Tensor, ...]:
