@@ -7,7 +7,8 @@ is no child: no key of the state_dict, no parameter and no path changes.
 
 It holds for calls like the example of quantize(), as convert() does; while every module that the graph calls or reads
 is in eval mode and none has forward hooks, as a hook on a part of the graph sees the graph's own forward; where forward
-stores nothing, and every quantizer has a static clip, as those of tokens have not.
+stores nothing, and every quantizer has a static clip or finds one for each row of data, which freezing changes nothing
+of.
 
 A change of the state makes it anew before the next call. In compiled code that is a change by load_state_dict, .to(),
 train() and eval(), freeze and unfreeze; a tensor that is written into in eval mode is noticed by a call outside of it
@@ -59,13 +60,16 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module], used: Callable[[], set[nn.Module]]) -> bool:
-    """Tell whether the quantizers of a module have static clips, and all of it is in eval mode and not observed.
+    """Tell whether the quantizers of a module are frozen, and all of it is in eval mode and not observed.
 
     used: what returns the parts that its graph calls or reads. The mode of others is nothing to it: a copy of a layer
     of einops, which the graph does not call, begins in training mode.
     """
-    clips = [isinstance(quantizer, FakeQuantizer) and quantizer.clip is not None for quantizer in quantizers]
-    if not clips or not all(clips):
+    called = list(quantizers)
+    # What finds a clip for each row of data has none of its own, in what is deployed, too.
+    if not all(isinstance(m, FakeQuantizer) and (m.clip is not None or m.by_row) for m in called):
+        return False
+    if all(m.clip is None for m in called):
         return False
     parts = [part for part in module.modules() if part is not module]
     if any(is_hooked(part) or has_own_forward(part) for part in parts):

@@ -35,6 +35,19 @@ def computes_the_rule(q: nn.Module, x: Tensor) -> bool:
         return torch.equal(q(x), defined(q, x)) and not torch.equal(q(x), q.simulated_forward(x))
 
 
+@pytest.mark.parametrize("shared", ["token", "group-4"])
+def test_beside_a_clip_for_each_row_of_data(shared):
+    config = Config(
+        8, 8, edge_bits=None, activation_granularity=shared, overrides={"2": {"activation_granularity": "tensor"}}
+    )
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 12)), torch.randn(32, 8)
+    q = freeze(calibrate(quantize(model, x, config), [x])).eval()
+    # The second layer has integers and a bias on the grid of their sums.
+    assert computes_the_rule(q, x)
+    # Without static clips the graph is all there is.
+    assert torch.equal(unfreeze(q)(x), q.simulated_forward(x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", NETS)
