@@ -45,6 +45,7 @@ __all__ = [
     "is_sharded",
     "make_fake",
     "multiplies_unsigned_bytes",
+    "normal_tensors",
     "packet_of",
     "pytree",
     "replace_extended_shape",
@@ -198,6 +199,15 @@ def multiplies_unsigned_bytes() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Make tensors that training can use inside, under torch.inference_mode, too; the gradient mode stays."""
+    # Leaving inference mode turns gradients on.
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

@@ -10,6 +10,7 @@ from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
 from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import share_forward_hooks
+from octav_fx.compat.tensors import normal_tensors
 from octav_fx.deploy.freeze import check_frozen
 from octav_fx.deploy.rule import integer_module
 from octav_fx.ir.pipeline import Pass, run
@@ -45,6 +46,7 @@ def multiplied(converted: nn.Module) -> nn.Module:
     return converted
 
 
+@normal_tensors()
 def rewritten(q: nn.Module, passes: Iterable[Pass]) -> nn.Module:
     """Return a copy of a frozen model in eval mode, each of whose quantized modules the passes have made integers of.
 

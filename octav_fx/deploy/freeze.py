@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.inputs import batches_of
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.rerun import in_eval_mode, run_once
+from octav_fx.compat.tensors import normal_tensors
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.printer import fingerprint
@@ -62,6 +63,7 @@ def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
     return q
 
 
+@normal_tensors()
 def freeze(q: nn.Module) -> nn.Module:
     """Give every quantizer in q a static clip, as a float32 buffer that is part of the state_dict; returns q.
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.clips.learned import LEARNED, clip_from_parameter, initial_clip, parameter_for
 from octav_fx.compat.modules import buffers_of
+from octav_fx.compat.tensors import normal_tensors
 from octav_fx.errors import OctavError
 from octav_fx.formats.spec import Spec
 
@@ -198,7 +199,8 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if self.clip is None and f"{prefix}clip" in state_dict:
-            self.clip = torch.zeros_like(self.hint)
+            with normal_tensors():
+                self.clip = torch.zeros_like(self.hint)
         if self.learned is not None:
             known = f"{prefix}learned" in state_dict
             # A weight's clip can begin at once, on every rank alike.

@@ -4,7 +4,6 @@ import warnings
 from dataclasses import replace
 from typing import Final, cast
 
-import torch
 from torch import nn
 
 from octav_fx.capture.classes import users_class
@@ -16,7 +15,7 @@ from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
 from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
 from octav_fx.capture.whole import make_users_own, users_own
 from octav_fx.clips.distributed import no_sync
-from octav_fx.compat.tensors import is_functorch_wrapped, without_users_modes
+from octav_fx.compat.tensors import is_functorch_wrapped, normal_tensors, without_users_modes
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
@@ -60,10 +59,8 @@ def _capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     mode, name = quantized.training, recipe.position.path or quantized.user_class.__name__
     graphs = quantized.graphs_of(mode)
     before = {m for m in quantized.modules() if isinstance(m, FakeQuantizer)}
-    # Forward may ask for the gradient mode, and leaving inference mode would turn gradients on.
-    gradients = torch.is_grad_enabled()
-    # Its own hooks run around this call.
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync(), set_aside(quantized.owner, True):
+    # Forward may ask for the gradient mode. Its own hooks run around this call.
+    with normal_tensors(), no_sync(), set_aside(quantized.owner, True):
         try:
             if len(graphs) >= MOST_GRAPHS:
                 raise NotCaptured(_too_many(quantized, call, name))
@@ -93,8 +90,7 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
     }
     tree, below = tree_of(owner), users_class(type(owner))
     make_users_own(owner)
-    gradients = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), no_sync():
+    with normal_tensors(), no_sync():
         try:
             try:
                 prepare_module(owner, call, recipe.config, recipe.position, recipe.user, both_modes=False)
@@ -147,7 +143,7 @@ def quantize_replaced(module: PartialModule, call: Inputs) -> None:
     parts = _parts_of(owner, call, recipe)
     _quantize_below(owner, call)
     structure = vars(owner).pop(STRUCTURE)
-    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()), no_sync():
+    with normal_tensors(), no_sync():
         try:
             parts.descend(owner, [call], path, info.reason)
         except OctavError:

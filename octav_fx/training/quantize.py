@@ -18,7 +18,7 @@ from octav_fx.capture.modules import graphs_in, graphs_of, quantized_modules
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import has_data, preserved_modes, run_once
 from octav_fx.compat.modules import is_compiled
-from octav_fx.compat.tensors import is_sharded, without_users_modes
+from octav_fx.compat.tensors import is_sharded, normal_tensors, without_users_modes
 from octav_fx.config import Config, fits
 from octav_fx.errors import OctavError
 from octav_fx.ir.op import Op
@@ -76,8 +76,9 @@ def quantize(
     example = as_inputs(example_inputs)
     # Wrong arguments are the caller's error, not something to descend from.
     arguments_of(model, example)
-    copied, user = _copy(model), _user_rules(rules, leaves, recurrent)
-    with progress("octav_fx.quantize"), _without_old_garbage(), without_users_modes():
+    user = _user_rules(rules, leaves, recurrent)
+    with progress("octav_fx.quantize"), _without_old_garbage(), without_users_modes(), normal_tensors():
+        copied = _copy(model)
         quantized = quantize_by_parts(copied, example, config, user, find_blocks(copied, blocks).values())
         _check_choices(quantized, model, config, rules, strict)
         if has_data(quantized, example):

@@ -383,6 +383,20 @@ def test_inference_mode():
     assert q.fc.weight.grad is not None
 
 
+def test_what_is_made_in_inference_mode_trains():
+    model, _, x = quantized(False)
+    with torch.inference_mode():
+        q = octav_fx.quantize(model.train(), x)
+        octav_fx.freeze(octav_fx.calibrate(q.eval(), [x]))
+        converted, loaded = octav_fx.convert(q), octav_fx.quantize(model, x)
+        loaded.load_state_dict(q.state_dict())
+    for made in (q, loaded, converted):
+        assert not any(t.is_inference() for t in (*made.parameters(), *made.buffers()))
+    for trained in (q, loaded):
+        octav_fx.unfreeze(trained).train()(x).sum().backward()
+        assert all(p.grad is not None for p in trained.parameters())
+
+
 # Training.
 
 
