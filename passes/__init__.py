@@ -11,6 +11,7 @@ from octav_fx.ir.pipeline import Pass
 from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
 from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
 from octav_fx.passes.convert.codes_between_layers import codes_between_layers
+from octav_fx.passes.convert.codes_of_cats import codes_of_cats
 from octav_fx.passes.convert.codes_of_sums import codes_of_sums
 from octav_fx.passes.convert.combine_codes import combine_codes
 from octav_fx.passes.convert.drop_identities import drop_identities
@@ -22,6 +23,7 @@ from octav_fx.passes.convert.make_activations_static import make_activations_sta
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
+from octav_fx.passes.convert.quantizers_before_cats import quantizers_before_cats
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.convert.tables_into_layers import tables_into_layers
@@ -102,6 +104,8 @@ CONVERT: Final[tuple[Any, ...]] = (
     batchnorm_to_affine,  # any time: no code depends on it
     fold_affine_into_scale,  # after batchnorm_to_affine and pack_weights, whose results it puts together
     saturate_codes,  # after make_activations_static: the quantizers that saturate
+    quantizers_before_cats,  # after saturate_codes: the copies saturate as their quantizer does
+    saturate_codes,  # once more: the copies stand before clamps of the parts
     round_biases,  # last: the scales of weights and the ranges of codes are known
 )
 
@@ -114,6 +118,7 @@ COMPUTE: Final[tuple[Any, ...]] = (
 INTEGERS: Final[tuple[Any, ...]] = (
     combine_codes,  # first: sums and means between quantizers, which layers read and write as codes
     integer_layers,  # the layers themselves, with float results
+    codes_of_cats,  # before functions_of_codes: a part may be a function of codes
     functions_of_codes,  # before codes_between_layers: what such a function reads are codes of a layer, too
     gates_on_codes,  # as functions_of_codes
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
@@ -169,6 +174,7 @@ __all__ = [
     "clamps_into_layers",
     "codes_between_layers",
     "codes_in_forward",
+    "codes_of_cats",
     "codes_of_sums",
     "combine_codes",
     "decompose_attention",
@@ -198,6 +204,7 @@ __all__ = [
     "prepare_passes",
     "quantize_operands",
     "quantize_residuals",
+    "quantizers_before_cats",
     "round_biases",
     "rows_in_one_pass",
     "saturate_codes",

@@ -15,6 +15,7 @@ from octav_fx.ir.dataflow import readers
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn import StaticQuantizer
 from octav_fx.nn.integer import (
+    code_cat,
     code_mean,
     code_sum,
     gated_codes,
@@ -28,7 +29,7 @@ from octav_fx.nn.integer import (
 from octav_fx.passes.convert.codes_between_layers import MOVING
 
 # Where the scale of the codes, or another tensor of their quantizer, stands among the arguments.
-_STATE: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, gated_codes: 3, lookup: 1}
+_STATE: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, code_cat: 1, gated_codes: 3, lookup: 1}
 
 
 # Of each quantizer of activations, in the order of its calls, uint8 counted from the lowest.

@@ -33,6 +33,11 @@ def code_mean(*args: Any) -> Tensor:
     return torch.ops.octav.code_mean.default(*args)
 
 
+def code_cat(codes: list[Tensor], step: Tensor, dim: int) -> Tensor:
+    """Return codes of one step, uint8, one behind the other along an axis."""
+    return torch.cat(codes, dim)
+
+
 def gated_codes(
     x: Tensor, x_scale: Tensor, gate: Tensor, step: Tensor, x_bits: int, x_signed: bool, bits: int, signed: bool
 ) -> Tensor:

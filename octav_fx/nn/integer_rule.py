@@ -12,6 +12,8 @@ unsigned bytes would have. The order of roundings is that of onnxruntime's kerne
 The modules return what they compute in units of sy, for a StaticQuantizer that takes it in steps.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +94,8 @@ class CodeMean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         axes = tuple(range(2, x.dim()))
-        positions = x[0, 0].numel()
+        # Of a batch of none, too.
+        positions = math.prod(x.shape[2:])
         total = codes_of(x, self.scale, torch.float64).sum(axes, keepdim=self.keepdim)
         return total.float() * (self.scale / (self.result * positions))
 

@@ -93,7 +93,7 @@ class StaticQuantizer(nn.Module):
             code = code.maximum((self.floor / scale).round())
         if self.ceiling is not None:
             code = code.minimum((self.ceiling / scale).round())
-        return (code.clamp(grid.low, grid.high) * scale).to(x.dtype)
+        return (code.clamp(grid.low, grid.high) * scale).to(x.dtype if x.is_floating_point() else value.dtype)
 
     def narrow(self, low: float | None, high: float | None) -> bool:
         """Saturate at the ends of a clamp, too. Return False, and do nothing, where its range and the present part."""

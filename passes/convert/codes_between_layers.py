@@ -45,20 +45,31 @@ def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
         layer.kwargs = {**layer.kwargs, "step": step, "bits": read["bits"], "signed": read["signed"]}
         node.replace_all_uses_with(chain[-1])
         gm.graph.erase_node(node)
-        for moved in between:
-            source = argument(moved, "input")
-            with gm.graph.inserting_before(moved):
-                if (window := max_window(moved)) is not None:
-                    new = gm.graph.call_function(max_pool, (source, *window))
-                elif pads_with_zeros(moved):
-                    zero = -Grid(read["bits"], read["signed"]).low
-                    new = gm.graph.call_function(F.pad, (source, argument(moved, "pad"), "constant", zero))
-                else:
-                    continue
-            moved.replace_all_uses_with(new)
-            gm.graph.erase_node(moved)
+        move_codes(between, read["bits"], read["signed"])
         edits.append(Edit(layer.name, "return", f"{read['bits']}-bit codes"))
     return edits
+
+
+def moves(node: fx.Node) -> bool:
+    """Tell whether a node does to codes what it does to their levels."""
+    op = op_of(node)
+    return op is not None and (op.name in MOVING or max_window(node) is not None or pads_with_zeros(node))
+
+
+def move_codes(between: list[fx.Node], bits: int, signed: bool) -> None:
+    """Let nodes that moves() knows, each the input of the next, take codes in place of levels."""
+    for moved in between:
+        source, graph = argument(moved, "input"), moved.graph
+        with graph.inserting_before(moved):
+            if (window := max_window(moved)) is not None:
+                new = graph.call_function(max_pool, (source, *window))
+            elif pads_with_zeros(moved):
+                zero = -Grid(bits, signed).low
+                new = graph.call_function(F.pad, (source, argument(moved, "pad"), "constant", zero))
+            else:
+                continue
+        moved.replace_all_uses_with(new)
+        graph.erase_node(moved)
 
 
 def _chain(node: Any) -> list[fx.Node] | None:
@@ -68,9 +79,7 @@ def _chain(node: Any) -> list[fx.Node] | None:
         found.insert(0, node)
         if is_layer(node):
             return found
-        op = op_of(node)
-        moves = op is not None and (op.name in MOVING or max_window(node) is not None or pads_with_zeros(node))
-        if not moves:
+        if not moves(node):
             return None
         node = argument(node, "input")
     return None

@@ -281,3 +281,11 @@ def test_compiled_code_follows_the_state():
             else:
                 assert torch.equal(y, defined(q, x))
             assert torch.equal(y, compiled(x))
+
+
+def test_a_mean_of_a_batch_of_none():
+    x = torch.randn(2, 3, 6, 6)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    q = freeze(calibrate(quantize(net, x, Config(residual_bits=8)), [x]))
+    for integers in (True, False):
+        assert convert(q, integers=integers)(x[:0]).shape == (0, 2)

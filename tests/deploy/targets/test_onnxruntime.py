@@ -262,3 +262,29 @@ def test_zeros_before_a_pool_of_what_is_not_below_zero_are_its_padding(tmp_path)
     assert "Pad" not in optimized_ops(path)
     with torch.no_grad():
         assert relative(only(run_onnx(path, x)), q(x)) < 72 * 2**-24
+
+
+def test_convolutions_write_codes_that_are_concatenated(tmp_path):
+    class Fire(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.squeeze, self.one, self.three = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3, padding=1)
+            self.last = nn.Conv2d(12, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.squeeze(x).relu()
+            x = torch.cat([self.one(x).relu(), self.three(x).relu()], 1)
+            return self.last(nn.functional.max_pool2d(x, 3, 2)).relu().mean((2, 3))
+
+    inputs = images()
+    q = quantize(Fire().eval(), inputs, Config(4, 4, edge_bits=None, residual_bits=8))
+    freeze(calibrate(q, [inputs]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, inputs, path)
+    ops = optimized_ops(path)
+    assert ops["QLinearConv"] == 4
+    assert ops["QuantizeLinear"] == 1
+    x = images(64)[0]
+    with torch.no_grad():
+        # The last mean is one of floats, in an order of the runtime's own.
+        torch.testing.assert_close(only(run_onnx(path, x)), q(x), rtol=1e-6, atol=0)
