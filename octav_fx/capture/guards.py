@@ -18,10 +18,10 @@ from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
-from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, pytree, quiet
+from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, dtypes_around, pytree, quiet
 from octav_fx.ir.ops import in_place
 
-# So many kinds of sizes a graph remembers an answer for.
+# So many kinds of calls a graph remembers an answer for.
 _REMEMBERED: Final = 1024
 
 
@@ -67,7 +67,7 @@ class Guards:
     attributes: Facts | None = None
     # Known from the sizes of the arguments.
     sizes: Facts | None = None
-    # Of what forward computes on its way: found without data, and remembered for each set of shapes.
+    # Of what forward computes on its way: found without data, and remembered for each kind of call.
     deep: Facts | None = None
     _known: dict[Any, str | None] = field(default_factory=dict)
 
@@ -86,12 +86,12 @@ class Guards:
 
     def hold_for(self, arguments: Sequence[Any]) -> None:
         """Know that the guards hold for arguments in the order of forward: those of the capture."""
-        self._known[_shapes(pytree.tree_leaves(arguments))] = None
+        self._known[_kind_of_call(pytree.tree_leaves(arguments))] = None
 
     def _deep_fault(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         assert self.deep is not None
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = _shapes(leaves)
+        key = _kind_of_call(leaves)
         if key not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
@@ -114,6 +114,10 @@ class Guards:
                 self._known[key] = fault
         return self._known[key]
 
+    def forget(self) -> None:
+        """Ask anew what forward computes on its way: its parameters have another dtype."""
+        self._known.clear()
+
     def of_inputs(self) -> "Guards":
         """Return the guards that ask arguments alone; of what a graph computes, its own checks are left."""
         asks_state = self.sizes is not None and self.sizes.graph.find_nodes(op="get_attr")
@@ -134,7 +138,7 @@ class GuardedGraph:
     _function: Callable[..., Any] | None = None
     _written: set[str] | None = None
     _constants: Constants | None = None
-    # Why it does not hold although its guards do, by the shapes of a call.
+    # Why it does not hold although its guards do, by the kind of a call.
     _refused: dict[Any, str] = field(default_factory=dict)
 
     def function(self) -> Callable[..., Any]:
@@ -166,14 +170,16 @@ class GuardedGraph:
         """
         if self._constants is not None and (change := self._constants.change()) is not None:
             return change
-        if self._refused and (reason := self._refused.get(_shapes(pytree.tree_leaves((args, kwargs))))) is not None:
-            return reason
+        if self._refused:
+            reason = self._refused.get(_kind_of_call(pytree.tree_leaves((args, kwargs))))
+            if reason is not None:
+                return reason
         return None if self.guards is None else self.guards.broken(module, args, kwargs, deeply=deeply)
 
     @contextmanager
     def refused(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Iterator[None]:
-        """Let the graph not hold for calls of these shapes; after an error inside it does again."""
-        key = _shapes(pytree.tree_leaves((args, kwargs)))
+        """Let the graph not hold for calls of this kind; after an error inside it does again."""
+        key = _kind_of_call(pytree.tree_leaves((args, kwargs)))
         self._refused[key] = reason
         try:
             yield
@@ -189,8 +195,9 @@ class GuardedGraph:
         return _restored_graph, (flatten(self.graph), self.guards, self.caches)
 
 
-def _shapes(leaves: list[Any]) -> tuple[Any, ...]:
-    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor))
+def _kind_of_call(leaves: list[Any]) -> tuple[Any, ...]:
+    shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor))
+    return shapes, dtypes_around()
 
 
 def _restored(rows: list[Any], expected: tuple[Any, ...], where: tuple[str, ...]) -> Facts:

@@ -325,6 +325,13 @@ class QuantizedModule(GuardedModule):
         """Let the next call of a frozen module make what it computes anew."""
         self._rule = None
 
+    def forget_state(self) -> None:
+        """Let the next call ask anew what holds, too: parameters may have another dtype."""
+        self.forget()
+        for guarded in (*self._graphs[True], *self._graphs[False]):
+            if guarded.guards is not None:
+                guarded.guards.forget()
+
     @contextmanager
     def as_float(self) -> Iterator[None]:
         """Let calls of the owner run float_forward inside."""

@@ -74,12 +74,12 @@ class WholeModule:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        vars(self)[GRAPHS].forget()
+        vars(self)[GRAPHS].forget_state()
         # A user's class may not take all that nn.Module's takes.
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        vars(self)[GRAPHS].forget()
+        vars(self)[GRAPHS].forget_state()
         super()._load_from_state_dict(*args)  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:

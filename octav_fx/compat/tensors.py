@@ -38,6 +38,7 @@ __all__ = [
     "body_of",
     "composed",
     "detect_fake_mode",
+    "dtypes_around",
     "functional",
     "has_vnni",
     "is_functorch_wrapped",
@@ -184,6 +185,12 @@ def version_of(tensor: Tensor) -> int:
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     """Return how often each tensor has been written into, in one go: a list takes less time than calls."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def dtypes_around() -> tuple[Any, ...]:
+    """Return what decides the dtypes of results besides those of arguments: autocast, and the default dtype."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return *autocast, torch.get_default_dtype()
 
 
 def has_vnni() -> bool:

@@ -1,5 +1,6 @@
 """A quantized module is an ordinary nn.Module: saved, copied, cast, trained, averaged and compiled like a float one."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import octav_fx
 from octav_fx import Config, float_mode, quantize
+from octav_fx.capture.rerun import without_quantizers
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.nn import FakeQuantizer
 from tests.support.on_grid import OnGrid
@@ -371,6 +373,40 @@ def test_autocast_computes_with_data_on_sizes_that_are_asked_about_inside(side):
     assert type(out) is Tensor
     out.float().sum().backward()
     assert all(type(p.grad) is Tensor and p.grad.any() for p in q.parameters())
+
+
+class ByDtype(nn.Module):
+    """What dtype a layer computes in decides; the arguments do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.fc(self.embed(index))
+        return x * 2 if x.dtype == torch.bfloat16 else x
+
+
+@pytest.mark.parametrize("first", ["float32", "autocast"])
+def test_autocast_decides_a_branch_for_arguments_alike(first):
+    model, index = ByDtype(), torch.randint(8, (3, 2))
+    around = {"float32": contextlib.nullcontext, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    with around[first]():
+        q = quantize(model, index)
+    for name in ("autocast", "float32", "autocast", "float32"):
+        with around[name]():
+            assert q(index).dtype is model(index).dtype
+            with without_quantizers(q):
+                assert torch.equal(q(index), model(index))
+
+
+def test_a_graph_is_for_the_dtype_that_a_model_was_given():
+    model, index = ByDtype(), torch.randint(8, (3, 2))
+    q = quantize(model, index)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert q.to(dtype)(index).dtype is model.to(dtype)(index).dtype
+        with without_quantizers(q):
+            assert torch.equal(q(index), model(index))
 
 
 def test_inference_mode():

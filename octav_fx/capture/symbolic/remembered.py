@@ -17,6 +17,7 @@ from octav_fx.compat.tensors import (
     FakeTensorMode,
     OpOverload,
     OpOverloadPacket,
+    dtypes_around,
     make_fake,
     pytree,
     storage_id,
@@ -208,7 +209,6 @@ def _modes() -> Any:
     """Return what else decides dtypes, and which of torch's attentions runs."""
     if torch.is_inference_mode_enabled():
         raise _NoKey
-    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     cuda = torch.backends.cuda
     attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
-    return *autocast, torch.get_default_dtype(), attention, cuda.cudnn_sdp_enabled()
+    return *dtypes_around(), attention, cuda.cudnn_sdp_enabled()
