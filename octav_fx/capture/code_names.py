@@ -27,7 +27,7 @@ class Named:
     @classmethod
     def by(cls, code: types.CodeType, owner: Any) -> "Named":
         """Return what the code of a function names, with owner for its `self`."""
-        names, of_globals = tuple(dict.fromkeys(_names(code))), _global_names(code)
+        names, of_globals = tuple(dict.fromkeys(names_in(code))), _global_names(code)
         keys = tuple(dict.fromkeys(key for key in _constants(code) if isinstance(key, str)))
         if "globals" in of_globals:
             of_globals += keys
@@ -35,12 +35,12 @@ class Named:
         return cls(names, of_globals, keys, _asked(code), owner, asks_dict)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
     """Return the names of globals and attributes in a function, and in those that stand in it."""
     yield from (name for name in code.co_names if not name.startswith("__"))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names_in(constant)
 
 
 @functools.cache

@@ -70,7 +70,9 @@ class _Before:
         modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
         named += [(held, dict(held)) for held in map(parameters_of, modules)]
         # By identity: what stands for a class is equal to it.
-        kinds = {id(kind): kind for module in modules for kind in type(module).__mro__ if is_users_class(kind)}
+        own_kinds = {id(kind): kind for kind in map(type, modules)}
+        above = {id(kind): kind for own_kind in own_kinds.values() for kind in own_kind.__mro__}
+        kinds = {at: kind for at, kind in above.items() if is_users_class(kind)}
         quantizers = [children_of(module)[QUANTIZERS] for module in modules if QUANTIZERS in children_of(module)]
         own = {part for held in quantizers if held is not None for part in held.modules()}
         containers = [(container, copy.copy(container) if container else ()) for container in containers_of(root)]
@@ -92,8 +94,9 @@ class _Before:
 
     def restore(self) -> None:
         for held, old in self.attributes:
-            for key in [key for key in held if key not in PART_ATTRIBUTES and key not in old]:
-                del held[key]
+            if held.keys() != old.keys():
+                for key in [key for key in held if key not in PART_ATTRIBUTES and key not in old]:
+                    del held[key]
             held.update(old)
         for children, names_before in self.children:
             for name in children.keys() - names_before - {QUANTIZERS}:

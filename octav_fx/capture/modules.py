@@ -84,6 +84,8 @@ class QuantizedModule(GuardedModule):
         # What further graphs are made with, and what makes them; what runs where none can be made, for each mode.
         self.recipe, self.capture_again = recipe, capture_again
         self._own_python: dict[bool, Callable[..., Any]] = {}
+        # Whether the code stays that of the present graph where the mode changes.
+        self._keeps_code = False
         # Those that ran, while somebody wants to know.
         self._used: list[GuardedGraph] | None = None
         self.meta = dict(meta)
@@ -136,10 +138,20 @@ class QuantizedModule(GuardedModule):
     def follow(self, mode: bool) -> None:
         """Show the first graph of a mode, which is that of the owner; its children have theirs."""
         self.training = mode
-        if (graphs := self._graphs[mode]) and graphs[0].graph is not self.graph:
+        is_other = bool(graphs := self._graphs[mode]) and graphs[0].graph is not self.graph
+        if is_other and not self._keeps_code:
             self.graph = graphs[0].graph
         if self._rule is not None and not self._rule.is_of(self):
             self.forget()
+
+    @contextmanager
+    def keeping_code(self) -> Iterator[None]:
+        """Let modes change inside, and change back, without the code for each, which takes as long as a forward."""
+        self._keeps_code = True
+        try:
+            yield
+        finally:
+            self._keeps_code = False
 
     def recompile(self) -> Any:
         """Generate the code of the graph, and share the class that holds it with all modules of the same code.

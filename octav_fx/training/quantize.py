@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from octav_fx.training.by_parts import quantize_by_parts
 from octav_fx.training.one_graph import arguments_of
 from octav_fx.training.progress import progress, step
 
+# So many times the objects that are there otherwise before garbage is collected.
+_RARER: Final = 10
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -94,15 +96,21 @@ def quantize(
 
 @contextmanager
 def _without_old_garbage() -> Iterator[None]:
-    """Let the garbage collector pass over what is there already, such as all that the libraries have made."""
+    """Let the garbage collector pass over what is there already, such as all that the libraries have made.
+
+    It runs less often inside: graphs are many small objects that stay.
+    """
     # Somebody else's would be given back, too.
     if gc.get_freeze_count():
         yield
         return
+    first, *others = gc.get_threshold()
     gc.freeze()
+    gc.set_threshold(_RARER * first, *others)
     try:
         yield
     finally:
+        gc.set_threshold(first, *others)
         gc.unfreeze()
 
 

@@ -51,7 +51,8 @@ def check_in_turn(module: nn.Module, example: Inputs, is_folded: bool) -> None:
         if _is_compared(quantized, [variation, example]):
             break
     if len(quantized.modes) == 2 and (quantized.training or not is_folded):
-        with preserved_modes(module):
+        # Graphs run as functions here.
+        with quantized.keeping_code(), preserved_modes(module):
             module.train(not quantized.training)
             _is_compared(quantized, [example])
 

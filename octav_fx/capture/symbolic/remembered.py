@@ -5,6 +5,8 @@ x.transpose(1, 2)       -> the memory of x, [2, 6, 8, 6]
 x.contiguous()          -> x
 """
 
+import functools
+import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.code_names import names_in
 from octav_fx.compat.tensors import (
     FakeTensor,
     FakeTensorMode,
@@ -168,7 +171,8 @@ def _called(node: fx.Node, layer: nn.Module | None) -> Any:
 
 
 def _settings(layer: nn.Module) -> Any:
-    kind, found = type(layer), list[Any]()
+    kind: Any = type(layer)
+    found = list[Any]()
     if not kind.__module__.startswith("torch.nn.modules."):
         raise _NoKey
     for name, value in vars(layer).items():
@@ -178,9 +182,17 @@ def _settings(layer: nn.Module) -> Any:
             # Children, and hooks.
             if value:
                 raise _NoKey
-        else:
+        elif name != "training" or _asks_for_mode(kind):
             found.append((name, _plain(value)))
     return kind, tuple(found)
+
+
+@functools.cache
+def _asks_for_mode(kind: Any) -> bool:
+    """Tell whether a method of a layer names its mode: a convolution is the same one in both."""
+    above = [vars(each).values() for each in kind.__mro__ if each not in (nn.Module, object)]
+    codes = [value.__code__ for values in above for value in values if isinstance(value, types.FunctionType)]
+    return any("training" in names_in(code) for code in codes)
 
 
 def _plain(value: Any) -> Any:

@@ -39,7 +39,16 @@ from octav_fx.capture.symbolic.state_tensors import Place, StateTensors, holders
 from octav_fx.capture.user_stack import TORCH, caller, user_caller
 from octav_fx.compat.graphs import ENTER_AUTOCAST, EXIT_AUTOCAST
 from octav_fx.compat.modules import has_backward_hooks, has_forward_hooks
-from octav_fx.compat.tensors import NEEDS_DATA, FakeTensor, FakeTensorMode, pytree, storage_id, without_mode
+from octav_fx.compat.tensors import (
+    NEEDS_DATA,
+    FakeTensor,
+    FakeTensorMode,
+    is_dense,
+    make_fake_of,
+    pytree,
+    storage_id,
+    without_mode,
+)
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import holds_tensor, is_value_source
 from octav_fx.ir.meta import fake, info, set_fake, update
@@ -121,6 +130,8 @@ class ValueTracer(fx.Tracer):
         # Modules that were called, by path, and fake tensors for their parameters and buffers, one for each kind.
         self.called: dict[str, nn.Module] = {}
         self.blanks: dict[Any, Tensor] = {}
+        # Fake tensors for the memory of those that the graph reads; None for memory that the fake mode knows.
+        self.memories: dict[int, Tensor | None] = {}
         # What stands for a tensor among the arguments, by the identity of its value: code may ask whether two are one.
         self.given: dict[int, ValueProxy] = {}
         # Tensors of modules that forward read before it set them, by module and name.
@@ -550,7 +561,7 @@ class ValueTracer(fx.Tracer):
             for atom in () if value is not self.root else str(node.target).split("."):
                 value = getattr(value, atom)
             value = value.value if isinstance(value, TrainingFlag) else value
-            return (self.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value), 0
+            return (self._fake(value) if isinstance(value, Tensor) else value), 0
         args, kwargs = _mutable(fx.node.map_arg((node.args, node.kwargs), fake))
         leaves = pytree.tree_leaves((args, kwargs))
         if any(value is UNKNOWN for value in leaves):
@@ -601,12 +612,26 @@ class ValueTracer(fx.Tracer):
                 blank = {name: self._blank(tensor) for name, tensor in state}
                 return torch.func.functional_call(module, blank, args, kwargs)
 
+    def _fake(self, tensor: Tensor) -> Tensor:
+        """Return a fake tensor for one of a module; those that share memory do so, too."""
+        # Its own mode does nothing here, and takes its time.
+        with without_mode(self.state_tensors):
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+                return self.fake_mode.from_tensor(tensor)
+            memory = storage_id(tensor)
+            if memory not in self.memories and is_dense(tensor):
+                self.memories[memory] = made = make_fake_of(self.fake_mode, tensor)
+                return made
+            known = self.memories.setdefault(memory, None)
+            return self.fake_mode.from_tensor(tensor) if known is None else make_fake_of(self.fake_mode, tensor, known)
+
     def _blank(self, tensor: Tensor) -> Tensor:
         """Return a fake tensor for one of a leaf module; all of one shape are the same, as making them takes long."""
         is_plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
         key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if is_plain else id(tensor)
         if key not in self.blanks:
-            self.blanks[key] = self.fake_mode.from_tensor(tensor)
+            own = make_fake_of if is_dense(tensor) else FakeTensorMode.from_tensor
+            self.blanks[key] = own(self.fake_mode, tensor)
         return self.blanks[key]
 
 

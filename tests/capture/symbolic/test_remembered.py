@@ -133,3 +133,47 @@ def test_what_is_remembered_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
     remembered._KNOWN.clear()
     capture(Blocks(shared), {"x": torch.randn(2, 4, 6, 8)})
     assert 0 < len(remembered._KNOWN) <= 3
+
+
+def test_a_layer_that_does_not_ask_for_its_mode_is_evaluated_once_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(remembered, "_KNOWN", known)
+    made = []
+    for mode in (False, True):
+        for layer in (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)):
+            capture(nn.Sequential(layer).train(mode), {"input": torch.randn(2, 4, 6, 6)})
+            made.append(len(known))
+    assert made == [1, 2, 2, 3]
+
+
+class Reads(nn.Module):
+    """Forward reads tensors that share memory, in another order, and one that is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4).t())
+        self.register_buffer("tied", self.weight.data)
+        self.register_buffer("part", torch.zeros(8)[:4])
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.tied + self.weight + self.part[:1] + self.count
+
+
+def test_fake_tensors_of_state_are_as_torch_makes_them() -> None:
+    model = Reads()
+    graph = capture(model, {"x": torch.randn(4, 3)}).graph
+    found = {str(node.target): fake(node) for node in graph.find_nodes(op="get_attr")}
+    assert found.keys() == {"weight", "tied", "part", "count"}
+    mode = FakeTensorMode()
+    for name, value in found.items():
+        tensor = getattr(model, name)
+        expected = mode.from_tensor(tensor)
+        for fact in ("shape", "dtype", "device", "requires_grad", "is_leaf"):
+            assert getattr(value, fact) == getattr(expected, fact), (name, fact)
+        assert value.stride() == expected.stride()
+        assert value.storage_offset() == expected.storage_offset()
+        assert isinstance(value, nn.Parameter) == isinstance(tensor, nn.Parameter)
+    memories = [storage_id(found[name]) for name in ("weight", "tied", "part", "count")]
+    assert memories[0] == memories[1]
+    assert len(set(memories)) == 3
