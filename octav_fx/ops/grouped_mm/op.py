@@ -22,6 +22,9 @@ def grouped_product(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return F.grouped_mm of the same arguments, by the op where a compiler asks for shapes that torch has not."""
+    if mat_a.dtype != mat_b.dtype:
+        # Autocast has no rule for it: quantized rows come in its dtype, weights and the result keep theirs.
+        mat_a = mat_a.to(mat_b.dtype)
     are_rows = mat_a.dim() == 2 and mat_b.dim() == 3 and mat_a.dtype != torch.bfloat16
     if torch.compiler.is_compiling() and are_rows and offs is not None and bias is None and out_dtype is None:
         found: Tensor = torch.ops.octav.grouped_mm(mat_a, mat_b, offs)
