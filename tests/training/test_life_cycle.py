@@ -387,9 +387,19 @@ class ByDtype(nn.Module):
         return x * 2 if x.dtype == torch.bfloat16 else x
 
 
+class ByIdentity(ByDtype):
+    """As it is often written: a dtype is one object."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.fc(self.embed(index))
+        dtype = x.dtype
+        return x * 2 if dtype is torch.bfloat16 else x.to(dtype)
+
+
+@pytest.mark.parametrize("kind", [ByDtype, ByIdentity])
 @pytest.mark.parametrize("first", ["float32", "autocast"])
-def test_autocast_decides_a_branch_for_arguments_alike(first):
-    model, index = ByDtype(), torch.randint(8, (3, 2))
+def test_autocast_decides_a_branch_for_arguments_alike(first, kind):
+    model, index = kind(), torch.randint(8, (3, 2))
     around = {"float32": contextlib.nullcontext, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
     with around[first]():
         q = quantize(model, index)
@@ -400,8 +410,9 @@ def test_autocast_decides_a_branch_for_arguments_alike(first):
                 assert torch.equal(q(index), model(index))
 
 
-def test_a_graph_is_for_the_dtype_that_a_model_was_given():
-    model, index = ByDtype(), torch.randint(8, (3, 2))
+@pytest.mark.parametrize("kind", [ByDtype, ByIdentity])
+def test_a_graph_is_for_the_dtype_that_a_model_was_given(kind):
+    model, index = kind(), torch.randint(8, (3, 2))
     q = quantize(model, index)
     for dtype in (torch.bfloat16, torch.float32):
         assert q.to(dtype)(index).dtype is model.to(dtype)(index).dtype

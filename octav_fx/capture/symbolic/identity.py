@@ -8,6 +8,7 @@ import dis
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any, Final
 
@@ -38,13 +39,35 @@ def may_be_its_input(target: Any) -> bool:
 
 def line_that_compares() -> str | None:
     """Return file:line of the user's code that is traced, if it compares results by `is`."""
+    for code in _users_codes():
+        if (line := _line_that_compares(code)) is not None:
+            return f"{code.co_filename}:{line}"
+    return None
+
+
+def compares_objects() -> bool:
+    """Tell whether the user's code that is traced asks by `is` for another object than None: for a dtype, it may be."""
+    return any(map(_compares_objects, _users_codes()))
+
+
+def _users_codes() -> Iterator[CodeType]:
     frame: FrameType | None = sys._getframe(1)
     # Around the trace is whoever called quantize.
     while frame is not None and frame.f_code is not _TRACE:
-        if is_users_code(frame.f_code) and (line := _line_that_compares(frame.f_code)) is not None:
-            return f"{frame.f_code.co_filename}:{line}"
+        if is_users_code(frame.f_code):
+            yield frame.f_code
         frame = frame.f_back
-    return None
+
+
+@functools.cache
+def _compares_objects(code: CodeType) -> bool:
+    steps = _steps(code)
+    constants = [steps[at - 1].opname == "LOAD_CONST" for at, step in enumerate(steps) if step.opname == "IS_OP"]
+    return not all(constants)
+
+
+def _steps(code: CodeType) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL")]
 
 
 @functools.cache
@@ -53,7 +76,7 @@ def _line_that_compares(code: CodeType) -> int | None:
 
     One operand at least is then a local variable other than an argument that keeps what the caller gave.
     """
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL")]
+    steps = _steps(code)
     stored = {step.argval for step in steps if step.opname.startswith("STORE_")}
     given = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *code.co_freevars} - stored
     for at, step in enumerate(steps):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx
 
+from octav_fx.capture.symbolic.identity import compares_objects
 from octav_fx.capture.user_stack import TORCH, called_by, caller, is_users, told_by, user_caller
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake
@@ -80,6 +81,9 @@ class ValueProxy(fx.Proxy):
             # torch's own modules ask only to choose a fast path.
             is_torchs = caller().startswith(TORCH)
             return getattr(value, name) if is_torchs else self.tracer.decide(AttributeProxy(self, name), bool)
+        if isinstance(value, Tensor) and name == "dtype" and compares_objects():
+            # x.dtype is torch.bfloat16: what stands for a dtype is none.
+            return self.tracer.decide(AttributeProxy(self, name), torch.dtype)
         if isinstance(value, Tensor) and name in _OF_AUTOGRAD:
             return self._of_autograd(name)
         if isinstance(value, torch.device) and name == "type":
