@@ -65,17 +65,14 @@ def _between(cat: fx.Node, node: fx.Node) -> list[fx.Node]:
 
 def _are_alike(gm: fx.GraphModule, parts: list[fx.Node], read: dict[str, Any]) -> bool:
     """Tell whether quantizers of one grid and one scale return all parts."""
+    if not parts or any(grid_of(part) != (read["bits"], read["signed"]) for part in parts):
+        return False
     scale = gm.get_buffer(str(read["scale"].target))
-    scales = [_scale(gm, part) for part in parts]
-    grid = (read["bits"], read["signed"])
-    known = all(grid_of(part) == grid for part in parts)
-    return bool(parts) and known and all(torch.equal(found, scale) for found in scales if found is not None)
+    return all(torch.equal(_scale(gm, part), scale) for part in parts)
 
 
-def _scale(gm: fx.GraphModule, part: fx.Node) -> torch.Tensor | None:
+def _scale(gm: fx.GraphModule, part: fx.Node) -> torch.Tensor:
     """Return the scale of levels, or of the quantizer that returns them."""
-    if grid_of(part) is None:
-        return None
     module = module_of(part) if part.op == "call_module" else None
     if isinstance(module, StaticQuantizer):
         return module.scale

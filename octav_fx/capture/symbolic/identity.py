@@ -62,8 +62,7 @@ def _users_codes() -> Iterator[CodeType]:
 @functools.cache
 def _compares_objects(code: CodeType) -> bool:
     steps = _steps(code)
-    constants = [steps[at - 1].opname == "LOAD_CONST" for at, step in enumerate(steps) if step.opname == "IS_OP"]
-    return not all(constants)
+    return any(step.opname == "IS_OP" and steps[at - 1].opname != "LOAD_CONST" for at, step in enumerate(steps))
 
 
 def _steps(code: CodeType) -> list[dis.Instruction]:

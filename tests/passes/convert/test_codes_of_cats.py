@@ -4,26 +4,17 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from octav_fx import Config, calibrate, freeze, quantize
 from octav_fx.deploy.codes import codes_of_quantizers, moved
-from octav_fx.deploy.convert import rewritten
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import CONVERT, INTEGERS, codes_of_cats, combine_codes, integer_layers, multiply_codes
-from tests.support.graphs import model
+from tests.support.concatenations import X, joined
 from tests.support.passes import made
-
-X = torch.randn(2, 3, 6, 6)
 
 
 def on_levels(join, residual_bits: int | None = None):
-    parts = {"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(3, 4, 3, padding=1), "c": nn.LazyConv2d(2, 1)}
-    net = model(lambda self, x: self.c(join(self.a(x), self.b(x), x)), **parts)
-    net(X)
-    q = quantize(net.eval(), X, Config(edge_bits=None, residual_bits=residual_bits))
-    return rewritten(freeze(calibrate(q, [X])), CONVERT)
+    return joined(join, CONVERT, residual_bits)
 
 
 def test_codes_are_concatenated():
