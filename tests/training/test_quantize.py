@@ -1,6 +1,8 @@
 """quantize(): what it takes, what it returns, what it leaves alone, what it refuses."""
 
+import contextlib
 import copy
+import gc
 import random
 import re
 
@@ -160,6 +162,14 @@ def test_nothing_that_the_user_passed_in_changes(training):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     assert not {p.data_ptr() for p in q.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("features", [4, 5])
+def test_the_garbage_collector_runs_as_before(features):
+    before = gc.get_threshold(), gc.get_freeze_count()
+    with contextlib.suppress(OctavError):
+        quantize(nn.Linear(4, 4), torch.randn(2, features))
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
 
 
 def test_a_model_that_writes_into_its_input_gets_a_copy():
