@@ -10,21 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from octav_fx.capture.module_state import held_values
+from octav_fx.capture.contents import Contents
 from octav_fx.errors import NotCaptured
 
 
 @contextmanager
-def same_random_numbers(root: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, every random state but torch's own, which has fork_rng."""
-    with _kept_states(root):
+def same_random_numbers(root: nn.Module, contents: Contents | None = None) -> Iterator[None]:
+    """Put back, afterwards, every random state but torch's own, which has fork_rng.
+
+    contents: what the modules hold, where somebody has looked.
+    """
+    with _kept_states(contents or Contents.of(root)):
         yield
 
 
 @contextmanager
 def without_chance(root: nn.Module) -> Iterator[None]:
     """Raise NotCaptured where a random number is drawn inside, except by torch; the states are put back."""
-    with _kept_states(root) as before:
+    with _kept_states(Contents.of(root)) as before:
         yield
         is_drawn = any(pickle.dumps(_state(source)) != pickle.dumps(state) for source, state in before)
     if is_drawn:
@@ -32,21 +35,21 @@ def without_chance(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_states(root: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+def _kept_states(contents: Contents) -> Iterator[list[tuple[Any, Any]]]:
     """Give the sources of random numbers, each with its state, and put the states back afterwards."""
-    before = _states(root)
+    before = _states(contents)
     try:
         yield before
     finally:
         _restore(before)
 
 
-def _states(root: nn.Module) -> list[tuple[Any, Any]]:
+def _states(contents: Contents) -> list[tuple[Any, Any]]:
     """Return the sources of random numbers, each with its state."""
     numpy = sys.modules.get("numpy")
     # Both modules have the functions of their generators.
     shared = [random] if numpy is None else [random, numpy.random]
-    return [(source, _state(source)) for source in (*shared, *filter(_is_generator, held_values(root)))]
+    return [(source, _state(source)) for source in (*shared, *filter(_is_generator, contents.values()))]
 
 
 def _is_generator(value: Any) -> bool:

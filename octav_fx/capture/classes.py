@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from octav_fx.capture.module_state import is_users_class
+from octav_fx.capture.contents import is_users_class
 
 # What a stand-in keeps of its own: the class that it stands for.
 _USERS: Final = "octav_users_class"

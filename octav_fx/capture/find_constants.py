@@ -30,8 +30,8 @@ from torch import distributed as dist
 
 from octav_fx.capture.code_names import Named
 from octav_fx.capture.constants import Constants, Held
+from octav_fx.capture.contents import CLOSED, is_users_class, is_users_object
 from octav_fx.capture.kinds import MISSING, PLAIN, kind_of
-from octav_fx.capture.module_state import CLOSED, is_users_class, is_users_object
 from octav_fx.capture.user_stack import is_users_code
 from octav_fx.compat.tensors import pytree
 from octav_fx.ir.ops import op_of_module

@@ -2,39 +2,32 @@
 
 import collections
 import copy
-import sys
+import operator
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 
+from octav_fx.capture.contents import CONTAINERS, TORCHS, Contents, is_users_class
 from octav_fx.capture.kinds import tags_of
 from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, children_of, parameters_of
 from octav_fx.compat.tensors import pytree
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
-# So deep in objects of the user's own, whose parts may lead anywhere.
-_DEEP: Final = 4
-_FLAGS: Final = frozenset({type(None), bool, int, float, str})
-# What each module holds for torch besides its parts: hooks, most of them empty.
-_TORCHS: Final = frozenset(vars(nn.Module())) - {*PART_ATTRIBUTES, "training"}
-CONTAINERS: Final = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
-# Libraries whose objects keep what they keep, whatever forward does.
-CLOSED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy"}) - {"__main__"}
-
 
 @contextmanager
-def preserved_attributes(root: nn.Module) -> Iterator[Callable[[], bool]]:
+def preserved_attributes(root: nn.Module, contents: Contents | None = None) -> Iterator[Callable[[], bool]]:
     """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
     So is what the user's objects held, and children that are new are taken out. What is written into tensors in place
-    stays. Gives a function that tells whether all of it is as it was.
+    stays. contents: what the modules hold, where somebody has looked. Gives a function that tells whether all of it is
+    as it was.
     """
-    before = _Before.of(root)
+    before = _Before.of(contents or Contents.of(root))
     try:
         yield before.holds
     finally:
@@ -44,7 +37,7 @@ def preserved_attributes(root: nn.Module) -> Iterator[Callable[[], bool]]:
 @contextmanager
 def attributes_kept_on_success(root: nn.Module) -> Iterator[None]:
     """Like preserved_attributes, but only after an error."""
-    before = _Before.of(root)
+    before = _Before.of(Contents.of(root))
     try:
         yield
     except BaseException:
@@ -64,21 +57,20 @@ class _Before:
     children: list[tuple[dict[str, nn.Module | None], set[str]]]
 
     @classmethod
-    def of(cls, root: nn.Module) -> "_Before":
-        named = [(held, dict(held)) for _, held in attributes(root)]
-        # Those that forward ties.
-        modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        named += [(held, dict(held)) for held in map(parameters_of, modules)]
+    def of(cls, contents: Contents) -> "_Before":
+        modules = contents.modules
+        # Parameters are there because forward may tie them.
+        named = [(each, dict(each)) for each in (*contents.attributes, *map(parameters_of, modules))]
         # By identity: what stands for a class is equal to it.
         own_kinds = {id(kind): kind for kind in map(type, modules)}
         above = {id(kind): kind for own_kind in own_kinds.values() for kind in own_kind.__mro__}
         kinds = {at: kind for at, kind in above.items() if is_users_class(kind)}
         quantizers = [children_of(module)[QUANTIZERS] for module in modules if QUANTIZERS in children_of(module)]
-        own = {part for held in quantizers if held is not None for part in held.modules()}
-        containers = [(container, copy.copy(container) if container else ()) for container in containers_of(root)]
+        own = {part for holder in quantizers if holder is not None for part in holder.modules()}
+        containers = [(container, copy.copy(container) if container else ()) for container in contents.containers]
         # Forward may be the first that registers a hook.
-        hooks = [held for module in modules for name in _TORCHS if not (held := vars(module).get(name, True))]
-        containers += [(held, ()) for held in hooks if type(held) in CONTAINERS]
+        hooks = [empty for module in modules for name in TORCHS if not (empty := vars(module).get(name, True))]
+        containers += [(empty, ()) for empty in hooks if type(empty) in CONTAINERS]
         return cls(
             named,
             containers,
@@ -102,7 +94,9 @@ class _Before:
             for name in children.keys() - names_before - {QUANTIZERS}:
                 del children[name]
         for container, content in self.containers:
-            refill(container, content)
+            # Most are hooks that nobody has registered.
+            if content or len(container):
+                refill(container, content)
         for kind, names in self.classes:
             for name in [name for name, value in vars(kind).items() if names.get(name, kind) is not value]:
                 if name in names:
@@ -111,62 +105,17 @@ class _Before:
                     delattr(kind, name)
 
 
-def is_users_class(kind: type) -> bool:
-    """Tell whether a class is of the user's own files or of a library of models."""
-    return kind.__module__.partition(".")[0] not in CLOSED
-
-
-def containers_of(root: nn.Module) -> list[Any]:
-    """Return the lists, dicts, sets and queues that modules hold, however deep, and the dicts of the user's objects."""
-    return _containers_in(_kept(root))
-
-
-def _containers_in(values: list[Any]) -> list[Any]:
-    found: dict[int, Any] = {}
-
-    def visit(value: Any, depth: int) -> None:
-        if type(value) in CONTAINERS:
-            if id(value) in found:
-                return
-            found[id(value)] = value
-            for item in list(value.values()) if isinstance(value, dict) else list(value):
-                visit(item, depth)
-        elif isinstance(value, tuple):
-            for item in value:
-                visit(item, depth)
-        elif depth and is_users_object(value):
-            visit(vars(value), depth - 1)
-
-    for value in values:
-        visit(value, _DEEP)
-    return list(found.values())
-
-
-def _kept(root: nn.Module) -> list[Any]:
-    """Return what is in the attributes of modules, but numbers, texts, None and torch's empty dicts: most are these."""
-    return [
-        value
-        for _, held in attributes(root)
-        for name, value in held.items()
-        if type(value) not in _FLAGS and name not in PART_ATTRIBUTES and (name not in _TORCHS or value)
-    ]
-
-
-def is_users_object(value: Any) -> bool:
-    """Tell whether a value is an object of some class of the user's, with attributes."""
-    is_closed = isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__")
-    if is_closed or isinstance(value, types.FunctionType):
-        return False
-    return isinstance(value, types.SimpleNamespace) or type(value).__module__.partition(".")[0] not in CLOSED
-
-
 def _is_same(container: Any, content: Any) -> bool:
     """Tell whether a container holds what it held."""
     if len(container) != len(content):
         return False
-    if isinstance(container, dict) and content:
-        return all(container.get(key, container) is value for key, value in content.items())
-    return all(a is b for a, b in zip(container, content, strict=True))
+    if not isinstance(container, dict) or not content:
+        return all(map(operator.is_, container, content))
+    # In the same order, as they nearly always are, there is no need to look anything up.
+    are_alike = all(map(operator.is_, container.values(), content.values())) and all(
+        map(operator.is_, container, content)
+    )
+    return are_alike or all(container.get(key, container) is value for key, value in content.items())
 
 
 def refill(container: Any, content: Any) -> None:
@@ -174,31 +123,6 @@ def refill(container: Any, content: Any) -> None:
     if not _is_same(container, content):
         container.clear()
         getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(content)
-
-
-def state_tensors(root: nn.Module) -> list[torch.Tensor]:
-    """Return the buffers of modules and the tensors in their attributes, parameters aside."""
-    leaves = (leaf for value in held_values(root) for leaf in _leaves(value))
-    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    return [t for t in tensors.values() if not isinstance(t, nn.Parameter)]
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    # Flattening all of these, of which most are modules and sizes of kernels, would take most of the time.
-    items = value if type(value) is tuple else (value,)
-    is_plain = all(type(item) in _FLAGS or isinstance(item, nn.Module) for item in items)
-    return [] if is_plain or (type(value) in CONTAINERS and not value) else pytree.tree_leaves(value)
-
-
-def held_values(root: nn.Module) -> list[Any]:
-    """Return the buffers of modules, what is in their attributes, and what is in the containers there, however deep.
-
-    Numbers, texts and None among the attributes are left out.
-    """
-    kept = _kept(root)
-    return kept + [item for c in _containers_in(kept) for item in (c.values() if isinstance(c, dict) else c)]
 
 
 def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:

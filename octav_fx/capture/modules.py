@@ -19,7 +19,7 @@ from octav_fx.capture.permits import permitted
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, looked_at
 from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.capture.transformed import transformed
-from octav_fx.compat.graphs import forget_compiled_callers
+from octav_fx.compat.graphs import forget_compiled_callers, set_graph_without_code
 from octav_fx.compat.modules import buffers_of, children_of, not_compiled, parameters_of, replace_children, share_parts
 from octav_fx.compat.tensors import transform, transforms
 from octav_fx.errors import NotCaptured, OctavError
@@ -63,7 +63,10 @@ class QuantizedModule(GuardedModule):
         recipe: Any = None,
         capture_again: CaptureAgain | None = None,
         quantizers: nn.Module | None = None,
+        *,
+        is_rewritten: bool = True,
     ) -> None:
+        """Hold the graphs of an owner. Where they are still to be rewritten, recompile() has to follow."""
         taken = (*children_of(owner), *parameters_of(owner), *buffers_of(owner))
         if clash := [name for name in taken if name in _RESERVED or hasattr(QuantizedModule, name)]:
             raise NotCaptured(f"{type(owner).__name__}.{clash[0]}: octav_fx needs that name; rename the attribute")
@@ -90,7 +93,11 @@ class QuantizedModule(GuardedModule):
         self._used: list[GuardedGraph] | None = None
         self.meta = dict(meta)
         if self._graphs[self.training]:
-            self.graph = self._graphs[self.training][0].graph
+            present = self._graphs[self.training][0].graph
+            if is_rewritten:
+                self.graph = present
+            else:
+                set_graph_without_code(self, present)
 
     @property
     def _float_module(self) -> nn.Module:

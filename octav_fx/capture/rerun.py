@@ -1,5 +1,6 @@
 """Running a model once without leaving a trace."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.capture.chance import same_random_numbers
+from octav_fx.capture.contents import Contents
 from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
-from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
+from octav_fx.capture.module_state import own_copy, preserved_attributes
 from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.permits import permitted
 from octav_fx.clips.distributed import no_sync
@@ -40,21 +42,23 @@ def run_once(
 
     Only the hints of quantizers change. forward: what to call in place of the module. gradients: the gradient mode.
     """
-    with preserved_tensors(module), preserved_attributes(module):
+    contents = Contents.of(module)
+    with preserved_tensors(module, contents), preserved_attributes(module, contents):
         own_args, own_kwargs = own_copy((args, dict(kwargs)))
-        return run_keeping_state(module, own_args, own_kwargs, forward, gradients=gradients)
+        return run_keeping_state(module, own_args, own_kwargs, forward, gradients=gradients, contents=contents)
 
 
 @contextmanager
-def preserved_tensors(module: nn.Module) -> Iterator[Callable[[], bool]]:
+def preserved_tensors(module: nn.Module, contents: Contents | None = None) -> Iterator[Callable[[], bool]]:
     """Put back, afterwards, what the tensors of modules held that forward may write into; hints may change.
 
-    Those are buffers, plain attributes, and the parameters that a graph writes into. Gives a function that tells
-    whether they hold what they held.
+    Those are buffers, plain attributes, and the parameters that a graph writes into. contents: what the modules hold,
+    where somebody has looked. Gives a function that tells whether they hold what they held.
     """
-    hints = {m.hint for m in module.modules() if isinstance(m, FakeQuantizer)}
-    written = [p for m in module.modules() if (graphs := graphs_of(m)) is not None for p in graphs.written_parameters()]
-    kept = [t for t in (*state_tensors(module), *written) if t not in hints and not t.is_inference()]
+    contents = contents or Contents.of(module)
+    hints = {m.hint for m in contents.modules if isinstance(m, FakeQuantizer)}
+    written = [p for m in contents.modules if (graphs := graphs_of(m)) is not None for p in graphs.written_parameters()]
+    kept = [t for t in (*contents.state_tensors(), *written) if t not in hints and not t.is_inference()]
     before = {t: t.detach().clone() for t in kept}
 
     def are_kept() -> bool:
@@ -82,14 +86,18 @@ def run_keeping_state(
     forward: Callable[..., Any] | None = None,
     *,
     gradients: bool = False,
+    contents: Contents | None = None,
 ) -> Any:
-    """Run a forward like run_once, but keep what it sets on its modules and writes into its inputs."""
-    tensors = (*module.parameters(), *module.buffers())
+    """Run a forward like run_once, but keep what it sets on its modules and writes into its inputs.
+
+    contents: what the modules hold, where somebody has looked.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers()) if torch.cuda.is_initialized() else ()
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     with (
         torch.set_grad_enabled(gradients),
         torch.random.fork_rng(devices=sorted(devices)),
-        same_random_numbers(module),
+        same_random_numbers(module, contents),
         no_sync(),
     ):
         return (forward or module)(*args, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from octav_fx.capture.module_state import CLOSED
+from octav_fx.capture.contents import CLOSED
 
 TORCH: Final = str(Path(torch.__file__).parent) + os.sep
 # What takes text for a reader.

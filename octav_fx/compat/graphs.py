@@ -54,6 +54,12 @@ def forward_from(source: str, names: dict[str, Any]) -> Callable[..., Any]:
     return _forward_from_src(source, dict(names))
 
 
+def set_graph_without_code(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give a GraphModule another graph; its code is the former one's until recompile() is called."""
+    module._graph = graph
+    graph.owning_module = module
+
+
 @contextmanager
 def replaced_graph(module: fx.GraphModule, graph: fx.Graph) -> Iterator[None]:
     """Let a GraphModule have another graph inside, without code of its own."""

@@ -54,9 +54,9 @@ def tensor_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
     """Return a directed graph of fx nodes with the edges that carry tensors, so that a shared shape links nothing."""
     flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
-    flow.add_edges_from(
-        (source, node) for node in graph.nodes for source in node.all_input_nodes if holds_tensor(source)
-    )
+    # Each node is asked once: a dense block concatenates what all layers before it made.
+    holding = {node for node in graph.nodes if holds_tensor(node)}
+    flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes if source in holding)
     return flow
 
 

@@ -1,7 +1,7 @@
 """Running passes in order.
 
-In the environment, for whoever works on a pass: OCTAV_FX_VERIFY=1 checks invariants after each (verify.py), and
-OCTAV_FX_DUMP=folder writes the graph before and after each (dump.py).
+In the environment, for whoever works on a pass: OCTAV_FX_VERIFY=1 checks graph and invariants after each (verify.py),
+and OCTAV_FX_DUMP=folder writes the graph before and after each (dump.py).
 """
 
 import functools
@@ -23,7 +23,10 @@ def name_of(graph_pass: Pass) -> str:
 
 
 def run(gm: fx.GraphModule, passes: Iterable[Pass]) -> list[Edit]:
-    """Run the passes, check the graph after each, and return every edit. An error says which pass, after which."""
+    """Run the passes, check the graph, and return every edit. An error says which pass, after which.
+
+    The graph is checked after each pass where OCTAV_FX_VERIFY=1, and else after the last.
+    """
     edits: list[Edit] = []
     done: list[str] = []
     files, verifies = dump.requested(), verify.is_wanted()
@@ -33,14 +36,16 @@ def run(gm: fx.GraphModule, passes: Iterable[Pass]) -> list[Edit]:
             step: AbstractContextManager[list[Edit]] = files.of(name, gm.graph) if files else nullcontext([])
             with step as made:
                 made += graph_pass(gm)
-            gm.graph.lint()
             if verifies:
+                gm.graph.lint()
                 verify.verify(gm, [*edits, *made], [*done, name])
         except Exception as error:
             error.add_note(f"in pass {name}, after {', '.join(done) or 'none'}")
             raise
         edits += made
         done.append(name)
+    if not verifies:
+        gm.graph.lint()
     if any(not edit.declined for edit in edits):
         gm.recompile()
     return edits

@@ -30,5 +30,8 @@ def nonnegative(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_leaf_nonnegative(leaf: Any, found: set[fx.Node]) -> bool:
-    value = fake(leaf) if isinstance(leaf, fx.Node) else leaf
-    return leaf in found or (isinstance(value, (int, float)) and value >= 0)
+    if isinstance(leaf, fx.Node):
+        if leaf in found:
+            return True
+        leaf = fake(leaf)
+    return isinstance(leaf, (int, float)) and leaf >= 0

@@ -104,7 +104,8 @@ def _rewritten(
         for captured in captures:
             _check_calls(module, captured, position)
     recipe = Recipe(config, position, user)
-    quantized = QuantizedModule(module, {mode: [graph] for mode, graph in graphs.items()}, {}, recipe)
+    of_modes = {mode: [graph] for mode, graph in graphs.items()}
+    quantized = QuantizedModule(module, of_modes, {}, recipe, is_rewritten=False)
     found = {}
     for mode in quantized.modes:
         step("rewriting", position.path)

@@ -11,9 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.contents import Contents
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.module_state import own_copy, preserved_attributes, state_tensors
+from octav_fx.capture.module_state import own_copy, preserved_attributes
 from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.capture.permits import permitted
 from octav_fx.capture.rerun import (
@@ -140,9 +141,10 @@ def _results(
     while calls change the modules, as one of modules that are as they were was compared when they were captured.
     """
     owner = quantized.owner
-    hints = {id(m.hint) for m in owner.modules() if isinstance(m, FakeQuantizer)}
+    contents = Contents.of(owner)
+    hints = {id(m.hint) for m in contents.modules if isinstance(m, FakeQuantizer)}
     found: list[Any] = []
-    with preserved_tensors(owner) as are_kept, preserved_attributes(owner) as holds:
+    with preserved_tensors(owner, contents) as are_kept, preserved_attributes(owner, contents) as holds:
         for call, forward in zip(calls, forwards, strict=True):
             is_as_before = len(found) >= at_least and are_kept() and holds()
             if is_as_before and quantized.holding(*call, deeply=False) is not None:
@@ -152,7 +154,7 @@ def _results(
             found.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), result))
         for path, _, name in (cache.rpartition(".") for cache in unkept):
             getattr(owner.get_submodule(path), name).clear()
-        return [*found, [t.detach().clone() for t in state_tensors(owner) if id(t) not in hints]]
+        return [*found, [t.detach().clone() for t in Contents.of(owner).state_tensors() if id(t) not in hints]]
 
 
 def _variations(example: Inputs) -> Iterator[Inputs]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import torch
 from torch import nn
 
-from octav_fx.capture.module_state import CLOSED
+from octav_fx.capture.contents import CLOSED
 from octav_fx.capture.user_stack import caller, told_by
 from octav_fx.errors import NotCaptured
 

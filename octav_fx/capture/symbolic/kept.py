@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from octav_fx.capture.module_state import CONTAINERS, is_users_class, is_users_object, refill
+from octav_fx.capture.contents import CONTAINERS, is_users_class, is_users_object
+from octav_fx.capture.module_state import refill
 from octav_fx.capture.symbolic.clocks import Moment, globals_of, is_users
 from octav_fx.capture.symbolic.proxies import PROXIES
 from octav_fx.compat.tensors import pytree
