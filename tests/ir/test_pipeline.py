@@ -62,6 +62,15 @@ def test_a_graph_that_a_pass_broke_is_found_at_once() -> None:
     assert raised.value.__notes__ == ["in pass broken, after none"]
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_a_graph_that_a_pass_broke_is_found_after_the_last_where_nobody_asks_for_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OCTAV_FX_VERIFY")
+    with pytest.raises(RuntimeError, match="Argument"):
+        run(graph(), [broken, to_tanh])
+
+
 def test_the_name_of_a_pass_with_options() -> None:
     assert name_of(functools.partial(failing, 1)) == "failing"
     assert name_of(to_tanh) == "to_tanh"
