@@ -23,6 +23,7 @@ from octav_fx import zoo
 from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu
 from tests.support.examples import PROFILES
+from tests.support.exporter import read_its_table_once
 
 torch.set_num_threads(1)
 # Sums of products are compared to the last bits of float32.
@@ -107,6 +108,11 @@ def _warm(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _exporter() -> None:
+    read_its_table_once()
 
 
 @pytest.fixture(scope="session")

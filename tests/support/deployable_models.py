@@ -136,7 +136,7 @@ def shortened() -> dict[str, Case]:
         "mobilenet_v2": Case(lambda: models.MobileNetV2(10, inverted_residual_setting=inverted), images),
         "mobilenet_v3": Case(lambda: models.MobileNetV3(_settings(), 64, num_classes=10), images),
         "efficientnet_b0": Case(lambda: efficient.EfficientNet(blocks, 0.2, num_classes=10), images),
-        "swin_t": Case(lambda: models.SwinTransformer([4, 4], 24, [2, 2], [3, 6], [4, 4], num_classes=10), images),
+        "swin_t": Case(lambda: models.SwinTransformer([4, 4], 24, [2, 1], [3, 6], [4, 4], num_classes=10), images),
         "vit_b_16": Case(
             lambda: models.vision_transformer.VisionTransformer(32, 16, 2, 4, 64, 128, num_classes=10), images
         ),
