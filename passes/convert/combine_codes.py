@@ -16,11 +16,13 @@ import torch
 from torch import fx
 
 from octav_fx.ir.arguments import argument
+from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import in_place
-from octav_fx.ir.pools import is_global_mean, keeps_axes, max_window
+from octav_fx.ir.pools import is_global_mean, keeps_axes
 from octav_fx.nn import IntegerWeight, StaticQuantizer
-from octav_fx.nn.integer import code_mean, code_sum, max_pool
+from octav_fx.nn.integer import code_mean, code_sum
+from octav_fx.passes.convert.codes_between_layers import move_codes, moves
 from octav_fx.passes.convert.multiply_codes import is_plain_sum, result_of
 from octav_fx.passes.convert.on_codes import OnCodes, grid_of, on_codes, put_levels
 
@@ -59,12 +61,12 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
 def _between(node: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
     """Return the nodes from one to the quantizer that reads it, if all do to codes what they do to levels."""
     found: list[fx.Node] = []
-    (user,) = node.users
+    (user,) = readers(node)
     while user is not reader:
-        if "pool" in str(user.target) and max_window(user) is None:
+        if not moves(user):
             return None
         found.append(user)
-        (user,) = user.users
+        (user,) = readers(user)
     return found
 
 
@@ -88,9 +90,5 @@ def _combine(node: fx.Node, count: int, between: list[fx.Node], reader: fx.Node,
     for unused in levels:
         if not unused.users:
             graph.erase_node(unused)
-    for moved in between:
-        if (window := max_window(moved)) is not None:
-            with graph.inserting_before(moved):
-                moved.replace_all_uses_with(graph.call_function(max_pool, (argument(moved, "input"), *window)))
-            graph.erase_node(moved)
+    move_codes(between, result.bits, result.signed)
     put_levels(reader, OnCodes(reader.all_input_nodes[0], step, result.bits, result.signed))

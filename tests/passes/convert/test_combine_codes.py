@@ -57,6 +57,8 @@ JOINS = {
     "relu6": lambda s, a, b: s.head(F.relu6(a * 9 + b).mean((2, 3), keepdim=True).flatten(1)),
     "the sum itself goes on": lambda s, a, b: s.head((F.relu(a + b) + a).mean((2, 3))),
     "a pool between": lambda s, a, b: s.head(F.max_pool2d(a + b, 2).mean((2, 3))),
+    "zeros around it": lambda s, a, b: s.head(F.pad(a + b, (0, 2, 1, 0)).mean((2, 3))),
+    "its sizes": lambda s, a, b: s.head((y := a + b).reshape(y.size(0), 3, 5, y.shape[-1]).mean((2, 3))),
     "twice the same": lambda s, a, b: s.head((a + a).mean((2, 3))),
     "dropout": lambda s, a, b: s.head(s.drop(F.adaptive_avg_pool2d(F.relu(a + b), 1).flatten(1))),
 }
