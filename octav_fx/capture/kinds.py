@@ -46,8 +46,11 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         return (type(value).__name__, *[(key, kind_of(item, depth)) for key, item in value.items()])
     if isinstance(value, (list, tuple, collections.deque)):
         return (type(value).__name__, *[kind_of(item, depth) for item in value])
-    if isinstance(value, (set, frozenset, range)):
+    if isinstance(value, (set, frozenset)):
         return (type(value).__name__, *value)
+    if isinstance(value, range):
+        # A compiler does not go over one whose ends it takes for sizes.
+        return ("range", value.start, value.stop, value.step)
     if isinstance(value, fx.Proxy):
         return kind_of(fake(value.node), depth)
     if isinstance(value, functools.partial):

@@ -93,6 +93,12 @@ def number(self: Any, q: Tensor, scale: float | Tensor = 1.0, mode: str = "sum")
     return y.sum(-1) if mode == "sum" else self.b(y)
 
 
+def some_layers(self: Any, q: Tensor, which: range) -> Tensor:
+    for i in which:
+        q = (self.a, self.b)[i](q)
+    return q
+
+
 def branch(self: Any, q: Tensor) -> Tensor:
     y = self.a(q)
     return self.b(y) if y.shape[0] > 2 else y
@@ -114,6 +120,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[tuple[Any, ...]
     "a tuple or not": (pair, (x(2, 8), (x(8), x(8))), [(x(2, 8), x(8))]),
     "a number or a tensor": (number, (x(2, 8), 2.0), [(x(2, 8), x(8)), (x(2, 8), 3.0), (x(2, 8), 2)]),
     "a string": (number, (x(2, 8), 2.0, "sum"), [(x(2, 8), 2.0, "rows")]),
+    "a range": (some_layers, (x(2, 8), range(1)), [(x(2, 8), range(2)), (x(3, 8), range(1, 2))]),
     "a size": (branch, (x(2, 8),), [(x(3, 8),), (x(1, 8),)]),
     "more axes": (branch, (x(2, 8),), [(x(3, 2, 8),)]),
 }
@@ -292,7 +299,7 @@ def test_a_converted_model_says_what_it_holds_for() -> None:
             again(x(4, 8))
 
 
-@pytest.mark.parametrize("name", ["a mask that is added", "unbind", "a size", "a key"])
+@pytest.mark.parametrize("name", ["a mask that is added", "unbind", "a size", "a key", "a range"])
 @pytest.mark.compile
 def test_compiled_a_new_graph_is_a_recompilation_and_nothing_else_is(name: str) -> None:
     forward, example, others = CASES[name]
