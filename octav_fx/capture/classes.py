@@ -119,6 +119,23 @@ def users_class(kind: type) -> type:
     return found
 
 
+# The methods of torch's modules, before those of a user's class that know of parts which are no longer there.
+_Torchs: Final = type("_Torchs", (), {name: f for name, f in vars(nn.Module).items() if inspect.isfunction(f)})
+
+
+def converted_class(own: Any, kind: Any, names: Mapping[str, Any]) -> type:
+    """Return a subclass of own, the class of one module, which stands for a user's class that own is not below of.
+
+    isinstance() finds the user's class in it, type() where methods ask for it by `is`, and methods that own and torch's
+    modules do not have. names: what it has of its own.
+    """
+    told = () if _takes_any_subclass(kind) else (_Untold,)
+    names = {**names, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    made = types.new_class(own.__name__, (own, _Torchs, *told, kind), exec_body=lambda space: space.update(names))
+    type.__setattr__(made, _USERS, kind)
+    return made
+
+
 def highest_stand_in(kind: type) -> Any:
     """Return the stand-in that stand_in() made, of a class that is that one or below it."""
     return _stand_ins(kind)[-1]

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.classes import converted_class, users_class
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.guards import GuardedGraph, Guards
+from octav_fx.compat.graphs import call_of_class
 from octav_fx.compat.modules import children_of, parameters_of, replace_children, share_forward_hooks, share_parts
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
@@ -52,6 +54,12 @@ class IntegerModule(GuardedModule):
         parts = {**parameters_of(outline), **children_of(outline)}
         self.__dict__["octav_attributes"] |= {name: part for name, part in parts.items() if not hasattr(self, name)}
 
+    def stand_for(self, kind: type[nn.Module]) -> None:
+        """Let code around, which may ask what it calls, find a module of a user's class."""
+        # Each has a class of its own.
+        own = type(self)
+        self.__class__ = converted_class(own, kind, call_of_class(own))
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -88,8 +96,9 @@ class IntegerModule(GuardedModule):
         root = nn.Module()
         share_parts(self, root)
         share_forward_hooks(self, root)
-        attributes = self.__dict__["octav_attributes"]
-        return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
+        attributes, users = self.__dict__["octav_attributes"], users_class(type(self))
+        kind = None if users is type(self) else users
+        return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards, kind
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -137,8 +146,11 @@ def _rebuild_integer(
     meta: dict[str, Any],
     attributes: dict[str, Any],
     guards: Guards | None,
+    kind: type | None = None,
 ) -> IntegerModule:
     module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
+    if kind is not None:
+        module.stand_for(kind)
     # A graph that reads one tensor of a module is no reason to lose the others.
     replace_children(module, children_of(root))
     share_forward_hooks(root, module)

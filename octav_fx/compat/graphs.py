@@ -54,6 +54,14 @@ def forward_from(source: str, names: dict[str, Any]) -> Callable[..., Any]:
     return _forward_from_src(source, dict(names))
 
 
+def call_of_class(kind: Any) -> dict[str, Any]:
+    """Return by name what a subclass of the class of a GraphModule has to have, to be called as that one is.
+
+    It would get one of its own where code is generated, which calls the one above, which calls that of the object.
+    """
+    return {"_wrapped_call": kind._wrapped_call}
+
+
 def set_graph_without_code(module: fx.GraphModule, graph: fx.Graph) -> None:
     """Give a GraphModule another graph; its code is the former one's until recompile() is called."""
     module._graph = graph

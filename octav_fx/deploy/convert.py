@@ -53,7 +53,7 @@ def rewritten(q: nn.Module, passes: Iterable[Pass]) -> nn.Module:
     Raises OctavError like convert.
     """
     passes = tuple(passes)
-    converted = {id(module.owner): _rewritten(module, passes) for module in quantized_modules(q)}
+    converted = {id(module.owner): _rewritten(module, passes, module.owner is q) for module in quantized_modules(q)}
     return copy.deepcopy(q, dict(converted)).eval()
 
 
@@ -74,7 +74,7 @@ def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
     return [row for module in found for row in graph_info(module).integers]
 
 
-def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModule:
+def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...], is_whole: bool) -> IntegerModule:
     check_frozen(module)
     # Its tensors, too: a later step of training must not reach what was deployed.
     working: Any = graphs_of(copy.deepcopy(module.owner).eval())
@@ -83,4 +83,6 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...]) -> IntegerModu
     made = integer_module(working, passes, None if guards is None else guards.of_inputs())
     share_forward_hooks(working.owner, made)
     made.remember_outline(module.owner)
+    if not is_whole:
+        made.stand_for(module.user_class)
     return made.requires_grad_(False)

@@ -209,6 +209,58 @@ def test_part_of_a_larger_module():
     assert whole[0] is q
 
 
+class Scaled(nn.Linear):
+    """A layer of a class that the code around it asks for, with a state besides tensors."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+    def get_extra_state(self):
+        return "of the float layer"
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Asking(nn.Module):
+    """In parts, for a branch on data: its Python asks what class a layer is of."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.layer, self.ask = Scaled(8, 4), ask
+
+    def forward(self, x):
+        assert float(x.abs().max()) > 0
+        if self.ask == "isinstance":
+            return self.layer(x) if isinstance(self.layer, Scaled) else x[:, :4]
+        return self.layer(x) if type(self.layer) is Scaled else x[:, :4]
+
+
+@pytest.mark.parametrize("ask", ["isinstance", "is"])
+@pytest.mark.parametrize("how", ["as it is", "pickle", "deepcopy"])
+@pytest.mark.parametrize("integers", [False, True])
+def test_code_around_finds_the_class_that_it_asks_for(ask, how, integers):
+    x = torch.randn(3, 8)
+    q = freeze(calibrate(quantize(Asking(ask), x).eval(), [x]))
+    c = octav_fx.convert(q, integers=integers)
+    c = pickle.loads(pickle.dumps(c)) if how == "pickle" else copy.deepcopy(c) if how == "deepcopy" else c
+    # The product of codes, twice that of the layer: rounded once more here or there.
+    torch.testing.assert_close(c(x), q(x), rtol=0, atol=4 * 2**-24 * float(q(x).abs().max()))
+    # What a method of the float layer says of itself is no part of codes.
+    assert "layer._extra_state" not in c.state_dict()
+    c.load_state_dict(c.state_dict())
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("ask", ["isinstance", "is"])
+def test_compiled_code_around_finds_the_class_that_it_asks_for(ask):
+    x = torch.randn(3, 8)
+    c = convert(freeze(calibrate(quantize(Asking(ask), x).eval(), [x])))
+    torch.testing.assert_close(
+        torch.compile(c, backend="octav")(x), c(x), rtol=0, atol=4 * 2**-24 * float(c(x).abs().max())
+    )
+
+
 def test_from_training_mode_it_is_the_eval_graph():
     q, x = ready()
     expected = convert(q)(x)
