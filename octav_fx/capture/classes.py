@@ -38,16 +38,20 @@ class _Untold:
         pass
 
 
-def _takes_any_subclass(kind: Any) -> bool:
-    """Tell whether __init_subclass__ of a class takes a subclass that says nothing else."""
+# The methods of torch's modules, before those of a user's class that know of parts which are no longer there.
+_Torchs: Final = type("_Torchs", (), {name: f for name, f in vars(nn.Module).items() if inspect.isfunction(f)})
+
+
+def _as_base(kind: Any) -> tuple[type, ...]:
+    """Return the last bases of a subclass of a user's class, of which its __init_subclass__ is told nothing else."""
     try:
         inspect.signature(kind.__init_subclass__).bind()
+    except TypeError:
+        return _Untold, kind
     except ValueError:
         # That of object has no signature.
-        return True
-    except TypeError:
-        return False
-    return True
+        pass
+    return (kind,)
 
 
 def stand_in(
@@ -65,8 +69,7 @@ def stand_in(
     # A class with an __eq__ of its own inherits no hash.
     names = {"__hash__": kind.__hash__, **methods, **own, **names, "__class__": property(type, _set_class)}
     metaclass: Any = type(kind)
-    bases = (marker, kind) if _takes_any_subclass(kind) else (marker, _Untold, kind)
-    made: Any = _metaclass(metaclass)(kind.__name__, bases, names)
+    made: Any = _metaclass(metaclass)(kind.__name__, (marker, *_as_base(kind)), names)
     # From here on what is set is set on the user's class: ABCs set some of their own before.
     type.__setattr__(made, _USERS, kind)
     return made
@@ -119,19 +122,14 @@ def users_class(kind: type) -> type:
     return found
 
 
-# The methods of torch's modules, before those of a user's class that know of parts which are no longer there.
-_Torchs: Final = type("_Torchs", (), {name: f for name, f in vars(nn.Module).items() if inspect.isfunction(f)})
-
-
 def converted_class(own: Any, kind: Any, names: Mapping[str, Any]) -> type:
     """Return a subclass of own, the class of one module, which stands for a user's class that own is not below of.
 
     isinstance() finds the user's class in it, type() where methods ask for it by `is`, and methods that own and torch's
     modules do not have. names: what it has of its own.
     """
-    told = () if _takes_any_subclass(kind) else (_Untold,)
     names = {**names, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    made = types.new_class(own.__name__, (own, _Torchs, *told, kind), exec_body=lambda space: space.update(names))
+    made = types.new_class(own.__name__, (own, _Torchs, *_as_base(kind)), exec_body=lambda space: space.update(names))
     type.__setattr__(made, _USERS, kind)
     return made
 

@@ -39,8 +39,8 @@ class Contents:
     @classmethod
     def of(cls, root: nn.Module) -> "Contents":
         """Look at a module and all below it."""
-        modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        held = [each for module in modules for each in (module.__dict__, buffers_of(module))]
+        modules = [module for _, module in _named_modules(root)]
+        held = [each for module in modules for each in _held_by(module)]
         kept = [
             value
             for each in held
@@ -58,6 +58,19 @@ class Contents:
         leaves = (leaf for value in self.values() for leaf in _leaves(value))
         tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
         return [t for t in tensors.values() if not isinstance(t, nn.Parameter)]
+
+
+def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """Return (path, attributes by name) of each module, and of its buffers."""
+    return [(name, held) for name, module in _named_modules(root) for held in _held_by(module)]
+
+
+def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
+def _held_by(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module.__dict__, buffers_of(module)
 
 
 def is_users_class(kind: type) -> bool:

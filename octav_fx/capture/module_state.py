@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from octav_fx.capture.contents import CONTAINERS, TORCHS, Contents, is_users_class
+from octav_fx.capture.contents import CONTAINERS, TORCHS, Contents, attributes, is_users_class
 from octav_fx.capture.kinds import tags_of
-from octav_fx.compat.modules import PART_ATTRIBUTES, buffers_of, children_of, parameters_of
+from octav_fx.compat.modules import PART_ATTRIBUTES, children_of, parameters_of
 from octav_fx.compat.tensors import pytree
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
@@ -123,12 +123,6 @@ def refill(container: Any, content: Any) -> None:
     if not _is_same(container, content):
         container.clear()
         getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(content)
-
-
-def attributes(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """Return (path, attributes by name) of each module, and of its buffers."""
-    named = [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    return [(name, held) for name, module in named for held in (module.__dict__, buffers_of(module))]
 
 
 def without_history(root: nn.Module) -> dict[int, Any]:

@@ -92,6 +92,7 @@ def run_keeping_state(
 
     contents: what the modules hold, where somebody has looked.
     """
+    # Where no GPU has begun to work, nothing is on one, and nobody needs to look.
     tensors = itertools.chain(module.parameters(), module.buffers()) if torch.cuda.is_initialized() else ()
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     with (

@@ -71,8 +71,8 @@ def set_graph_without_code(module: fx.GraphModule, graph: fx.Graph) -> None:
 @contextmanager
 def replaced_graph(module: fx.GraphModule, graph: fx.Graph) -> Iterator[None]:
     """Let a GraphModule have another graph inside, without code of its own."""
-    before, module._graph = module._graph, graph
-    graph.owning_module = module
+    before = module._graph
+    set_graph_without_code(module, graph)
     module.__dict__["recompile"] = lambda: None
     try:
         yield

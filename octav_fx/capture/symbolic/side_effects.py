@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.contents import attributes
 from octav_fx.capture.kinds import kind_of
-from octav_fx.capture.module_state import attributes, preserved_attributes
+from octav_fx.capture.module_state import preserved_attributes
 from octav_fx.capture.symbolic.objects import is_object, proxies_in
 from octav_fx.capture.symbolic.reads import INTERNAL
 from octav_fx.errors import NotCaptured

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from octav_fx.capture.module_state import attributes
+from octav_fx.capture.contents import attributes
 from octav_fx.capture.symbolic.proxies import PROXIES
 from octav_fx.compat.modules import PART_ATTRIBUTES
 from octav_fx.compat.tensors import NEEDS_DATA, pytree

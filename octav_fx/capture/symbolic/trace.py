@@ -14,9 +14,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.capture.contents import attributes
 from octav_fx.capture.guards import Guards
 from octav_fx.capture.kinds import MISSING, kind_of, same_tensors
-from octav_fx.capture.module_state import attributes, own_copy
+from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.kept import nothing_kept
 from octav_fx.capture.symbolic.names import symbolic_names
