@@ -55,10 +55,19 @@ class IntegerModule(GuardedModule):
         self.__dict__["octav_attributes"] |= {name: part for name, part in parts.items() if not hasattr(self, name)}
 
     def stand_for(self, kind: type[nn.Module]) -> None:
-        """Let code around, which may ask what it calls, find a module of a user's class."""
+        """Let code around, which may ask what it calls, find a module of a user's class.
+
+        Raises OctavError for a class that Python does not let this be of.
+        """
         # Each has a class of its own.
         own = type(self)
-        self.__class__ = converted_class(own, kind, call_of_class(own))
+        try:
+            self.__class__ = converted_class(own, kind, call_of_class(own))
+        except TypeError as error:
+            raise OctavError(
+                f"a converted layer cannot be of class {kind.__name__}, which the code around it may ask for: {error}; "
+                "take __slots__ out of that class"
+            ) from error
 
     def __getattr__(self, name: str) -> Any:
         try:

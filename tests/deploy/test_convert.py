@@ -225,15 +225,15 @@ class Scaled(nn.Linear):
 class Asking(nn.Module):
     """In parts, for a branch on data: its Python asks what class a layer is of."""
 
-    def __init__(self, ask):
+    def __init__(self, ask, kind=Scaled):
         super().__init__()
-        self.layer, self.ask = Scaled(8, 4), ask
+        self.layer, self.ask, self.kind = kind(8, 4), ask, kind
 
     def forward(self, x):
         assert float(x.abs().max()) > 0
         if self.ask == "isinstance":
-            return self.layer(x) if isinstance(self.layer, Scaled) else x[:, :4]
-        return self.layer(x) if type(self.layer) is Scaled else x[:, :4]
+            return self.layer(x) if isinstance(self.layer, self.kind) else x[:, :4]
+        return self.layer(x) if type(self.layer) is self.kind else x[:, :4]
 
 
 @pytest.mark.parametrize("ask", ["isinstance", "is"])
@@ -249,6 +249,47 @@ def test_code_around_finds_the_class_that_it_asks_for(ask, how, integers):
     # What a method of the float layer says of itself is no part of codes.
     assert "layer._extra_state" not in c.state_dict()
     c.load_state_dict(c.state_dict())
+
+
+class Told(nn.Linear):
+    def __init_subclass__(cls, *, name):
+        cls.name = name
+
+
+class Named(Told, name="a class that wants to be told its name"):
+    pass
+
+
+class Busy(nn.Linear):
+    """Of a class with methods that torch calls, which know of the float weight."""
+
+    def train(self, mode=True):
+        self.weight.data.mul_(1)
+        return super().train(mode)
+
+    def __getattr__(self, name):
+        return super().__getattr__("weight" if name == "kernel" else name)
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("cache",)
+
+
+@pytest.mark.parametrize("kind", [Named, Busy])
+def test_a_converted_layer_may_be_of_a_class_with_ways_of_its_own(kind):
+    x = torch.randn(3, 8)
+    q = freeze(calibrate(quantize(Asking("isinstance", kind), x).eval(), [x]))
+    c = convert(q)
+    other = torch.randn(5, 8)
+    torch.testing.assert_close(c(other), q(other), rtol=0, atol=4 * 2**-24 * float(q(other).abs().max()))
+    c.train()
+
+
+def test_a_class_that_nothing_else_can_be_of():
+    x = torch.randn(3, 8)
+    q = freeze(calibrate(quantize(Asking("isinstance", Slotted), x).eval(), [x]))
+    with pytest.raises(OctavError, match=r"Slotted.*take __slots__ out"):
+        convert(q)
 
 
 @pytest.mark.compile
