@@ -109,7 +109,7 @@ class Config:
             _check_choice(f"{role}_format", getattr(self, f"{role}_format"), NAMES)
             _check_granularity(role, getattr(self, f"{role}_granularity"))
         _check_choice("scale_format", self.scale_format, SCALES)
-        for name in ("signed_activations", "narrow_weights", "sync_clip"):
+        for name in ("signed_activations", "narrow_weights", "fold_batchnorm", "sync_clip"):
             if not isinstance(getattr(self, name), bool):
                 raise OctavError(f"{name}={getattr(self, name)!r}: True or False")
         _check_choice("clip", self.clip, (*METHODS, *LEARNED))
@@ -135,9 +135,12 @@ class Config:
                     f"unknown {unknown}" if isinstance(settings, Mapping) else f"{settings!r} is not a dict or None"
                 )
                 raise OctavError(f"overrides[{pattern!r}]: {detail}; a node can set {', '.join(_OVERRIDABLE)}")
-            # The settings have to be valid by themselves, and laid over these.
-            Config(**settings)
-            dataclasses.replace(self, overrides={}, **settings)
+            try:
+                # The settings have to be valid by themselves, and laid over these.
+                Config(**settings)
+                dataclasses.replace(self, overrides={}, **settings)
+            except OctavError as error:
+                raise OctavError(f"overrides[{pattern!r}]: {error}") from None
 
     def _check_learned(self) -> None:
         if self.clip in LEARNED and self.activation_gradient != "pwl":
@@ -208,8 +211,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """Return the Config of to_dict's values; raise OctavError for a key that is not a field."""
-        return cls(**values)
+        """Return the Config of to_dict's values; raise OctavError for a key that is not a field, and for no mapping."""
+        if not isinstance(values, Mapping):
+            raise OctavError(f"Config.from_dict({values!r}): a dict of fields to values")
+        return cls(**{str(name): value for name, value in values.items()})
 
     def pattern_for(self, site: str, operand: str | None = None) -> str | None:
         """Return the override that holds for an operand of a node: its exact name, else the last that fits.
@@ -291,5 +296,5 @@ def _check_bits(name: str, value: Any) -> None:
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise OctavError(f"{name}={value!r}: one of {', '.join(repr(choice) for choice in choices)}")

@@ -109,6 +109,33 @@ def test_bits_outside_of_two_to_eight(name, value):
             Config(overrides={"fc": {name: value}})
 
 
+@pytest.mark.parametrize("value", [{}, [], None, 1, "no"])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
+def test_a_value_of_another_kind_is_an_octav_error_that_names_the_field(name, value):
+    if (name in ("weight_bits", "activation_bits", "edge_bits", "residual_bits") and value is None) or (
+        name == "overrides" and value == {}
+    ):
+        return
+    with pytest.raises(OctavError, match=name):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize("values", [[], None, 4, {1: 2}])
+def test_what_is_no_dict_of_fields_is_an_octav_error(values):
+    with pytest.raises(OctavError, match=r"from_dict|no field"):
+        Config.from_dict(values)
+
+
+def test_a_preset_that_is_no_name_is_an_octav_error():
+    with pytest.raises(OctavError, match="preset=\\[\\]: one of"):
+        Config.preset([])
+
+
+def test_what_is_wrong_in_an_override_says_in_which():
+    with pytest.raises(OctavError, match=r"overrides\['layer1.\*'\]: weight_bits=99: whole bits"):
+        Config(overrides={"fc": {"weight_bits": 8}, "layer1.*": {"weight_bits": 99}})
+
+
 @pytest.mark.parametrize(("name", "role"), [("weight_bits", Role.WEIGHT), ("activation_bits", Role.ACTIVATION)])
 def test_bits_of_none_leave_a_role_float(name, role):
     for config in (Config(**{name: None}), Config(overrides={"fc": {name: None}})):

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from octav_fx.clips.methods import METHODS
+from octav_fx.clips.methods import METHODS, stored
 from octav_fx.clips.newton import power_of_two
-from octav_fx.formats.format import Format, magnitudes
+from octav_fx.formats.format import magnitudes
+from octav_fx.formats.scales import scale_for
+from octav_fx.formats.spec import Spec
 
 _APART: Final = ContextVar("apart", default=False)
 
@@ -37,11 +39,12 @@ def has_others() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _APART.get()
 
 
-def all_reduced_clip(rows: Tensor, hint: Tensor, form: Format, method: str) -> Tensor:
+def all_reduced_clip(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
     """Return the clip [R] of what all ranks hold; rows [R, N] (float32 or float64, N of this rank), hint [R].
 
     The same on every rank, whatever its hint is. Every rank of the default process group has to call.
     """
+    form = spec.format
     magnitude = magnitudes(rows, form)
     extent = torch.where(rows.isfinite(), rows.abs(), 0)
     known = torch.where((hint > 0) & hint.isfinite(), hint, 0).to(rows.dtype)
@@ -49,10 +52,12 @@ def all_reduced_clip(rows: Tensor, hint: Tensor, form: Format, method: str) -> T
     agreed = torch.stack([_greatest(extent), _greatest(magnitude), known])
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     extent, largest, hint = agreed.unbind()
+    unit = scale_for(extent.amax(), form)
     if method == "max":
-        return largest
+        return stored(largest, spec, unit)
     scale = power_of_two(extent)
-    return METHODS[method].solve(rows / scale.unsqueeze(-1), hint / scale, form, _over_ranks) * scale
+    clip = METHODS[method].solve(rows / scale.unsqueeze(-1), hint / scale, form, _over_ranks) * scale
+    return stored(clip, spec, unit)
 
 
 def _greatest(rows: Tensor) -> Tensor:

@@ -54,6 +54,13 @@ def _store(spec: Spec, rows: Tensor) -> Store:
     return lambda step: rounded(step, unit)
 
 
+def stored(clip: Tensor, spec: Spec, unit: Tensor) -> Tensor:
+    """Return clips [R] whose steps can be stored; unit [] is the float32 scale of the tensor."""
+    if spec.scale == "float32":
+        return clip
+    return SCALES[spec.scale](divided(clip, spec.format.steps), unit) * spec.format.steps
+
+
 def checked(spec: Spec, method: str) -> Method:
     """Return a method by its name; raise OctavError where there is none, or it is not for such levels."""
     if method not in METHODS:
@@ -76,16 +83,16 @@ def solve(rows: Tensor, hint: Tensor, spec: Spec, method: str) -> Tensor:
     Where the scale has a format of its own, clip / steps is a number of it. Where levels are found in the tensor, they
     are what is returned, the best ones whatever the method is.
     """
-    form, store = spec.format, _store(spec, rows)
+    form = spec.format
     if isinstance(form, KMeans):
         unit = _scale(rows)
         return kmeans((rows / unit).squeeze(0), 2**form.bits) * unit.squeeze(0)
     if searches(spec, method):
-        return search(rows, form, spec.scale, store)
+        return search(rows, form, spec.scale, _store(spec, rows))
     scale = _scale(rows)
     known = torch.zeros_like(hint) if spec.granularity.is_short else hint / scale.squeeze(-1)
     clip = METHODS[method].solve(rows / scale, known, form) * scale.squeeze(-1)
-    return clip if store is None else store(divided(clip, form.steps)) * form.steps
+    return clip if spec.scale == "float32" else stored(clip, spec, tensor_scale(rows, form))
 
 
 def _scale(rows: Tensor) -> Tensor:

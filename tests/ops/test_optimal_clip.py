@@ -157,6 +157,22 @@ def test_the_kernel_sweeps_a_long_row_from_every_hint(kernels, name, signed, bit
         assert torch.equal(optimal_clip(x, expected * factor, integers(bits, signed, None), "mse"), expected)
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-60, 2.0**60, 2.0**100])
+def test_the_kernel_polishes_whatever_the_magnitude(kernels, scale):
+    x = torch.randn(200, 32)
+    expected = optimal_clip(x, cold(x, 0), integers(8, True, 0), "octav-grid")
+    # Sums are made in double where the squares of float would be lost, so that the last place may be another one.
+    found = optimal_clip(x * scale, cold(x, 0), integers(8, True, 0), "octav-grid") / scale
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_levels_that_float32_does_not_hold_are_its_greatest_number():
+    x = torch.tensor([-1e200, -1e38, 0.0, 1e38, 1e200], dtype=torch.float64)
+    levels = optimal_clip(x, torch.zeros(4), "kmeans2/tensor", "octav")
+    assert levels.isfinite().all()
+    assert torch.ops.octav.fake_quantize(x, levels, "kmeans2/tensor", "pwl").isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e18, 1e37])
 def test_the_kernel_sweeps_whatever_the_magnitude(kernels, scale):
     x = torch.randn(5000) * scale

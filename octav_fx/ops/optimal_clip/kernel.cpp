@@ -110,6 +110,9 @@ Errors error_of(const float* x, int64_t n, float clip, const Grid& grid) {
   return {sum, power};
 }
 
+// Of a row with a greater sum of squares float holds those of errors: they are 2**-20 of it at 8 bits.
+constexpr double LEAST_POWER = 1e-30;
+
 // The best of the neighbours of a fixed point, itself if none is better. The constants are those of clips/newton.py.
 template <bool SIGNED, bool FINITE>
 float polish(const Row& row, float clip, const Grid& grid, int threads) {
@@ -120,7 +123,8 @@ float polish(const Row& row, float clip, const Grid& grid, int threads) {
     const Errors errors = total<Errors>(row, threads, [&](const float* x, int64_t n) {
       return error_of<SIGNED, FINITE>(x, n, candidate, grid);
     });
-    if (!FINITE && !(std::isfinite(errors.error) && std::isfinite(errors.power)))
+    // Squares of small values go below float as those of large ones go beyond it.
+    if (!FINITE && !(std::isfinite(errors.error) && std::isfinite(errors.power) && errors.power > LEAST_POWER))
       return polish<SIGNED, true>(row, clip, grid, threads);
     if (i == 0 || errors.error < 0.999 * least - 1e-12 * errors.power) least = errors.error, best = candidate;
   }

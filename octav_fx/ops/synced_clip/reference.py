@@ -18,6 +18,6 @@ def synced_clip(x: Tensor, hint: Tensor, spec: str, method: str) -> Tensor:
     represented = spec_of(spec)
     rows = represented.granularity.rows(x)
     rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-    clip = all_reduced_clip(rows, hint.reshape(-1), represented.format, method)
+    clip = all_reduced_clip(rows, hint.reshape(-1), represented, method)
     clip = clip.clamp(max=torch.finfo(torch.float32).max).to(torch.float32)
     return represented.granularity.of_rows(clip, x.shape)
