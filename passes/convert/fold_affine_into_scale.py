@@ -70,7 +70,7 @@ def _fold(gm: fx.GraphModule, node: fx.Node, affine: ChannelAffine) -> None:
     if isinstance(bias, fx.Node):
         value = value_of(gm, bias)
         assert isinstance(value, Tensor)
-        offset = offset + value.double() * factor
+        offset = offset + value.detach().double() * factor
     holder, path = nn.Module(), f"{_FOLDED}.{node.name}"
     holder.register_buffer("bias", offset.to(affine.offset.dtype))
     gm.add_submodule(path, holder)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import octav_fx
+from octav_fx import Config, quantize
 from octav_fx.deploy.convert import rewritten
 from octav_fx.ir.printer import graph_text
 from octav_fx.passes import CONVERT, fold_affine_into_scale
@@ -43,6 +45,14 @@ return _0"""
     # The factor of channel 1 is zero: nothing but its offset.
     assert torch.equal(c(x)[:, 1], before(x)[:, 1])
     assert made(c, fold_affine_into_scale) == []
+
+
+def test_a_bias_that_is_trained_leaves_nothing_of_its_gradient():
+    x = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), trained(nn.BatchNorm2d(5))).eval()
+    c = octav_fx.convert(octav_fx.freeze(quantize(model, x, Config(activation_bits=None))))
+    assert all(value.is_leaf and not value.requires_grad for value in c.state_dict(keep_vars=True).values())
+    assert torch.equal(copy.deepcopy(c)(x), c(x))
 
 
 def test_one_dimension():
