@@ -170,6 +170,13 @@ class Config:
             raise OctavError(f"clip={self.clip!r}: a learned clip is float32, not {self.scale_format!r}")
         if self.sync_clip and self.clip == "octav" and self.activation_format != "int":
             raise OctavError(f"sync_clip=True: the clip of {self.activation_format!r} needs all values in one place")
+        has_rows = self.activation_bits is not None and self.activation_granularity != "tensor"
+        if self.sync_clip and self.scale_format == "e4m3" and has_rows:
+            raise OctavError(
+                "sync_clip=True: above the scales of rows in scale_format='e4m3' is one float32 for the tensor, and a rank "
+                "knows that of its own rows: give another format, or activation_granularity='tensor', not "
+                f"{self.activation_granularity!r}"
+            )
 
     def _check_kmeans(self, role: str) -> None:
         """Raise OctavError for what levels found in each tensor do not combine with."""

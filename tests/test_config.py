@@ -126,6 +126,17 @@ def test_what_is_no_dict_of_fields_is_an_octav_error(values):
         Config.from_dict(values)
 
 
+@pytest.mark.parametrize("granularity", ["token", "group-16"])
+def test_ranks_do_not_agree_on_the_scale_above_those_of_rows(granularity):
+    fields = {"sync_clip": True, "scale_format": "e4m3"}
+    with pytest.raises(OctavError, match=rf"sync_clip=True: above .* not '{granularity}'"):
+        Config(**fields, activation_granularity=granularity)
+    with pytest.raises(OctavError, match="overrides"):
+        Config(sync_clip=True, activation_granularity=granularity, overrides={"fc": {"scale_format": "e4m3"}})
+    assert Config(**fields).sync_clip
+    assert Config(**fields, activation_granularity=granularity, activation_bits=None).sync_clip
+
+
 def test_a_preset_that_is_no_name_is_an_octav_error():
     with pytest.raises(OctavError, match="preset=\\[\\]: one of"):
         Config.preset([])
