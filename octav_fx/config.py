@@ -173,8 +173,8 @@ class Config:
         has_rows = self.activation_bits is not None and self.activation_granularity != "tensor"
         if self.sync_clip and self.scale_format == "e4m3" and has_rows:
             raise OctavError(
-                "sync_clip=True: above the scales of rows in scale_format='e4m3' is one float32 for the tensor, and a rank "
-                "knows that of its own rows: give another format, or activation_granularity='tensor', not "
+                "sync_clip=True: above the scales of rows in scale_format='e4m3' is one float32 for the tensor, and a "
+                "rank knows that of its own rows: give another format, or activation_granularity='tensor', not "
                 f"{self.activation_granularity!r}"
             )
 
