@@ -82,8 +82,8 @@ class Constants:
 
 
 def _is_other(now: Any, before: Any) -> bool:
-    """Tell whether a value that is not what is held for it is no partial of what is held."""
-    return not isinstance(now, functools.partial) or kind_of(now) != before
+    """Tell whether a value that is not what is held for it is not of the kind that is held: a partial, a zero, nan."""
+    return not isinstance(now, (functools.partial, float)) or kind_of(now) != before
 
 
 def _told(name: str, where: str, before: Any, now: Any) -> str:

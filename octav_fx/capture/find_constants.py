@@ -15,7 +15,6 @@ import copy
 import functools
 import inspect
 import logging
-import math
 import os
 import sys
 import threading
@@ -102,7 +101,7 @@ class _Found:
         for name in names:
             value = inspect.getattr_static(holder, name, MISSING)
             if value is not MISSING and _is_plain(value):
-                self._values(self.attributes, where, holder)[name] = copy.deepcopy(value)
+                self._values(self.attributes, where, holder)[name] = _as_held(copy.deepcopy(value))
 
     def add_named(self, root: nn.Module) -> None:
         """Add what the forwards of a module name, and the functions and methods that they call."""
@@ -231,13 +230,14 @@ class _Found:
             if not _OF_LOGGERS.isdisjoint(named.names):
                 self._look_at_logger(value)
         elif isinstance(value, contextvars.ContextVar):
-            if _is_plain(held := value.get(MISSING)):
+            if _is_plain(held := value.get(MISSING)) and held == held:
                 self.variables[value] = copy.deepcopy(held)
         elif depth and _is_space(value):
             self._look(value, named, depth - 1)
 
     def _add(self, space: Any, name: str, value: Any) -> None:
         """Take a value under its name in a place: as an attribute, or as an item of a table."""
+        value = _as_held(value)
         if isinstance(space, dict) and "__builtins__" in space:
             file = sys.modules.get(str(space.get("__name__")))
             # Of what a file does not have a compiler knows nothing later, of what its dict does not have it does.
@@ -273,13 +273,19 @@ def _settings(layer: nn.Module) -> list[str]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell whether a value is a plain one, or a small container of such, and equal to itself."""
+    """Tell whether a value is a plain one, or a small container of such that are equal to themselves."""
     if isinstance(value, PLAIN):
-        return not (isinstance(value, float) and math.isnan(value))
+        return True
     if type(value) not in (tuple, list, dict, set, frozenset) or len(value) > _SMALL:
         return False
     leaves = list(value) if isinstance(value, (set, frozenset)) else pytree.tree_leaves(value)
-    return len(leaves) <= _SMALL and all(isinstance(leaf, PLAIN) and _is_plain(leaf) for leaf in leaves)
+    return len(leaves) <= _SMALL and all(isinstance(leaf, PLAIN) and leaf == leaf for leaf in leaves)
+
+
+def _as_held(value: Any) -> Any:
+    """Return what a value is compared with later: of zero and nan the kind, as -0.0 is equal to 0.0, nan to nothing."""
+    is_odd = isinstance(value, float) and not (value > 0 or value < 0)
+    return kind_of(value) if is_odd else value
 
 
 def _is_space(value: Any) -> bool:

@@ -3,6 +3,7 @@
 import collections
 import functools
 import logging
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Final
@@ -38,6 +39,8 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
     if isinstance(value, Tensor):
         tags = [(name, kind_of(held, depth)) for name, held in tags_of(value).items()]
         return ("Tensor" if type(value) is Tensor else _class_of(value), value.dim(), *tags)
+    if isinstance(value, float):
+        return (type(value).__name__, _number(value))
     if isinstance(value, PLAIN):
         return value if value is None else (type(value).__name__, value)
     if isinstance(value, _ITSELF):
@@ -65,6 +68,13 @@ def kind_of(value: Any, depth: int = _DEEP) -> Any:
         held = [(name, getattr(value, name, MISSING)) for name in _slots(type(value))]
         return (type(value).__name__, *[(name, kind_of(item, depth - 1)) for name, item in held])
     return type(value).__name__
+
+
+def _number(value: float) -> Any:
+    """Return a number, or the name of one that is equal to another one, or not to itself."""
+    if value != value:
+        return "nan"
+    return "-0.0" if value == 0 and math.copysign(1, value) < 0 else value
 
 
 def _class_of(tensor: Tensor) -> str:

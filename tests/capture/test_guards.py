@@ -1,5 +1,8 @@
 """Guards of arguments: what Python may have asked of them is asked again in each call."""
 
+import math
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,3 +44,43 @@ def test_the_class_of_a_tensor_is_guarded(made: type, is_first: bool, is_compile
     # What is of a class of the user's is followed by the module's own Python.
     graphs = graphs_of(q)
     assert not isinstance(special, nn.Parameter) or (graphs is not None and len(graphs.graphs_of(False)) == 2)
+
+
+NUMBER = 0.0
+
+
+class AsksForASign(nn.Module):
+    """Goes other ways for numbers that are equal, and the same way for one that is not equal to itself."""
+
+    def __init__(self, held: float = 1.0) -> None:
+        super().__init__()
+        self.layer, self.held = nn.Linear(8, 8), held
+
+    def forward(self, x: Tensor, given: float = 1.0) -> Tensor:
+        y = self.layer(x)
+        for number in (given, self.held, NUMBER):
+            y = y * 3.0 if math.isnan(number) else y * math.copysign(1.0, number)
+        return y
+
+
+@pytest.mark.parametrize("place", ["argument", "attribute", "global"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_zeros_of_both_signs_and_nan_are_told_apart(
+    place: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AsksForASign(0.0).eval()
+    q = octav_fx.quantize(model, (x, 0.0))
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    # More often than there may be graphs.
+    # A compiler's own guards take -0.0 for 0.0, in float models too.
+    numbers = [1.0] if is_compiled else [-0.0]
+    for number in (0.0, *numbers, *[float("nan") for _ in range(10)], 0.0):
+        args = (x, number) if place == "argument" else (x, 0.0)
+        if place == "attribute":
+            model.held = q.held = number
+        if place == "global":
+            monkeypatch.setattr(sys.modules[__name__], "NUMBER", number)
+        with silent_quantizers():
+            assert_close(f"{number}", call(*args), model(*args))
+    assert len(graphs_of(q).graphs_of(False)) == 3

@@ -167,34 +167,38 @@ class Layer(nn.Module):
     """Recomputes the forward of each subclass around it, as the layers of transformers do."""
 
     recompute = False
+    is_reentrant = False
 
     def __init_subclass__(cls) -> None:
         forward = cls.forward
 
         @functools.wraps(forward)
-        def around(self: Any, x: Tensor) -> Tensor:
+        def around(self: Any, *args: Any, **kwargs: Any) -> Tensor:
             if self.recompute and type(self).forward is around:
-                return checkpoint(functools.partial(forward, self), x, use_reentrant=False)
-            return forward(self, x)
+                run = functools.partial(forward, self, **kwargs)
+                return checkpoint(run, *args, use_reentrant=self.is_reentrant)
+            return forward(self, *args, **kwargs)
 
         cls.forward = around
 
 
 class BlockOfLayer(Layer, Block):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
         return Block.forward(self, x)
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_class_that_recomputes_around_its_subclasses_does_so_around_graphs(before: bool) -> None:
-    model, x = nn.Sequential(*(BlockOfLayer() for _ in range(4))), torch.randn(8, 64, WIDTH)
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_a_class_that_recomputes_around_its_subclasses_does_so_around_graphs(is_reentrant: bool, before: bool) -> None:
+    model, x = nn.Sequential(*(BlockOfLayer() for _ in range(4))), torch.randn(8, 64, WIDTH, requires_grad=True)
     for layer in model if before else ():
         layer.recompute = True
     q = quantize(model, x, blocks="auto")
     for layer in (*model, *q):
-        layer.recompute = True
+        layer.recompute, layer.is_reentrant = True, is_reentrant
     assert saved_bytes(q, x, q) <= 1.2 * saved_bytes(model, x, model)
     q(x).sum().backward()
+    assert all(p.grad is not None for p in q.parameters())
     assert all(isinstance(layer, WholeModule) and graphs_of(layer)._own_python == {} for layer in q)
 
 

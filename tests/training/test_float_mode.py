@@ -74,6 +74,26 @@ def test_a_forward_that_calls_itself_computes_in_float_and_runs_its_own_python_e
     assert not torch.equal(loss, model({"x": x})) and torch.allclose(loss, q(x).square().sum())
 
 
+class Descending(nn.Module):
+    """Calls itself by its class, with an argument that another graph is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+        return self.fc(type(self).forward(self, x, depth - 1)) if depth else x
+
+
+def test_a_forward_that_calls_that_of_its_class_computes_in_float():
+    model, x = Descending(), torch.rand(4, 8)
+    q = quantize(model, (x, 2))
+    for depth in (2, 1, 3):
+        with float_mode(q):
+            assert torch.equal(q(x, depth), model(x, depth))
+        assert not torch.equal(q(x, depth), model(x, depth))
+
+
 def test_the_mode_can_change_inside():
     model, q, x = pair(training=True)
     with float_mode(q):

@@ -45,12 +45,13 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
     inherited: Any = vars(base.__mro__[1])["apply"]
 
     def applied(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if tracer.evaluating or not any(type(leaf) in PROXIES for leaf in pytree.tree_leaves((args, kwargs))):
-            return inherited.__get__(None, function)(*args, **kwargs)
-        if function is CheckpointFunction:
+        if function is CheckpointFunction and not tracer.evaluating:
+            # What it runs may hold proxies that no argument is: a partial, a closure.
             recomputed()
             run, _, *inputs = args
             return run(*inputs)
+        if tracer.evaluating or not any(type(leaf) in PROXIES for leaf in pytree.tree_leaves((args, kwargs))):
+            return inherited.__get__(None, function)(*args, **kwargs)
         return tracer.create_proxy("call_function", apply_function, (tracer.constant(Kept(function)), *args), kwargs)
 
     def recomputed() -> None:
