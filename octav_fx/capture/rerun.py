@@ -69,9 +69,10 @@ def preserved_tensors(module: nn.Module, contents: Contents | None = None) -> It
     finally:
         with torch.no_grad():
             for tensor, old in before.items():
-                # An expanded one cannot be written, and nobody has.
+                # An expanded one cannot be written, and nobody has. Past autograd, for which it holds what it held: the
+                # statistics of a batch norm that ran before, in the forward that needs a new graph.
                 if not _is_kept(tensor, old):
-                    tensor.copy_(old)
+                    tensor.data.copy_(old)
 
 
 def _is_kept(tensor: Tensor, old: Tensor) -> bool:

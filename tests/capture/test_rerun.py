@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.capture.rerun import (
@@ -236,3 +236,33 @@ def test_what_is_masked_hides_no_difference(mask: float) -> None:
 def test_indices_that_are_others_are_a_difference() -> None:
     assert difference(torch.arange(20), torch.arange(20)) is None
     assert "is another one" in str(difference(torch.arange(20), torch.arange(20).flip(0)))
+
+
+class Twice(nn.Module):
+    """Calls a block with statistics twice, the second time as no graph of it knows yet, in its own Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Normed()
+
+    def forward(self, x: Tensor, is_more: bool = False) -> Tensor:
+        y = self.block(x)
+        if y.sum() > 1e9:
+            return y
+        return self.block(y, 2.0) if is_more else y
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.norm(self.conv(x)) * scale
+
+
+def test_a_graph_that_is_captured_within_a_forward_leaves_its_backward_alone() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    q = octav_fx.quantize(Twice(), x)
+    q(x, True).square().sum().backward()
+    assert all(p.grad is not None for p in q.parameters())
