@@ -9,20 +9,24 @@ from octav_fx.ir.arguments import argument, arguments
 from octav_fx.ir.ops import module_of, op_of
 
 _ONE = (1, (1, 1), [1, 1])
-_SPATIAL = ([2, 3], [-2, -1])
+_SPATIAL = ((2, 3), (-2, -1))
 # Those for zeros are kinds of them.
 _CONSTANT = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
-def is_global_mean(node: fx.Node) -> bool:
-    """Tell whether a node is the mean over the two spatial axes of images [N, C, H, W]: a pool to one, or a mean."""
+def axes_of_mean(node: fx.Node) -> tuple[int, int] | None:
+    """Return the spatial axes of images [N, C, H, W] where a node is the mean over both: a pool to one, or a mean.
+
+    None for other nodes. What is averaged may have other axes than images have.
+    """
     op = op_of(node)
     if op is None:
-        return False
+        return None
     if op.name == "mean":
         axes = argument(node, "dim")
-        return isinstance(axes, (tuple, list)) and list(axes) in _SPATIAL
-    return op.name == "adaptive_avg_pool" and _is_planar(node) and argument(node, "output_size") in _ONE
+        return next((two for two in _SPATIAL if isinstance(axes, (tuple, list)) and tuple(axes) == two), None)
+    is_pool = op.name == "adaptive_avg_pool" and _is_planar(node) and argument(node, "output_size") in _ONE
+    return _SPATIAL[1] if is_pool else None
 
 
 def keeps_axes(node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """What the graph of an integer model calls: ops on codes, as functions, so that a graph copies and pickles."""
 
-from typing import Any
+import math
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from octav_fx.formats.grid import Grid
 from octav_fx.ops.integer_codes import reference
 from octav_fx.ops.integer_sum import reference as sums
+
+# Where the shape of a weight stands among the arguments of a layer.
+_SHAPE: Final = 6
 
 
 def integer_codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
@@ -28,9 +32,16 @@ def code_sum(*args: Any) -> Tensor:
     return torch.ops.octav.code_sum.default(*args)
 
 
-def code_mean(*args: Any) -> Tensor:
-    """Return the codes of the mean of codes over positions, uint8 [N, C, H, W] -> uint8 [N, C, ...]: ops/code_mean."""
-    return torch.ops.octav.code_mean.default(*args)
+def code_mean(x: Tensor, *args: Any, axes: tuple[int, int]) -> Tensor:
+    """Return the codes of the mean of codes over two axes, uint8 [N, C, H, W] -> uint8 [N, C, ...]: ops/code_mean."""
+    if x.dim() == 4 and axes in ((2, 3), (-2, -1)):
+        return torch.ops.octav.code_mean.default(x, *args)
+    # What has other axes than images: all else are channels of one image.
+    last = x.movedim(axes, (-2, -1))
+    *others, height, width = last.shape
+    codes = torch.ops.octav.code_mean.default(last.reshape(1, math.prod(others), height, width), *args)
+    kept = [1 if axis in (axes[0] % x.dim(), axes[1] % x.dim()) else size for axis, size in enumerate(x.shape)]
+    return codes.reshape(kept if codes.dim() == 4 else others)
 
 
 def code_cat(codes: list[Tensor], step: Tensor, dim: int) -> Tensor:
@@ -55,9 +66,12 @@ def lookup(codes: Tensor, table: Tensor) -> Tensor:
     return found
 
 
-def integer_conv(*args: Any, **kwargs: Any) -> Tensor:
+def integer_conv(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return codes uint8 [N, C, ...] -> float32, or the codes of a next layer, [N, O, ...]: ops/integer_conv."""
-    return torch.ops.octav.integer_conv.default(*args, **kwargs)
+    shape = args[_SHAPE - 1]
+    if x.dim() < len(shape):
+        return torch.ops.octav.integer_conv.default(x.unsqueeze(0), *args, **kwargs).squeeze(0)
+    return torch.ops.octav.integer_conv.default(x, *args, **kwargs)
 
 
 def integer_linear(*args: Any, **kwargs: Any) -> Tensor:
@@ -65,9 +79,11 @@ def integer_linear(*args: Any, **kwargs: Any) -> Tensor:
     return torch.ops.octav.integer_linear.default(*args, **kwargs)
 
 
-def max_pool(*args: Any) -> Tensor:
+def max_pool(x: Tensor, *args: Any) -> Tensor:
     """Return codes uint8 or floats [N, C, H, W] -> the largest of each window, channels last: ops/max_pool."""
-    return torch.ops.octav.max_pool.default(*args)
+    if x.dim() == 3:
+        return torch.ops.octav.max_pool.default(x.unsqueeze(0), *args).squeeze(0)
+    return torch.ops.octav.max_pool.default(x, *args)
 
 
 def integer_sum(x: Tensor, y: Tensor, relu: bool, scale: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:

@@ -80,23 +80,24 @@ class CodeSum(nn.Module):
 
 
 class CodeMean(nn.Module):
-    """Levels [N, C, ...] of a quantizer -> their mean over all positions, in steps of another, [N, C, 1, ...]."""
+    """Levels [N, C, H, W] of a quantizer -> their mean over two axes, in steps of another, [N, C, 1, 1]."""
 
     scale: Tensor
     result: Tensor
 
-    def __init__(self, source: StaticQuantizer, result: StaticQuantizer, keepdim: bool) -> None:
+    def __init__(
+        self, source: StaticQuantizer, result: StaticQuantizer, keepdim: bool, axes: tuple[int, int] = (-2, -1)
+    ) -> None:
         super().__init__()
-        self.keepdim = keepdim
+        self.keepdim, self.axes = keepdim, axes
         self.register_buffer("scale", source.scale.clone())
         self.register_buffer("result", result.scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        axes = tuple(range(2, x.dim()))
         # Of a batch of none, too.
-        positions = math.prod(x.shape[2:])
-        total = codes_of(x, self.scale, torch.float64).sum(axes, keepdim=self.keepdim)
+        positions = math.prod(x.shape[axis] for axis in self.axes)
+        total = codes_of(x, self.scale, torch.float64).sum(self.axes, keepdim=self.keepdim)
         return total.float() * (self.scale / (self.result * positions))
 
 

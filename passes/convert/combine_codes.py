@@ -3,7 +3,7 @@
     quantizer3(quantizer1(x) + quantizer2(y))
         ->  levels(code_sum(codes1, codes2, s1, s2, s3, bits1, signed1, bits2, signed2, bits3, signed3), s3, ...)
     quantizer2(flatten(adaptive_avg_pool2d(quantizer1(x), 1)))
-        ->  levels(flatten(code_mean(codes1, s1, s2, bits1, signed1, bits2, signed2, True)), s2, ...)
+        ->  levels(flatten(code_mean(codes1, s1, s2, bits1, signed1, bits2, signed2, True, axes=...)), s2, ...)
 
     codes1 = integer_codes(x, s1, bits1, signed1)        uint8, as the layers read them: on_codes.py
 
@@ -19,12 +19,13 @@ from octav_fx.ir.arguments import argument
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import in_place
-from octav_fx.ir.pools import is_global_mean, keeps_axes
+from octav_fx.ir.pools import axes_of_mean, keeps_axes, pads_with_zeros
 from octav_fx.nn import IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer import code_mean, code_sum
 from octav_fx.passes.convert.codes_between_layers import move_codes, moves
 from octav_fx.passes.convert.multiply_codes import is_plain_sum, result_of
 from octav_fx.passes.convert.on_codes import OnCodes, grid_of, on_codes, put_levels
+from octav_fx.passes.convert.saturate_codes import holds_zero
 
 
 def combine_codes(gm: fx.GraphModule) -> list[Edit]:
@@ -37,7 +38,7 @@ def combine_codes(gm: fx.GraphModule) -> list[Edit]:
         if not operands or any(grid_of(operand) is None for operand in operands):
             continue
         found = result_of(node)
-        if found is None or (between := _between(node, found[0])) is None:
+        if found is None or (between := _between(node, *found)) is None:
             continue
         _combine(node, len(operands), between, *found)
         edits.append(Edit(str(found[0].target), "combine", "codes"))
@@ -55,15 +56,15 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
     """Return the two operands of a sum, the one of a mean, none of another node."""
     if is_plain_sum(node) and not (in_place(node) and len(node.all_input_nodes[0].users) > 1):
         return node.args
-    return (argument(node, "input"),) if is_global_mean(node) else ()
+    return () if axes_of_mean(node) is None else (argument(node, "input"),)
 
 
-def _between(node: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
+def _between(node: fx.Node, reader: fx.Node, result: StaticQuantizer) -> list[fx.Node] | None:
     """Return the nodes from one to the quantizer that reads it, if all do to codes what they do to levels."""
     found: list[fx.Node] = []
     (user,) = readers(node)
     while user is not reader:
-        if not moves(user):
+        if not moves(user) or (pads_with_zeros(user) and not holds_zero((result.floor, result.ceiling))):
             return None
         found.append(user)
         (user,) = readers(user)
@@ -83,7 +84,8 @@ def _combine(node: fx.Node, count: int, between: list[fx.Node], reader: fx.Node,
         if count == 2:
             new = graph.call_function(code_sum, (*tensors, *grids, *clamp))
         else:
-            new = graph.call_function(code_mean, (*tensors, *grids, keeps_axes(node), *clamp))
+            axes = {"axes": axes_of_mean(node)}
+            new = graph.call_function(code_mean, (*tensors, *grids, keeps_axes(node), *clamp), axes)
     levels = [argument for argument in node.all_input_nodes if grid_of(argument) is not None]
     node.replace_all_uses_with(new)
     graph.erase_node(node)

@@ -20,7 +20,7 @@ from octav_fx.ir.arguments import argument, called_module, set_argument
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import op_of
-from octav_fx.ir.pools import is_global_mean, keeps_axes
+from octav_fx.ir.pools import axes_of_mean, keeps_axes
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer_rule import EXACT, CodeMean, CodeSum, Rescale, codes_of
 from octav_fx.passes.convert.saturate_codes import selects
@@ -38,7 +38,7 @@ def multiply_codes(gm: fx.GraphModule) -> list[Edit]:
             edits.append(_layer(gm, layer, node))
         elif len(sources := _sources(node)) == 2 and is_plain_sum(node):
             edits += _combined(gm, node, sources, _SUMS)
-        elif len(sources) == 1 and is_global_mean(node):
+        elif len(sources) == 1 and axes_of_mean(node) is not None:
             edits += _combined(gm, node, sources, _MEANS)
     return edits
 
@@ -121,8 +121,9 @@ def _combined(gm: fx.GraphModule, node: fx.Node, sources: list[fx.Node], kind: s
         assert first is not None and second is not None
         gm.add_submodule(name, CodeSum(first, second, result))
     else:
-        assert quantizers[0] is not None
-        gm.add_submodule(name, CodeMean(quantizers[0], result, keeps_axes(node)))
+        axes = axes_of_mean(node)
+        assert quantizers[0] is not None and axes is not None
+        gm.add_submodule(name, CodeMean(quantizers[0], result, keeps_axes(node), axes))
     with gm.graph.inserting_before(node):
         operands = node.args if kind == _SUMS else (sources[0],)
         new = gm.graph.call_module(name, operands)

@@ -21,8 +21,9 @@ from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import module_of
+from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import IntegerWeight, StaticQuantizer
-from octav_fx.passes.convert.saturate_codes import selects
+from octav_fx.passes.convert.saturate_codes import holds_zero, selects
 
 CATS: Final = (torch.cat, torch.concat)
 
@@ -43,6 +44,9 @@ def quantizers_before_cats(gm: fx.GraphModule) -> list[Edit]:
             continue
         cat = cat_before(module_input(node))
         if cat is None or not _gains(parts := parts_of(cat)):
+            continue
+        # Zeros that are put around the whole would not be saturated.
+        if _has_zeros(cat, node) and not holds_zero((quantizer.floor, quantizer.ceiling)):
             continue
         levels = [_quantized(gm, cat, part, _unused(gm, str(node.target)), quantizer) for part in parts]
         cat.args, cat.kwargs = (levels, argument(cat, "dim")), {}
@@ -87,6 +91,16 @@ def _is_of_codes(node: Any) -> bool:
         if clamp_bounds(node) is None and not selects(node):
             return False
         node = argument(node, "input")
+    return False
+
+
+def _has_zeros(cat: fx.Node, node: fx.Node) -> bool:
+    """Tell whether zeros are put around a concatenation before a quantizer takes it."""
+    between: Any = module_input(node)
+    while between is not cat:
+        if pads_with_zeros(between):
+            return True
+        between = argument(between, "input")
     return False
 
 

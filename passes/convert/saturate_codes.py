@@ -60,7 +60,7 @@ def _clamp_before(quantizer: fx.Node) -> tuple[fx.Node, tuple[float | None, floa
             # What is clamped in place must not be read as it was before.
             is_read = in_place(node) and any(len(source.users) > 1 for source in node.all_input_nodes)
             # Zeros that are put around it must not be clamped to something else.
-            return None if is_read or (has_zeros and not _holds_zero(bounds)) else (node, bounds)
+            return None if is_read or (has_zeros and not holds_zero(bounds)) else (node, bounds)
         if not selects(node):
             return None
         has_zeros |= pads_with_zeros(node)
@@ -68,6 +68,7 @@ def _clamp_before(quantizer: fx.Node) -> tuple[fx.Node, tuple[float | None, floa
     return None
 
 
-def _holds_zero(bounds: tuple[float | None, float | None]) -> bool:
+def holds_zero(bounds: tuple[float | None, float | None]) -> bool:
+    """Tell whether zeros around a tensor may be clamped with it."""
     low, high = bounds
     return (low is None or low <= 0) and (high is None or high >= 0)

@@ -26,7 +26,7 @@ from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info, set_fake, update
 from octav_fx.ir.op import Op, Operand, Role, Trait, activation
 from octav_fx.ir.ops import in_place, module_of, op_of
-from octav_fx.ir.pools import is_global_mean
+from octav_fx.ir.pools import axes_of_mean
 from octav_fx.ir.signedness import nonnegative
 from octav_fx.ir.sites import in_scope, numbered
 from octav_fx.ir.table.layers import BATCH_NORM
@@ -59,7 +59,7 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
 def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...] | None:
     """Return the operands of a join of two paths, a global pool or a function of a convolution; else None."""
     op = op_of(node)
-    if is_global_mean(node) or _is_function_of_convolution(node):
+    if axes_of_mean(node) is not None or _is_function_of_convolution(node):
         return _ONE
     if op is None or op.name != "add" or len(node.args) != 2 or node.kwargs:
         return None

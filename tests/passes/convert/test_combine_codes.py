@@ -44,7 +44,7 @@ code_sum = code_sum(integer_codes, integer_codes_1, quantizers_add_x_scale, quan
 quantizers_adaptive_avg_pool_x_scale, 8, True, 8, True, 8, False)
 quantizers_head_input_scale = self.quantizers.head_input.scale
 code_mean = code_mean(code_sum, quantizers_adaptive_avg_pool_x_scale, quantizers_head_input_scale, 8, False, 8, False, \
-True)
+True, axes=(-2, -1))
 flatten = code_mean.flatten(1)
 levels_3 = levels(flatten, quantizers_head_input_scale, 8, False)
 """ in graph_text(c.graph)
@@ -58,6 +58,9 @@ JOINS = {
     "the sum itself goes on": lambda s, a, b: s.head((F.relu(a + b) + a).mean((2, 3))),
     "a pool between": lambda s, a, b: s.head(F.max_pool2d(a + b, 2).mean((2, 3))),
     "zeros around it": lambda s, a, b: s.head(F.pad(a + b, (0, 2, 1, 0)).mean((2, 3))),
+    "cut by a clamp": lambda s, a, b: s.head(F.pad(a + b, (0, 2, 1, 0)).clamp(0.1, 0.3).mean((2, 3))),
+    "of a clip": lambda s, a, b: s.head((a + b).reshape(-1, 1, 5, 5, 3).mean((2, 3))),
+    "the last two axes of five": lambda s, a, b: s.head((a + b).unsqueeze(1).mean((-2, -1))),
     "its sizes": lambda s, a, b: s.head((y := a + b).reshape(y.size(0), 3, 5, y.shape[-1]).mean((2, 3))),
     "twice the same": lambda s, a, b: s.head((a + a).mean((2, 3))),
     "dropout": lambda s, a, b: s.head(s.drop(F.adaptive_avg_pool2d(F.relu(a + b), 1).flatten(1))),

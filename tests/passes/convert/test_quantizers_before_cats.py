@@ -64,6 +64,8 @@ def test_levels_are_the_same(join):
         # Both parts are read by something else: a layer that writes codes for one would have to write floats, too.
         lambda a, b, x: torch.cat([a, b], 1) + (a + b).mean(),
         lambda a, b, x: torch.stack([a, b], 2).flatten(1, 2),
+        # Zeros around the whole are saturated, too.
+        lambda a, b, x: F.pad(torch.cat([a, b], 1), (0, 1, 0, 1)).clamp(0.1, 0.3),
     ],
 )
 def test_what_stays(join):
