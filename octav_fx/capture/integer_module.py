@@ -17,10 +17,14 @@ from octav_fx.compat.modules import children_of, parameters_of, replace_children
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.nn.fake_quantizer import QUANTIZERS
+from octav_fx.nn.static import dtype_after
 
 
 class IntegerModule(GuardedModule):
     """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
+
+    # What .half() and its like have made of the parts that stay float since.
+    _cast_to: torch.dtype | None = None
 
     def __init__(
         self,
@@ -81,9 +85,26 @@ class IntegerModule(GuardedModule):
         return [self._guarded] if "_guarded" in self.__dict__ else []
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_traced(args):
-            self._check(args, kwargs)
-        return self._guarded.function()(self, *args, **kwargs)
+        if is_traced(args):
+            return self._guarded.function()(self, *args, **kwargs)
+        self._check(args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._guarded.function()(self, *args, **kwargs)
+        try:
+            return self._guarded.function()(self, *args, **kwargs)
+        except RuntimeError as error:
+            if self._cast_to is None:
+                raise
+            raise OctavError(
+                f"{str(error).splitlines()[0]}: this converted model was cast to {self._cast_to}, and its integers "
+                "return float32: cast before octav_fx.quantize, or call it under torch.autocast instead"
+            ) from error
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerModule":
+        dtype = dtype_after(fn, torch.float32)
+        self.__dict__["_cast_to"] = None if dtype is torch.float32 else dtype
+        super()._apply(fn, recurse)
+        return self
 
     def check_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise OctavError for a call that the graph does not hold for: torch.export runs the graph past forward."""

@@ -23,6 +23,7 @@ from octav_fx.capture.kinds import same_tensors
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
+from octav_fx.ir.arguments import argument
 from octav_fx.nn import FakeQuantizer, IntegerBias, IntegerWeight, StaticQuantizer, StoredWeight
 
 OPSET: Final = 21
@@ -50,6 +51,7 @@ def translated(
     if isinstance(module, IntegerModule):
         module.check_call(args, kwargs)
     _check_scales(module)
+    _check_divisors(module)
     parts = _stand_ins(module)
     kwargs = _in_order(module, kwargs)
     if dynamic_batch:
@@ -82,6 +84,20 @@ def _check_scales(module: nn.Module) -> None:
                     f"{node.name}: PyTorch's exporter has no scale below zero, {scale}: negate the query and the "
                     "scale, or quantize with attention='full'"
                 )
+
+
+def _check_divisors(module: nn.Module) -> None:
+    """Raise OctavError for a pool with a divisor of its own, which PyTorch's exporter leaves out (torch 2.13)."""
+    for name, part in module.named_modules():
+        nodes = list(part.graph.nodes) if isinstance(part, fx.GraphModule) else []
+        calls = [n for n in nodes if n.op == "call_function" and n.target in (F.avg_pool2d, F.avg_pool3d)]
+        found = [call.name for call in calls if argument(call, "divisor_override") is not None]
+        if getattr(part, "divisor_override", None) is not None and isinstance(part, nn.AvgPool2d | nn.AvgPool3d):
+            found.append(name)
+        if found:
+            raise OctavError(
+                f"{found[0]}: PyTorch's exporter leaves out divisor_override: multiply what the pool returns instead"
+            )
 
 
 class _Constant(nn.Module):

@@ -57,6 +57,7 @@ class IntegerWeight(nn.Module):
         return (codes * along(self.scale, codes, self.dim).to(codes.dtype)).to(self.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self.dtype = dtype_after(fn, self.dtype)
         return _keep_float32(self, fn, recurse)
 
     def extra_repr(self) -> str:
@@ -164,6 +165,7 @@ class StoredWeight(nn.Module):
         return representable(levels * step, self.dtype).to(self.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self.dtype = dtype_after(fn, self.dtype)
         apply_to_tensors(self, fn, recurse)
         self.clip = self.clip.to(torch.float32)
         return self
@@ -191,8 +193,9 @@ class ChannelAffine(nn.Module):
 
 
 class IntegerBias(nn.Module):
-    """() -> the bias of a layer on the grid of its sums of codes, code * step / 2**fraction [C], float32.
+    """() -> the bias of a layer on the grid of its sums of codes, code * step / 2**fraction [C].
 
+    In float32, and after a cast of the converted model in that dtype.
     codes: int32 [C]. step: float32 [C], what a sum of products of codes counts, scale of the input times scale of the
     weight. fraction: so many bits of a code are below one.
     """
@@ -202,15 +205,16 @@ class IntegerBias(nn.Module):
 
     def __init__(self, bias: Tensor, step: Tensor, fraction: int) -> None:
         super().__init__()
-        self.fraction = fraction
+        self.fraction, self.dtype = fraction, torch.float32
         self.register_buffer("codes", (bias.double() * 2**fraction / step.double()).round().to(torch.int32))
         self.register_buffer("step", step)
 
     def forward(self) -> Tensor:
         """See the class."""
-        return self.codes.float() * (self.step / 2**self.fraction)
+        return (self.codes.float() * (self.step / 2**self.fraction)).to(self.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self.dtype = dtype_after(fn, self.dtype)
         apply_to_tensors(self, fn, recurse)
         self.step = self.step.to(torch.float32)
         return self
@@ -218,6 +222,11 @@ class IntegerBias(nn.Module):
     def extra_repr(self) -> str:
         """Channels and the place of the point."""
         return f"{len(self.codes)} channels, {self.fraction} bits below one"
+
+
+def dtype_after(fn, dtype):  # type: ignore[no-untyped-def]
+    """Return the dtype that .half() and its like make of another one."""
+    return fn(torch.empty(0, dtype=dtype)).dtype
 
 
 def _keep_float32(module, fn, recurse):  # type: ignore[no-untyped-def]

@@ -84,7 +84,7 @@ def _combine(node: fx.Node, count: int, between: list[fx.Node], reader: fx.Node,
         if count == 2:
             new = graph.call_function(code_sum, (*tensors, *grids, *clamp))
         else:
-            axes = {"axes": axes_of_mean(node)}
+            axes: dict[str, Any] = {"axes": axes_of_mean(node)}
             new = graph.call_function(code_mean, (*tensors, *grids, keeps_axes(node), *clamp), axes)
     levels = [argument for argument in node.all_input_nodes if grid_of(argument) is not None]
     node.replace_all_uses_with(new)

@@ -351,6 +351,26 @@ def test_casting_keeps_scales_and_codes():
     assert weight.codes.dtype is torch.uint8
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_cast_of_what_stays_float(dtype, integers):
+    # Weights of 4 bits are multiplied as integers on any CPU.
+    q, x = ready(config=Config(4, 8, edge_bits=4))
+    c = octav_fx.convert(q, integers=integers).to(dtype)
+    # Two layers on the grids of those dtypes, and codes that move by one there.
+    assert relative(c(x.to(dtype)).float(), q(x)) < (1e-2 if dtype is torch.float64 else 6e-2)
+
+
+def test_a_cast_where_floats_and_integers_meet():
+    x = torch.randn(2, 6)
+    net = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)).eval()
+    q = freeze(calibrate(quantize(net, x, Config(4, 8, edge_bits=4)), [x]))
+    c = octav_fx.convert(q).half()
+    with pytest.raises(OctavError, match=r"cast to torch\.float16, and its integers return float32"):
+        c(x.half())
+    assert relative(c.float()(x), q(x)) < 1e-2
+
+
 def test_copies_of_a_frozen_model_convert_alike():
     q, x = ready()
     for copied in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):

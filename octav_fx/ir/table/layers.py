@@ -185,6 +185,10 @@ POOLS: Final = (
         target=F.avg_pool2d,
         functions=(F.avg_pool1d, F.avg_pool3d),
         modules=(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+        parameters=parameters(
+            *("input", "kernel_size"),
+            **{"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None},
+        ),
         nonnegative=signs.as_input,
     ),
     Op(

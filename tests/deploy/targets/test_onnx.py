@@ -359,6 +359,25 @@ def test_an_example_that_the_model_does_not_hold_for_is_refused(tmp_path):
     export_onnx(q, x, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(2, divisor_override=3), lambda x: nn.functional.avg_pool2d(x, 2, 2, 0, False, True, 3)],
+)
+def test_a_pool_with_a_divisor_is_told(tmp_path, pool):
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), pool
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.conv(x))
+
+    x = torch.randn(1, 3, 6, 6)
+    q = freeze(calibrate(quantize(Pooled().eval(), x), [x]))
+    with pytest.raises(OctavError, match="leaves out divisor_override"):
+        export_onnx(q, x, tmp_path / "model.onnx")
+
+
 class Negative(nn.Module):
     """PyTorch's exporter takes the root of the scale, and writes NaN."""
 
