@@ -14,8 +14,10 @@ from octav_fx.formats.spec import Spec
 
 # Codes of so many bits are stored two to a byte.
 PACKED: Final = 4
-# A clip of zero sends every value to zero; so does a step that no value reaches half of.
+# A clip of zero sends every value to zero. Of one channel that is a step that no value reaches half of; of a tensor
+# codes that saturate at zero, in a step that is a fine grid for the bias of a layer.
 BEYOND: Final = 2.0**126
+_FINE: Final = 2.0**-12
 
 
 class IntegerWeight(nn.Module):
@@ -82,7 +84,9 @@ class StaticQuantizer(nn.Module):
         self.ceiling: float | None = None
         self.in_steps = False
         step = Grid(bits, signed).step(clip.detach())
-        self.register_buffer("scale", torch.where(step > 0, step, BEYOND))
+        if dim is None and not step > 0:
+            self.floor, self.ceiling = 0.0 if signed else None, 0.0
+        self.register_buffer("scale", torch.where(step > 0, step, _FINE if dim is None else BEYOND))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

@@ -26,7 +26,6 @@ from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import op_of
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
-from octav_fx.nn.static import BEYOND
 
 _LAYERS: Final = ("conv1d", "conv2d", "conv3d", "linear")
 _LARGEST: Final = 2.0**30
@@ -63,7 +62,7 @@ def _refusal(node: fx.Node, bias: Any, known: set[fx.Node]) -> str | None:
     called: Any = argument(node, "weight")
     if len(called.users) > 1 or len(node.graph.find_nodes(op="call_module", target=called.target)) > 1:
         return "not in integers: its weight has other readers"
-    if source.scale >= BEYOND:
+    if source.range == (0, 0):
         return "not in integers: its input is zero whatever the data is"
     if isinstance(bias, fx.Node) and bias not in known:
         return "not in integers: its bias is computed from data"
