@@ -20,6 +20,7 @@ from octav_fx.passes.convert.functions_of_codes import functions_of_codes
 from octav_fx.passes.convert.gates_on_codes import gates_on_codes
 from octav_fx.passes.convert.integer_layers import integer_layers
 from octav_fx.passes.convert.make_activations_static import make_activations_static
+from octav_fx.passes.convert.moves_on_codes import moves_on_codes
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
@@ -118,7 +119,9 @@ COMPUTE: Final[tuple[Any, ...]] = (
 INTEGERS: Final[tuple[Any, ...]] = (
     combine_codes,  # first: sums and means between quantizers, which layers read and write as codes
     integer_layers,  # the layers themselves, with float results
+    moves_on_codes,  # before codes_of_cats: it asks what becomes codes
     codes_of_cats,  # before functions_of_codes: a part may be a function of codes
+    moves_on_codes,  # once more: the parts
     functions_of_codes,  # before codes_between_layers: what such a function reads are codes of a layer, too
     gates_on_codes,  # as functions_of_codes
     clamps_into_layers,  # before codes are looked for behind the layer, and not behind its relu
@@ -196,6 +199,7 @@ __all__ = [
     "mask_from_codes",
     "mask_from_value",
     "mask_in_place",
+    "moves_on_codes",
     "multiply_codes",
     "pack_weights",
     "permute_summands",

@@ -93,12 +93,17 @@ def operands_of(node: fx.Node) -> list[Operand]:
 
 def operand_of(node: fx.Node, operand: Operand) -> Any:
     """Return the current value of an operand of a canonical node."""
-    return node.args[operand.index]
+    value: Any = node.args[operand.index]
+    return value if operand.part is None else value[operand.part]
 
 
 def set_operand(node: fx.Node, operand: Operand, value: fx.Node) -> None:
     """Replace one operand, by position: replace_input_with would change both inputs of matmul(x, x)."""
-    node.update_arg(operand.index, value)
+    if operand.part is None:
+        node.update_arg(operand.index, value)
+        return
+    parts: Any = node.args[operand.index]
+    node.update_arg(operand.index, [value if i == operand.part else part for i, part in enumerate(parts)])
 
 
 def module_input(node: fx.Node) -> fx.Node:

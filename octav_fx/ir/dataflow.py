@@ -17,7 +17,7 @@ from octav_fx.ir.ops import OPS, in_place, op_of
 
 # What tells sizes.
 _METHODS: Final = ("size", "dim", "numel", "nelement")
-_FUNCTIONS: Final = (torch.numel, *(getattr(Tensor, name) for name in _METHODS))
+_FUNCTIONS: Final = (len, torch.numel, *(getattr(Tensor, name) for name in _METHODS))
 _ATTRIBUTES: Final = ("shape", "ndim")
 
 
@@ -66,7 +66,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
 
 
 def reads_sizes(node: fx.Node) -> bool:
-    """Tell whether a node reads no more of a value than its sizes: x.size(0), x.shape, torch.numel(x)."""
+    """Tell whether a node reads no more of a value than its sizes: x.size(0), x.shape, torch.numel(x), len(x)."""
     if node.op == "call_method":
         return node.target in _METHODS
     return node.target in _FUNCTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES)

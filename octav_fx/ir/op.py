@@ -54,6 +54,8 @@ class Operand:
     aliases: tuple[str, ...] = ()
     # The axis that the products are summed over; None: see reduction_axis.
     reduction: int | None = None
+    # Which of the tensors of a list, where the parameter is one; None: the parameter is the operand.
+    part: int | None = None
 
     def reduction_axis(self, dims: int) -> int | None:
         """Return the axis, counted from the front, that the products of a tensor with so many axes are summed over.
@@ -127,8 +129,8 @@ class Op:
             named = {operand.index: operand.name for operand in self.operands} or {0: "input"}
             found = [named.get(i, f"argument{i}") for i in range(max(named) + 1)]
             object.__setattr__(self, "parameters", parameters(*found))
-        for operand in self.operands:
-            if not self.variadic and list(self.parameters)[operand.index : operand.index + 1] != [operand.name]:
+        for operand in () if self.variadic else self.operands:
+            if operand.part is None and list(self.parameters)[operand.index : operand.index + 1] != [operand.name]:
                 raise OctavError(f"op {self.name!r}: operand {operand.name!r} is not parameter {operand.index} of it")
         spellings = [name for operand in self.operands for name in (operand.name, *operand.aliases)]
         if len(set(spellings)) < len(spellings):

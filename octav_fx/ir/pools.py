@@ -1,4 +1,4 @@
-"""Which nodes average whole images or put zeros around them, and how the windows of a max pool move."""
+"""Which nodes average whole images, put zeros around them or repeat elements; how the windows of a max pool move."""
 
 from typing import Any
 
@@ -51,6 +51,12 @@ def max_window(node: fx.Node) -> tuple[Any, ...] | None:
     if given["return_indices"] or any(isinstance(size, fx.Node) for size in sizes):
         return None
     return (*([size, size] if isinstance(size, int) else list(size) for size in sizes), given["ceil_mode"])
+
+
+def repeats_nearest(node: fx.Node) -> bool:
+    """Tell whether a node takes for each place of another size the nearest element of its input."""
+    op = op_of(node)
+    return op is not None and op.name == "interpolate" and argument(node, "mode") in ("nearest", "nearest-exact")
 
 
 def pads_with_zeros(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ where nothing else reads more of the floats than their sizes. Codes rise with th
 each: what moves elements, takes the largest of them or puts zeros around them does to codes what it does to floats.
 """
 
-from typing import Any, Final
+from typing import Any
 
 from torch import fx
 from torch.nn import functional as F
@@ -21,14 +21,10 @@ from octav_fx.ir.arguments import argument, bound_arguments
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import op_of
-from octav_fx.ir.pools import max_window, pads_with_zeros
+from octav_fx.ir.pools import max_window, pads_with_zeros, repeats_nearest
 from octav_fx.nn.integer import integer_codes, max_pool
 from octav_fx.passes.convert.clamps_into_layers import is_layer
-
-# What moves elements and computes nothing.
-MOVING: Final = frozenset(
-    {"flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"}
-)
+from octav_fx.passes.convert.saturate_codes import MOVING
 
 
 def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
@@ -53,7 +49,9 @@ def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
 def moves(node: fx.Node) -> bool:
     """Tell whether a node does to codes what it does to their levels."""
     op = op_of(node)
-    return op is not None and (op.name in MOVING or max_window(node) is not None or pads_with_zeros(node))
+    if op is None:
+        return False
+    return op.name in MOVING or max_window(node) is not None or pads_with_zeros(node) or repeats_nearest(node)
 
 
 def move_codes(between: list[fx.Node], bits: int, signed: bool) -> None:

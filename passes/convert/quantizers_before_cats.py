@@ -76,9 +76,8 @@ def parts_of(cat: fx.Node) -> list[fx.Node]:
 
 
 def _gains(parts: list[fx.Node]) -> bool:
-    """Tell whether no part is quantized yet, and a kernel on codes writes one of them."""
-    is_done = any(isinstance(called_module(part), StaticQuantizer) for part in parts)
-    return not is_done and any(_is_of_codes(part) for part in parts)
+    """Tell whether a kernel on codes writes a part that is not quantized yet."""
+    return any(not isinstance(called_module(part), StaticQuantizer) and _is_of_codes(part) for part in parts)
 
 
 def _is_of_codes(node: Any) -> bool:

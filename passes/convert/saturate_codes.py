@@ -18,17 +18,21 @@ from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import in_place, module_of, op_of
-from octav_fx.ir.pools import pads_with_zeros
+from octav_fx.ir.pools import pads_with_zeros, repeats_nearest
 from octav_fx.nn import StaticQuantizer
 
+# What moves elements and computes nothing.
+MOVING: Final = frozenset(
+    {"flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"}
+)
 # These select or move elements, so that a clamp before them is one behind them.
-_SELECTING: Final = frozenset({"max_pool", "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze"})
+_SELECTING: Final = MOVING | {"max_pool"}
 
 
 def selects(node: fx.Node) -> bool:
     """Tell whether each element that a node returns is one of its input, or a zero around them."""
     op = op_of(node)
-    return op is not None and (op.name in _SELECTING or pads_with_zeros(node))
+    return op is not None and (op.name in _SELECTING or pads_with_zeros(node) or repeats_nearest(node))
 
 
 def saturate_codes(gm: fx.GraphModule) -> list[Edit]:

@@ -43,7 +43,7 @@ class Place:
     signed: bool
     # The channel axis, counted from the front; None: per tensor.
     dim: int | None
-    # An input of a sum that joins two paths, or of a global pool.
+    # What quantize_residuals asks for.
     residual: bool = False
     # The axis that products are summed over, counted from the front; None: there is no one axis.
     reduction: int | None = None

@@ -1,8 +1,10 @@
-"""Put a fake-quantizer where an integer runtime writes a tensor: joins, global pools, functions of convolutions.
+"""Put a fake-quantizer where an integer runtime writes a tensor: joins, global pools, what is done to convolutions.
 
     add(x, y)                        ->  add(quantizers.add_x(x), quantizers.add_y(y))
     adaptive_avg_pool2d(x, 1)        ->  adaptive_avg_pool2d(quantizers.pool_x(x), 1)
     silu(batch_norm(conv2d(...)))    ->  silu(quantizers.silu_x(batch_norm(conv2d(...))))
+    y = conv2d(...); conv2d(quantizers.conv_input(y), w), max_pool2d(y, 3), cat([y, z], 1)
+        ->  y = quantizers.pool_x(conv2d(...)); the same calls
 
     conv2d(quantizers.conv_input(x), w), add(x, y)            where the operand of conv2d has fewer bits than a sum:
         ->  z = quantizers.add_x(x)
@@ -12,21 +14,24 @@ A tensor has one quantizer that reads it, the widest: whatever else reads the te
 quantizers too. An integer runtime writes a tensor once, and a sum with a float operand keeps what is around it in
 float. Sums with constants, broadcast ones and those of integers are no joins. A kernel of a convolution returns codes,
 and what is then computed of each is a table of 256; a clamp needs neither, and linear layers return floats as well.
-It is Config.residual_bits, off by default.
+What pools, moves or concatenates results of convolutions reads levels, too, where something else reads them as well and
+a quantizer in the end: branches of GoogLeNet, halves of ShuffleNet, the skips of a U-Net. Else nothing would tell the
+convolution one grid for all of them. It is Config.residual_bits, off by default.
 """
 
 from typing import Any, Final
 
 from torch import Tensor, fx
 
-from octav_fx.ir.arguments import arguments, operand_of, set_operand
+from octav_fx.ir.aliasing import Aliasing, aliasing
+from octav_fx.ir.arguments import arguments, module_input, operand_of, set_operand
 from octav_fx.ir.clamps import clamp_bounds
-from octav_fx.ir.dataflow import state_only, tensor_flow
+from octav_fx.ir.dataflow import readers, state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info, set_fake, update
 from octav_fx.ir.op import Op, Operand, Role, Trait, activation
 from octav_fx.ir.ops import in_place, module_of, op_of
-from octav_fx.ir.pools import axes_of_mean
+from octav_fx.ir.pools import axes_of_mean, pads_with_zeros, repeats_nearest
 from octav_fx.ir.signedness import nonnegative
 from octav_fx.ir.sites import in_scope, numbered
 from octav_fx.ir.table.layers import BATCH_NORM
@@ -35,39 +40,53 @@ from octav_fx.passes.prepare.quantize_operands import Choose, Place, add_quantiz
 
 _SUM: Final = (activation(0, "x"), activation(1, "y"))
 _ONE: Final = (activation(0, "x"),)
+# What these return are elements of what they are given, as of zeros around it and of the nearest elements.
+_SELECTS: Final = frozenset(
+    {
+        *("max_pool", "flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"),
+        *("pixel_shuffle", "chunk", "getitem", "identity", "dropout"),
+    }
+)
+# Elements of several, or means.
+_MIXES: Final = {"cat", "avg_pool", "interpolate"}
 
 
 def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     """See the module's docstring."""
     edits: list[Edit] = []
     constant, unsigned = state_only(tensor_flow(gm.graph)), nonnegative(gm.graph)
+    of_convolutions, memory = _of_convolutions(gm.graph, constant), aliasing(gm.graph)
     for node in list(gm.graph.nodes):
-        if info(node).op is not None or (operands := _operands(node, constant)) is None:
+        if info(node).op is not None:
+            continue
+        operands = _operands(node, constant) or _shares(node, of_convolutions)
+        if not operands:
             continue
         op = op_of(node)
         assert op is not None
         # A row of its own, as a user's function has, puts it into tables.
-        update(node, site=_site(node, gm.graph), op=Op(op.name, operands, traits=op.traits))
+        row = Op(op.name, operands, traits=op.traits, nonnegative=op.nonnegative)
+        update(node, site=_site(node, gm.graph), op=row)
         edits += [
-            _quantize(gm, node, operand, unsigned, choose)
+            _quantize(gm, node, operand, unsigned, memory, choose)
             for operand in operands
             if _quantizer(operand_of(node, operand)) is None
         ]
     return edits
 
 
-def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...] | None:
-    """Return the operands of a join of two paths, a global pool or a function of a convolution; else None."""
+def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...]:
+    """Return the operands of a join of two paths, a global pool or a function of a convolution; else none."""
     op = op_of(node)
     if axes_of_mean(node) is not None or _is_function_of_convolution(node):
         return _ONE
     if op is None or op.name != "add" or len(node.args) != 2 or node.kwargs:
-        return None
+        return ()
     values = [fake(source) for source in node.args if isinstance(source, fx.Node)]
     if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
-        return None
+        return ()
     joins = len(values) == 2 and values[0].shape == values[1].shape and constant.isdisjoint(node.all_input_nodes)
-    return _SUM if joins else None
+    return _SUM if joins else ()
 
 
 def _is_function_of_convolution(node: fx.Node) -> bool:
@@ -83,7 +102,86 @@ def _is_function_of_convolution(node: fx.Node) -> bool:
     return before is not None and before.spatial > 0
 
 
-def _quantize(gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set[fx.Node], choose: Choose) -> Edit:
+def _shares(node: fx.Node, of_convolutions: set[fx.Node]) -> tuple[Operand, ...]:
+    """Return the operands that a node pools, moves or concatenates, if that is one use of several of them.
+
+    Of those that convolutions returned, and that are quantized in the end.
+    """
+    if not _moves(node) or not node.args:
+        return ()
+    operands: tuple[Operand, ...] = _ONE
+    if isinstance(parts := operand_of(node, *_ONE), (list, tuple)):
+        operands = tuple(Operand(0, f"x{i}", Role.ACTIVATION, part=i) for i in range(len(parts)))
+    return tuple(operand for operand in operands if _is_shared(operand_of(node, operand), of_convolutions))
+
+
+def _is_shared(value: Any, of_convolutions: set[fx.Node]) -> bool:
+    """Tell whether convolutions returned a value that several nodes read, quantizers in the end.
+
+    Not what was taken out of levels: it has them.
+    """
+    source = module_input(value) if _quantizer(value) is not None else value
+    if source not in of_convolutions or not isinstance(fake(value), Tensor) or len(_parts(value)) < 2:
+        return False
+    while _selects(source) and source.args:
+        source = operand_of(source, *_ONE)
+        if _quantizer(source) is not None:
+            return False
+    return any(_quantizer(end) is not None for end in _ends(value))
+
+
+def _of_convolutions(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
+    """Return what is made of results of convolutions: pooled, moved, concatenated, functions of each element, sums."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        op, sources = op_of(node), [source for source in node.all_input_nodes if source not in constant]
+        if op is None or not sources:
+            continue
+        is_pointwise = Trait.POINTWISE in op.traits and found.issuperset(sources)
+        is_like_its_input = (_moves(node) or op is BATCH_NORM) and not found.isdisjoint(sources)
+        if op.spatial or is_pointwise or is_like_its_input:
+            found.add(node)
+    return found
+
+
+def _selects(node: fx.Node) -> bool:
+    op = op_of(node)
+    return op is not None and (op.name in _SELECTS or repeats_nearest(node) or pads_with_zeros(node))
+
+
+def _moves(node: fx.Node) -> bool:
+    op = op_of(node)
+    return op is not None and (op.name in _MIXES or _selects(node))
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """Return what reads a value or, where a node divides it, one of its parts."""
+    parts = [part for reader in readers(node) for part in (readers(reader) if _divides(reader) else [reader])]
+    # Of what is moved sizes alone may be read.
+    return [part for part in parts if not _moves(part) or _ends(part)]
+
+
+def _divides(node: fx.Node) -> bool:
+    op = op_of(node)
+    return op is not None and op.name == "chunk"
+
+
+def _ends(node: fx.Node) -> set[fx.Node]:
+    """Return what reads a value, seen through pools, moves and concatenations."""
+    found, seen, waiting = set[fx.Node](), set[fx.Node](), [node]
+    while waiting:
+        for reader in readers(waiting.pop()):
+            if not _moves(reader):
+                found.add(reader)
+            elif reader not in seen:
+                seen.add(reader)
+                waiting.append(reader)
+    return found
+
+
+def _quantize(
+    gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set[fx.Node], memory: Aliasing, choose: Choose
+) -> Edit:
     value: Any = operand_of(node, operand)
     site, op = site_of(node), op_of(node)
     assert op is not None
@@ -103,7 +201,8 @@ def _quantize(gm: fx.GraphModule, node: fx.Node, operand: Operand, unsigned: set
         return Edit.by_config(node, settings, operand.name)
     if in_place(node) and operand.index == 0 and any(reader > node for reader in value.users):
         return Edit.unsupported(node, f"{value.name} is read after the sum has been written into it", operand.name)
-    if any(in_place(reader) and reader is not node for reader in value.users):
+    # Its own write is of levels, too.
+    if memory.written(value, after=value, before=node) or memory.written(value, after=node):
         return Edit.unsupported(node, f"{value.name} is written in place by another node", operand.name)
     known = {reader: q.spec.format.bits for reader in value.users if (q := _quantizer(reader)) is not None}
     wide = max(known, key=known.__getitem__, default=None)

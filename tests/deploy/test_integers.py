@@ -44,7 +44,9 @@ def ready(config: Config | None = None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "residual_bits"), [((8, 8), 8), ((4, 8), 8), ((4, 4), 8), ((4, 4), None)])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "encoder", "gpt"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "branches", "encoder", "gpt"]
+)
 def test_codes_are_those_of_the_definition(name, bits, residual_bits):
     q, _ = frozen(WHOLE[name], Config(*bits, residual_bits=residual_bits))
     c, levels = convert(q), convert(q, integers=False)

@@ -72,6 +72,30 @@ class Text(nn.Module):
         return self.head(x.mean(1))
 
 
+class Branches(nn.Module):
+    """A detector's: halves that are concatenated, pools side by side, a skip to what is enlarged again."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.few = _conv(3, width), _conv(width // 2, width // 2)
+        self.joined, self.down = _conv(3 * width // 2, width), _conv(width, width)
+        self.pools, self.up = _conv(3 * width, width), _conv(2 * width, width)
+        self.pool, self.head = nn.MaxPool2d(3, 1, 1), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.stem(x).chunk(2, 1)
+        skip = self.joined(torch.cat([first, second, self.few(second)], 1))
+        x = self.down(F.max_pool2d(skip, 2))
+        once = self.pool(x)
+        x = self.pools(torch.cat([x, once, self.pool(once)], 1))
+        x = self.up(torch.cat([F.interpolate(x, scale_factor=2), skip], 1))
+        return self.head(x.mean((2, 3)))
+
+
+def _conv(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
 def _layer(width: int) -> dict[str, nn.Module]:
     square = {name: nn.Linear(width, width) for name in ("query", "key", "value", "out")}
     norms = {name: nn.LayerNorm(width) for name in ("norm1", "norm2")}
@@ -119,6 +143,7 @@ WHOLE = {
         "efficientnet_b0": named("efficientnet_b0"),
         "swin_t": named("swin_t"),
         "vit_b_16": named("vit_b_16", image_size=32),
+        "branches": Case(Branches, images),
     },
     **LANGUAGE,
 }
@@ -140,6 +165,7 @@ def shortened() -> dict[str, Case]:
         "vit_b_16": Case(
             lambda: models.vision_transformer.VisionTransformer(32, 16, 2, 4, 64, 128, num_classes=10), images
         ),
+        "branches": Case(Branches, images),
         **LANGUAGE,
     }
 

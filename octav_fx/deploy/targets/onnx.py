@@ -223,6 +223,25 @@ def before_zeros(graph: Graph, node: Any) -> list[Any] | None:
     return [graph.node("Activation", [pad.input[0]], levels, domain=DOMAIN, key=key), copied]
 
 
+def before_repeats(graph: Graph, node: Any) -> list[Any] | None:
+    """Return a quantizer before its input is enlarged to the nearest elements as well.
+
+    Rounding a level gives the level. The layer before them then writes codes, and codes are what is repeated.
+    """
+    key, output = attribute(node, "key").decode(), node.output[0]
+    quantizer, resize = graph.parts[key], graph.makers.get(node.input[0])
+    assert isinstance(quantizer, StaticQuantizer)
+    is_nearest = resize is not None and resize.op_type == "Resize" and attribute(resize, "mode") == b"nearest"
+    if resize is None or not is_nearest or quantizer.dim is not None or len(graph.readers[resize.output[0]]) > 1:
+        return None
+    levels, repeated = f"{output}.0", f"{output}.1"
+    copied = graph.onnx.NodeProto.FromString(resize.SerializeToString())
+    copied.name, copied.input[0], copied.output[0] = f"{key}/{levels}.resize", levels, repeated
+    calls = [(resize.input[0], levels), (repeated, output)]
+    first, last = (graph.node("Activation", [source], to, domain=DOMAIN, key=key) for source, to in calls)
+    return [first, copied, last]
+
+
 def _puts_zeros(graph: Graph, node: Any) -> bool:
     """Tell whether a node is a Pad of constant sizes with zeros."""
     if node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":

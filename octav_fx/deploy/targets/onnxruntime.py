@@ -7,6 +7,7 @@
     LayerNormalization(Add(x, y))      LayerNormalization(Sum(x, y))
     ReduceMean(x, spatial axes)        GlobalAveragePool(x)                          QLinearGlobalAveragePool
     octav::Activation(Pad(x))          Pad(octav::Activation(x))                     padding of QLinearConv
+    octav::Activation(Resize(x))       octav::Activation(Resize(octav::Activation(x)))    Resize of codes
     MaxPool(Pad(x))                    MaxPool(Pad(x, axes))
     Mul(x, Sigmoid(x))                 QuickGelu(x)
     Gemm(x, w of int4 in groups, b)    Add(MatMulNBits(x, codes, scales), b)         MatMulNBits
@@ -27,6 +28,7 @@ from octav_fx.deploy.targets.onnx import (
     NOTHING,
     Target,
     activation_in_bytes,
+    before_repeats,
     before_zeros,
     bias_apart,
     bias_of_rank_three,
@@ -165,7 +167,9 @@ def _mean(graph: Graph, node: Any) -> list[Any] | None:
     if attribute(node, "keepdims", 1):
         return [graph.node("GlobalAveragePool", [node.input[0]], output)]
     pool = graph.node("GlobalAveragePool", [node.input[0]], f"{output}.pool")
-    return [pool, graph.node("Flatten", [pool.output[0]], output, axis=1)]
+    # Not Flatten: only past Reshape the quantizer behind it becomes the pool's.
+    sizes = graph.constant(f"{output}.sizes", "INT64", torch.tensor([0, -1 if shape[1] is None else shape[1]]))
+    return [pool, graph.node("Reshape", [pool.output[0], sizes], output)]
 
 
 ONNXRUNTIME: Final = Target(
@@ -177,6 +181,7 @@ ONNXRUNTIME: Final = Target(
         {"Gemm": _gemm, "MatMul": _matmul},
         {"Conv": _convolution, "ConvTranspose": bias_apart, "Add": _add, "Mul": _product, "ReduceMean": _mean},
         {"Activation": before_zeros},
+        {"Activation": before_repeats},
         # Last: it asks for the zeros that stay before a pool.
         {"Pad": zeros_of_pools},
     ),

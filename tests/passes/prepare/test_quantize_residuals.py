@@ -205,3 +205,87 @@ def test_functions_of_convolutions(forward, expected):
     for name in expected:
         assert named[name].spec.format.bits == 8
         assert [node.name for node in q.graph.nodes if f"quantizers_{name}" in map(str, node.all_input_nodes)]
+
+
+def test_what_several_read_of_a_convolution():
+    def forward(self, x):
+        y = self.one(x).relu()
+        return self.two(torch.cat([y, self.two(F.max_pool2d(y, 1))], 1)[:, :4])
+
+    x = torch.randn(2, 3, 4, 4)
+    q = quantize(model(forward, one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 4, 1)).eval(), x, CONFIG)
+    text = graph_text(q.graph)
+    assert "relu = one.relu()\nquantizers_max_pool_x = self.quantizers.max_pool_x(relu)\n" in text
+    assert "max_pool2d = max_pool2d(quantizers_max_pool_x, 1, " in text
+    assert "cat = cat([quantizers_max_pool_x, two], 1)\n" in text
+    assert not quantizers(q)["max_pool_x"].spec.format.signed
+    found = {(row.node, row.operand) for row in octav_fx.rows(q, x) if row.bits == 8}
+    assert found == {("max_pool", "x"), ("cat", "x0")}
+    assert made(q, lambda gm: quantize_residuals(gm, lambda place: "not asked")) == []
+    assert graph_text(q.graph) == text
+
+
+def two_halves(self, x):
+    a, b = self.one(x).chunk(2, 1)
+    return self.two(torch.cat([a, self.few(b)], 1))
+
+
+SHARED = {
+    "halves": (two_halves, ["chunk_x"]),
+    "a part of what is concatenated": (
+        lambda s, x: s.two(torch.cat([y := s.one(x), s.two(y)], 1)[:, 2:6]),
+        ["cat_x0"],
+    ),
+    "a pool, and a pool of it": (
+        lambda s, x: s.two(torch.cat([y := s.one(x), z := F.max_pool2d(y, 3, 1, 1), F.max_pool2d(z, 3, 1, 1)])),
+        ["max_pool_x"],
+    ),
+    "a concatenation": (
+        lambda s, x: s.two(y := torch.cat([s.few(x[:, :2]), s.few(x[:, 2:])], 1)) + s.two(F.avg_pool2d(y, 1)),
+        ["add_x", "add_y", "avg_pool_x"],
+    ),
+    "of a norm, enlarged": (
+        lambda s, x: s.two(y := s.norm(s.one(x))).mean() + s.two(F.interpolate(y, scale_factor=2)),
+        ["interpolate_x"],
+    ),
+    "one quantizer reads all of it": (lambda s, x: s.two(F.max_pool2d(s.one(x), 2)), []),
+    "nothing quantizes it": (lambda s, x: (y := s.one(x), F.max_pool2d(y, 2)), []),
+    "of a linear layer": (lambda s, x: s.two(y := s.head(x)).mean() + s.two(F.max_pool2d(y, 2)), []),
+    "the input": (lambda s, x: s.two(x).mean() + s.two(F.max_pool2d(x, 2)), []),
+    "its sizes": (lambda s, x: s.two((y := s.one(x)).reshape(y.shape[0], 4, 4, len(y[0]))), []),
+}
+
+
+@pytest.mark.parametrize(("forward", "expected"), SHARED.values(), ids=list(SHARED))
+def test_what_is_shared(forward, expected):
+    parts = {"one": nn.Conv2d(4, 4, 1), "two": nn.Conv2d(4, 4, 1), "few": nn.Conv2d(2, 2, 1)}
+    parts |= {"norm": nn.BatchNorm2d(4), "head": nn.Linear(4, 4)}
+    x = torch.randn(2, 4, 4, 4)
+    float_module = model(forward, **parts).eval()
+    q = quantize(float_module, x, CONFIG)
+    assert sorted(name for name, part in quantizers(q).items() if part.spec.format.bits == 8) == expected
+    with octav_fx.float_mode(q):
+        torch.testing.assert_close(q(x), float_module(x), rtol=0, atol=0)
+
+
+WRITTEN = {
+    "a part": lambda s, x: s.two((y := s.one(x), y[:, :2].add_(1.5))[0] + s.one(x)),
+    "all of it, as another shape": lambda s, x: s.two((y := s.one(x), y.view(y.shape).mul_(0.4))[0] + s.one(x)),
+    "a half, behind a pool": lambda s, x: (
+        s.two((y := s.one(x), F.max_pool2d(y, 2), y[:, 1:].mul_(0.4))[0]) + s.two(F.max_pool2d(y, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("forward", WRITTEN.values(), ids=list(WRITTEN))
+def test_what_is_written_into_by_a_view_has_no_levels(forward):
+    x = torch.randn(2, 3, 4, 4)
+    q = quantize(model(forward, one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 4, 1)).eval(), x, CONFIG)
+    assert {row.reason for row in octav_fx.rows(q, x) if row.reason} == {
+        f"{name} is written in place by another node" for name in ("one",)
+    }
+    octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    expected = q(x)
+    # Sums of eight products, in another order.
+    atol = 8 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    torch.testing.assert_close(octav_fx.convert(q)(x), expected, rtol=0, atol=atol)
