@@ -59,11 +59,12 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     for node in list(gm.graph.nodes):
         if info(node).op is not None:
             continue
+        if (op := op_of(node)) is None:
+            continue
+        _by_position(node, op, len(_SUM if op.name == "add" else _ONE))
         operands = _operands(node, constant) or _shares(node, of_convolutions)
         if not operands:
             continue
-        op = op_of(node)
-        assert op is not None
         # A row of its own, as a user's function has, puts it into tables.
         row = Op(op.name, operands, traits=op.traits, nonnegative=op.nonnegative)
         update(node, site=_site(node, gm.graph), op=row)
@@ -73,6 +74,15 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
             if _quantizer(operand_of(node, operand)) is None
         ]
     return edits
+
+
+def _by_position(node: fx.Node, op: Op, count: int) -> None:
+    """Write the first arguments of a call by their positions: torch.add(input=x, other=y)."""
+    missing = list(op.parameters)[len(node.args) : count]
+    given = {op.keywords.get(word): word for word in node.kwargs}
+    if missing and given.keys() >= {*missing}:
+        node.args = (*node.args, *(node.kwargs[given[name]] for name in missing))
+        node.kwargs = {word: value for word, value in node.kwargs.items() if op.keywords.get(word) not in missing}
 
 
 def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...]:
@@ -121,7 +131,9 @@ def _is_shared(value: Any, of_convolutions: set[fx.Node]) -> bool:
     Not what was taken out of levels: it has them.
     """
     source = module_input(value) if _quantizer(value) is not None else value
-    if source not in of_convolutions or not isinstance(fake(value), Tensor) or len(_parts(value)) < 2:
+    known = fake(value)
+    is_float = isinstance(known, Tensor) and known.is_floating_point()
+    if source not in of_convolutions or not is_float or len(_parts(value)) < 2:
         return False
     while _selects(source) and source.args:
         source = operand_of(source, *_ONE)

@@ -248,6 +248,16 @@ SHARED = {
         lambda s, x: s.two(y := s.norm(s.one(x))).mean() + s.two(F.interpolate(y, scale_factor=2)),
         ["interpolate_x"],
     ),
+    "by keywords": (
+        lambda s, x: s.two(
+            torch.cat(tensors=[y := s.one(x), s.two(torch.add(input=y, other=s.one(x)))], dim=1)[:, 2:6]
+        ),
+        ["add_x", "add_y"],
+    ),
+    "indices of a pool": (
+        lambda s, x: s.two(torch.cat([i := s.pool(s.one(x))[1], s.two(x)], 1)[:, 2:6]) + i[:, :1],
+        [],
+    ),
     "one quantizer reads all of it": (lambda s, x: s.two(F.max_pool2d(s.one(x), 2)), []),
     "nothing quantizes it": (lambda s, x: (y := s.one(x), F.max_pool2d(y, 2)), []),
     "of a linear layer": (lambda s, x: s.two(y := s.head(x)).mean() + s.two(F.max_pool2d(y, 2)), []),
@@ -259,7 +269,7 @@ SHARED = {
 @pytest.mark.parametrize(("forward", "expected"), SHARED.values(), ids=list(SHARED))
 def test_what_is_shared(forward, expected):
     parts = {"one": nn.Conv2d(4, 4, 1), "two": nn.Conv2d(4, 4, 1), "few": nn.Conv2d(2, 2, 1)}
-    parts |= {"norm": nn.BatchNorm2d(4), "head": nn.Linear(4, 4)}
+    parts |= {"norm": nn.BatchNorm2d(4), "head": nn.Linear(4, 4), "pool": nn.MaxPool2d(1, return_indices=True)}
     x = torch.randn(2, 4, 4, 4)
     float_module = model(forward, **parts).eval()
     q = quantize(float_module, x, CONFIG)
