@@ -12,8 +12,8 @@ from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.dataflow import readers
-from octav_fx.ir.ops import module_of, op_of
-from octav_fx.ir.pools import repeats_nearest
+from octav_fx.ir.movement import selects
+from octav_fx.ir.ops import module_of
 from octav_fx.nn import StaticQuantizer
 from octav_fx.nn.integer import (
     code_cat,
@@ -27,7 +27,6 @@ from octav_fx.nn.integer import (
     lookup,
     max_pool,
 )
-from octav_fx.passes.convert.saturate_codes import MOVING
 
 # Where the scale of the codes, or another tensor of their quantizer, stands among the arguments.
 _STATE: Final = {integer_codes: 1, integer_sum: 3, code_sum: 4, code_mean: 2, code_cat: 1, gated_codes: 3, lookup: 1}
@@ -119,9 +118,7 @@ def _last(node: fx.Node) -> fx.Node:
     """Return the last of the nodes that move codes from a node to a layer."""
     while len(found := readers(node)) == 1:
         (reader,) = found
-        op = op_of(reader)
-        is_moved = reader.target in (max_pool, F.pad) or repeats_nearest(reader)
-        if not is_moved and (op is None or op.name not in MOVING):
+        if reader.target not in (max_pool, F.pad) and not selects(reader):
             return node
         node = reader
     return node

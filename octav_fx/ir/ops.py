@@ -70,6 +70,12 @@ def op_of(node: fx.Node) -> Op | None:
     return None
 
 
+def is_op(node: fx.Node, *names: str) -> bool:
+    """Tell whether a node is a spelling of one of some ops."""
+    op = op_of(node)
+    return op is not None and op.name in names
+
+
 def is_altered(module: nn.Module) -> bool:
     """Tell whether forward, or what the forward of a convolution calls, is not that of torch's class."""
     if has_own_forward(module):

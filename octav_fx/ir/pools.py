@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from octav_fx.ir.arguments import argument, arguments
-from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.ops import is_op, module_of, op_of
 
 _ONE = (1, (1, 1), [1, 1])
 _SPATIAL = ((2, 3), (-2, -1))
@@ -55,14 +55,12 @@ def max_window(node: fx.Node) -> tuple[Any, ...] | None:
 
 def repeats_nearest(node: fx.Node) -> bool:
     """Tell whether a node takes for each place of another size the nearest element of its input."""
-    op = op_of(node)
-    return op is not None and op.name == "interpolate" and argument(node, "mode") in ("nearest", "nearest-exact")
+    return is_op(node, "interpolate") and argument(node, "mode") in ("nearest", "nearest-exact")
 
 
 def pads_with_zeros(node: fx.Node) -> bool:
     """Tell whether a node puts zeros around its input, or cuts it where a size is below zero."""
-    op = op_of(node)
-    if op is None or op.name != "pad":
+    if not is_op(node, "pad"):
         return False
     given = arguments(node)
     is_constant = isinstance(module_of(node), _CONSTANT) if node.op == "call_module" else given["mode"] == "constant"

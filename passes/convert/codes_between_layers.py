@@ -20,11 +20,11 @@ from octav_fx.formats.grid import Grid
 from octav_fx.ir.arguments import argument, bound_arguments
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import op_of
-from octav_fx.ir.pools import max_window, pads_with_zeros, repeats_nearest
+from octav_fx.ir.movement import selects
+from octav_fx.ir.ops import is_op
+from octav_fx.ir.pools import max_window, pads_with_zeros
 from octav_fx.nn.integer import integer_codes, max_pool
 from octav_fx.passes.convert.clamps_into_layers import is_layer
-from octav_fx.passes.convert.saturate_codes import MOVING
 
 
 def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
@@ -48,10 +48,7 @@ def codes_between_layers(gm: fx.GraphModule) -> list[Edit]:
 
 def moves(node: fx.Node) -> bool:
     """Tell whether a node does to codes what it does to their levels."""
-    op = op_of(node)
-    if op is None:
-        return False
-    return op.name in MOVING or max_window(node) is not None or pads_with_zeros(node) or repeats_nearest(node)
+    return max_window(node) is not None or (selects(node) and not is_op(node, "max_pool"))
 
 
 def move_codes(between: list[fx.Node], bits: int, signed: bool) -> None:

@@ -18,7 +18,7 @@ from torch import fx
 from octav_fx.ir.arguments import bound_arguments, called_module
 from octav_fx.ir.dataflow import readers, reads_sizes
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import op_of
+from octav_fx.ir.ops import is_op
 from octav_fx.nn import StaticQuantizer
 from octav_fx.nn.integer import integer_codes, levels
 from octav_fx.passes.convert.codes_between_layers import move_codes, moves
@@ -37,11 +37,11 @@ def moves_on_codes(gm: fx.GraphModule) -> list[Edit]:
     for node in list(gm.graph.nodes):
         if not _moves(node) or not is_levels(source := node.all_input_nodes[0]) or not _leads_to_codes(node):
             continue
-        if _is(node, _PARTS) and not all(_is(reader, _ITEM) for reader in readers(node)):
+        if is_op(node, _PARTS) and not all(is_op(reader, _ITEM) for reader in readers(node)):
             continue
         x = on_codes(source)
         node.replace_input_with(source, x.codes)
-        for moved in readers(node) if _is(node, _PARTS) else [node]:
+        for moved in readers(node) if is_op(node, _PARTS) else [node]:
             _put_levels_behind(moved, x)
         move_codes([node], x.bits, x.signed)
         if not source.users:
@@ -57,14 +57,9 @@ def _source(node: Any) -> Any:
     return node
 
 
-def _is(node: fx.Node, name: str) -> bool:
-    op = op_of(node)
-    return op is not None and op.name == name
-
-
 def _moves(node: fx.Node) -> bool:
     """Tell whether a node does to codes what it does to levels; also where it gives several values, or one of them."""
-    return bool(node.all_input_nodes) and (moves(node) or _is(node, _PARTS) or _is(node, _ITEM))
+    return bool(node.all_input_nodes) and (moves(node) or is_op(node, _PARTS) or is_op(node, _ITEM))
 
 
 def _leads_to_codes(node: fx.Node) -> bool:

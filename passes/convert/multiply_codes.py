@@ -19,11 +19,11 @@ from torch import Tensor, fx
 from octav_fx.ir.arguments import argument, called_module, set_argument
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import op_of
+from octav_fx.ir.movement import selects
+from octav_fx.ir.ops import is_op, op_of
 from octav_fx.ir.pools import axes_of_mean, keeps_axes
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer_rule import EXACT, CodeMean, CodeSum, Rescale, codes_of
-from octav_fx.passes.convert.saturate_codes import selects
 
 _SUMS: Final = "sums"
 _MEANS: Final = "means"
@@ -41,12 +41,6 @@ def multiply_codes(gm: fx.GraphModule) -> list[Edit]:
         elif len(sources) == 1 and axes_of_mean(node) is not None:
             edits += _combined(gm, node, sources, _MEANS)
     return edits
-
-
-def is_op(node: fx.Node, *names: str) -> bool:
-    """Tell whether a node is a call of one of these ops."""
-    op = op_of(node)
-    return op is not None and op.name in names
 
 
 def quantizer_of(node: Any) -> StaticQuantizer | None:

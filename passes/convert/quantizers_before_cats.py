@@ -20,10 +20,11 @@ from octav_fx.ir.arguments import argument, called_module, module_input
 from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
+from octav_fx.ir.movement import selects
 from octav_fx.ir.ops import module_of
 from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import IntegerWeight, StaticQuantizer
-from octav_fx.passes.convert.saturate_codes import holds_zero, selects
+from octav_fx.passes.convert.saturate_codes import holds_zero
 
 CATS: Final = (torch.cat, torch.concat)
 

@@ -4,12 +4,14 @@
     quantizer(max_pool2d(relu(x), 3))         ->  quantizer(max_pool2d(x, 3))     floor 0
     quantizer(pad(relu(x), (0, 1, 0, 1)))     ->  quantizer(pad(x, (0, 1, 0, 1)))
 
+and so of whatever else selects elements: ir/movement.py.
+
     round(min(x, 6) / scale) = min(round(x / scale), round(6 / scale)), as rounding is monotone
 
 Integer runtimes then have nothing between a product and its codes. Only where the clamp has no other reader.
 """
 
-from typing import Any, Final
+from typing import Any
 
 from torch import fx
 
@@ -17,22 +19,10 @@ from octav_fx.ir.arguments import argument, module_input
 from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import in_place, module_of, op_of
-from octav_fx.ir.pools import pads_with_zeros, repeats_nearest
+from octav_fx.ir.movement import selects
+from octav_fx.ir.ops import in_place, module_of
+from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import StaticQuantizer
-
-# What moves elements and computes nothing.
-MOVING: Final = frozenset(
-    {"flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"}
-)
-# These select or move elements, so that a clamp before them is one behind them.
-_SELECTING: Final = MOVING | {"max_pool"}
-
-
-def selects(node: fx.Node) -> bool:
-    """Tell whether each element that a node returns is one of its input, or a zero around them."""
-    op = op_of(node)
-    return op is not None and (op.name in _SELECTING or pads_with_zeros(node) or repeats_nearest(node))
 
 
 def saturate_codes(gm: fx.GraphModule) -> list[Edit]:

@@ -29,9 +29,10 @@ from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import readers, state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info, set_fake, update
+from octav_fx.ir.movement import selects
 from octav_fx.ir.op import Op, Operand, Role, Trait, activation
-from octav_fx.ir.ops import in_place, module_of, op_of
-from octav_fx.ir.pools import axes_of_mean, pads_with_zeros, repeats_nearest
+from octav_fx.ir.ops import in_place, is_op, module_of, op_of
+from octav_fx.ir.pools import axes_of_mean
 from octav_fx.ir.signedness import nonnegative
 from octav_fx.ir.sites import in_scope, numbered
 from octav_fx.ir.table.layers import BATCH_NORM
@@ -40,15 +41,10 @@ from octav_fx.passes.prepare.quantize_operands import Choose, Place, add_quantiz
 
 _SUM: Final = (activation(0, "x"), activation(1, "y"))
 _ONE: Final = (activation(0, "x"),)
-# What these return are elements of what they are given, as of zeros around it and of the nearest elements.
-_SELECTS: Final = frozenset(
-    {
-        *("max_pool", "flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"),
-        *("pixel_shuffle", "chunk", "getitem", "identity", "dropout"),
-    }
-)
-# Elements of several, or means.
-_MIXES: Final = {"cat", "avg_pool", "interpolate"}
+# Beside what selects() knows these return elements of what they are given, ..
+_SELECTS: Final = ("pixel_shuffle", "chunk", "getitem", "identity", "dropout")
+# .. and these elements of several, or means.
+_MIXES: Final = ("cat", "avg_pool", "interpolate")
 
 
 def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
@@ -57,9 +53,8 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
     constant, unsigned = state_only(tensor_flow(gm.graph)), nonnegative(gm.graph)
     of_convolutions, memory = _of_convolutions(gm.graph, constant), aliasing(gm.graph)
     for node in list(gm.graph.nodes):
-        if info(node).op is not None:
-            continue
-        if (op := op_of(node)) is None:
+        op = op_of(node)
+        if op is None or info(node).op is not None:
             continue
         _by_position(node, op, len(_SUM if op.name == "add" else _ONE))
         operands = _operands(node, constant) or _shares(node, of_convolutions)
@@ -87,10 +82,9 @@ def _by_position(node: fx.Node, op: Op, count: int) -> None:
 
 def _operands(node: fx.Node, constant: set[fx.Node]) -> tuple[Operand, ...]:
     """Return the operands of a join of two paths, a global pool or a function of a convolution; else none."""
-    op = op_of(node)
     if axes_of_mean(node) is not None or _is_function_of_convolution(node):
         return _ONE
-    if op is None or op.name != "add" or len(node.args) != 2 or node.kwargs:
+    if not is_op(node, "add") or len(node.args) != 2 or node.kwargs:
         return ()
     values = [fake(source) for source in node.args if isinstance(source, fx.Node)]
     if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
@@ -157,25 +151,18 @@ def _of_convolutions(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
 
 
 def _selects(node: fx.Node) -> bool:
-    op = op_of(node)
-    return op is not None and (op.name in _SELECTS or repeats_nearest(node) or pads_with_zeros(node))
+    return selects(node) or is_op(node, *_SELECTS)
 
 
 def _moves(node: fx.Node) -> bool:
-    op = op_of(node)
-    return op is not None and (op.name in _MIXES or _selects(node))
+    return _selects(node) or is_op(node, *_MIXES)
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:
     """Return what reads a value or, where a node divides it, one of its parts."""
-    parts = [part for reader in readers(node) for part in (readers(reader) if _divides(reader) else [reader])]
+    parts = [part for reader in readers(node) for part in (readers(reader) if is_op(reader, "chunk") else [reader])]
     # Of what is moved sizes alone may be read.
     return [part for part in parts if not _moves(part) or _ends(part)]
-
-
-def _divides(node: fx.Node) -> bool:
-    op = op_of(node)
-    return op is not None and op.name == "chunk"
 
 
 def _ends(node: fx.Node) -> set[fx.Node]:

@@ -1,0 +1,19 @@
+"""Which nodes return elements of their input as they are: moved, repeated, the largest of each window."""
+
+from typing import Final
+
+from torch import fx
+
+from octav_fx.ir.ops import is_op
+from octav_fx.ir.pools import pads_with_zeros, repeats_nearest
+
+# What moves elements and computes nothing, and a max pool.
+_SELECTING: Final = (
+    *("flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"),
+    "max_pool",
+)
+
+
+def selects(node: fx.Node) -> bool:
+    """Tell whether each element that a node returns is one of its input, or a zero around them."""
+    return is_op(node, *_SELECTING) or pads_with_zeros(node) or repeats_nearest(node)
