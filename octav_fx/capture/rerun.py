@@ -1,6 +1,7 @@
 """Running a model once without leaving a trace."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -139,6 +140,28 @@ def without_quantizers(module: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             del quantizer.__dict__["forward"]
+
+
+@contextmanager
+def unwritten_as_nan() -> Iterator[None]:
+    """Let memory that no op writes hold NaN inside: rows beyond the last group of a grouped product, say.
+
+    What it holds otherwise is chance, and two runs of one model differ there.
+    """
+    # torch names what it holds nowhere that a type checker sees.
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    is_on, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            # Not that some op has no such algorithm.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(is_on, warn_only=warns)
+        memory.fill_uninitialized_memory = fill
 
 
 def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:

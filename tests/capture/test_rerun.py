@@ -16,6 +16,7 @@ from octav_fx.capture.rerun import (
     record_calls,
     run_once,
     same_kind,
+    unwritten_as_nan,
     without_quantizers,
 )
 from tests.support.graphs import model
@@ -219,6 +220,14 @@ def test_hooks_that_a_first_call_installs_are_gone_again() -> None:
     first, second = run_once(module, (x,), {}), run_once(module, (x,), {})
     assert torch.equal(first, second) and torch.allclose(first, x @ module.fc.weight.t() + module.fc.bias + 1)
     assert not hasattr(module, "hooked") and not module.fc._forward_hooks
+
+
+def test_memory_that_nothing_writes_holds_nan_and_afterwards_torch_is_as_before() -> None:
+    with pytest.raises(ValueError), unwritten_as_nan():
+        assert torch.empty(1000).isnan().all()
+        raise ValueError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, torch.nan])

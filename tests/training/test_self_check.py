@@ -1,6 +1,10 @@
 """What quantize makes sure of by itself: calls of another size, and one after another."""
 
+import contextlib
 import logging
+import sys
+from collections.abc import Iterator
+from math import nan
 from typing import Any
 
 import pytest
@@ -9,7 +13,10 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.capture.inputs import Inputs
+from octav_fx.capture.rerun import without_quantizers
 from octav_fx.errors import NotCaptured
+from octav_fx.training import check as check_on_data
+from octav_fx.training import self_check
 from octav_fx.training.self_check import check_in_turn
 from tests.support.graphs import model
 
@@ -47,6 +54,40 @@ def test_it_takes_no_more_than_ten_forwards(training: bool) -> None:
     _RUNS.clear()
     octav_fx.quantize(Counted().train(training), torch.randn(4, 8))
     assert 0 < len(_RUNS) <= 10
+
+
+_MEMORY: list[float] = [1.0]
+
+
+@torch.library.custom_op("octav_tests::but_last", mutates_args=())
+def _but_last(x: Tensor) -> Tensor:
+    """Copy all rows but the last, which holds what memory held."""
+    copied = torch.empty_like(x)
+    copied[:-1] = x[:-1]
+    if not torch.are_deterministic_algorithms_enabled():
+        copied[-1] = _MEMORY[0]
+    return copied
+
+
+_but_last.register_fake(torch.empty_like)
+
+
+@pytest.mark.parametrize("at_work", [self_check, check_on_data], ids=["by itself", "on data"])
+def test_rows_that_nothing_writes_are_no_difference(at_work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def silent_with_other_memory(module: nn.Module) -> Iterator[None]:
+        with without_quantizers(module), monkeypatch.context() as within:
+            within.setattr(sys.modules[__name__], "_MEMORY", [nan])
+            yield
+
+    def forward(self: Any, x: Tensor) -> Any:
+        return _but_last(self.second(self.first(x)))
+
+    monkeypatch.setattr(at_work, "without_quantizers", silent_with_other_memory)
+    with torch.no_grad():
+        q = octav_fx.quantize(model(forward, first=nn.Linear(8, 8), second=nn.Linear(8, 8)), torch.randn(4, 8))
+        octav_fx.check(q, [torch.randn(4, 8)])
+    assert "in parts" not in octav_fx.table(q)
 
 
 def test_what_a_second_call_changes_is_not_one_graph() -> None:
