@@ -96,6 +96,14 @@ inline Lanes load(const float* x) {
   return value;
 }
 
+template <class X>
+inline Lanes load(const X* x) {
+  float room[LANES];
+#pragma omp simd
+  for (int i = 0; i < LANES; i++) room[i] = to_float(x[i]);
+  return load(room);
+}
+
 inline void save(Lanes value, float* x) { std::memcpy(x, &value, sizeof value); }
 
 #if defined(__AVX2__)
@@ -108,15 +116,16 @@ inline Lanes entry(const float* table, Integers place) {
 #endif
 }
 
-// The same of sixteen integers; of a place the last four bits count.
+// The same of sixteen integers from 0 to 127; of a place the last four bits count.
 inline Integers entry_of_16(const int32_t* table, Integers place) {
 #if defined(__AVX512F__)
   return (Integers)_mm512_permutexvar_epi32((__m512i)place, _mm512_loadu_si512(table));
 #else
-  const __m256i* halves = (const __m256i*)table;
-  const auto first = (Integers)_mm256_permutevar8x32_epi32(_mm256_loadu_si256(halves), (__m256i)place);
-  const auto second = (Integers)_mm256_permutevar8x32_epi32(_mm256_loadu_si256(halves + 1), (__m256i)place);
-  return (place << 28) < 0 ? second : first;
+  // As bytes they are one half of a vector, and one shuffle finds them. A byte of a place that is negative gives zero.
+  const auto part = [=](int i) { return _mm_loadu_si128((const __m128i*)table + i); };
+  const __m128i bytes = _mm_packs_epi16(_mm_packs_epi32(part(0), part(1)), _mm_packs_epi32(part(2), part(3)));
+  const Integers last = (place & 15) | int32_t(0x80808000);
+  return (Integers)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), (__m256i)last);
 #endif
 }
 #endif

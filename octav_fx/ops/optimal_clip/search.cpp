@@ -33,15 +33,21 @@ struct Pair {
   Lanes first, second;
 };
 
-// The first elements of x, magnitudes where these say it all; zeros for what does not take part, and behind them.
-template <bool MAGNITUDES, class X>
-inline Lanes taken(const X* x, int64_t count, float lowest) {
+// What takes part of values, magnitudes where these say it all; zeros for the rest.
+template <bool MAGNITUDES>
+inline Lanes taken(Lanes value, float lowest) {
+  const Lanes magnitude = magnitude_of(value);
+  const Lanes part = MAGNITUDES ? magnitude : larger(all<Lanes>(lowest), value);
+  return magnitude <= all<Lanes>(FLT_MAX) ? part : Lanes{};
+}
+
+// The first elements of x, behind them zeros.
+template <class X>
+inline Lanes first_of(const X* x, int64_t count) {
   float room[LANES]{};
 #pragma omp simd
   for (int64_t i = 0; i < count; i++) room[i] = to_float(x[i]);
-  const Lanes value = load(room), magnitude = magnitude_of(value);
-  const Lanes part = MAGNITUDES ? magnitude : larger(all<Lanes>(lowest), value);
-  return magnitude <= all<Lanes>(FLT_MAX) ? part : Lanes{};
+  return load(room);
 }
 
 // Rows as the search reads them. SIDE_BY_SIDE: element i of row r is lane r of vector i. Else one row, its elements in
@@ -55,9 +61,10 @@ class Tile {
   // Up to LANES rows, or one. lowest: 0 where levels below zero do not exist.
   template <bool MAGNITUDES, class X>
   void read(const X* x, int64_t rows, float lowest) {
-    // Where the count is known, it is one vector.
+    // Not floats by way of an array: a compiler copies them in halves, and what was stored in halves cannot be loaded as
+    // a whole before it has reached the cache.
     const auto vector = [=](const X* from, int64_t count) {
-      return count < LANES ? taken<MAGNITUDES>(from, count, lowest) : taken<MAGNITUDES>(from, LANES, lowest);
+      return taken<MAGNITUDES>(count < LANES ? first_of(from, count) : load(from), lowest);
     };
     least_ = greatest_ = Lanes{};
     for (int64_t at = 0; at < n_; at += LANES) {
