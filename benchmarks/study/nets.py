@@ -1,4 +1,4 @@
-"""Nets of the recipes: small relatives of ResNet-18, MobileNetV2, EfficientNet-B0 and GPT-2, of any width."""
+"""Nets of the recipes: small relatives of ResNet-18, MobileNetV2, EfficientNet-B0, GoogLeNet and GPT-2, any width."""
 
 from collections.abc import Callable
 from typing import Final
@@ -114,6 +114,45 @@ class EfficientNet(MobileNet):
 
     block = GatedResidual
     activation = staticmethod(F.silu)
+
+
+class InceptionBlock(nn.Module):
+    """Four paths of the same input, concatenated: 1x1, 3x3, twice 3x3 and a pool (Szegedy et al., arXiv 1409.4842)."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        part, narrow = out // 4, out // 8
+        self.one = _conv_bn(channels, part, 1)
+        self.three = nn.Sequential(_conv_bn(channels, narrow, 1), nn.ReLU(), _conv_bn(narrow, part, 3))
+        self.five = nn.Sequential(
+            _conv_bn(channels, narrow, 1), nn.ReLU(), _conv_bn(narrow, part, 3), nn.ReLU(), _conv_bn(part, part, 3)
+        )
+        self.pooled = nn.Sequential(nn.MaxPool2d(3, 1, 1), _conv_bn(channels, part, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, channels, H, W] -> [N, out, H, W]."""
+        return torch.cat([F.relu(path(x)) for path in (self.one, self.three, self.five, self.pooled)], 1)
+
+
+class Inception(nn.Module):
+    """Six inception blocks of 4, 8 and 16 times the width, pools between: [N, 1, H, W] -> [N, classes]."""
+
+    def __init__(self, classes: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stem = _conv_bn(1, width, 3, stride)
+        stages: list[nn.Module] = []
+        channels = width
+        for stage in range(3):
+            out = 4 * width * 2**stage
+            pool = [nn.MaxPool2d(3, 2, 1)] if stage else []
+            stages += [*pool, InceptionBlock(channels, out), InceptionBlock(out, out)]
+            channels = out
+        self.blocks = nn.Sequential(*stages)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to logits."""
+        return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
 
 
 class Transformer(nn.Module):

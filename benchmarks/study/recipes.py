@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.study.data import Data
 from benchmarks.study.digits import Digits
 from benchmarks.study.glyphs import CHARACTERS, Glyphs
-from benchmarks.study.nets import EfficientNet, MobileNet, ResNet, Transformer
+from benchmarks.study.nets import EfficientNet, Inception, MobileNet, ResNet, Transformer
 from benchmarks.study.run import Run
 from benchmarks.study.text import SYMBOLS, Text
 from octav_fx import OctavError
@@ -112,6 +112,13 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
         warm_up=50,
         retrain_steps=200,
     ),
+    ("glyphs", "inception", "small"): replace(
+        _MOBILENET,
+        net=lambda: Inception(len(CHARACTERS), width=8, stride=2),
+        steps=600,
+        warm_up=50,
+        retrain_steps=200,
+    ),
     ("text", "transformer", "small"): _TEXT,
     # A third of the time: for explanations, of which each takes several runs.
     ("text", "transformer", "tiny"): replace(
@@ -124,11 +131,13 @@ RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ("digits", "resnet", "small"): _DIGITS,
     ("digits", "mobilenet", "small"): replace(_DIGITS, net=lambda: MobileNet(10, width=4)),
     ("digits", "efficientnet", "small"): replace(_DIGITS, net=lambda: EfficientNet(10, width=4)),
+    ("digits", "inception", "small"): replace(_DIGITS, net=lambda: Inception(10, width=4)),
     ("glyphs", "resnet", "large"): replace(_RESNET, net=lambda: ResNet(len(CHARACTERS), width=64), **_LARGE),
     ("glyphs", "mobilenet", "large"): replace(_MOBILENET, net=lambda: MobileNet(len(CHARACTERS), width=48), **_LARGE),
     ("glyphs", "efficientnet", "large"): replace(
         _MOBILENET, net=lambda: EfficientNet(len(CHARACTERS), width=48), **_LARGE
     ),
+    ("glyphs", "inception", "large"): replace(_MOBILENET, net=lambda: Inception(len(CHARACTERS), width=32), **_LARGE),
     ("text", "transformer", "large"): replace(
         _TEXT,
         data=lambda seed, judged: Text(seed, judged=judged, batch=64, length=1024, windows=512),

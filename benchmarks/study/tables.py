@@ -191,6 +191,23 @@ TABLES: Final[dict[str, Table]] = {
             ),
         ),
     ),
+    "branches": Table(
+        "octav, 4 bits, branches: what branches share and the global pool in float or at 8 bits, three seeds",
+        _on(
+            (("glyphs", "inception"),),
+            *(
+                labelled
+                for seed in range(3)
+                for labelled in (
+                    (FLOAT, _run(FLOAT, seed=seed)),
+                    *(
+                        (f"residual_bits={bits or None}", _run("octav", residual_bits=bits, seed=seed))
+                        for bits in (0, 8)
+                    ),
+                )
+            ),
+        ),
+    ),
     # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
     "clips, groups and tokens": Table(
         "text, tiny, 4 bits, groups of 32 of weights and tokens of activations, judged by validation files",
