@@ -263,3 +263,6 @@ def test_sequences_to_sequences_are_generated_in_evaluation(tmp_path: Path) -> N
     ids = words()
     with octav_fx.float_mode(q.eval()):
         assert torch.equal(q.generate(ids, **beams), model.eval().generate(ids, **beams))
+    # The cache of what the encoder gave is read by its own names.
+    q.generate(ids, **beams)
+    assert octav_fx.coverage(q).skipped == []

@@ -51,7 +51,7 @@ def _isinstance(x: Any, kinds: Any) -> bool:
 
 def _callable(x: Any) -> bool:
     if type(x) is AttributeProxy:
-        return callable(getattr(x.owner.value, x.name, None))
+        return callable(getattr(vars(x)["_owner"].value, vars(x)["_name"], None))
     return callable(x.value if type(x) in PROXIES else x)
 
 

@@ -61,8 +61,14 @@ class ValueProxy(fx.Proxy):
 
     @property
     def value(self) -> Any:
-        """Return what the example inputs make of this: a fake tensor, a number, a shape, UNKNOWN."""
-        return fake(self.node)
+        """Return what the example inputs make of this: a fake tensor, a number, a shape, UNKNOWN.
+
+        Where the user's code asks an object for its own attribute of that name, that.
+        """
+        value = fake(self.node)
+        if not isinstance(value, Tensor) and hasattr(value, "value") and is_users(sys._getframe(1)):
+            return self.__getattr__("value")
+        return value
 
     def __getattr__(self, name: str) -> Any:
         value = self.value
@@ -105,9 +111,13 @@ class ValueProxy(fx.Proxy):
             return self.tracer.decide(AttributeProxy(self, name), bool)
         raise OctavError(f"{user_caller()}: forward asks for {name} of a tensor, which a graph does not know")
 
+    @property
     def keys(self) -> Any:
-        """Return the keys of a dict, which fx asks the tracer for."""
-        return list(self.value) if isinstance(self.value, Mapping) else super().keys()
+        """Return what gives the keys of a dict, which fx asks the tracer for; an object may hold keys of its own."""
+        value = self.value
+        if isinstance(value, Mapping):
+            return lambda: list(value)
+        return self.__getattr__("keys") if hasattr(value, "keys") else super().keys
 
     def _is_given(self) -> bool:
         """Tell whether this is an argument of forward or a part of one, whose kind is guarded."""
@@ -241,21 +251,21 @@ class AttributeProxy(ValueProxy):
     """x.attribute: a method call if it is called, else a getattr node made on first use."""
 
     def __init__(self, owner: ValueProxy, name: str) -> None:
-        self.__dict__.update(tracer=owner.tracer, owner=owner, name=name, made=None)
+        self.__dict__.update(tracer=owner.tracer, _owner=owner, _name=name, _made=None)
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
         """Return the getattr node, made on first use: most attributes are methods about to be called."""
-        if self.__dict__["made"] is None:
+        if self.__dict__["_made"] is None:
             made = self.tracer.create_proxy(
-                "call_function", getattr, (self.__dict__["owner"], self.__dict__["name"]), {}
+                "call_function", getattr, (self.__dict__["_owner"], self.__dict__["_name"]), {}
             )
-            self.__dict__["made"] = made.node
-        return self.__dict__["made"]
+            self.__dict__["_made"] = made.node
+        return self.__dict__["_made"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the node of the method call."""
-        return self.tracer.create_proxy("call_method", self.__dict__["name"], (self.__dict__["owner"], *args), kwargs)
+        return self.tracer.create_proxy("call_method", self.__dict__["_name"], (self.__dict__["_owner"], *args), kwargs)
 
 
 PROXIES: Final = (ValueProxy, AttributeProxy)

@@ -146,6 +146,15 @@ class Pair(NamedTuple):
     second: Any
 
 
+class Cached(NamedTuple):
+    """Its names are also those of what a proxy has."""
+
+    keys: Any
+    value: Any
+    name: Any
+    owner: Any = None
+
+
 @dataclasses.dataclass
 class Output:
     logits: Tensor
@@ -191,6 +200,13 @@ class TestStructures:
         found = gm(Pair(first, second))
         assert type(found) is Pair and type(found.second) is Output
         assert torch.equal(found.first, first + second) and torch.equal(found.second.hidden[0], second)
+
+    def test_fields_named_as_what_stands_for_them_is(self) -> None:
+        def forward(self, layer):
+            return layer.keys.relu() * layer.value.shape[0] + layer.name + (layer.owner or 1)
+
+        one, two = (Cached(torch.randn(n), torch.randn(n), 3.0, 2.0) for n in (3, 5))
+        agrees(model(forward), {"layer": one}, {"layer": two})
 
     def test_results_that_are_no_tensors(self) -> None:
         agrees(model(lambda self, x: (x, None, 3, "name", x.shape, x.shape[0] + 1)), rows(4, 6), rows(2, 6))
