@@ -24,6 +24,8 @@ from octav_fx.passes.convert.moves_on_codes import moves_on_codes
 from octav_fx.passes.convert.multiply_codes import multiply_codes
 from octav_fx.passes.convert.pack_weights import pack_weights
 from octav_fx.passes.convert.pools_of_layers import pools_of_layers
+from octav_fx.passes.convert.products_as_linear import products_as_linear
+from octav_fx.passes.convert.products_outside_autocast import products_outside_autocast
 from octav_fx.passes.convert.quantizers_before_cats import quantizers_before_cats
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
@@ -100,6 +102,7 @@ FUSE: Final[tuple[Pass, ...]] = (
 # What convert() and the exporters run on the eval graph of a frozen model: its operands are integers and scales then.
 CONVERT: Final[tuple[Any, ...]] = (
     pack_weights,  # first: it tells weights from activations by what their quantizers read
+    products_as_linear,  # after pack_weights, whose codes it transposes; before all that asks for layers
     make_activations_static,  # the quantizers that are left
     drop_identities,  # before saturate_codes: a clamp is right before its quantizer then
     batchnorm_to_affine,  # any time: no code depends on it
@@ -128,7 +131,8 @@ INTEGERS: Final[tuple[Any, ...]] = (
     codes_between_layers,  # the codes that one layer's result alone decides
     codes_of_sums,  # and those of two, where the sum is in float
     pools_of_layers,  # those that codes_between_layers left
-    tables_into_layers,  # last: whoever asks for a lookup has found it
+    tables_into_layers,  # whoever asks for a lookup has found it
+    products_outside_autocast,  # last: no row of the table knows what it calls
 )
 
 
@@ -206,6 +210,8 @@ __all__ = [
     "pool_gradients",
     "pools_of_layers",
     "prepare_passes",
+    "products_as_linear",
+    "products_outside_autocast",
     "quantize_operands",
     "quantize_residuals",
     "quantizers_before_cats",

@@ -13,9 +13,12 @@ The modules return what they compute in units of sy, for a StaticQuantizer that 
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from octav_fx.formats.granularity import along
 from octav_fx.formats.grid import Grid
@@ -29,6 +32,38 @@ def codes_of(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return levels [...], code * scale rounded to float32, and the scale [] -> the codes [...] in a floating dtype."""
     # Two roundings move the quotient by 2**-23 of itself: far from a tie for codes of a byte.
     return (levels / scale).round().to(dtype)
+
+
+def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return sums of products of codes, as F.linear of floating x [..., K]."""
+    return _exact(F.linear, x, *args, **kwargs)
+
+
+def conv1d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return sums of products of codes, as F.conv1d of floating x [N, C, L]."""
+    return _exact(F.conv1d, x, *args, **kwargs)
+
+
+def conv2d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return sums of products of codes, as F.conv2d of floating x [N, C, H, W]."""
+    return _exact(F.conv2d, x, *args, **kwargs)
+
+
+def conv3d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return sums of products of codes, as F.conv3d of floating x [N, C, D, H, W]."""
+    return _exact(F.conv3d, x, *args, **kwargs)
+
+
+# By the name of an op.
+PRODUCTS = {function.__name__: function for function in (linear, conv1d, conv2d, conv3d)}
+
+
+def _exact(layer: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a layer; outside of autocast, whose dtypes hold few sums: float16 ends at 65504."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer(x, *args, **kwargs)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x, *args, **kwargs)
 
 
 class Rescale(nn.Module):

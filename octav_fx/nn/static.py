@@ -51,6 +51,12 @@ class IntegerWeight(nn.Module):
         """Take other codes [...], int8, of the same width."""
         self.codes = pack(codes) if self.bits <= PACKED else codes.contiguous()
 
+    def transpose(self) -> None:
+        """Swap the two axes of a matrix: its codes, its shape, and the axis of its scales."""
+        codes, rows = self.integers().t(), self.shape[::-1]
+        self.shape, self.dim = rows, None if self.dim is None else 1 - self.dim % 2
+        self.store(codes.contiguous())
+
     def forward(self) -> Tensor:
         """See the class."""
         if self.codes_as is not None:
@@ -70,6 +76,7 @@ class IntegerWeight(nn.Module):
 class StaticQuantizer(nn.Module):
     """X [...] -> the nearest level, scale * code [...], ties to the even code.
 
+    Levels are of the dtype of x; under autocast of float32 at least, as its dtypes do not hold them.
     scale: float32 [] or [C]. What ops/fake_quantize computes of finite values; inf saturates here.
     floor, ceiling: ends of a clamp that the saturation of the codes stands for, in the units of x; None: none.
     in_steps: whether x comes in units of the step, as the modules of nn/integer_rule.py return it.
@@ -98,7 +105,8 @@ class StaticQuantizer(nn.Module):
             code = code.maximum((self.floor / scale).round())
         if self.ceiling is not None:
             code = code.minimum((self.ceiling / scale).round())
-        return (code.clamp(grid.low, grid.high) * scale).to(x.dtype if x.is_floating_point() else value.dtype)
+        keeps = x.is_floating_point() and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        return (code.clamp(grid.low, grid.high) * scale).to(x.dtype if keeps else value.dtype)
 
     def narrow(self, low: float | None, high: float | None) -> bool:
         """Saturate at the ends of a clamp, too. Return False, and do nothing, where its range and the present part."""

@@ -23,7 +23,7 @@ from octav_fx.ir.movement import selects
 from octav_fx.ir.ops import is_op, op_of
 from octav_fx.ir.pools import axes_of_mean, keeps_axes
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
-from octav_fx.nn.integer_rule import EXACT, CodeMean, CodeSum, Rescale, codes_of
+from octav_fx.nn.integer_rule import EXACT, PRODUCTS, CodeMean, CodeSum, Rescale, codes_of
 
 _SUMS: Final = "sums"
 _MEANS: Final = "means"
@@ -88,6 +88,7 @@ def _layer(gm: fx.GraphModule, layer: fx.Node, bias: fx.Node) -> Edit:
         codes = gm.graph.call_function(codes_of, (source, scale, stored.codes_as))
     set_argument(layer, "input", codes)
     set_argument(layer, "bias", None)
+    layer.target = PRODUCTS[op.name]
     with gm.graph.inserting_after(layer):
         rescaled = gm.graph.call_module(str(bias.target), (layer,))
     layer.replace_all_uses_with(rescaled, delete_user_cb=lambda user: user is not rescaled)

@@ -171,15 +171,19 @@ def bias_in_float(graph: Graph, key: str, bias: IntegerBias, output: str) -> lis
 
 
 def bias_apart(graph: Graph, node: Any) -> list[Any] | None:
-    """Return a convolution and its bias as two nodes, where the weight is stored as integers.
+    """Return a layer and its bias as two nodes, where the weight is stored as integers.
 
     A bias inside is rounded by onnxruntime to multiples of both scales, which at 4 bits moves results by percents.
     """
     if len(node.input) < 3 or not node.input[2] or not is_operand(graph, node.input[1], "Weight"):
         return None
+    if attribute(node, "beta", 1.0) != 1.0:
+        return None
     bias, output = node.input[2], node.output[0]
-    spatial = len(attribute(node, "kernel_shape"))
-    axes = graph.constant(f"{output}.axes", "INT64", torch.arange(1, spatial + 1))
+    # Behind the channels of a convolution, in front of the columns of a matrix.
+    is_matrix = node.op_type == "Gemm"
+    at = torch.arange(1) if is_matrix else torch.arange(1, len(attribute(node, "kernel_shape")) + 1)
+    axes = graph.constant(f"{output}.axes", "INT64", at)
     shaped = graph.node("Unsqueeze", [bias, axes], f"{output}.bias")
     del node.input[2]
     node.output[0] = f"{output}.product"
@@ -293,5 +297,11 @@ EXACT: Final = Target(
     weight_levels,
     activation_in_bytes,
     bias_in_float,
-    ({"Conv": bias_apart, "ConvTranspose": bias_apart, "Add": bias_of_rank_three, "Pad": zeros_of_pools},),
+    (
+        {
+            **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), bias_apart),
+            "Add": bias_of_rank_three,
+            "Pad": zeros_of_pools,
+        },
+    ),
 )
