@@ -274,6 +274,20 @@ def _hooked(
             handle.remove()
 
 
+def difference_where_written(expected: Any, found: Any) -> str | None:
+    """Say how results under unwritten_as_nan() differ, but for what is NaN in the first; or return None."""
+    expected_leaves, spec = pytree.tree_flatten(expected)
+    found_leaves, found_spec = pytree.tree_flatten(found)
+    if spec != found_spec:
+        return difference(expected, found)
+
+    def written(e: Any, f: Any) -> Any:
+        are_alike = isinstance(e, Tensor) and isinstance(f, Tensor) and e.shape == f.shape and e.dtype == f.dtype
+        return torch.where(e.isnan(), e, f) if are_alike and e.layout is f.layout is torch.strided else f
+
+    return difference(expected_leaves, [written(e, f) for e, f in zip(expected_leaves, found_leaves, strict=True)])
+
+
 def difference(expected: Any, found: Any) -> str | None:
     """Say how two results of a model differ by more than rounding, or return None. NaN equals NaN."""
     expected_leaves, expected_spec = pytree.tree_flatten(expected)

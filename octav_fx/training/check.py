@@ -10,7 +10,7 @@ from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs, batches_of
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
-from octav_fx.capture.rerun import difference, run_once, unwritten_as_nan, without_quantizers
+from octav_fx.capture.rerun import difference, difference_where_written, run_once, unwritten_as_nan, without_quantizers
 from octav_fx.errors import OctavError
 from octav_fx.training.quantize import float_mode
 from octav_fx.training.self_check import first_layer
@@ -47,18 +47,16 @@ def check(q: nn.Module, batches: Iterable[Any]) -> None:
 def _difference(module: QuantizedModule, guarded: GuardedGraph, call: Inputs) -> str | None:
     """Say how the graph for a call computes something else than the float module, or return None."""
 
-    def found() -> str | None:
+    def results() -> tuple[Any, Any]:
         expected = run_once(module.owner, *call, module.float_forward)
         with without_quantizers(module.owner):
-            return difference(
-                expected, run_once(module.owner, *call, functools.partial(guarded.function(), module.owner))
-            )
+            return expected, run_once(module.owner, *call, functools.partial(guarded.function(), module.owner))
 
-    if found() is None:
+    if difference(*results()) is None:
         return None
     # Rows that nothing writes (beyond the last group of a grouped product) hold what memory held.
     with unwritten_as_nan():
-        return found()
+        return difference_where_written(*results())
 
 
 def _calls(q: nn.Module, modules: list[QuantizedModule], call: Inputs) -> list[tuple[QuantizedModule, Inputs]]:

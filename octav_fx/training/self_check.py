@@ -19,6 +19,7 @@ from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.capture.permits import permitted
 from octav_fx.capture.rerun import (
     difference,
+    difference_where_written,
     has_data,
     preserved_modes,
     preserved_tensors,
@@ -124,7 +125,7 @@ def _is_equal(quantized: QuantizedModule, calls: list[Inputs], graphs: list[Guar
                     # Rows that nothing writes (a grouped product), or a count in a closure: it differs from itself.
                     return False
                 with unwritten_as_nan():
-                    if difference(float_results(made), graph_results(made)) is None:
+                    if difference_where_written(float_results(made), graph_results(made)) is None:
                         # The rows that nothing writes were the same in the two runs of the float module by chance.
                         return False
                 layer = first_layer(quantized, guarded, call)

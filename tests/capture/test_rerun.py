@@ -11,6 +11,7 @@ import octav_fx
 from octav_fx.capture.rerun import (
     Inputs,
     difference,
+    difference_where_written,
     has_data,
     macs_by_module,
     record_calls,
@@ -228,6 +229,14 @@ def test_memory_that_nothing_writes_holds_nan_and_afterwards_torch_is_as_before(
         raise ValueError
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_what_is_written_is_compared_beside_rows_that_nothing_writes() -> None:
+    nothing, zeros = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]]), torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    assert difference_where_written([nothing], [zeros]) is None
+    assert difference_where_written([zeros], [nothing]) is not None
+    assert difference_where_written([nothing], [zeros * 2]) is not None
+    assert difference_where_written([nothing], zeros) is not None
 
 
 @pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, torch.nan])
