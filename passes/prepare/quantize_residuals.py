@@ -60,15 +60,27 @@ def quantize_residuals(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
         operands = _operands(node, constant) or _shares(node, of_convolutions)
         if not operands:
             continue
-        # A row of its own, as a user's function has, puts it into tables.
-        row = Op(op.name, operands, traits=op.traits, nonnegative=op.nonnegative)
-        update(node, site=_site(node, gm.graph), op=row)
+        update(node, site=_site(node, gm.graph), op=_row(op, operands))
         edits += [
             _quantize(gm, node, operand, unsigned, memory, choose)
             for operand in operands
             if _quantizer(operand_of(node, operand)) is None
         ]
     return edits
+
+
+def _row(op: Op, operands: tuple[Operand, ...]) -> Op:
+    """Return a row with operands, as a user's function has, which puts a node into tables."""
+    named = {operand.index: operand.name for operand in operands if operand.part is None}
+    names = {name: named.get(i, name) for i, name in enumerate(op.parameters)}
+    return Op(
+        op.name,
+        operands,
+        parameters={names[name]: default for name, default in op.parameters.items()},
+        aliases={word: names[name] for word, name in op.keywords.items() if word != "self"},
+        traits=op.traits,
+        nonnegative=op.nonnegative,
+    )
 
 
 def _by_position(node: fx.Node, op: Op, count: int) -> None:

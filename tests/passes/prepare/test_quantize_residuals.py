@@ -248,6 +248,22 @@ SHARED = {
         lambda s, x: s.two(y := s.norm(s.one(x))).mean() + s.two(F.interpolate(y, scale_factor=2)),
         ["interpolate_x"],
     ),
+    "enlarged, and both by several": (
+        lambda s, x: (
+            s.two(y := s.one(x)).mean()
+            + s.two(torch.cat([z := s.up(y), s.two(z)], 1)[:, 2:6])
+            + s.two(F.max_pool2d(z, 1))
+        ),
+        ["add_1_x", "add_1_y", "up_x"],
+    ),
+    "padded, and both by several": (
+        lambda s, x: (
+            s.two(y := s.one(x)).mean()
+            + s.two(torch.cat([z := F.pad(y, (1, 1, 1, 1)), s.two(z)], 1)[:, 2:6])
+            + s.two(F.max_pool2d(z, 1))
+        ),
+        ["add_1_x", "add_1_y", "pad_x"],
+    ),
     "by keywords": (
         lambda s, x: s.two(
             torch.cat(tensors=[y := s.one(x), s.two(torch.add(input=y, other=s.one(x)))], dim=1)[:, 2:6]
@@ -269,7 +285,12 @@ SHARED = {
 @pytest.mark.parametrize(("forward", "expected"), SHARED.values(), ids=list(SHARED))
 def test_what_is_shared(forward, expected):
     parts = {"one": nn.Conv2d(4, 4, 1), "two": nn.Conv2d(4, 4, 1), "few": nn.Conv2d(2, 2, 1)}
-    parts |= {"norm": nn.BatchNorm2d(4), "head": nn.Linear(4, 4), "pool": nn.MaxPool2d(1, return_indices=True)}
+    parts |= {
+        "up": nn.Upsample(scale_factor=2),
+        "norm": nn.BatchNorm2d(4),
+        "head": nn.Linear(4, 4),
+        "pool": nn.MaxPool2d(1, return_indices=True),
+    }
     x = torch.randn(2, 4, 4, 4)
     float_module = model(forward, **parts).eval()
     q = quantize(float_module, x, CONFIG)
