@@ -17,6 +17,8 @@ from octav_fx import demo, quantize, table
 from octav_fx.__main__ import main
 
 ROOT = Path(__file__).parent.parent
+# What a comparison has for each runtime.
+KINDS = ("float", "quantized")
 
 
 def tiny() -> nn.Module:
@@ -99,6 +101,18 @@ def with_inputs() -> tuple[nn.Module, Any]:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)), torch.randn(2, 1, 6, 6)
 
 
+class Counting(nn.Module):
+    """Counts its calls, so that it runs its own Python over quantized layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.calls = nn.Linear(8, 8), nn.Linear(8, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.two(self.one(x).relu())
+
+
 def batches() -> list[tuple[Tensor, Tensor]]:
     """Images with labels, as a DataLoader gives them."""
     return [(torch.randn(2, 1, 6, 6), torch.zeros(2, dtype=torch.long)) for _ in range(3)]
@@ -170,6 +184,20 @@ def test_quantize_writes_a_file_of_eight_bits(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "onnxruntime" in shown.out and "random inputs" not in shown.err
     assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_export_of_a_model_in_parts(tmp_path, capsys):
+    path, weights = tmp_path / "model.onnx", tmp_path / "weights.pt"
+    torch.manual_seed(7)
+    torch.save(Counting().state_dict(), weights)
+    model = ["tests.test_main:Counting", "--input", "2x8", "--weight-bits", "8", "--activation-bits", "8"]
+    assert main(["export", *model, "--weights", str(weights), "--onnx", str(path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [[kind, to] for to in ("PyTorch", "onnxruntime") for kind in KINDS]
+    # The float model of the comparison has the trained weights, too: 8 bits are far beyond 20 dB.
+    assert all(float(line[3]) > 20 for line in lines if line[0] == "quantized")
+    assert path.exists()
 
 
 @pytest.mark.slow

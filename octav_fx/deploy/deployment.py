@@ -89,9 +89,9 @@ def deployment(
     when sums are scaled in another order, and move everything behind it: a difference is no error by itself. Raises
     OctavError like convert and export_onnx, and for a module with more than one quantized part.
     """
-    (quantized, *more) = quantized_modules(q)
-    if more or quantized.owner is not q:
+    if not is_in_one_graph(q):
         raise OctavError("deployment takes a model that one graph holds, as octav_fx.quantize returned it")
+    (quantized,) = quantized_modules(q)
     levels = rewritten(q, CONVERT)
     converted, defined = multiplied(copy.deepcopy(levels)), copy.deepcopy(levels)
     assert isinstance(converted, IntegerModule) and isinstance(defined, IntegerModule)
@@ -115,6 +115,11 @@ def deployment(
         onnx_difference=_relative(onnx_outputs, tensors_of(frozen)),
         latency=measured,
     )
+
+
+def is_in_one_graph(q: nn.Module) -> bool:
+    """Tell whether one graph holds a quantized model, which deployment asks for; not one in blocks or parts."""
+    return [module.owner for module in quantized_modules(q)] == [q]
 
 
 def _latencies(
