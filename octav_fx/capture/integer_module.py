@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.guards import GuardedGraph, Guards
 from octav_fx.compat.graphs import call_of_class
-from octav_fx.compat.modules import children_of, parameters_of, replace_children, share_forward_hooks, share_parts
+from octav_fx.compat.modules import (
+    buffers_of,
+    children_of,
+    parameters_of,
+    replace_children,
+    share_forward_hooks,
+    share_parts,
+)
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.nn.fake_quantizer import QUANTIZERS
@@ -21,7 +29,11 @@ from octav_fx.nn.static import dtype_after
 
 
 class IntegerModule(GuardedModule):
-    """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced."""
+    """A GraphModule that holds what its graph reads and no more, and that copies and pickles without being traced.
+
+    It may have further ones for other kinds of calls: a step with a cache, or with a mask. They are no children of it,
+    and their tensors are its own where they are equal.
+    """
 
     # What .half() and its like have made of the parts that stay float since.
     _cast_to: torch.dtype | None = None
@@ -34,12 +46,15 @@ class IntegerModule(GuardedModule):
         meta: Mapping[str, Any],
         attributes: Mapping[str, Any],
         guards: Guards | None = None,
+        further: Sequence["IntegerModule"] = (),
     ) -> None:
         super().__init__(root, graph, name)
         self.meta = dict(meta)
         self.training = False
         self._guards = guards
         self._guarded = GuardedGraph(self.graph, guards)
+        # Not as children: what they share is theirs under one name.
+        self.__dict__["further"] = tuple(further)
         self.recompile()
         # Plain ones of the float module (num_experts), which code around it may read.
         self.__dict__["octav_attributes"] = dict(attributes)
@@ -51,6 +66,13 @@ class IntegerModule(GuardedModule):
         if not given or not torch.is_grad_enabled():
             return result
         return pytree.tree_map(lambda y: WithoutGradient.apply(y, *given) if _is_floating(y) else y, result)
+
+    def hold_further(self, further: Sequence["IntegerModule"]) -> None:
+        """Let others run calls that this graph does not hold for. They give up tensors that are equal to its own."""
+        self.__dict__["further"] = tuple(further)
+        own = _tensors(self)
+        for other in further:
+            _share(own, other, [name for name, t in _tensors(other).items() if name in own and _is_equal(own[name], t)])
 
     def remember_outline(self, owner: nn.Module) -> None:
         """Let code around read of a layer whose weight is codes now what does not depend on its values."""
@@ -85,26 +107,87 @@ class IntegerModule(GuardedModule):
         return [self._guarded] if "_guarded" in self.__dict__ else []
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        if is_traced(args):
-            return self._guarded.function()(self, *args, **kwargs)
-        self._check(args, kwargs)
-        if torch.compiler.is_compiling():
-            return self._guarded.function()(self, *args, **kwargs)
+        module = self if is_traced(args) else self._holding(args, kwargs)
+        function = module._guarded.function()
+        if self._cast_to is None or torch.compiler.is_compiling():
+            return function(module, *args, **kwargs)
         try:
-            return self._guarded.function()(self, *args, **kwargs)
+            return function(module, *args, **kwargs)
         except RuntimeError as error:
-            if self._cast_to is None:
-                raise
             raise OctavError(
                 f"{str(error).splitlines()[0]}: this converted model was cast to {self._cast_to}, and its integers "
                 "return float32: cast before octav_fx.quantize, or call it under torch.autocast instead"
             ) from error
 
+    def _holding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "IntegerModule":
+        """Return the module whose graph holds for a call. Raises OctavError where none does."""
+        if (fault := self._guarded.broken(self, args, kwargs)) is None:
+            return self
+        for other in self.further:
+            if other._guarded.broken(other, args, kwargs) is None:
+                return other
+        raise OctavError(
+            f"{fault}: a converted model holds for the kinds of calls that the frozen one had graphs for, with static "
+            "clips: call octav_fx.calibrate with batches like this call, freeze, and convert again"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerModule":
         dtype = dtype_after(fn, torch.float32)
         self.__dict__["_cast_to"] = None if dtype is torch.float32 else dtype
-        super()._apply(fn, recurse)
+        with self._sharing():
+            super()._apply(fn, recurse)
+            for other in self.further:
+                other._apply(fn, recurse)
         return self
+
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
+        """Let further graphs read the tensors again, afterwards, that they shared with this one before."""
+        own = _tensors(self)
+        shared = [[name for name, t in _tensors(other).items() if t is own.get(name)] for other in self.further]
+        yield
+        for other, names in zip(self.further, shared, strict=True):
+            _share(_tensors(self), other, names)
+
+    def _of_further(self) -> dict[str, tuple["IntegerModule", str]]:
+        """Return the modules of the tensors that further graphs have for themselves, by names in a state_dict."""
+        own = _tensors(self)
+        return {
+            f"further.{i}.{name}": (other, name)
+            for i, other in enumerate(self.further)
+            for name, tensor in _tensors(other).items()
+            if tensor is not own.get(name)
+        }
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, (other, name) in self._of_further().items():
+            tensor = _tensors(other)[name]
+            destination[prefix + key] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        theirs = self._of_further()
+        with self._sharing():
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for key, (other, name) in theirs.items():
+            given, tensor = state_dict.get(prefix + key), _tensors(other)[name]
+            if given is None:
+                missing += [prefix + key] if strict else []
+            elif given.shape != tensor.shape:
+                errors.append(f"{prefix}{key} has the shape {tuple(given.shape)}, expected {tuple(tensor.shape)}")
+            else:
+                with torch.no_grad():
+                    tensor.copy_(given)
+        unexpected[:] = [key for key in unexpected if key.removeprefix(prefix) not in theirs]
 
     def check_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise OctavError for a call that the graph does not hold for: torch.export runs the graph past forward."""
@@ -113,12 +196,9 @@ class IntegerModule(GuardedModule):
         except TypeError as error:
             raise OctavError(f"the inputs do not fit {type(self).__name__}.forward: {error}") from error
         bound.apply_defaults()
-        self._check(bound.args, bound.kwargs)
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (fault := self._guarded.broken(self, args, kwargs)) is not None:
+        if (fault := self._guarded.broken(self, bound.args, bound.kwargs)) is not None:
             raise OctavError(
-                f"{fault}: a converted model holds for calls of one kind, the example of octav_fx.quantize or what "
+                f"{fault}: an exported model is one graph, of the example of octav_fx.quantize or of what "
                 "octav_fx.calibrate ran instead: calibrate with batches like this call alone, freeze, and convert again"
             )
 
@@ -128,7 +208,8 @@ class IntegerModule(GuardedModule):
         share_forward_hooks(self, root)
         attributes, users = self.__dict__["octav_attributes"], users_class(type(self))
         kind = None if users is type(self) else users
-        return root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards, kind
+        parts = root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
+        return *parts, kind, self.further
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()
@@ -137,6 +218,24 @@ class IntegerModule(GuardedModule):
         copied = _rebuild_integer(*copy.deepcopy(self._parts(), memo))
         memo[id(self)] = copied
         return copied
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    parameters, buffers = (f(remove_duplicate=False) for f in (module.named_parameters, module.named_buffers))
+    return {**dict(parameters), **dict(buffers)}
+
+
+def _share(own: Mapping[str, Tensor], other: nn.Module, names: Iterable[str]) -> None:
+    """Let a module hold the very tensors of these names that another one has."""
+    for path, _, name in (full.rpartition(".") for full in names):
+        holder = other.get_submodule(path)
+        held: Any = parameters_of(holder) if name in parameters_of(holder) else buffers_of(holder)
+        held[name] = own[f"{path}.{name}" if path else name]
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    is_alike = type(a) is type(b) and a.dtype == b.dtype and a.device == b.device and a.layout is b.layout
+    return is_alike and a.layout is torch.strided and not a.is_meta and torch.equal(a, b)
 
 
 def _outline(module: nn.Module) -> nn.Module:
@@ -177,8 +276,9 @@ def _rebuild_integer(
     attributes: dict[str, Any],
     guards: Guards | None,
     kind: type | None = None,
+    further: Sequence[IntegerModule] = (),
 ) -> IntegerModule:
-    module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards)
+    module = IntegerModule(root, unflatten(rows), name, meta, attributes, guards, further)
     if kind is not None:
         module.stand_for(kind)
     # A graph that reads one tensor of a module is no reason to lose the others.

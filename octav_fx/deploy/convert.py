@@ -11,7 +11,7 @@ from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modul
 from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import share_forward_hooks
 from octav_fx.compat.tensors import normal_tensors
-from octav_fx.deploy.freeze import check_frozen
+from octav_fx.deploy.freeze import check_frozen, loose_quantizers
 from octav_fx.deploy.rule import integer_module
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import graph_info, update_graph_info
@@ -38,11 +38,11 @@ def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
 
 def multiplied(converted: nn.Module) -> nn.Module:
     """Let a model on levels, as CONVERT leaves it, multiply codes where the CPU can. Returns it."""
-    for module in converted.modules():
-        if isinstance(module, IntegerModule):
-            edits = run(module, INTEGERS)
-            rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
-            update_graph_info(module, integers=tuple(rows))
+    found = [module for module in converted.modules() if isinstance(module, IntegerModule)]
+    for module in (part for first in found for part in (first, *first.further)):
+        edits = run(module, INTEGERS)
+        rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
+        update_graph_info(module, integers=tuple(rows))
     return converted
 
 
@@ -76,13 +76,27 @@ def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
 
 def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...], is_whole: bool) -> IntegerModule:
     check_frozen(module)
-    # Its tensors, too: a later step of training must not reach what was deployed.
-    working: Any = graphs_of(copy.deepcopy(module.owner).eval())
-    drop_stores(working.graph)
-    guards = working.graphs_of(False)[0].guards
-    made = integer_module(working, passes, None if guards is None else guards.of_inputs())
-    share_forward_hooks(working.owner, made)
+    graphs = module.graphs_of(False)
+    made, *further = [
+        _of_graph(module, index, passes)
+        for index, guarded in enumerate(graphs)
+        if index == 0 or not loose_quantizers(module, guarded.graph)
+    ]
+    made.hold_further(further)
+    share_forward_hooks(module.owner, made)
     made.remember_outline(module.owner)
     if not is_whole:
         made.stand_for(module.user_class)
     return made.requires_grad_(False)
+
+
+def _of_graph(module: QuantizedModule, index: int, passes: tuple[Pass, ...]) -> IntegerModule:
+    """Return what the passes make of one of the graphs of eval mode."""
+    # Its tensors, too: a later step of training must not reach what was deployed.
+    working: Any = graphs_of(copy.deepcopy(module.owner).eval())
+    graphs = working.graphs_of(False)
+    graphs.insert(0, graphs.pop(index))
+    working.follow(False)
+    drop_stores(working.graph)
+    guards = graphs[0].guards
+    return integer_module(working, passes, None if guards is None else guards.of_inputs())

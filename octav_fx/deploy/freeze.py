@@ -3,7 +3,7 @@
 Static OCTAV (arXiv 2206.06501, appendix E.3): weights keep their own fixed point, activations the average of theirs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +15,7 @@ from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.rerun import in_eval_mode, run_once
 from octav_fx.compat.tensors import normal_tensors
 from octav_fx.errors import OctavError
+from octav_fx.ir.arguments import module_input
 from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.printer import fingerprint
 from octav_fx.ir.records import graph_info, update_graph_info
@@ -25,37 +26,46 @@ def calibrate(q: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Run batches in eval mode and keep, for each activation, the average of its clips over them, for freeze().
 
     batches: tensors, tuples of arguments or dicts of keyword arguments, as quantize() takes them, or a loader of (x, y)
-    for a model that takes x; each counts the same. Where none is a call like the example of quantize, such as without
-    its cache, freeze() and convert() go by the graph that they ran. q keeps its parameters, statistics, modes and
-    random state. Returns q. Raises OctavError if there is no batch, for one that forward does not take, and if q is
-    frozen.
+    for a model that takes x; each counts the same. convert() holds for each kind of call among them, such as with a
+    cache and without. Where none is a call like the example of quantize, export_onnx() goes by the graph that they ran.
+    q keeps its parameters, statistics, modes and random state. Returns q. Raises OctavError if there is no batch, for
+    one that forward does not take, and if q is frozen.
     """
-    named = _named_quantizers(q)
-    if frozen := [name for name, quantizer in named if quantizer.clip is not None]:
+    if frozen := [name for name, quantizer in _named_quantizers(q) if quantizer.clip is not None]:
         raise OctavError(f"{frozen[0]} has a static clip already: call octav_fx.unfreeze before calibrate")
     sums: dict[FakeQuantizer, Tensor] = {}
     calls: dict[FakeQuantizer, int] = {}
+    hooked, counted = set[FakeQuantizer](), set[FakeQuantizer]()
 
-    def collect(quantizer: FakeQuantizer) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def hook(quantizer: nn.Module, inputs: Any, output: Any) -> None:
+        if quantizer in counted:
+            assert isinstance(quantizer, FakeQuantizer)
             sums[quantizer] = sums.get(quantizer, 0) + quantizer.used.double()
             calls[quantizer] = calls.get(quantizer, 0) + 1
 
-        return hook
+    def hook_new() -> set[FakeQuantizer]:
+        new = {quantizer for _, quantizer in _named_quantizers(q) if quantizer.mean is not None} - hooked
+        for quantizer in new:
+            stack.callback(quantizer.register_forward_hook(hook).remove)
+        hooked.update(new)
+        return new
 
     count = 0
     with ExitStack() as stack:
         stack.enter_context(in_eval_mode(q))
         # Hooks are Python code: they want the modules themselves, compiled or not.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for _, quantizer in named:
-            if quantizer.mean is not None:
-                stack.callback(quantizer.register_forward_hook(collect(quantizer)).remove)
+        counted = hook_new()
         for module in quantized_modules(q):
             stack.enter_context(module.led_by_used())
         for args, kwargs in batches_of(q, batches):
             run_once(q, args, kwargs)
             count += 1
+            # A graph for another kind of call has come with quantizers of its own, which nobody has looked at.
+            if new := hook_new():
+                counted = new
+                run_once(q, args, kwargs)
+                counted = set(hooked)
     if not count:
         raise OctavError("calibrate got no batches: give at least one like the example inputs of quantize")
     for quantizer, total in sums.items():
@@ -103,8 +113,7 @@ def unfreeze(q: nn.Module) -> nn.Module:
 
 def check_frozen(module: QuantizedModule) -> None:
     """Raise OctavError unless every quantizer of eval mode is frozen and the graphs are those that were frozen."""
-    calls = _quantizer_calls(module, module.graph_of(False))
-    if loose := [node.target for node, quantizer in calls if quantizer.clip is None and not quantizer.by_row]:
+    if loose := loose_quantizers(module, module.graph_of(False)):
         raise OctavError(
             f"{loose[0]} finds a clip for each tensor: call octav_fx.calibrate with a few batches, then octav_fx.freeze"
         )
@@ -117,26 +126,37 @@ def check_frozen(module: QuantizedModule) -> None:
             )
 
 
+def loose_quantizers(module: QuantizedModule, graph: fx.Graph) -> list[str]:
+    """Return the names of the quantizers that a graph of a module calls and that find a clip for each tensor."""
+    calls = _quantizer_calls(module, graph)
+    return [str(node.target) for node, quantizer in calls if quantizer.clip is None and not quantizer.by_row]
+
+
 def _clips(module: QuantizedModule) -> dict[FakeQuantizer, Tensor]:
-    """Return the static clip of each quantizer; those that training mode alone calls may go without."""
+    """Return the static clip of each quantizer.
+
+    Those that training mode alone calls may go without, and those of graphs for kinds of calls that nobody has made
+    since calibration.
+    """
     clips: dict[FakeQuantizer, Tensor] = {}
     for mode in sorted(module.modes):
-        known = constants(module.graph_of(mode))
-        for node, quantizer in _quantizer_calls(module, module.graph_of(mode)):
-            value = node.args[0]
-            assert isinstance(value, fx.Node)
-            if quantizer.by_row:
-                continue
-            if quantizer.learned is not None and quantizer.initialized:
-                clips[quantizer] = quantizer.used
-            elif value in known:
-                clips[quantizer] = _fixed_point(quantizer, value_of(module, value))
-            elif (clip := _seen(quantizer)) is not None:
-                clips[quantizer] = clip
-            elif not mode or len(module.modes) == 1:
-                raise OctavError(
-                    f"{node.target} has seen no data: call octav_fx.calibrate with a few batches before octav_fx.freeze"
-                )
+        for index, guarded in enumerate(module.graphs_of(mode)):
+            known = constants(guarded.graph)
+            for node, quantizer in _quantizer_calls(module, guarded.graph):
+                value = module_input(node)
+                if quantizer.by_row:
+                    continue
+                if quantizer.learned is not None and quantizer.initialized:
+                    clips[quantizer] = quantizer.used
+                elif value in known:
+                    clips[quantizer] = _fixed_point(quantizer, value_of(module, value))
+                elif (clip := _seen(quantizer)) is not None:
+                    clips[quantizer] = clip
+                elif index == 0 and (not mode or len(module.modes) == 1):
+                    raise OctavError(
+                        f"{node.target} has seen no data: call octav_fx.calibrate with a few batches before "
+                        "octav_fx.freeze"
+                    )
     return clips
 
 

@@ -25,6 +25,7 @@ from octav_fx import (
 from octav_fx.capture.modules import QuantizedModule
 from octav_fx.clips.methods import METHODS
 from octav_fx.nn import FakeQuantizer
+from tests.support.graphs import model
 from tests.support.nets import ConvNet as Net
 
 
@@ -353,19 +354,58 @@ class Optional(nn.Module):
         return self.last(y if mask is None else y * mask - 1)
 
 
-def test_what_calibrate_ran_is_what_is_converted():
+def test_every_kind_of_call_that_calibrate_ran_is_converted():
     x, mask = torch.randn(4, 8), torch.rand(4, 8)
     q = quantize(Optional(), (x, mask))
-    with pytest.raises(OctavError, match="calibrate with batches like this call alone, freeze, and convert again"):
-        convert(freeze(calibrate(q, [(x, mask), x])).eval())(x)
-    calibrate(unfreeze(q), [x])
-    freeze(q)
-    converted = convert(q, integers=False)
-    assert torch.equal(converted(x), q(x))
-    with pytest.raises(OctavError, match="a converted model holds for calls of one kind"):
-        converted(x, mask)
+    converted = convert(freeze(calibrate(q, [(x, mask), x])).eval())
+    # Levels are added in another order; no code of these is at a tie.
+    for call in ((x, mask), (x,), (x[:2], mask[:2]), (x[:3],)):
+        torch.testing.assert_close(converted(*call), q(*call))
+    with pytest.raises(OctavError, match="calibrate with batches like this call, freeze, and convert again"):
+        converted(x, [mask])
     # Training goes by the example, as before.
     assert q.train()(x, mask).shape == q(x).shape
+
+
+def test_a_kind_of_call_whose_clips_nobody_found_is_not_converted():
+    def forward(self, x, scale=None):
+        y = self.first(x).relu()
+        return y if scale is None else torch.matmul(y, y.T * scale)
+
+    x = torch.randn(4, 8)
+    q = quantize(model(forward, first=nn.Linear(8, 8)).eval(), x)
+    freeze(calibrate(q, [x]))
+    with pytest.warns(UserWarning, match="finds its clip anew"):
+        q(x, torch.ones(4))
+    converted = convert(q)
+    torch.testing.assert_close(converted(x), q(x))
+    with pytest.raises(OctavError, match=r"argument scale: None at capture, a tensor .*calibrate with batches like"):
+        converted(x, torch.ones(4))
+    converted = convert(freeze(calibrate(unfreeze(q), [x, (x, torch.ones(4))])))
+    torch.testing.assert_close(converted(x, torch.ones(4)), q(x, torch.ones(4)))
+
+
+def test_kinds_of_calls_share_what_they_store():
+    x, mask = torch.randn(4, 8), torch.rand(4, 8)
+    q = freeze(calibrate(quantize(Optional().eval(), x), [x, (x, mask)]))
+    converted = convert(q)
+    saved = io.BytesIO()
+    torch.save(converted, saved)
+    saved.seek(0)
+    loaded = convert(freeze(calibrate(quantize(Optional().eval(), x), [x, (x, mask)])))
+    loaded.load_state_dict(converted.state_dict())
+    others = [copy.deepcopy(converted), torch.load(saved, weights_only=False), converted.to(torch.float32), loaded]
+    for other in others:
+        (further,) = other.further
+        own, its = dict(other.named_buffers()), dict(further.named_buffers())
+        weights = [name for name in own if name.endswith("_weight.codes")]
+        assert len(weights) == 2 and all(own[name] is its[name] for name in weights)
+        # What a clip of its own is in.
+        assert not [name for name in other.state_dict() if name.startswith("further") and "weight" in name]
+        for call in ((x,), (x, mask)):
+            assert torch.equal(other(*call), converted(*call))
+    with pytest.raises(RuntimeError, match=r"Missing key.*further\.0\."):
+        loaded.load_state_dict({k: v for k, v in converted.state_dict().items() if not k.startswith("further")})
 
 
 def test_code_around_a_converted_layer_reads_its_type():

@@ -228,6 +228,10 @@ def test_generate_with_a_cache_is_floats_token_for_token(name: str) -> None:
     with octav_fx.float_mode(q):
         assert torch.equal(q.generate(**inputs, **settings), expected)
     assert q.generate(**inputs, **settings).shape == expected.shape
+    octav_fx.freeze(octav_fx.calibrate(q, [inputs]))
+    converted = octav_fx.convert(q)
+    for batch in (inputs, {name: value[:1, :5] for name, value in inputs.items()}):
+        assert torch.equal(converted.generate(**batch, **settings), q.generate(**batch, **settings))
 
 
 def windowed() -> nn.Module:
