@@ -4,16 +4,23 @@
         ->  t = integer_sum(x, y, True, s, bits, signed); r = t[0]; t[1]
 
 The sum itself goes on in float, to the next sum. Compiled, both are written out and fuse with what is around them.
+Where something writes into the sum before it is quantized, or the sum is written into memory that others read, all
+stays.
 """
 
 import operator
 
 from torch import fx
 
-from octav_fx.ir.arguments import argument, bound_arguments
+from octav_fx.ir.arguments import argument, bound_arguments, called_module
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import in_place, op_of
-from octav_fx.nn.integer import integer_codes, integer_sum
+from octav_fx.ir.ops import in_place, is_op, op_of
+from octav_fx.ir.table.contractions import CONTRACTIONS
+from octav_fx.nn import ChannelAffine, StaticQuantizer
+from octav_fx.nn.integer import integer_codes, integer_sum, levels
+from octav_fx.passes.convert.clamps_into_layers import is_layer
+
+_COMPUTED = (StaticQuantizer, ChannelAffine)
 
 
 def codes_of_sums(gm: fx.GraphModule) -> list[Edit]:
@@ -23,7 +30,7 @@ def codes_of_sums(gm: fx.GraphModule) -> list[Edit]:
         value = bound_arguments(node)["x"]
         has_relu = _name(value) == "relu" and len(value.all_input_nodes) == 1
         add = value.all_input_nodes[0] if has_relu else value
-        if (has_relu and len(add.users) > 1) or not _is_plain_sum(add):
+        if (has_relu and len(add.users) > 1) or not _is_plain_sum(add) or _is_written(value, node):
             continue
         _rewrite(gm.graph, node, value, add)
         edits.append(Edit(add.name, "fuse", f"with {node.name}"))
@@ -41,7 +48,25 @@ def _is_plain_sum(node: fx.Node) -> bool:
         return False
     first, second = argument(node, "input"), argument(node, "other")
     both = isinstance(first, fx.Node) and isinstance(second, fx.Node)
-    return both and not (in_place(node) and len(first.users) > 1)
+    return both and not (in_place(node) and (len(first.users) > 1 or not _has_own_memory(first)))
+
+
+def _has_own_memory(node: fx.Node) -> bool:
+    """Tell whether a node is known to compute what it returns, and not to return a part of another value."""
+    is_computed = op_of(node) in CONTRACTIONS or (is_op(node, "add", "mul", "relu") and not in_place(node))
+    return is_layer(node) or node.target is levels or is_computed or isinstance(called_module(node), _COMPUTED)
+
+
+def _is_written(value: fx.Node, reader: fx.Node) -> bool:
+    """Tell whether something writes into a value, or into what is made of it, before a reader has it."""
+    made, node = {value}, value.next
+    while node is not reader:
+        if not made.isdisjoint(node.all_input_nodes):
+            if in_place(node):
+                return True
+            made.add(node)
+        node = node.next
+    return False
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, value: fx.Node, add: fx.Node) -> None:

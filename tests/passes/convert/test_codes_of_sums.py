@@ -70,6 +70,10 @@ def test_sums(join):
         lambda s, y, x: s.b(y + 1),
         lambda s, y, x: s.b(r := F.relu(total := y + x)) + r.mean() + total.mean(),
         lambda s, y, x: s.b((z := y * 2).add_(x)) + z.mean(),
+        lambda s, y, x: s.b((z := y * 2)[:, :].add_(x)) + z.mean(),
+        lambda s, y, x: s.b(F.relu((z := y * 2).view(2, 3, 5, 5).add_(x))) + z.mean(),
+        lambda s, y, x: s.b((r := F.relu(y + x), r.mul_(2))[0]),
+        lambda s, y, x: s.b((r := y + x, r[:, :1].clamp_(0.1))[0]),
     ],
 )
 def test_other_sums_stay(join):
