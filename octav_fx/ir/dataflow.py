@@ -1,7 +1,7 @@
 """The graph as networkx sees it: nodes, and an edge wherever tensors flow."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final
 
 import networkx as nx
@@ -70,6 +70,29 @@ def reads_sizes(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _METHODS
     return node.target in _FUNCTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES)
+
+
+def written_before(value: fx.Node, reader: fx.Node, known: Collection[fx.Node] = ()) -> bool:
+    """Tell whether something writes into a value, or into what may be a view of it, before a later node reads it.
+
+    known: nodes whose writes the caller has accounted for. aliasing() is exact, of graphs that have fake tensors.
+    """
+    views, node = {value}, value.next
+    while node is not reader:
+        if not views.isdisjoint(node.all_input_nodes):
+            if in_place(node) and node not in known:
+                return True
+            if not _computes(node):
+                views.add(node)
+        node = node.next
+    return False
+
+
+def _computes(node: fx.Node) -> bool:
+    """Tell whether what a node returns is known to be no view of its inputs."""
+    op = op_of(node)
+    is_ours = str(getattr(node.target, "__module__", "")).startswith("octav_fx.")
+    return is_ours or (op is not None and (Trait.POINTWISE in op.traits or bool(op.operands)) and not in_place(node))
 
 
 def downstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:

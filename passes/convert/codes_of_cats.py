@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from octav_fx.ir.arguments import argument, bound_arguments
+from octav_fx.ir.dataflow import written_before
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import module_of
 from octav_fx.nn import StaticQuantizer
@@ -27,7 +28,7 @@ def codes_of_cats(gm: fx.GraphModule) -> list[Edit]:
     for node in list(gm.graph.find_nodes(op="call_function", target=integer_codes)):
         read = bound_arguments(node)
         cat = cat_before(read["x"])
-        if cat is None or not _are_alike(gm, parts_of(cat), read):
+        if cat is None or not _are_alike(gm, parts_of(cat), read) or written_before(cat, node):
             continue
         between = _between(cat, node)
         if not all(moves(moved) for moved in between):

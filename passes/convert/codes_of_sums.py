@@ -13,6 +13,7 @@ import operator
 from torch import fx
 
 from octav_fx.ir.arguments import argument, bound_arguments, called_module
+from octav_fx.ir.dataflow import written_before
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.ops import in_place, is_op, op_of
 from octav_fx.ir.table.contractions import CONTRACTIONS
@@ -30,7 +31,7 @@ def codes_of_sums(gm: fx.GraphModule) -> list[Edit]:
         value = bound_arguments(node)["x"]
         has_relu = _name(value) == "relu" and len(value.all_input_nodes) == 1
         add = value.all_input_nodes[0] if has_relu else value
-        if (has_relu and len(add.users) > 1) or not _is_plain_sum(add) or _is_written(value, node):
+        if (has_relu and len(add.users) > 1) or not _is_plain_sum(add) or written_before(value, node):
             continue
         _rewrite(gm.graph, node, value, add)
         edits.append(Edit(add.name, "fuse", f"with {node.name}"))
@@ -55,18 +56,6 @@ def _has_own_memory(node: fx.Node) -> bool:
     """Tell whether a node is known to compute what it returns, and not to return a part of another value."""
     is_computed = op_of(node) in CONTRACTIONS or (is_op(node, "add", "mul", "relu") and not in_place(node))
     return is_layer(node) or node.target is levels or is_computed or isinstance(called_module(node), _COMPUTED)
-
-
-def _is_written(value: fx.Node, reader: fx.Node) -> bool:
-    """Tell whether something writes into a value, or into what is made of it, before a reader has it."""
-    made, node = {value}, value.next
-    while node is not reader:
-        if not made.isdisjoint(node.all_input_nodes):
-            if in_place(node):
-                return True
-            made.add(node)
-        node = node.next
-    return False
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, value: fx.Node, add: fx.Node) -> None:

@@ -8,7 +8,8 @@
     table[code] = integer_codes(silu(levels(code, s1, bits1, signed1)), s2, bits2, signed2)       uint8 [256]
 
 for whatever is computed of one quantized value element by element: x * relu6(x + 3) / 6 as well as one call. The table
-is filled by running the nodes themselves, so codes stay what they were, and no float goes through memory.
+is filled by running the nodes themselves, so codes stay what they were, and no float goes through memory. Where
+something else writes into one of these values on the way, all stays.
 """
 
 import functools
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.ir.arguments import bound_arguments
+from octav_fx.ir.dataflow import written_before
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import module_of, op_of
@@ -60,7 +62,9 @@ def _function(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
             waiting += [given for given in value.all_input_nodes if given not in steps]
         else:
             return None
-    return (sources.pop(), sorted(steps)) if len(sources) == 1 else None
+    if len(sources) != 1 or any(written_before(value, node, steps) for value in sources | steps):
+        return None
+    return sources.pop(), sorted(steps)
 
 
 def _table(gm: fx.GraphModule, x: OnCodes, steps: list[fx.Node]) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import Config, OctavError, calibrate, freeze, quantize, unfreeze
@@ -441,3 +442,25 @@ def test_autocast_between_layers_is_the_same_in_both(dtype):
     with torch.autocast("cpu", dtype):
         # The order of a sum, of eight and sixteen products.
         torch.testing.assert_close(octav_fx.convert(q)(x), q(x), rtol=0, atol=16 * 2**-24 * float(q(x).abs().max()))
+
+
+WRITES = {
+    "a sum": lambda s, x: s.b((y := (s.a(x) + x).relu_(), y.mul_(1.5))[0]),
+    "a function": lambda s, x: s.b((y := F.hardswish(s.a(x)), y.mul_(1.5))[0]),
+    "a part of a concatenation": lambda s, x: s.d((y := torch.cat([s.a(x), s.b(x)], 1), y[:, :1].zero_())[0]),
+    "what is pooled": lambda s, x: s.b((y := F.max_pool2d(s.a(x) + x, 2), y.add_(1))[0]),
+    "a part of a layer's result": lambda s, x: (y := s.a(x), y[:, :2].add_(x[:, :2]), s.b(y) + y)[-1],
+}
+
+
+@pytest.mark.parametrize("residual_bits", [8, None])
+@pytest.mark.parametrize("forward", WRITES.values(), ids=list(WRITES))
+def test_what_is_written_into_is_quantized_as_it_is_then(forward, residual_bits):
+    torch.manual_seed(0)
+    parts = {"a": nn.Conv2d(3, 3, 1), "b": nn.Conv2d(3, 3, 1), "d": nn.Conv2d(6, 3, 1)}
+    x = torch.randn(2, 3, 6, 6)
+    q = quantize(model(forward, **parts), x, Config(4, 4, edge_bits=None, residual_bits=residual_bits))
+    freeze(calibrate(q, [x]))
+    assert torch.equal(convert(q)(x), q(x))
+    # The order of a sum of six products; far from ties for this input.
+    torch.testing.assert_close(octav_fx.convert(q)(x), q(x), rtol=0, atol=1e-5)

@@ -15,6 +15,7 @@ from octav_fx.ir.dataflow import (
     tensor_flow,
     upstream,
     value_of,
+    written_before,
 )
 from tests.support.graphs import captured, model, parameter
 
@@ -113,3 +114,20 @@ def test_what_reads_sizes_is_no_reader() -> None:
     for target, args in ((torch.numel, ()), (getattr, ("shape",)), (getattr, ("T",)), (torch.sin, ())):
         graph.call_function(target, (x, *args))
     assert [reader.name for reader in readers(x)] == ["sum_1", "getattr_2", "sin"]
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda s, x: (y := x + 1, y.mul_(2), y.exp())[-1], True),
+        (lambda s, x: (y := x + 1, y[:, :1].zero_(), y.exp())[-1], True),
+        (lambda s, x: (y := x + 1, y.relu().mul_(2), y.exp())[-1], False),
+        (lambda s, x: (y := x + 1, z := y.exp(), y.mul_(2), z)[-1], False),
+    ],
+)
+def test_what_is_written_into_before_it_is_read(forward, expected) -> None:
+    graph = captured(model(forward), x=torch.randn(2, 3)).graph
+    (value,) = (node for node in graph.nodes if node.name == "add")
+    (reader,) = (node for node in graph.nodes if node.name == "exp")
+    assert written_before(value, reader) == expected
+    assert not written_before(value, reader, known=list(graph.nodes))

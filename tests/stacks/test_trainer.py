@@ -230,7 +230,7 @@ def test_generate_with_a_cache_is_floats_token_for_token(name: str) -> None:
     assert q.generate(**inputs, **settings).shape == expected.shape
     octav_fx.freeze(octav_fx.calibrate(q, [inputs]))
     converted = octav_fx.convert(q)
-    for batch in (inputs, {name: value[:1, :5] for name, value in inputs.items()}):
+    for batch in (inputs, {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}):
         assert torch.equal(converted.generate(**batch, **settings), q.generate(**batch, **settings))
 
 
