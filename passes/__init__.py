@@ -9,6 +9,7 @@ from typing import Any, Final
 from octav_fx.config import Config
 from octav_fx.ir.pipeline import Pass
 from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
+from octav_fx.passes.convert.check_writes import check_writes
 from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
 from octav_fx.passes.convert.codes_between_layers import codes_between_layers
 from octav_fx.passes.convert.codes_of_cats import codes_of_cats
@@ -120,7 +121,8 @@ COMPUTE: Final[tuple[Any, ...]] = (
 
 # What convert() runs instead: the same arithmetic by oneDNN, where the CPU has it.
 INTEGERS: Final[tuple[Any, ...]] = (
-    combine_codes,  # first: sums and means between quantizers, which layers read and write as codes
+    check_writes,  # first: of what the user wrote
+    combine_codes,  # before the layers: sums and means between quantizers, which layers read and write as codes
     integer_layers,  # the layers themselves, with float results
     moves_on_codes,  # before codes_of_cats: it asks what becomes codes
     codes_of_cats,  # before functions_of_codes: a part may be a function of codes
@@ -177,6 +179,7 @@ __all__ = [
     "batchnorm_to_affine",
     "bfloat16_backward",
     "canonicalize",
+    "check_writes",
     "choose_spec",
     "clamps_into_layers",
     "codes_between_layers",

@@ -12,16 +12,12 @@ import operator
 
 from torch import fx
 
-from octav_fx.ir.arguments import argument, bound_arguments, called_module
+from octav_fx.ir.arguments import bound_arguments
 from octav_fx.ir.dataflow import written_before
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import in_place, is_op, op_of
-from octav_fx.ir.table.contractions import CONTRACTIONS
-from octav_fx.nn import ChannelAffine, StaticQuantizer
-from octav_fx.nn.integer import integer_codes, integer_sum, levels
-from octav_fx.passes.convert.clamps_into_layers import is_layer
-
-_COMPUTED = (StaticQuantizer, ChannelAffine)
+from octav_fx.ir.ops import is_op
+from octav_fx.nn.integer import integer_codes, integer_sum
+from octav_fx.passes.convert.multiply_codes import is_plain_sum
 
 
 def codes_of_sums(gm: fx.GraphModule) -> list[Edit]:
@@ -29,33 +25,13 @@ def codes_of_sums(gm: fx.GraphModule) -> list[Edit]:
     edits = []
     for node in list(gm.graph.find_nodes(op="call_function", target=integer_codes)):
         value = bound_arguments(node)["x"]
-        has_relu = _name(value) == "relu" and len(value.all_input_nodes) == 1
+        has_relu = is_op(value, "relu") and len(value.all_input_nodes) == 1
         add = value.all_input_nodes[0] if has_relu else value
-        if (has_relu and len(add.users) > 1) or not _is_plain_sum(add) or written_before(value, node):
+        if (has_relu and len(add.users) > 1) or not is_plain_sum(add) or written_before(value, node):
             continue
         _rewrite(gm.graph, node, value, add)
         edits.append(Edit(add.name, "fuse", f"with {node.name}"))
     return edits
-
-
-def _name(node: fx.Node) -> str | None:
-    op = op_of(node)
-    return None if op is None else op.name
-
-
-def _is_plain_sum(node: fx.Node) -> bool:
-    """Tell whether a node adds two values, and none that something else reads is written into."""
-    if _name(node) != "add" or len(node.args) != 2 or node.kwargs:
-        return False
-    first, second = argument(node, "input"), argument(node, "other")
-    both = isinstance(first, fx.Node) and isinstance(second, fx.Node)
-    return both and not (in_place(node) and (len(first.users) > 1 or not _has_own_memory(first)))
-
-
-def _has_own_memory(node: fx.Node) -> bool:
-    """Tell whether a node is known to compute what it returns, and not to return a part of another value."""
-    is_computed = op_of(node) in CONTRACTIONS or (is_op(node, "add", "mul", "relu") and not in_place(node))
-    return is_layer(node) or node.target is levels or is_computed or isinstance(called_module(node), _COMPUTED)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, value: fx.Node, add: fx.Node) -> None:

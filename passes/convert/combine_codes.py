@@ -18,7 +18,6 @@ from torch import fx
 from octav_fx.ir.arguments import argument
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import in_place
 from octav_fx.ir.pools import axes_of_mean, keeps_axes, pads_with_zeros
 from octav_fx.nn import IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer import code_mean, code_sum
@@ -54,7 +53,7 @@ def _is_float32_on_cpu(gm: fx.GraphModule) -> bool:
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:
     """Return the two operands of a sum, the one of a mean, none of another node."""
-    if is_plain_sum(node) and not (in_place(node) and len(node.all_input_nodes[0].users) > 1):
+    if is_plain_sum(node):
         return node.args
     return () if axes_of_mean(node) is None else (argument(node, "input"),)
 

@@ -22,7 +22,7 @@ from octav_fx.ir.arguments import bound_arguments
 from octav_fx.ir.dataflow import written_before
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.op import Trait
-from octav_fx.ir.ops import module_of, op_of
+from octav_fx.ir.ops import module_of, op_of, writes_for_others
 from octav_fx.nn.integer import integer_codes, levels, lookup
 from octav_fx.passes.convert.on_codes import OnCodes, grid_of, is_levels, on_codes
 
@@ -57,11 +57,11 @@ def _function(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
         op = op_of(value)
         if grid_of(value) is not None:
             sources.add(value)
-        elif op is not None and Trait.POINTWISE in op.traits and value.all_input_nodes:
+        elif op is None or Trait.POINTWISE not in op.traits or not value.all_input_nodes or writes_for_others(value):
+            return None
+        else:
             steps.add(value)
             waiting += [given for given in value.all_input_nodes if given not in steps]
-        else:
-            return None
     if len(sources) != 1 or any(written_before(value, node, steps) for value in sources | steps):
         return None
     return sources.pop(), sorted(steps)

@@ -15,7 +15,7 @@ from torch import fx
 
 from octav_fx.ir.arguments import argument, bound_arguments
 from octav_fx.ir.edits import Edit
-from octav_fx.ir.ops import op_of
+from octav_fx.ir.ops import is_op, writes_for_others
 from octav_fx.nn.integer import gated_codes, integer_codes
 from octav_fx.passes.convert.on_codes import grid_of, on_codes
 
@@ -44,8 +44,7 @@ def gates_on_codes(gm: fx.GraphModule) -> list[Edit]:
 
 def _factors(product: Any) -> tuple[fx.Node, fx.Node] | None:
     """Return the quantized and the float factor of a product that one node reads; None for anything else."""
-    op = op_of(product)
-    if op is None or op.name != "mul" or len(product.users) > 1:
+    if not is_op(product, "mul") or len(product.users) > 1 or writes_for_others(product):
         return None
     first, second = argument(product, "input"), argument(product, "other")
     quantized = [grid_of(factor) is not None for factor in (first, second)]

@@ -20,7 +20,7 @@ from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import readers
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.movement import selects
-from octav_fx.ir.ops import in_place, module_of
+from octav_fx.ir.ops import module_of, writes_for_others
 from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import StaticQuantizer
 
@@ -51,10 +51,9 @@ def _clamp_before(quantizer: fx.Node) -> tuple[fx.Node, tuple[float | None, floa
     has_zeros = False
     while isinstance(node, fx.Node) and len(readers(node)) == 1:
         if (bounds := clamp_bounds(node)) is not None:
-            # What is clamped in place must not be read as it was before.
-            is_read = in_place(node) and any(len(source.users) > 1 for source in node.all_input_nodes)
             # Zeros that are put around it must not be clamped to something else.
-            return None if is_read or (has_zeros and not holds_zero(bounds)) else (node, bounds)
+            is_kept = writes_for_others(node) or (has_zeros and not holds_zero(bounds))
+            return None if is_kept else (node, bounds)
         if not selects(node):
             return None
         has_zeros |= pads_with_zeros(node)

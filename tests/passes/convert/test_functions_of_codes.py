@@ -67,6 +67,7 @@ OTHERS = {
     "of two values": (lambda s, x: s.b(s.a(x) * torch.sigmoid(x)), 8),
     "written into on the way": (lambda s, x: s.b((y := F.silu(s.a(x)), y.mul_(1.5))[0]), 8),
     "written into by a view": (lambda s, x: s.b((y := F.silu(s.a(x)), y[:, :1].zero_())[0]), 8),
+    "written in place, seen by a view": (lambda s, x: ((y := s.a(x))[:, :2], s.b(F.silu(y, inplace=True))), 8),
     "of an element and its place": (lambda s, x: s.b(torch.cumsum(F.silu(s.a(x)), 1)), 8),
 }
 

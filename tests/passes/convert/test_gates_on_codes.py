@@ -46,6 +46,11 @@ gated_codes = gated_codes(lookup, quantizers_adaptive_avg_pool_x_scale, sigmoid,
 
 OTHERS = {
     "a number": lambda s, x: s.c(F.silu(s.a(x)).mean((2, 3), keepdim=True) * 2),
+    "written in place, seen by a view": lambda s, x: (
+        (y := F.adaptive_avg_pool2d(x, 1)) + (z := s.b(y)),
+        (gate := y.sigmoid())[:, :2],
+        s.c(gate.mul_(z)),
+    ),
     "read twice": lambda s, x: s.c(y := F.adaptive_avg_pool2d(x, 1).sigmoid() * s.b(F.silu(s.a(x)))) + y,
 }
 
