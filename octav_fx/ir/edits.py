@@ -79,6 +79,23 @@ def insert_captured(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> 
     return node
 
 
+def erase_unused(*values: Any) -> None:
+    """Erase, in the given order, those nodes among some arguments that nothing reads."""
+    for value in values:
+        if isinstance(value, fx.Node) and not value.users:
+            value.graph.erase_node(value)
+
+
+def erase_with_sources(node: fx.Node) -> None:
+    """Erase a node that nothing reads, and what only it read; inputs of the model stay."""
+    if node.users or node.op == "placeholder":
+        return
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        erase_with_sources(source)
+
+
 def insert_aten(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call into an aten graph, with its fake value in meta["val"] as AOTAutograd leaves it on every node."""
     node = graph.call_function(target, args, kwargs)

@@ -13,7 +13,7 @@ from torch import fx
 
 from octav_fx.ir.arguments import argument, bound_arguments
 from octav_fx.ir.dataflow import written_before
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.ops import module_of
 from octav_fx.nn import StaticQuantizer
 from octav_fx.nn.integer import code_cat, integer_codes
@@ -39,9 +39,7 @@ def codes_of_cats(gm: fx.GraphModule) -> list[Edit]:
             step = gm.graph.get_attr(str(read["scale"].target))
             new = gm.graph.call_function(code_cat, (codes, step, argument(cat, "dim")))
         cat.replace_all_uses_with(new)
-        for unused in (cat, *levels):
-            if not unused.users:
-                gm.graph.erase_node(unused)
+        erase_unused(cat, *levels)
         move_codes(between, read["bits"], read["signed"])
         node.replace_all_uses_with(node.all_input_nodes[0])
         gm.graph.erase_node(node)

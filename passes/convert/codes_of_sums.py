@@ -14,7 +14,7 @@ from torch import fx
 
 from octav_fx.ir.arguments import bound_arguments
 from octav_fx.ir.dataflow import written_before
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.ops import is_op
 from octav_fx.nn.integer import integer_codes, integer_sum
 from octav_fx.passes.convert.multiply_codes import is_plain_sum
@@ -45,5 +45,4 @@ def _rewrite(graph: fx.Graph, node: fx.Node, value: fx.Node, add: fx.Node) -> No
     value.replace_all_uses_with(total)
     for unused in dict.fromkeys((value, add)):
         graph.erase_node(unused)
-    if not total.users:
-        graph.erase_node(total)
+    erase_unused(total)

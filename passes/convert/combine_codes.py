@@ -17,7 +17,7 @@ from torch import fx
 
 from octav_fx.ir.arguments import argument
 from octav_fx.ir.dataflow import readers
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.pools import axes_of_mean, keeps_axes, pads_with_zeros
 from octav_fx.nn import IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer import code_mean, code_sum
@@ -88,8 +88,6 @@ def _combine(node: fx.Node, count: int, between: list[fx.Node], reader: fx.Node,
     levels = [argument for argument in node.all_input_nodes if grid_of(argument) is not None]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-    for unused in levels:
-        if not unused.users:
-            graph.erase_node(unused)
+    erase_unused(*levels)
     move_codes(between, result.bits, result.signed)
     put_levels(reader, OnCodes(reader.all_input_nodes[0], step, result.bits, result.signed))

@@ -13,7 +13,7 @@ from torch import fx
 from octav_fx.compat.modules import has_forward_hooks
 from octav_fx.ir.arguments import bound_arguments
 from octav_fx.ir.dataflow import value_of
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.ops import module_of, op_of
 
 _MODULES: Final = frozenset({"dropout", "identity"})
@@ -28,9 +28,7 @@ def drop_identities(gm: fx.GraphModule) -> list[Edit]:
         others = [given for given in node.all_input_nodes if given is not source]
         node.replace_all_uses_with(source)
         gm.graph.erase_node(node)
-        for unused in others:
-            if not unused.users:
-                gm.graph.erase_node(unused)
+        erase_unused(*others)
         edits.append(Edit(node.name, "remove", "returns its input"))
     return edits
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.ir.arguments import argument, module_input, set_argument
 from octav_fx.ir.dataflow import value_of
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.op import Op, Trait
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn import ChannelAffine, IntegerWeight
@@ -78,5 +78,4 @@ def _fold(gm: fx.GraphModule, node: fx.Node, affine: ChannelAffine) -> None:
         set_argument(conv, "bias", graph.get_attr(f"{path}.bias"))
     node.replace_all_uses_with(conv)
     graph.erase_node(node)
-    if isinstance(bias, fx.Node) and not bias.users:
-        graph.erase_node(bias)
+    erase_unused(bias)

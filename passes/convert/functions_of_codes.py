@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.ir.arguments import bound_arguments
 from octav_fx.ir.dataflow import written_before
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_with_sources
 from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import module_of, op_of, writes_for_others
 from octav_fx.nn.integer import integer_codes, levels, lookup
@@ -44,7 +44,7 @@ def functions_of_codes(gm: fx.GraphModule) -> list[Edit]:
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(lookup, (x.codes, gm.graph.get_attr(f"{quantizer}.{name}")))
         node.replace_all_uses_with(new)
-        _erase_unused(node)
+        erase_with_sources(node)
         edits.append(Edit(quantizer, "tabulate", ", ".join(step.name for step in steps) or f"{x.bits} bits"))
     return edits
 
@@ -100,13 +100,3 @@ def _unused(quantizer: nn.Module) -> str:
     """Return the name of a further table: a quantizer may be called for several values."""
     count = tables_of(quantizer)
     return f"{_TABLE}_{count}" if count else _TABLE
-
-
-def _erase_unused(node: fx.Node) -> None:
-    """Remove a node that nothing reads, and what only it read; inputs of the model stay."""
-    if node.users or node.op == "placeholder":
-        return
-    sources = node.all_input_nodes
-    node.graph.erase_node(node)
-    for source in sources:
-        _erase_unused(source)

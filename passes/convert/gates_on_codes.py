@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from octav_fx.ir.arguments import argument, bound_arguments
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.ops import is_op, writes_for_others
 from octav_fx.nn.integer import gated_codes, integer_codes
 from octav_fx.passes.convert.on_codes import grid_of, on_codes
@@ -35,9 +35,7 @@ def gates_on_codes(gm: fx.GraphModule) -> list[Edit]:
             new = gm.graph.call_function(gated_codes, (x.codes, x.scale, gate, read["scale"], *grids))
         levels = [given for given in product.all_input_nodes if given is not gate]
         node.replace_all_uses_with(new)
-        for unused in (node, product, *levels):
-            if not unused.users:
-                gm.graph.erase_node(unused)
+        erase_unused(node, product, *levels)
         edits.append(Edit(product.name, "gate", "codes"))
     return edits
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from octav_fx.compat.tensors import pytree
 from octav_fx.ir.arguments import argument, called_module
-from octav_fx.ir.edits import Edit, site_of
+from octav_fx.ir.edits import Edit, erase_unused, site_of
 from octav_fx.ir.meta import copy_meta
 from octav_fx.ir.op import Op
 from octav_fx.ir.ops import module_of, op_of
@@ -104,9 +104,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, op: Op) -> None:
     source = argument(node, "input")
     node.replace_all_uses_with(copy_meta(node, new))
     graph.erase_node(node)
-    for unused in (source, stored, bias):
-        if isinstance(unused, fx.Node) and not unused.users:
-            graph.erase_node(unused)
+    erase_unused(source, stored, bias)
 
 
 def _bias(graph: fx.Graph, bias: Any) -> tuple[Any, dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import fx
 
 from octav_fx.ir.arguments import bound_arguments, called_module
 from octav_fx.ir.dataflow import readers, reads_sizes
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.ops import is_op
 from octav_fx.nn import StaticQuantizer
 from octav_fx.nn.integer import integer_codes, levels
@@ -44,8 +44,7 @@ def moves_on_codes(gm: fx.GraphModule) -> list[Edit]:
         for moved in readers(node) if is_op(node, _PARTS) else [node]:
             _put_levels_behind(moved, x)
         move_codes([node], x.bits, x.signed)
-        if not source.users:
-            gm.graph.erase_node(source)
+        erase_unused(source)
         edits.append(Edit(node.name, "move", "codes"))
     return edits
 

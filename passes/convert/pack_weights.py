@@ -13,7 +13,7 @@ from torch import fx, nn
 from octav_fx.errors import OctavError
 from octav_fx.ir.arguments import module_input
 from octav_fx.ir.dataflow import constants, value_of
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_with_sources
 from octav_fx.ir.ops import module_of
 from octav_fx.nn import FakeQuantizer, IntegerWeight, StoredWeight
 
@@ -39,15 +39,6 @@ def pack_weights(gm: fx.GraphModule) -> list[Edit]:
             stored = IntegerWeight(weight, quantizer.clip, grid.bits, dim, grid.narrow)
         gm.set_submodule(str(node.target), stored, strict=True)
         node.args = ()
-        _erase_unused(gm.graph, source)
+        erase_with_sources(source)
         edits.append(Edit(str(node.target), "store", spec.format.label))
     return edits
-
-
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Remove a constant that nothing reads any more, and what only it read."""
-    if not node.users:
-        sources = node.all_input_nodes
-        graph.erase_node(node)
-        for source in sources:
-            _erase_unused(graph, source)

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from octav_fx.formats.grid import Grid
 from octav_fx.ir.arguments import argument, called_module, set_argument
 from octav_fx.ir.dataflow import constants, value_of
-from octav_fx.ir.edits import Edit
+from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.ops import op_of
 from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 
@@ -47,8 +47,7 @@ def round_biases(gm: fx.GraphModule) -> list[Edit]:
             edits.append(Edit.unsupported(node, reason))
             continue
         target = _round(gm, node, None if bias is None else value_of(gm, bias))
-        if isinstance(bias, fx.Node) and not bias.users:
-            gm.graph.erase_node(bias)
+        erase_unused(bias)
         edits.append(Edit(target, "round", f"{gm.get_submodule(target).fraction} bits below one"))
     return edits
 
