@@ -1,4 +1,4 @@
-"""Which nodes return elements of their input as they are: moved, repeated, the largest of each window."""
+"""selects(): does a node return elements of its input unchanged, moved, repeated, or the largest of each window."""
 
 from typing import Final
 
@@ -7,7 +7,7 @@ from torch import fx
 from octav_fx.ir.ops import is_op
 from octav_fx.ir.pools import pads_with_zeros, repeats_nearest
 
-# What moves elements and computes nothing, and a max pool.
+# Ops that move elements and compute nothing, and a max pool.
 _SELECTING: Final = (
     *("flatten", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous"),
     "max_pool",

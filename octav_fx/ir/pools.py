@@ -1,4 +1,4 @@
-"""Which nodes average whole images, put zeros around them or repeat elements; how the windows of a max pool move."""
+"""Questions about pools, pads and upsampling: is it a global mean, are zeros added, is an element repeated."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from octav_fx.ir.ops import is_op, module_of, op_of
 
 _ONE = (1, (1, 1), [1, 1])
 _SPATIAL = ((2, 3), (-2, -1))
-# Those for zeros are kinds of them.
+# nn.ZeroPad2d and its like are subclasses.
 _CONSTANT = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
 def axes_of_mean(node: fx.Node) -> tuple[int, int] | None:
-    """Return the spatial axes of images [N, C, H, W] where a node is the mean over both: a pool to one, or a mean.
+    """Return the two axes over which a node takes a global mean, as a pool to one element or as a mean; else None.
 
-    None for other nodes. What is averaged may have other axes than images have.
+    They are the spatial axes of images [N, C, H, W], though the input may have more axes, or fewer.
     """
     op = op_of(node)
     if op is None:
@@ -42,7 +42,7 @@ def _is_planar(node: fx.Node) -> bool:
 
 
 def max_window(node: fx.Node) -> tuple[Any, ...] | None:
-    """Return the window of a max pool over planes, two sizes, strides, paddings, dilations, and ceil_mode; or None."""
+    """Return sizes, strides, paddings and dilations of a 2d max pool, two of each, and ceil_mode; else None."""
     is_planar = type(module_of(node)) is nn.MaxPool2d if node.op == "call_module" else node.target is F.max_pool2d
     if not is_planar:
         return None
@@ -54,7 +54,7 @@ def max_window(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def repeats_nearest(node: fx.Node) -> bool:
-    """Tell whether a node takes for each place of another size the nearest element of its input."""
+    """Tell whether a node resizes its input by taking the nearest element for each place."""
     return is_op(node, "interpolate") and argument(node, "mode") in ("nearest", "nearest-exact")
 
 

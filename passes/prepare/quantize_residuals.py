@@ -1,4 +1,7 @@
-"""Put a fake-quantizer where an integer runtime writes a tensor: joins, global pools, what is done to convolutions.
+"""Put a fake-quantizer wherever an integer runtime has to write codes, though no layer reads them at once.
+
+Both operands of a residual sum, the input of a global pool, the input of a function (SiLU) behind a convolution, and
+results of convolutions that several nodes share:
 
     add(x, y)                        ->  add(quantizers.add_x(x), quantizers.add_y(y))
     adaptive_avg_pool2d(x, 1)        ->  adaptive_avg_pool2d(quantizers.pool_x(x), 1)
@@ -10,13 +13,20 @@
         ->  z = quantizers.add_x(x)
             conv2d(quantizers.conv_input(z), w), add(z, ...)
 
-A tensor has one quantizer that reads it, the widest: whatever else reads the tensor reads its levels, narrower
-quantizers too. An integer runtime writes a tensor once, and a sum with a float operand keeps what is around it in
-float. Sums with constants, broadcast ones and those of integers are no joins. A kernel of a convolution returns codes,
-and what is then computed of each is a table of 256; a clamp needs neither, and linear layers return floats as well.
-What pools, moves or concatenates results of convolutions reads levels, too, where something else reads them as well and
-a quantizer in the end: branches of GoogLeNet, halves of ShuffleNet, the skips of a U-Net. Else nothing would tell the
-convolution one grid for all of them. It is Config.residual_bits, off by default.
+One quantizer for each tensor: an integer runtime writes a tensor once, on one grid. Of several quantizers the widest
+reads the tensor, and everything else, narrower quantizers too, reads the levels of that one.
+
+Sums: one float operand keeps the layers around a sum in float. A sum with a constant, a broadcast one and one of
+integers are left alone, as no two paths join there.
+
+Functions: the kernel of a convolution returns codes, and a function of each element is then a table of 256. A clamp
+needs no table, as its kernel does it; linear layers return floats as well.
+
+Shared results: where a result of a convolution is pooled, moved or concatenated, and read by something else besides,
+one quantizer at the result tells the convolution one grid for all readers (branches of GoogLeNet, halves of ShuffleNet,
+the skips of a U-Net). Only where a quantizer reads it in the end.
+
+Config.residual_bits asks for this pass; by default it does not run.
 """
 
 from typing import Any, Final
@@ -41,9 +51,9 @@ from octav_fx.passes.prepare.quantize_operands import Choose, Place, add_quantiz
 
 _SUM: Final = (activation(0, "x"), activation(1, "y"))
 _ONE: Final = (activation(0, "x"),)
-# Beside what selects() knows these return elements of what they are given, ..
+# Ops that return elements of their input, besides those that selects() knows.
 _SELECTS: Final = ("pixel_shuffle", "chunk", "getitem", "identity", "dropout")
-# .. and these elements of several, or means.
+# Ops that return elements of several inputs, or means of them.
 _MIXES: Final = ("cat", "avg_pool", "interpolate")
 
 
@@ -119,10 +129,7 @@ def _is_function_of_convolution(node: fx.Node) -> bool:
 
 
 def _shares(node: fx.Node, of_convolutions: set[fx.Node]) -> tuple[Operand, ...]:
-    """Return the operands that a node pools, moves or concatenates, if that is one use of several of them.
-
-    Of those that convolutions returned, and that are quantized in the end.
-    """
+    """Return those operands of a pool, a move or a concatenation that other nodes read, too: see _is_shared."""
     if not _moves(node) or not node.args:
         return ()
     operands: tuple[Operand, ...] = _ONE
@@ -132,9 +139,9 @@ def _shares(node: fx.Node, of_convolutions: set[fx.Node]) -> tuple[Operand, ...]
 
 
 def _is_shared(value: Any, of_convolutions: set[fx.Node]) -> bool:
-    """Tell whether convolutions returned a value that several nodes read, quantizers in the end.
+    """Tell whether a value is made of results of convolutions, several nodes read it, and in the end a quantizer does.
 
-    Not what was taken out of levels: it has them.
+    What was selected out of a quantized tensor is none: its elements are levels already.
     """
     source = module_input(value) if _quantizer(value) is not None else value
     known = fake(value)
@@ -149,7 +156,7 @@ def _is_shared(value: Any, of_convolutions: set[fx.Node]) -> bool:
 
 
 def _of_convolutions(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
-    """Return what is made of results of convolutions: pooled, moved, concatenated, functions of each element, sums."""
+    """Return the results of convolutions, and what is pooled, moved, concatenated or computed by element of them."""
     found = set[fx.Node]()
     for node in graph.nodes:
         op, sources = op_of(node), [source for source in node.all_input_nodes if source not in constant]
@@ -171,14 +178,14 @@ def _moves(node: fx.Node) -> bool:
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:
-    """Return what reads a value or, where a node divides it, one of its parts."""
+    """Return what reads a value; in place of a chunk() of it, what reads one of the parts."""
     parts = [part for reader in readers(node) for part in (readers(reader) if is_op(reader, "chunk") else [reader])]
-    # Of what is moved sizes alone may be read.
+    # A move of which only sizes are read does not count.
     return [part for part in parts if not _moves(part) or _ends(part)]
 
 
 def _ends(node: fx.Node) -> set[fx.Node]:
-    """Return what reads a value, seen through pools, moves and concatenations."""
+    """Return the nodes that compute with a value, seen through pools, moves and concatenations of it."""
     found, seen, waiting = set[fx.Node](), set[fx.Node](), [node]
     while waiting:
         for reader in readers(waiting.pop()):
@@ -212,7 +219,7 @@ def _quantize(
         return Edit.by_config(node, settings, operand.name)
     if in_place(node) and operand.index == 0 and any(reader > node for reader in value.users):
         return Edit.unsupported(node, f"{value.name} is read after the sum has been written into it", operand.name)
-    # Its own write is of levels, too.
+    # The write of the node itself is fine: what it writes are levels.
     if memory.written(value, after=value, before=node) or memory.written(value, after=node):
         return Edit.unsupported(node, f"{value.name} is written in place by another node", operand.name)
     known = {reader: q.spec.format.bits for reader in value.users if (q := _quantizer(reader)) is not None}
