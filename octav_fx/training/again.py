@@ -156,7 +156,7 @@ def quantize_replaced(module: PartialModule, call: Inputs) -> None:
 
 
 def _quantize_below(owner: nn.Module, call: Inputs) -> None:
-    """Do the same in the modules below one that know what they were made of, the innermost first."""
+    """Quantize anew, the innermost first, those modules below one whose own children were replaced."""
     changed = {path: module for path, module in owner.named_modules() if module is not owner and is_changed(module)}
     with users_own(owner):
         calls = record_calls(owner, call, changed)

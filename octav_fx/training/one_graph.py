@@ -319,9 +319,9 @@ def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
 def _graphs(
     module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
 ) -> tuple[dict[bool, GuardedGraph], str | None, list[str], list[Capture]]:
-    """Return a graph for each mode, and why the other mode has none if it needs one and cannot be captured.
+    """Return a graph for each mode, why the other mode has none (or None), notes, and what was captured.
 
-    Besides these, notes, and what was captured.
+    The other mode has none where it needs a graph of its own and cannot be captured.
     """
     mode = module.training
     captured, notes = _captured(module, example, mode, user)
@@ -343,7 +343,7 @@ def _graphs(
 
 
 def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
-    """Capture in one mode, with the tables that forward makes once made; return what was captured, and notes."""
+    """Capture in one mode, after a first run where forward keeps tables; return what was captured, and notes."""
     constants = constants_of(module)
     with constants.without_caches():
         captured = _capture(module, call, mode, user)
@@ -361,7 +361,7 @@ def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> t
 
 
 class _NoTable(Exception):
-    """What forward stores is no table, which is made once, and of which results know nothing."""
+    """Raised where what forward stores is no table: a value that is made once, and changes no result."""
 
 
 def _captured_warm(module: nn.Module, call: Inputs, mode: bool, user: UserRules, cold: Capture) -> Capture:

@@ -61,7 +61,7 @@ def check_in_turn(module: nn.Module, example: Inputs, is_folded: bool) -> None:
 
 
 class _NoGraph(Exception):
-    """What a call did to the state is beyond the graph of the next."""
+    """Raised where a call has changed the state so that the graph for the next call holds no more."""
 
 
 def _is_compared(quantized: QuantizedModule, calls: list[Inputs]) -> bool:

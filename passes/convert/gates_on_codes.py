@@ -5,8 +5,8 @@
 
     codes = integer_codes(x, s1, bits1, signed1)        uint8: on_codes.py
 
-The gate is [N, C, 1, 1], as in a squeeze-and-excitation block: small, and float. The bits are those of the product of
-floats, whose factors may change places.
+The gate is [N, C, 1, 1], as in a squeeze-and-excitation block: small, and float. The codes are those of the product of
+floats; its factors may stand in either order.
 """
 
 from typing import Any

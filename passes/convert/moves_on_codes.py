@@ -57,8 +57,8 @@ def _source(node: Any) -> Any:
 
 
 def _moves(node: fx.Node) -> bool:
-    """Tell whether a node does to codes what it does to levels; also where it gives several values, or one of them."""
-    return bool(node.all_input_nodes) and (moves(node) or is_op(node, _PARTS) or is_op(node, _ITEM))
+    """Tell whether a node does to codes what it does to levels, dividing them and taking a part among it."""
+    return bool(node.all_input_nodes) and (moves(node) or is_op(node, _PARTS, _ITEM))
 
 
 def _leads_to_codes(node: fx.Node) -> bool:
@@ -69,7 +69,7 @@ def _leads_to_codes(node: fx.Node) -> bool:
 
 
 def _put_levels_behind(node: fx.Node, x: OnCodes) -> None:
-    """Let whatever reads more than sizes read levels of the codes that a node returns."""
+    """Let readers of a node, which returns codes by now, read levels of them; those of sizes may stay."""
     with node.graph.inserting_after(node):
         new = node.graph.call_function(levels, (node, x.scale, x.bits, x.signed))
     node.replace_all_uses_with(new, delete_user_cb=lambda reader: reader is not new and not reads_sizes(reader))

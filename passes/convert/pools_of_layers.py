@@ -1,9 +1,9 @@
-"""Pool what a layer returns in floats as its codes are pooled.
+"""Pool the float result of an integer layer by the op that pools codes.
 
     max_pool2d(integer_conv(...), 3, 2, 1)  ->  max_pool(integer_conv(...), [3, 3], [2, 2], [1, 1], [1, 1], False)
 
-Where a pool has other readers than codes, such as a residual sum. The result is the same; torch's own pool finds
-indices, too, and takes three times as long, and a compiler takes longer still.
+That is what codes_between_layers leaves: pools that something else reads besides a quantizer, such as a residual sum.
+The result is the same. torch's own pool also finds indices and takes three times as long; compiled, it takes longer.
 """
 
 from torch import fx

@@ -6,12 +6,13 @@
     step = scale of the input * scale of the weight               [C]
     bias = round(b * 2**fraction / step) * step / 2**fraction     [C]
 
-A bias without fraction is half a product of codes off, which is much of a step of the result where both have few bits.
-The fraction costs nothing: a runtime multiplies the codes of a narrow weight by 2**fraction, into the rest of their
-byte. It is as large as leaves two products below 2**15, the sums of 16 bits of CPUs without VNNI.
+Without a fraction a bias would be off by up to half a product of two codes, which is much of a step of the result where
+both have few bits. The fraction costs nothing: a runtime multiplies the codes of a narrow weight by 2**fraction, which
+fills the rest of their byte. It is the largest with which two products stay below 2**15, since CPUs without VNNI add
+them up in 16 bits.
 
-A channel whose bias is beyond 2**30 in that unit, as its scale is next to nothing or zero, gets the scale that brings
-it there, and codes that are smaller by as much, mostly zeros.
+In a channel whose scale is zero, or next to it, the bias may be beyond 2**30 in that unit. Such a channel gets a larger
+scale, in which the bias is 2**30, and its codes shrink in proportion, mostly to zero.
 """
 
 import math
@@ -93,7 +94,7 @@ def _round(gm: fx.GraphModule, node: fx.Node, bias: Tensor | None) -> str:
 
 
 def fraction_of(codes: Tensor, bits: int, source: StaticQuantizer) -> int:
-    """So many bits a bias may have below one: see the module's docstring."""
+    """Return how many bits a bias may have below one: see the module's docstring."""
     low, high = source.range
     greatest = max(high, -low)
     # A signed code goes in as an unsigned byte with a zero point.

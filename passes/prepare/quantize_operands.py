@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.capture.symbolic.regions import Kept, apply_function
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.ir.arguments import operand_of, operands_of, set_operand
+from octav_fx.ir.arguments import called_module, operand_of, operands_of, set_operand
 from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.first_last import first_and_last_layers
@@ -81,7 +81,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
             continue
         for operand in operands:
             value = operand_of(node, operand)
-            if _is_quantized(value):
+            if isinstance(called_module(value), FakeQuantizer):
                 continue
             place = _place(node, op, operand, value, value in parameters, node in edges, value not in unsigned)
             choice = choose(place)
@@ -114,10 +114,6 @@ def _no_grid_for(operands: Iterable[Any]) -> str | None:
     if any(value.is_complex() for value in values):
         return "its operands are complex"
     return "one of its operands is sparse" if any(value.layout is not torch.strided for value in values) else None
-
-
-def _is_quantized(value: Any) -> bool:
-    return isinstance(value, fx.Node) and value.op == "call_module" and isinstance(module_of(value), FakeQuantizer)
 
 
 def _place(node: fx.Node, op: Op, operand: Operand, read: Any, is_static: bool, edge: bool, signed: bool) -> Place:

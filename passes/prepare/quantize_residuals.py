@@ -34,14 +34,14 @@ from typing import Any, Final
 from torch import Tensor, fx
 
 from octav_fx.ir.aliasing import Aliasing, aliasing
-from octav_fx.ir.arguments import arguments, module_input, operand_of, set_operand
+from octav_fx.ir.arguments import arguments, called_module, module_input, operand_of, set_operand
 from octav_fx.ir.clamps import clamp_bounds
 from octav_fx.ir.dataflow import readers, state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info, set_fake, update
 from octav_fx.ir.movement import selects
 from octav_fx.ir.op import Op, Operand, Role, Trait, activation
-from octav_fx.ir.ops import in_place, is_op, module_of, op_of
+from octav_fx.ir.ops import in_place, is_op, op_of
 from octav_fx.ir.pools import axes_of_mean
 from octav_fx.ir.signedness import nonnegative
 from octav_fx.ir.sites import in_scope, numbered
@@ -236,7 +236,7 @@ def _quantize(
 
 
 def _quantizer(node: Any) -> FakeQuantizer | None:
-    module = module_of(node) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    module = called_module(node)
     return module if isinstance(module, FakeQuantizer) else None
 
 

@@ -107,6 +107,7 @@ def test_compiled_is_eager(net: Net, name: str) -> None:
     torch.testing.assert_close(z, y, rtol=1e-2, atol=1e-2)
     y.square().sum().backward()
     z.square().sum().backward()
+    # A gradient is a sum over all of y, in which such a code is a step of one summand.
     for one, two in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, rtol=5e-2, atol=5e-2)
 

@@ -442,7 +442,9 @@ def test_overrides_by_class_and_by_operand(blocks):
 
 
 def test_an_override_that_loses_everywhere_is_none():
-    quantize(Net(), images(), Config(overrides={"con*": None, "*": {"weight_bits": 3}}))
+    q = quantize(Net(), images(), Config(overrides={"con*": None, "*": {"weight_bits": 3}}))
+    weights = [row for row in octav_fx.rows(q) if row.operand == "weight"]
+    assert weights and all(row.bits == 3 for row in weights)
 
 
 def test_strict_lists_what_stays_float():
