@@ -79,14 +79,20 @@ def stand_in(
 def as_users(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function to which type(x) is the user's class where x is of a class that stands for it.
 
-    Of one that does not compare what type() returns by `is`, itself.
+    Of one that does not compare what type() returns by `is`, itself. In type(x).forward it is the class that x is of:
+    one that wraps the forward of each class below it asks so whether it is the outermost.
     """
     if not isinstance(function, types.FunctionType):
         return function
     # Those that stand inside of it have code of their own, and wrappers call what they wrap.
     code, steps = function.__code__, list(dis.get_instructions(function))
     # The lowest bit of the argument tells that it is called.
-    calls = [s for s in steps if s.opname == "LOAD_GLOBAL" and s.argval == "type" and s.arg is not None and s.arg & 1]
+    calls = [
+        step
+        for at, step in enumerate(steps)
+        if step.opname == "LOAD_GLOBAL" and step.argval == "type" and step.arg is not None and step.arg & 1
+        if not _reads_attribute(steps[at:])
+    ]
     place = len(code.co_names) << 1 | 1
     if not calls or all(s.opname != "IS_OP" for s in steps) or place > 255 or "type" in function.__globals__:
         return function
@@ -100,6 +106,12 @@ def as_users(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     made.__kwdefaults__ = function.__kwdefaults__
     return functools.update_wrapper(made, function)
+
+
+def _reads_attribute(steps: list[dis.Instruction]) -> bool:
+    """Tell whether what the first call of these gives is asked for an attribute."""
+    call = next((at for at, step in enumerate(steps) if step.opname == "CALL"), len(steps))
+    return any(step.opname == "LOAD_ATTR" for step in steps[call + 1 : call + 2])
 
 
 def forward_of(kind: Any) -> Callable[[], Callable[..., Any]]:

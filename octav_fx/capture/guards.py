@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.flat import flatten, unflatten
-from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.module_state import own_copy, tensors_within
 from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, dtypes_around, pytree, quiet
@@ -69,6 +69,9 @@ class Guards:
     sizes: Facts | None = None
     # Of what forward computes on its way: found without data, and remembered for each kind of call.
     deep: Facts | None = None
+    # Dtypes of what it computes once it has written into an argument (a cache): found so on copies, and remembered for
+    # each kind of dtypes. Sizes grow with every token; those the graph checks as it runs.
+    dtypes: Facts | None = None
     _known: dict[Any, str | None] = field(default_factory=dict)
 
     def broken(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, deeply: bool = True) -> str | None:
@@ -76,43 +79,29 @@ class Guards:
         for facts in (self.arguments, self.attributes, self.sizes):
             if facts is not None and (fault := facts.broken(module, args, kwargs)) is not None:
                 return fault
-        if self.deep is None or not deeply:
+        if not deeply or (self.deep is None and self.dtypes is None):
             return None
         if torch.compiler.is_compiling():
             # Part of the compiled graph, where nobody reads the tensors: they are never computed.
             with torch.no_grad(), permitted():
-                return self.deep.broken(module, args, kwargs)
-        return self._deep_fault(module, args, kwargs)
+                return None if self.deep is None else self.deep.broken(module, args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        for facts, kind_of_call in ((self.deep, _kind_of_call), (self.dtypes, _dtypes_of_call)):
+            if facts is None:
+                continue
+            key = kind_of_call(leaves)
+            if key not in self._known:
+                if len(self._known) >= _REMEMBERED:
+                    self._known.clear()
+                self._known[key] = _fault_without_data(facts, module, leaves, spec)
+            if (fault := self._known[key]) is not None:
+                return fault
+        return None
 
     def hold_for(self, arguments: Sequence[Any]) -> None:
         """Know that the guards hold for arguments in the order of forward: those of the capture."""
-        self._known[_kind_of_call(pytree.tree_leaves(arguments))] = None
-
-    def _deep_fault(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        assert self.deep is not None
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = _kind_of_call(leaves)
-        if key not in self._known:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
-            mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-            # What forward computes is asked of the layers themselves.
-            with torch.no_grad(), permitted(), quiet():
-                # Objects, a cache, are copied: what is computed here writes into them.
-                fakes = [mode.from_tensor(leaf) if _is_real(leaf) else own_copy(leaf) for leaf in leaves]
-                fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-                try:
-                    with mode:
-                        fault = self.deep.broken(module, fake_args, fake_kwargs)
-                except Exception as error:
-                    # With sizes of the example in it, what a later value is computed from need not run at all.
-                    fault = f"what it computes sizes from fails: {error}"
-                finally:
-                    # Under autocast it has casts of weights by now, and they are fake.
-                    torch.clear_autocast_cache()
-                self._known[key] = fault
-        return self._known[key]
+        leaves = pytree.tree_leaves(arguments)
+        self._known[_kind_of_call(leaves)] = self._known[_dtypes_of_call(leaves)] = None
 
     def forget(self) -> None:
         """Ask anew what forward computes on its way: its parameters have another dtype."""
@@ -124,7 +113,7 @@ class Guards:
         return Guards(self.arguments, None, None if asks_state else self.sizes)
 
     def __reduce__(self) -> Any:
-        return Guards, (self.arguments, self.attributes, self.sizes, self.deep)
+        return Guards, (self.arguments, self.attributes, self.sizes, self.deep, self.dtypes)
 
 
 @dataclass(eq=False)
@@ -193,6 +182,30 @@ class GuardedGraph:
 
     def __reduce__(self) -> Any:
         return _restored_graph, (flatten(self.graph), self.guards, self.caches)
+
+
+def _fault_without_data(facts: Facts, module: Any, leaves: list[Any], spec: Any) -> str | None:
+    """Say which of the facts does not hold for arguments, whose tensors are taken for fake ones; or return None."""
+    mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    # What forward computes is asked of the layers themselves.
+    with torch.no_grad(), permitted(), quiet():
+        # Objects, a cache, are copied: what is computed here writes into them.
+        fakes = [mode.from_tensor(leaf) if _is_real(leaf) else own_copy(leaf) for leaf in leaves]
+        fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
+        try:
+            with mode:
+                return facts.broken(module, fake_args, fake_kwargs)
+        except Exception as error:
+            # With sizes of the example in it, what a later value is computed from need not run at all.
+            return f"what it computes sizes from fails: {error}"
+        finally:
+            # Under autocast it has casts of weights by now, and they are fake.
+            torch.clear_autocast_cache()
+
+
+def _dtypes_of_call(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple(tensor.dtype for leaf in leaves for tensor in tensors_within(leaf)), dtypes_around()
 
 
 def _kind_of_call(leaves: list[Any]) -> tuple[Any, ...]:

@@ -180,7 +180,7 @@ def own_copy(inputs: Any) -> Any:
                 memo[id(leaf)] = with_tags_of(leaf, _cloned(leaf))
             return memo[id(leaf)]
         # deepcopy refuses tensors with a history of gradients: a cache that earlier layers have filled.
-        for tensor in _tensors_within(leaf, set()):
+        for tensor in tensors_within(leaf):
             if not tensor.is_leaf:
                 memo.setdefault(id(tensor), tensor.clone())
         try:
@@ -207,8 +207,9 @@ def with_tags_of(tensor: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
     return copied
 
 
-def _tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+def tensors_within(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
     """Yield the tensors in a container or an object of the user's, however deep. seen: by identity, where it was."""
+    seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value
         return
@@ -217,4 +218,4 @@ def _tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     seen.add(id(value))
     parts: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
     for part in (*parts, *getattr(value, "__dict__", {}).values()):
-        yield from _tensors_within(part, seen)
+        yield from tensors_within(part, seen)

@@ -5,12 +5,16 @@ dicts, and its quantizers are those of the module where it has one for the same 
 """
 
 import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.classes import stand_in, users_class
 from octav_fx.capture.held import let_go
 from octav_fx.capture.inputs import Inputs, call_of
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
@@ -49,8 +53,10 @@ class OwnPython:
             part.follow(part.owner.training)
         try:
             call = call_of(self.quantized.owner, args, kwargs)
-            forward = self.pairs[0][1].forward if self.pairs else self.quantized.float_forward
-            return forward(*call.args, **call.kwargs)
+            if not self.pairs:
+                return self.quantized.float_forward(*call.args, **call.kwargs)
+            with _below_what_wraps(self.pairs[0][1]) as forward:
+                return forward(*call.args, **call.kwargs)
         finally:
             for first, second in self.pairs:
                 _copy_attributes(second, first)
@@ -87,6 +93,41 @@ def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason:
     _share_quantizers(quantized, graphs)
     rows = [*float_records(second), *(row for part in graphs for row in part.records)]
     return OwnPython(quantized, pairs, graphs, rows)
+
+
+class _Wrapped:
+    """Marks a class whose forward the user's class has wrapped, while what is inside of it runs."""
+
+
+@functools.cache
+def _wrapped_class(kind: Any) -> type[nn.Module] | None:
+    """Return a subclass of a user's class that wraps the forward of each one; None for a class that does not."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)
+
+    made = stand_in(kind, _Wrapped, forward)
+    return made if vars(made)["forward"] is not forward else None
+
+
+@contextmanager
+def _below_what_wraps(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Give the forward of a module, to which it is inside as if it were called from that of a subclass.
+
+    A class that wraps the forward of each subclass, to recompute it in backward, has wrapped that of the graphs, too:
+    it has done so around this call, and does it once.
+    """
+    kind: Any = type(module)
+    wrapped = _wrapped_class(users_class(kind)) if "forward" not in vars(module) else None
+    if wrapped is None:
+        yield module.forward
+        return
+    module.__class__ = wrapped
+    try:
+        yield functools.partial(kind.forward, module)
+    finally:
+        module.__class__ = kind
 
 
 def _sharing_copy(module: nn.Module) -> nn.Module:

@@ -84,3 +84,39 @@ def test_zeros_of_both_signs_and_nan_are_told_apart(
         with silent_quantizers():
             assert_close(f"{number}", call(*args), model(*args))
     assert len(graphs_of(q).graphs_of(False)) == 3
+
+
+class Memory:
+    """A cache of keys."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def update(self, keys: Tensor) -> Tensor:
+        self.kept = keys if self.kept is None else torch.cat([self.kept, keys], 1)
+        return self.kept
+
+
+class AsksForTheDtypeOfWhatItKeeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        keys = memory.update(self.first(x))
+        scores = keys.amax(1, keepdim=True)
+        return self.second(x) + (scores if keys.dtype == torch.float32 else scores.float() * 2)
+
+
+def test_dtypes_of_what_is_computed_behind_a_cache_are_asked_before_it_is_written() -> None:
+    model = AsksForTheDtypeOfWhatItKeeps().eval()
+    q = octav_fx.quantize(model, (x, Memory()))
+    for enabled in (True, False, True):
+        of_float, of_q = Memory(), Memory()
+        with silent_quantizers(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for step in (x, x[:, :1], x[:, 1:3]):
+                assert_close(f"autocast {enabled}", q(step, of_q), model(step, of_float))
+                assert of_q.kept is not None and of_float.kept is not None
+                assert_close("kept", of_q.kept, of_float.kept)
+    # One for each pair of what the memory holds and autocast.
+    assert len(graphs_of(q).graphs_of(False)) == 4

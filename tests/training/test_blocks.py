@@ -22,7 +22,7 @@ from octav_fx.capture.partial import PartialModule
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.capture.whole import WholeModule
 from octav_fx.compat.tensors import pytree
-from tests.support.alike import assert_computes
+from tests.support.alike import assert_close, assert_computes
 from tests.support.blocks import WIDTH, Block, Net, batch, saved_bytes
 from tests.support.on_grid import OnGrid
 
@@ -200,6 +200,55 @@ def test_a_class_that_recomputes_around_its_subclasses_does_so_around_graphs(is_
     q(x).sum().backward()
     assert all(p.grad is not None for p in q.parameters())
     assert all(isinstance(layer, WholeModule) and graphs_of(layer)._own_python == {} for layer in q)
+
+
+class SetsRequiresGrad(Layer, Block):
+    """Where it is recomputed no graph holds it."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, runs: Any = None) -> tuple[Tensor, Tensor]:
+        if runs is not None:
+            runs.append(self)
+        if bias is None:
+            bias = torch.zeros(WIDTH)
+            if self.recompute:
+                bias.requires_grad = True
+        return Block.forward(self, x) + bias, bias
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(SetsRequiresGrad() for _ in range(2))
+
+    def forward(self, x: Tensor, runs: Any = None) -> Tensor:
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias, runs=runs)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*run its own Python")
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_what_recomputes_itself_and_runs_its_own_python_is_recomputed_once(is_reentrant: bool) -> None:
+    model = Chain()
+    q = quantize(model, torch.randn(4, 6, WIDTH), blocks="auto")
+    for layer in (*model.blocks, *q.blocks):
+        layer.recompute, layer.is_reentrant = True, is_reentrant
+    x = torch.randn(4, 6, WIDTH, requires_grad=True)
+    # What a new kind of calls needs is there before quantizers are set aside.
+    q(x, []).square().sum().backward()
+    x.grad = None
+    q.zero_grad()
+    of_float, of_q = [], []
+    with without_quantizers(q):
+        q(x, of_q).square().sum().backward()
+    found = {"x": x.grad, **{name: p.grad for name, p in q.named_parameters()}}
+    x.grad = None
+    model(x, of_float).square().sum().backward()
+    for name, gradient in {"x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}.items():
+        assert_close(name, found[name], gradient)
+    # Each block once forward and once backward.
+    assert len(of_q) == len(of_float) == 4
 
 
 def test_checkpointing_around_the_model() -> None:

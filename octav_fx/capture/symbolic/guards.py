@@ -15,6 +15,7 @@ from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
+from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import in_place, module_of
 
@@ -45,6 +46,7 @@ def take_guards(
     checks = list(graph.find_nodes(op="call_function", target=guard_equal))
     sizes: Facts | None = None
     deep: Facts | None = None
+    dtypes: Facts | None = None
     if checks:
         near = _copied(graph, root)
         _without_layers(near)
@@ -56,14 +58,17 @@ def take_guards(
         is_deep = [check in tensors for check in asked]
         # What writes into an argument must run once, in the graph, where the check stays.
         is_known_before = [flag and check not in writes for check, flag in zip(asked, is_deep, strict=True)]
+        is_of_dtypes = [check in writes and _asks_dtypes(check) and _writes_arguments(check) for check in asked]
         put_stand_ins(near)
+        if any(is_of_dtypes):
+            dtypes = _checked(_copied(near, root), is_of_dtypes, True)
         if any(is_known_before):
             deep = _checked(near if all(is_deep) else _copied(near, root), is_known_before, True)
         sizes = None if all(is_deep) else _checked(near, is_deep, False)
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
-    return Guards(_arguments(graph, kinds, same), _attributes(graph, attributes, modes), sizes, deep)
+    return Guards(_arguments(graph, kinds, same), _attributes(graph, attributes, modes), sizes, deep, dtypes)
 
 
 def _without_layers(graph: fx.Graph) -> None:
@@ -147,14 +152,41 @@ def _writes(node: fx.Node) -> bool:
     return is_call and (in_place(node) or (node.target not in _READS and _has_object(node)))
 
 
+def _asks_dtypes(check: fx.Node) -> bool:
+    """Tell whether a check asks for nothing of tensors but their dtypes."""
+    pending = list(check.all_input_nodes)
+    for node in pending:
+        if node.target is getattr and node.args[1] == "dtype":
+            continue
+        if isinstance(fake(node), Tensor) or not node.all_input_nodes:
+            return False
+        pending += node.all_input_nodes
+    return True
+
+
+def _writes_arguments(check: fx.Node) -> bool:
+    """Tell whether all that is written before a check is in arguments, of which there are copies."""
+    for node in filter(_writes, ancestors(check)):
+        into = [source for source in node.all_input_nodes if _is_object(source)]
+        if in_place(node) and node.op != "call_module" and isinstance(target := node.args[0], fx.Node):
+            into.append(target)
+        held = (source for written in into for source in ancestors(written))
+        if not into or any(source.op == "get_attr" for source in held):
+            return False
+    return True
+
+
 _READS: Final = (getattr, operator.getitem, len)
 _PLAIN: Final = (Tensor, int, float, str, slice, type(None), torch.Size, torch.dtype, torch.device)
 _VALUES: Final = (*_PLAIN, nn.Module, Kept)
 
 
 def _has_object(node: fx.Node) -> bool:
-    leaves = (leaf for source in node.all_input_nodes for leaf in pytree.tree_leaves(fake(source)))
-    return any(not isinstance(leaf, _VALUES) for leaf in leaves)
+    return any(map(_is_object, node.all_input_nodes))
+
+
+def _is_object(node: fx.Node) -> bool:
+    return any(not isinstance(leaf, _VALUES) for leaf in pytree.tree_leaves(fake(node)))
 
 
 def _arguments(graph: fx.Graph, kinds: Mapping[str, Any], same: tuple[int, ...]) -> Facts:
