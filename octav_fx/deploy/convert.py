@@ -23,7 +23,8 @@ def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
 
     Weights are codes (two to a byte for up to 4 bits, else int8) with a float32 scale for each channel, biases are on
     the grid of the sums, activations are rounded with static scales, a batch norm is in scales and biases. What was
-    never quantized stays as it is, and hooks around a forward run as they did.
+    never quantized stays as it is, and hooks around a forward run as they did. It holds for each kind of call that q
+    has a graph for and clips of, such as with a cache and without: for those of the batches that calibrate() ran.
 
     integers: convolutions and linear layers multiply the codes where the CPU can, and pass codes on to each other;
     integer_layers says for each layer whether, or why not. False: the same integers as nn/integer_rule.py defines them,
