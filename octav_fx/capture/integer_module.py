@@ -52,9 +52,9 @@ class IntegerModule(GuardedModule):
         self.meta = dict(meta)
         self.training = False
         self._guards = guards
-        self._guarded = GuardedGraph(self.graph, guards)
+        self.octav_guarded = GuardedGraph(self.graph, guards)
         # Not as children: what they share is theirs under one name.
-        self.__dict__["further"] = tuple(further)
+        self.__dict__["octav_further"] = tuple(further)
         self.recompile()
         # Plain ones of the float module (num_experts), which code around it may read.
         self.__dict__["octav_attributes"] = dict(attributes)
@@ -69,7 +69,7 @@ class IntegerModule(GuardedModule):
 
     def hold_further(self, further: Sequence["IntegerModule"]) -> None:
         """Let others run calls that this graph does not hold for. They give up tensors that are equal to its own."""
-        self.__dict__["further"] = tuple(further)
+        self.__dict__["octav_further"] = tuple(further)
         own = _tensors(self)
         for other in further:
             _share(own, other, [name for name, t in _tensors(other).items() if name in own and _is_equal(own[name], t)])
@@ -104,11 +104,11 @@ class IntegerModule(GuardedModule):
             return known[name]
 
     def _captured(self) -> Sequence[GuardedGraph]:
-        return [self._guarded] if "_guarded" in self.__dict__ else []
+        return [self.octav_guarded] if "octav_guarded" in self.__dict__ else []
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         module = self if is_traced(args) else self._holding(args, kwargs)
-        function = module._guarded.function()
+        function = module.octav_guarded.function()
         if self._cast_to is None or torch.compiler.is_compiling():
             return function(module, *args, **kwargs)
         try:
@@ -121,10 +121,10 @@ class IntegerModule(GuardedModule):
 
     def _holding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "IntegerModule":
         """Return the module whose graph holds for a call. Raises OctavError where none does."""
-        if (fault := self._guarded.broken(self, args, kwargs)) is None:
+        if (fault := self.octav_guarded.broken(self, args, kwargs)) is None:
             return self
-        for other in self.further:
-            if other._guarded.broken(other, args, kwargs) is None:
+        for other in self.octav_further:
+            if other.octav_guarded.broken(other, args, kwargs) is None:
                 return other
         raise OctavError(
             f"{fault}: a converted model holds for the kinds of calls that the frozen one had graphs for, with static "
@@ -136,7 +136,7 @@ class IntegerModule(GuardedModule):
         self.__dict__["_cast_to"] = None if dtype is torch.float32 else dtype
         with self._sharing():
             super()._apply(fn, recurse)
-            for other in self.further:
+            for other in self.octav_further:
                 other._apply(fn, recurse)
         return self
 
@@ -144,17 +144,17 @@ class IntegerModule(GuardedModule):
     def _sharing(self) -> Iterator[None]:
         """Let further graphs read the tensors again, afterwards, that they shared with this one before."""
         own = _tensors(self)
-        shared = [[name for name, t in _tensors(other).items() if t is own.get(name)] for other in self.further]
+        shared = [[name for name, t in _tensors(other).items() if t is own.get(name)] for other in self.octav_further]
         yield
-        for other, names in zip(self.further, shared, strict=True):
+        for other, names in zip(self.octav_further, shared, strict=True):
             _share(_tensors(self), other, names)
 
     def _of_further(self) -> dict[str, tuple["IntegerModule", str]]:
         """Return the modules of the tensors that further graphs have for themselves, by names in a state_dict."""
         own = _tensors(self)
         return {
-            f"further.{i}.{name}": (other, name)
-            for i, other in enumerate(self.further)
+            f"octav_further.{i}.{name}": (other, name)
+            for i, other in enumerate(self.octav_further)
             for name, tensor in _tensors(other).items()
             if tensor is not own.get(name)
         }
@@ -196,7 +196,7 @@ class IntegerModule(GuardedModule):
         except TypeError as error:
             raise OctavError(f"the inputs do not fit {type(self).__name__}.forward: {error}") from error
         bound.apply_defaults()
-        if (fault := self._guarded.broken(self, bound.args, bound.kwargs)) is not None:
+        if (fault := self.octav_guarded.broken(self, bound.args, bound.kwargs)) is not None:
             raise OctavError(
                 f"{fault}: an exported model is one graph, of the example of octav_fx.quantize or of what "
                 "octav_fx.calibrate ran instead: calibrate with batches like this call alone, freeze, and convert again"
@@ -209,7 +209,7 @@ class IntegerModule(GuardedModule):
         attributes, users = self.__dict__["octav_attributes"], users_class(type(self))
         kind = None if users is type(self) else users
         parts = root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards
-        return *parts, kind, self.further
+        return *parts, kind, self.octav_further
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _rebuild_integer, self._parts()

@@ -40,7 +40,7 @@ def convert(q: nn.Module, *, integers: bool = True) -> nn.Module:
 def multiplied(converted: nn.Module) -> nn.Module:
     """Let a model on levels, as CONVERT leaves it, multiply codes where the CPU can. Returns it."""
     found = [module for module in converted.modules() if isinstance(module, IntegerModule)]
-    for module in (part for first in found for part in (first, *first.further)):
+    for module in (part for first in found for part in (first, *first.octav_further)):
         edits = run(module, INTEGERS)
         rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
         update_graph_info(module, integers=tuple(rows))

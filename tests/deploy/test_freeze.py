@@ -396,16 +396,16 @@ def test_kinds_of_calls_share_what_they_store():
     loaded.load_state_dict(converted.state_dict())
     others = [copy.deepcopy(converted), torch.load(saved, weights_only=False), converted.to(torch.float32), loaded]
     for other in others:
-        (further,) = other.further
+        (further,) = other.octav_further
         own, its = dict(other.named_buffers()), dict(further.named_buffers())
         weights = [name for name in own if name.endswith("_weight.codes")]
         assert len(weights) == 2 and all(own[name] is its[name] for name in weights)
         # What a clip of its own is in.
-        assert not [name for name in other.state_dict() if name.startswith("further") and "weight" in name]
+        assert not [name for name in other.state_dict() if name.startswith("octav_further") and "weight" in name]
         for call in ((x,), (x, mask)):
             assert torch.equal(other(*call), converted(*call))
-    with pytest.raises(RuntimeError, match=r"Missing key.*further\.0\."):
-        loaded.load_state_dict({k: v for k, v in converted.state_dict().items() if not k.startswith("further")})
+    with pytest.raises(RuntimeError, match=r"Missing key.*octav_further\.0\."):
+        loaded.load_state_dict({k: v for k, v in converted.state_dict().items() if not k.startswith("octav_further")})
 
 
 def test_code_around_a_converted_layer_reads_its_type():
