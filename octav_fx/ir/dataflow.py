@@ -13,7 +13,7 @@ from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake, info
 from octav_fx.ir.op import Trait
-from octav_fx.ir.ops import OPS, in_place, op_of
+from octav_fx.ir.ops import OPS, in_place, module_of, op_of
 
 # What tells sizes.
 _METHODS: Final = ("size", "dim", "numel", "nelement")
@@ -72,6 +72,23 @@ def reads_sizes(node: fx.Node) -> bool:
     return node.target in _FUNCTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES)
 
 
+def writes_for_others(node: fx.Node) -> bool:
+    """Tell whether a node writes into memory that other nodes read, too: its input, or what that is a view of.
+
+    Such a node does more than return its result, and what computes the result otherwise may not take its place.
+    """
+    if not in_place(node):
+        return False
+    memory = node.all_input_nodes[0]
+    while len(memory.users) == 1:
+        if not (in_place(memory) or may_be_view(memory)):
+            return False
+        if not memory.all_input_nodes:
+            break
+        memory = memory.all_input_nodes[0]
+    return True
+
+
 def written_before(value: fx.Node, reader: fx.Node, known: Collection[fx.Node] = ()) -> bool:
     """Tell whether something writes into a value, or into what may be a view of it, before a later node reads it.
 
@@ -82,17 +99,10 @@ def written_before(value: fx.Node, reader: fx.Node, known: Collection[fx.Node] =
         if not views.isdisjoint(node.all_input_nodes):
             if in_place(node) and node not in known:
                 return True
-            if not _computes(node):
+            if in_place(node) or may_be_view(node):
                 views.add(node)
         node = node.next
     return False
-
-
-def _computes(node: fx.Node) -> bool:
-    """Tell whether what a node returns is known to be no view of its inputs."""
-    op = op_of(node)
-    is_ours = str(getattr(node.target, "__module__", "")).startswith("octav_fx.")
-    return is_ours or (op is not None and (Trait.POINTWISE in op.traits or bool(op.operands)) and not in_place(node))
 
 
 def downstream(flow: "nx.DiGraph[fx.Node]", nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -137,14 +147,17 @@ def _written_state(node: fx.Node) -> str | None:
     """Return the name of the state that an in-place node may write into, seen through views of it."""
     target: Any = next(iter(node.all_input_nodes), None)
     while isinstance(target, fx.Node) and target.op != "get_attr":
-        target = next(iter(target.all_input_nodes), None) if _may_be_view(target) else None
+        target = next(iter(target.all_input_nodes), None) if may_be_view(target) else None
     return None if target is None else str(target.target)
 
 
-def _may_be_view(node: fx.Node) -> bool:
-    """Return whether a node may share memory with its first input; of an op without a row here nothing is known."""
+def may_be_view(node: fx.Node) -> bool:
+    """Tell whether a node may share memory with its first input; of an op without a row here nothing is known."""
+    called = type(module_of(node)) if node.op == "call_module" else node.target
+    if node.op == "placeholder" or str(getattr(called, "__module__", "")).startswith("octav_fx."):
+        return False
     op = op_of(node)
-    return node.op != "placeholder" and (op is None or OPS.get(op.name) is not op or Trait.VIEW in op.traits)
+    return op is None or op.name not in OPS or Trait.VIEW in op.traits
 
 
 def value_of(module: nn.Module, node: fx.Node) -> Any:

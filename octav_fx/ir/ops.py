@@ -120,14 +120,6 @@ def in_place(node: fx.Node) -> bool:
     return False
 
 
-def writes_for_others(node: fx.Node) -> bool:
-    """Tell whether a node writes into an input that other nodes read, too: itself, or through a view of it.
-
-    Such a node does more than return its result, and what computes the result otherwise may not take its place.
-    """
-    return in_place(node) and len(node.all_input_nodes[0].users) > 1
-
-
 _AUGMENTED: Final = frozenset(
     {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
 )

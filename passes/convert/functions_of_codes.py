@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.ir.arguments import bound_arguments
-from octav_fx.ir.dataflow import written_before
+from octav_fx.ir.dataflow import writes_for_others, written_before
 from octav_fx.ir.edits import Edit, erase_with_sources
 from octav_fx.ir.op import Trait
-from octav_fx.ir.ops import module_of, op_of, writes_for_others
+from octav_fx.ir.ops import module_of, op_of
 from octav_fx.nn.integer import integer_codes, levels, lookup
 from octav_fx.passes.convert.on_codes import OnCodes, grid_of, is_levels, on_codes
 

@@ -14,8 +14,9 @@ from typing import Any
 from torch import fx
 
 from octav_fx.ir.arguments import argument, bound_arguments
+from octav_fx.ir.dataflow import writes_for_others
 from octav_fx.ir.edits import Edit, erase_unused
-from octav_fx.ir.ops import is_op, writes_for_others
+from octav_fx.ir.ops import is_op
 from octav_fx.nn.integer import gated_codes, integer_codes
 from octav_fx.passes.convert.on_codes import grid_of, on_codes
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from octav_fx.ir.arguments import argument, called_module, set_argument
-from octav_fx.ir.dataflow import readers
+from octav_fx.ir.dataflow import readers, writes_for_others
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.movement import selects
-from octav_fx.ir.ops import in_place, is_op, op_of, writes_for_others
+from octav_fx.ir.ops import is_op, op_of
 from octav_fx.ir.pools import axes_of_mean, keeps_axes
-from octav_fx.ir.table.contractions import CONTRACTIONS
-from octav_fx.nn import ChannelAffine, IntegerBias, IntegerWeight, StaticQuantizer
+from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
 from octav_fx.nn.integer_rule import EXACT, PRODUCTS, CodeMean, CodeSum, Rescale, codes_of
 
 _SUMS: Final = "sums"
@@ -57,16 +56,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 def is_plain_sum(node: fx.Node) -> bool:
     """Tell whether a node adds two values of the model and does nothing else."""
     is_sum = is_op(node, "add") and len(node.args) == 2 and not node.kwargs
-    if not is_sum or not all(isinstance(a, fx.Node) for a in node.args) or writes_for_others(node):
-        return False
-    return not in_place(node) or _has_own_memory(argument(node, "input"))
-
-
-def _has_own_memory(node: fx.Node) -> bool:
-    """Tell whether a node is known to compute what it returns, and not to return a part of another value."""
-    is_computed = op_of(node) in CONTRACTIONS or (is_op(node, "add", "mul", "relu") and not in_place(node))
-    is_ours = str(getattr(node.target, "__module__", "")).startswith("octav_fx.")
-    return is_computed or is_ours or isinstance(called_module(node), (StaticQuantizer, ChannelAffine, Rescale))
+    return is_sum and all(isinstance(a, fx.Node) for a in node.args) and not writes_for_others(node)
 
 
 def result_of(node: fx.Node) -> tuple[fx.Node, StaticQuantizer] | None:

@@ -17,10 +17,10 @@ from torch import fx
 
 from octav_fx.ir.arguments import argument, module_input
 from octav_fx.ir.clamps import clamp_bounds
-from octav_fx.ir.dataflow import readers
+from octav_fx.ir.dataflow import readers, writes_for_others
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.movement import selects
-from octav_fx.ir.ops import module_of, writes_for_others
+from octav_fx.ir.ops import module_of
 from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import StaticQuantizer
 
