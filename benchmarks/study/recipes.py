@@ -91,6 +91,8 @@ _DIGITS: Final = replace(
     retrain_steps=20,
 )
 
+# Half the steps: of nets that take twice as long.
+_SHORTER: Final[dict[str, Any]] = {"steps": 600, "warm_up": 50, "retrain_steps": 200}
 # What the large recipes of glyphs share.
 _LARGE: Final[dict[str, Any]] = {
     "data": lambda seed, judged: Glyphs(seed, judged=judged, batch=512, views=100),
@@ -104,20 +106,11 @@ _LARGE: Final[dict[str, Any]] = {
 RECIPES: Final[dict[tuple[str, str, str], Recipe]] = {
     ("glyphs", "resnet", "small"): _RESNET,
     ("glyphs", "mobilenet", "small"): _MOBILENET,
-    # Half the steps: of a net that takes twice as long.
     ("glyphs", "efficientnet", "small"): replace(
-        _MOBILENET,
-        net=lambda: EfficientNet(len(CHARACTERS), width=16, stride=2),
-        steps=600,
-        warm_up=50,
-        retrain_steps=200,
+        _MOBILENET, net=lambda: EfficientNet(len(CHARACTERS), width=16, stride=2), **_SHORTER
     ),
     ("glyphs", "inception", "small"): replace(
-        _MOBILENET,
-        net=lambda: Inception(len(CHARACTERS), width=8, stride=2),
-        steps=600,
-        warm_up=50,
-        retrain_steps=200,
+        _MOBILENET, net=lambda: Inception(len(CHARACTERS), width=8, stride=2), **_SHORTER
     ),
     ("text", "transformer", "small"): _TEXT,
     # A third of the time: for explanations, of which each takes several runs.

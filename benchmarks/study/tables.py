@@ -82,6 +82,17 @@ def _short(labelled: Labelled) -> Labelled:
     )
 
 
+def _residuals(net: str, bits: int) -> Labelled:
+    """Return a net of glyphs in float, and quantized without and with residual_bits, three seeds of each."""
+    found = []
+    for seed in range(3):
+        found.append((FLOAT, _run(FLOAT, seed=seed)))
+        for residual in (0, 8):
+            label = f"residual_bits={residual or None}"
+            found.append((label, _run("octav", bits=bits, residual_bits=residual, seed=seed)))
+    return _on((("glyphs", net),), *found)
+
+
 TABLES: Final[dict[str, Table]] = {
     "main": Table(
         "4 bits, three seeds",
@@ -176,37 +187,11 @@ TABLES: Final[dict[str, Table]] = {
     ),
     "gates": Table(
         "octav, 8 bits, SiLU and gates: what sums, the global pool and SiLU read in float or at 8 bits, three seeds",
-        _on(
-            (("glyphs", "efficientnet"),),
-            *(
-                labelled
-                for seed in range(3)
-                for labelled in (
-                    (FLOAT, _run(FLOAT, seed=seed)),
-                    *(
-                        (f"residual_bits={bits or None}", _run("octav", bits=8, residual_bits=bits, seed=seed))
-                        for bits in (0, 8)
-                    ),
-                )
-            ),
-        ),
+        _residuals("efficientnet", bits=8),
     ),
     "branches": Table(
         "octav, 4 bits, branches: what branches share and the global pool in float or at 8 bits, three seeds",
-        _on(
-            (("glyphs", "inception"),),
-            *(
-                labelled
-                for seed in range(3)
-                for labelled in (
-                    (FLOAT, _run(FLOAT, seed=seed)),
-                    *(
-                        (f"residual_bits={bits or None}", _run("octav", residual_bits=bits, seed=seed))
-                        for bits in (0, 8)
-                    ),
-                )
-            ),
-        ),
+        _residuals("inception", bits=4),
     ),
     # What is below is judged by validation files: explanations and choices, on a net small enough for many runs.
     "clips, groups and tokens": Table(
