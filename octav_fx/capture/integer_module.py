@@ -149,11 +149,11 @@ class IntegerModule(GuardedModule):
         for other, names in zip(self.octav_further, shared, strict=True):
             _share(_tensors(self), other, names)
 
-    def _of_further(self) -> dict[str, tuple["IntegerModule", str]]:
-        """Return the modules of the tensors that further graphs have for themselves, by names in a state_dict."""
+    def _of_further(self) -> dict[str, Tensor]:
+        """Return the tensors that further graphs have for themselves, by names in a state_dict."""
         own = _tensors(self)
         return {
-            f"octav_further.{i}.{name}": (other, name)
+            f"octav_further.{i}.{name}": tensor
             for i, other in enumerate(self.octav_further)
             for name, tensor in _tensors(other).items()
             if tensor is not own.get(name)
@@ -161,8 +161,7 @@ class IntegerModule(GuardedModule):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, (other, name) in self._of_further().items():
-            tensor = _tensors(other)[name]
+        for key, tensor in self._of_further().items():
             destination[prefix + key] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
@@ -178,8 +177,8 @@ class IntegerModule(GuardedModule):
         theirs = self._of_further()
         with self._sharing():
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        for key, (other, name) in theirs.items():
-            given, tensor = state_dict.get(prefix + key), _tensors(other)[name]
+        for key, tensor in theirs.items():
+            given = state_dict.get(prefix + key)
             if given is None:
                 missing += [prefix + key] if strict else []
             elif given.shape != tensor.shape:
