@@ -47,6 +47,11 @@ _STRUCTURES: Final = weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Struct
 
 
 def _touch(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if torch.compiler.is_compiling():
+        # Dynamo follows where forward makes a list of some of its layers, and looks no module up in a weak dict.
+        if (own := vars(module).get(STRUCTURE)) is not None:
+            own.is_touched = True
+        return
     for structure in _STRUCTURES.get(module, ()):
         structure.is_touched = True
 

@@ -306,6 +306,22 @@ def test_compiled_code_that_nothing_was_changed_in_is_compiled_once() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.compile
+def test_a_list_of_some_layers_that_forward_makes_breaks_no_compiled_graph() -> None:
+    class First(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks[:2]:
+                x = block(x)
+            return self.head(x)
+
+    torch.compiler.reset()
+    q, x = octav_fx.quantize(First(), batch(), blocks="auto"), batch()
+    expected = q(x)
+    counter = CompileCounter()
+    assert torch.equal(torch.compile(q, backend=counter, fullgraph=True)(x), expected)
+    assert counter.frame_count == 1
+
+
 def test_what_watches_for_changes_keeps_no_model() -> None:
     q = octav_fx.quantize(Layers(), x())
     other = copy.deepcopy(q)
