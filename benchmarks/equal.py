@@ -149,7 +149,7 @@ def compared(net: str, given: Task, bits: str) -> list[dict[str, Any]]:
     octav_fx.freeze(octav_fx.calibrate(trained.retrain(q, given), batches))
     (quantized,) = quantized_modules(q)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        rule, runtimes = rule_of(quantized), dict(_runtimes(q, given.x[:_BATCH], Path(folder)))
+        rule, runtimes = rule_of(quantized, 0), dict(_runtimes(q, given.x[:_BATCH], Path(folder)))
         tallies = {name: _Tally() for name in runtimes}
         for x in given.x.split(_BATCH):
             codes = codes_of_quantizers(rule, (x,), {})

@@ -5,9 +5,9 @@ rounds once where the graph rounds three times. So that a frozen model is the de
 that of a module that the passes of convert() made of a copy. It reads the parameters and buffers that stay float, and
 is no child: no key of the state_dict, no parameter and no path changes.
 
-It holds for calls like the example of quantize(), as convert() does; while every module that the graph calls or reads
-is in eval mode and none has forward hooks, as a hook on a part of the graph sees the graph's own forward; where forward
-stores nothing, and every quantizer has a static clip or finds one for each row of data, which freezing changes nothing
+Each graph of eval mode has one, as convert() has; while every module that the graph calls or reads is in eval mode and
+none has forward hooks, as a hook on a part of the graph sees the graph's own forward; where the graph stores nothing,
+and every quantizer that it calls has a static clip or finds one for each row of data, which freezing changes nothing
 of.
 
 A change of the state makes it anew before the next call. In compiled code that is a change by load_state_dict, .to(),
@@ -15,18 +15,44 @@ train() and eval(), freeze and unfreeze; a tensor that is written into in eval m
 only.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from octav_fx.capture.held import is_hooked
 from octav_fx.capture.inputs import tensors_of
 from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.compat.modules import has_own_forward
 from octav_fx.compat.tensors import pytree, storage_id, version_of
-from octav_fx.nn import FakeQuantizer
+from octav_fx.nn.fake_quantizer import QUANTIZERS, FakeQuantizer
+
+
+@dataclass(frozen=True, eq=False)
+class Uses:
+    """What a graph uses of the module that it is of, as paths."""
+
+    quantizers: tuple[str, ...]
+    called: tuple[str, ...]
+    # Modules whose own tensors it reads.
+    read: tuple[str, ...]
+    # Whether it stores what forward stores on modules: on copies nobody would find it.
+    stores: bool
+
+    def parts(self, module: nn.Module) -> set[nn.Module]:
+        """Return the modules that the graph calls, with what is below them, and those whose state it reads."""
+        below = {part for path in self.called for part in module.get_submodule(path).modules()}
+        return below | set(map(module.get_submodule, self.read))
+
+
+def uses_of(graph: fx.Graph) -> Uses:
+    """Return what a graph uses."""
+    called = tuple(str(node.target) for node in graph.find_nodes(op="call_module"))
+    read = tuple(str(node.target).rpartition(".")[0] for node in graph.find_nodes(op="get_attr"))
+    return Uses(tuple(path for path in called if path.startswith(f"{QUANTIZERS}.")), called, read, stores(graph))
 
 
 class Derived:
@@ -59,13 +85,15 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module], used: Callable[[], set[nn.Module]]) -> bool:
-    """Tell whether the quantizers of a module are frozen, and all of it is in eval mode and not observed.
+def is_frozen(module: nn.Module, uses: Uses) -> bool:
+    """Tell whether the quantizers that a graph of a module calls are frozen, and no part is trained or observed.
 
-    used: what returns the parts that its graph calls or reads. The mode of others is nothing to it: a copy of a layer
-    of einops, which the graph does not call, begins in training mode.
+    The mode of a part that the graph does not use is nothing to it: a copy of a layer of einops, which the graph does
+    not call, begins in training mode.
     """
-    called = list(quantizers)
+    if uses.stores:
+        return False
+    called = [module.get_submodule(path) for path in uses.quantizers]
     # What finds a clip for each row of data has none of its own, in what is deployed, too.
     if not all(isinstance(m, FakeQuantizer) and (m.clip is not None or m.by_row) for m in called):
         return False
@@ -75,7 +103,7 @@ def is_frozen(module: nn.Module, quantizers: Iterable[nn.Module], used: Callable
     if any(is_hooked(part) or has_own_forward(part) for part in parts):
         return False
     training = {part for part in parts if part.training}
-    return not training or training.isdisjoint(used())
+    return not training or training.isdisjoint(uses.parts(module))
 
 
 def is_recorded(module: nn.Module, inputs: Any) -> bool:

@@ -127,6 +127,10 @@ class GuardedGraph:
     _function: Callable[..., Any] | None = None
     _written: set[str] | None = None
     _constants: Constants | None = None
+    # While the module is frozen, what the graph computes instead, a Derived, and what that depends on, a Uses: see
+    # capture/frozen.py.
+    derived: Any = None
+    uses: Any = None
     # Why it does not hold although its guards do, by the kind of a call.
     _refused: dict[Any, str] = field(default_factory=dict)
 

@@ -70,9 +70,13 @@ class IntegerModule(GuardedModule):
     def hold_further(self, further: Sequence["IntegerModule"]) -> None:
         """Let others run calls that this graph does not hold for. They give up tensors that are equal to its own."""
         self.__dict__["octav_further"] = tuple(further)
-        own = _tensors(self)
         for other in further:
-            _share(own, other, [name for name, t in _tensors(other).items() if name in own and _is_equal(own[name], t)])
+            self.share_equal(other)
+
+    def share_equal(self, other: "IntegerModule") -> None:
+        """Let another module hold the tensors of this one where those of their names are equal."""
+        own = _tensors(self)
+        _share(own, other, [name for name, t in _tensors(other).items() if name in own and _is_equal(own[name], t)])
 
     def remember_outline(self, owner: nn.Module) -> None:
         """Let code around read of a layer whose weight is codes now what does not depend on its values."""

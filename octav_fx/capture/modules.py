@@ -11,13 +11,12 @@ from torch import fx, nn
 
 from octav_fx.capture.classes import forward_of
 from octav_fx.capture.dispatch import GuardedModule, is_traced
-from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, with_gradients_of
+from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, uses_of, with_gradients_of
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.permits import permitted
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, looked_at
-from octav_fx.capture.symbolic.side_effects import stores
 from octav_fx.capture.transformed import transformed
 from octav_fx.compat.graphs import forget_compiled_callers, set_graph_without_code
 from octav_fx.compat.modules import buffers_of, children_of, not_compiled, parameters_of, replace_children, share_parts
@@ -43,8 +42,8 @@ class QuantizedModule(GuardedModule):
     holds for its inputs, and where none does, captures one more. Where the owner's Python code branches on
     self.training each mode has its own. float_forward() runs the owner's own forward on the same state.
 
-    In eval mode, where every quantizer has a static clip, the first graph runs as a module that make_rule returns, made
-    from the present state: see capture/frozen.py.
+    In eval mode a graph whose quantizers have static clips runs as a module that make_rule returns, made from the
+    present state: see capture/frozen.py.
     """
 
     owner: nn.Module
@@ -52,8 +51,9 @@ class QuantizedModule(GuardedModule):
     _own_forward: Callable[[], Callable[..., Any]]
     # The present graph as a function.
     captured: ClassVar[Callable[..., Any]]
-    # From a frozen module to what it computes in eval mode. Passes are a floor above, and deploy/rule.py puts it here.
-    make_rule: ClassVar[Callable[["QuantizedModule"], IntegerModule]]
+    # From a frozen module, and the index of a graph of eval mode, to what that computes. Passes are a floor above, and
+    # deploy/rule.py puts it here.
+    make_rule: ClassVar[Callable[["QuantizedModule", int], IntegerModule]]
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class QuantizedModule(GuardedModule):
         is_other = bool(graphs := self._graphs[mode]) and graphs[0].graph is not self.graph
         if is_other and not self._keeps_code:
             self.graph = graphs[0].graph
-        if self._rule is not None and not self._rule.is_of(self):
+        if any(guarded.derived is not None and not guarded.derived.is_of(self) for guarded in graphs):
             self.forget()
 
     @contextmanager
@@ -168,9 +168,8 @@ class QuantizedModule(GuardedModule):
         """
         self.forget()
         self._simulates = False
-        called = (str(node.target) for node in self.graph.find_nodes(op="call_module"))
-        self._called_quantizers = [target for target in called if target.startswith(f"{QUANTIZERS}.")]
-        self._stores = stores(self.graph)
+        for guarded in self._captured():
+            guarded.uses = uses_of(guarded.graph)
         name = type(self).__name__
         # What is written into a class that others have would be theirs, too.
         self.__class__ = type(name, (QuantizedModule,), {})
@@ -242,11 +241,10 @@ class QuantizedModule(GuardedModule):
             self.follow(self.training)
 
     def _run(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a graph that holds for a call; of a frozen module the first as what it is deployed as."""
+        """Run a graph that holds for a call; of a frozen module as what it is deployed as."""
         if self._used is not None:
             self._used.append(guarded)
-        is_first = not self.training and guarded is self._graphs[False][0]
-        rule = self._present_rule() if is_first else None
+        rule = self._present_rule(guarded)
         state = self._state_holder()
         if rule is None:
             return guarded.function()(state, *args, **kwargs)
@@ -313,36 +311,43 @@ class QuantizedModule(GuardedModule):
         finally:
             self._simulates = False
 
-    def _present_rule(self) -> IntegerModule | None:
-        """Return what computes the present state in eval mode; None where the graph itself does."""
-        if self._simulates or not self._is_frozen():
+    def _present_rule(self, guarded: GuardedGraph) -> IntegerModule | None:
+        """Return what computes a graph's results from the present state; None where the graph itself does."""
+        if self._simulates or not self._is_frozen(guarded):
             return None
         # Compiled code cannot ask whether it is of the present state.
-        is_old = self._rule is None or (not torch.compiler.is_compiling() and not self._rule.is_of(self))
+        is_old = guarded.derived is None or (not torch.compiler.is_compiling() and not guarded.derived.is_of(self))
         if is_old:
             # Nor does Dynamo go through what makes it, which it would where it compiles what is called from here.
-            not_compiled(self.refresh)
-        assert self._rule is not None
-        return self._rule.module
+            not_compiled(functools.partial(self._derive, guarded))
+        rule: IntegerModule = guarded.derived.module
+        return rule
 
-    def _is_frozen(self) -> bool:
-        # What forward stores on the user's modules would be stored on copies.
-        possible = not self.training and not self._stores
-        return possible and is_frozen(self, map(self.get_submodule, self._called_quantizers), self._used_parts)
+    def _is_frozen(self, guarded: GuardedGraph) -> bool:
+        if self.training:
+            return False
+        if guarded.uses is None:
+            guarded.uses = uses_of(guarded.graph)
+        return is_frozen(self, guarded.uses)
 
-    def _used_parts(self) -> set[nn.Module]:
-        """Return the modules that the present graph calls, with what is below them, and those whose state it reads."""
-        called = [self.get_submodule(str(node.target)) for node in self.graph.find_nodes(op="call_module")]
-        read = {str(node.target).rpartition(".")[0] for node in self.graph.find_nodes(op="get_attr")}
-        return {part for module in called for part in module.modules()} | set(map(self.get_submodule, read))
+    def _derive(self, guarded: GuardedGraph) -> None:
+        graphs = self._graphs[False]
+        made = type(self).make_rule(self, next(i for i, other in enumerate(graphs) if other is guarded))
+        if guarded is not graphs[0] and (first := graphs[0].derived) is not None:
+            first.module.share_equal(made)
+        guarded.derived = Derived(self, made)
 
     def refresh(self) -> None:
         """Make what a frozen module computes in eval mode from its present state; of any other do nothing."""
-        self._rule: Derived | None = Derived(self, type(self).make_rule(self)) if self._is_frozen() else None
+        self.forget()
+        for guarded in self._graphs[False]:
+            if self._is_frozen(guarded):
+                self._derive(guarded)
 
     def forget(self) -> None:
         """Let the next call of a frozen module make what it computes anew."""
-        self._rule = None
+        for guarded in self._captured():
+            guarded.derived = None
 
     def forget_state(self) -> None:
         """Let the next call ask anew what holds, too: parameters may have another dtype."""

@@ -2,17 +2,16 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
 from octav_fx.capture.integer_module import IntegerModule
-from octav_fx.capture.modules import QuantizedModule, graphs_of, quantized_modules
+from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.symbolic.side_effects import drop_stores
 from octav_fx.compat.modules import share_forward_hooks
 from octav_fx.compat.tensors import normal_tensors
 from octav_fx.deploy.freeze import check_frozen, loose_quantizers
-from octav_fx.deploy.rule import integer_module
+from octav_fx.deploy.rule import integer_module, led_by
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import graph_info, update_graph_info
 from octav_fx.passes import COMPUTE, CONVERT, INTEGERS
@@ -94,10 +93,7 @@ def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...], is_whole: bool
 def _of_graph(module: QuantizedModule, index: int, passes: tuple[Pass, ...]) -> IntegerModule:
     """Return what the passes make of one of the graphs of eval mode."""
     # Its tensors, too: a later step of training must not reach what was deployed.
-    working: Any = graphs_of(copy.deepcopy(module.owner).eval())
-    graphs = working.graphs_of(False)
-    graphs.insert(0, graphs.pop(index))
-    working.follow(False)
+    working = led_by(copy.deepcopy(module.owner).eval(), index)
     drop_stores(working.graph)
-    guards = graphs[0].guards
+    guards = working.graphs_of(False)[0].guards
     return integer_module(working, passes, None if guards is None else guards.of_inputs())

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from octav_fx.capture.guards import Guards
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.modules import QuantizedModule, graphs_of
@@ -20,14 +22,24 @@ def integer_module(working: Any, passes: Iterable[Pass], guards: Guards | None =
     return made
 
 
-def rule_of(module: QuantizedModule) -> IntegerModule:
-    """Return the eval forward of a frozen module, on the definition of its integers.
+def led_by(copied: nn.Module, index: int) -> Any:
+    """Return the graphs of a copy of a module, which are used up, with one of eval mode as the first."""
+    working = graphs_of(copied)
+    assert working is not None
+    graphs = working.graphs_of(False)
+    graphs.insert(0, graphs.pop(index))
+    working.follow(False)
+    return working
+
+
+def rule_of(module: QuantizedModule, index: int) -> IntegerModule:
+    """Return what a graph of eval mode of a frozen module computes, on the definition of its integers.
 
     What stays float in it are the parameters and buffers of the module themselves. Raises OctavError for a weight with
     inf or NaN in it.
     """
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return integer_module(graphs_of(copy.deepcopy(module.owner, shared)), (*CONVERT, *COMPUTE))
+    return integer_module(led_by(copy.deepcopy(module.owner, shared), index), (*CONVERT, *COMPUTE))
 
 
 QuantizedModule.make_rule = rule_of

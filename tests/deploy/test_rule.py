@@ -105,11 +105,47 @@ def test_what_stays_float_is_shared():
     x = torch.randint(6, (3, 5))
     q = freeze(calibrate(quantize(model, x), [x]))
     q.refresh()
-    rule = q._rule.module
+    rule = q.graphs_of(False)[0].derived.module
     assert isinstance(rule, IntegerModule)
     assert rule.get_submodule("1").weight is q.get_parameter("1.weight")
     assert [m for m in rule.modules() if isinstance(m, IntegerWeight)]
     assert not [m for m in rule.modules() if isinstance(m, FakeQuantizer)]
+
+
+class Called(nn.Module):
+    """Takes another branch with a mask, and writes into a cache that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: dict[str, Tensor] | None = None) -> Tensor:
+        y = self.first(x).relu()
+        if cache is not None:
+            cache["y"] = y = torch.cat([cache["y"], y]) if "y" in cache else y
+        return self.last(y if mask is None else y * mask - 1)
+
+
+def test_every_kind_of_call():
+    x, mask = torch.randn(4, 8), torch.rand(4, 8)
+    q = quantize(Called().eval(), x)
+    calls = [(x,), (x, mask), (x, None, {"y": x.abs()})]
+    freeze(calibrate(q, copy.deepcopy(calls)))
+    rules = [guarded.derived.module for guarded in q.graphs_of(False)]
+    assert len(rules) == len(calls)
+    # Once for all of them.
+    codes = [name for name, _ in rules[0].named_buffers() if name.endswith("_weight.codes")]
+    assert codes and all(rule.get_buffer(name) is rules[0].get_buffer(name) for rule in rules for name in codes)
+    for change in (lambda q: None, _scale):
+        change(q)
+        converted = convert(q, integers=False)
+        for call in calls:
+            own, its, simulated = (copy.deepcopy(call) for _ in range(3))
+            with torch.no_grad():
+                y = q(*own)
+                assert torch.equal(y, converted(*its)) and not torch.equal(y, q.simulated_forward(*simulated))
+            if len(call) == 3:
+                assert torch.equal(own[2]["y"], its[2]["y"]) and len(its[2]["y"]) == 2 * len(x)
 
 
 def test_training_mode_and_unfreezing_are_as_before():
@@ -130,6 +166,11 @@ def test_training_mode_and_unfreezing_are_as_before():
 def _write(q: nn.Module) -> None:
     with torch.no_grad():
         q.fc.weight.mul_(-0.5)
+
+
+def _scale(q: nn.Module) -> None:
+    with torch.no_grad():
+        q.last.weight.mul_(-0.5)
 
 
 def _replace(q: nn.Module) -> None:
@@ -165,10 +206,10 @@ def test_a_change_of_the_state_is_seen(change):
     assert computes_the_rule(q, x)
     with torch.no_grad():
         assert not torch.equal(q(x), first)
-        again = q._rule
+        again = q.graphs_of(False)[0].derived
         q(x)
         # And nothing is made twice.
-        assert q._rule is again
+        assert q.graphs_of(False)[0].derived is again
 
 
 def test_an_edited_graph_computes_what_it_says():

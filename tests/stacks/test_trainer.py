@@ -230,8 +230,13 @@ def test_generate_with_a_cache_is_floats_token_for_token(name: str) -> None:
     assert q.generate(**inputs, **settings).shape == expected.shape
     octav_fx.freeze(octav_fx.calibrate(q, [inputs]))
     converted = octav_fx.convert(q)
+    defined = octav_fx.convert(q, integers=False)
+    scores = {"return_dict_in_generate": True, "output_scores": True, **settings}
     for batch in (inputs, {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}):
         assert torch.equal(converted.generate(**batch, **settings), q.generate(**batch, **settings))
+        # With the cache, which is another graph, the frozen model computes integers, too.
+        both = zip(q.generate(**batch, **scores).scores, defined.generate(**batch, **scores).scores, strict=True)
+        assert all(torch.equal(found, expected) for found, expected in both)
 
 
 def windowed() -> nn.Module:
