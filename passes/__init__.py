@@ -28,6 +28,7 @@ from octav_fx.passes.convert.pools_of_layers import pools_of_layers
 from octav_fx.passes.convert.products_as_linear import products_as_linear
 from octav_fx.passes.convert.products_outside_autocast import products_outside_autocast
 from octav_fx.passes.convert.quantizers_before_cats import quantizers_before_cats
+from octav_fx.passes.convert.quantizers_behind_moves import quantizers_behind_moves
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.convert.tables_into_layers import tables_into_layers
@@ -103,6 +104,7 @@ FUSE: Final[tuple[Pass, ...]] = (
 # What convert() and the exporters run on the eval graph of a frozen model: its operands are integers and scales then.
 CONVERT: Final[tuple[Any, ...]] = (
     pack_weights,  # first: it tells weights from activations by what their quantizers read
+    quantizers_behind_moves,  # before make_activations_static, and all that asks the operands of layers
     products_as_linear,  # after pack_weights, whose codes it transposes; before all that asks for layers
     make_activations_static,  # the quantizers that are left
     drop_identities,  # before saturate_codes: a clamp is right before its quantizer then
@@ -218,6 +220,7 @@ __all__ = [
     "quantize_operands",
     "quantize_residuals",
     "quantizers_before_cats",
+    "quantizers_behind_moves",
     "round_biases",
     "rows_in_one_pass",
     "saturate_codes",
