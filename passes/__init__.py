@@ -46,6 +46,7 @@ from octav_fx.passes.lower.permute_summands import permute_summands
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.rows_in_one_pass import rows_in_one_pass
 from octav_fx.passes.lower.save_codes import save_codes
+from octav_fx.passes.lower.save_pooled_codes import save_pooled_codes
 from octav_fx.passes.lower.select_gradients import select_gradients
 from octav_fx.passes.lower.solve_by_one_step import solve_by_one_step
 from octav_fx.passes.lower.split_quantizers import split_quantizers
@@ -77,6 +78,7 @@ PREPARE: Final[tuple[Any, ...]] = (
 LOWER: Final[tuple[Pass, ...]] = (
     split_quantizers,  # first: the parts are what all others are about
     save_codes,  # what backward needs of a quantized value is decided before anyone asks for it in another form
+    save_pooled_codes,  # after save_codes, whose levels it follows
     mask_in_place,  # after save_codes: it asks the codes that are kept
     mask_from_value,  # after mask_in_place, of which nothing is recomputed
     mask_from_codes,  # the masks that are left
@@ -225,6 +227,7 @@ __all__ = [
     "rows_in_one_pass",
     "saturate_codes",
     "save_codes",
+    "save_pooled_codes",
     "select_gradients",
     "solve_by_one_step",
     "split_quantizers",
