@@ -352,6 +352,21 @@ def test_what_one_quantizer_rounds_is_what_each_would_round():
         assert torch.equal(found, F.conv2d(parts["two_input"](value), weight, q.two.bias))
 
 
+@pytest.mark.compile
+def test_branches_train_compiled_as_eager_and_in_a_second_graph():
+    x = torch.randn(2, 3, 8, 8)
+    q = quantize(model(branches, one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 4, 1)), x, CONFIG)
+    sum(y.sum() for y in q(x)).backward()
+    expected = {name: p.grad.clone() for name, p in q.named_parameters()}
+    q.zero_grad()
+    sum(y.sum() for y in torch.compile(q, backend="octav")(x)).backward()
+    for name, p in q.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4)
+    # One more kind of call, and the quantizers that are there.
+    assert len(q(x[0])) == 3
+    assert set(quantizers(q)) == {"one_input", "one_weight", "two_input", "two_weight"}
+
+
 KEPT = {
     "another reader": (
         lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2)), y.sum()),
