@@ -28,6 +28,7 @@ from octav_fx.passes.convert.pools_of_layers import pools_of_layers
 from octav_fx.passes.convert.products_as_linear import products_as_linear
 from octav_fx.passes.convert.products_outside_autocast import products_outside_autocast
 from octav_fx.passes.convert.quantizers_before_cats import quantizers_before_cats
+from octav_fx.passes.convert.quantizers_behind_moves import quantizers_behind_moves
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.convert.tables_into_layers import tables_into_layers
@@ -45,6 +46,7 @@ from octav_fx.passes.lower.permute_summands import permute_summands
 from octav_fx.passes.lower.pool_gradients import pool_gradients
 from octav_fx.passes.lower.rows_in_one_pass import rows_in_one_pass
 from octav_fx.passes.lower.save_codes import save_codes
+from octav_fx.passes.lower.save_pooled_codes import save_pooled_codes
 from octav_fx.passes.lower.select_gradients import select_gradients
 from octav_fx.passes.lower.solve_by_one_step import solve_by_one_step
 from octav_fx.passes.lower.split_quantizers import split_quantizers
@@ -76,6 +78,7 @@ PREPARE: Final[tuple[Any, ...]] = (
 LOWER: Final[tuple[Pass, ...]] = (
     split_quantizers,  # first: the parts are what all others are about
     save_codes,  # what backward needs of a quantized value is decided before anyone asks for it in another form
+    save_pooled_codes,  # after save_codes, whose levels it follows
     mask_in_place,  # after save_codes: it asks the codes that are kept
     mask_from_value,  # after mask_in_place, of which nothing is recomputed
     mask_from_codes,  # the masks that are left
@@ -103,6 +106,7 @@ FUSE: Final[tuple[Pass, ...]] = (
 # What convert() and the exporters run on the eval graph of a frozen model: its operands are integers and scales then.
 CONVERT: Final[tuple[Any, ...]] = (
     pack_weights,  # first: it tells weights from activations by what their quantizers read
+    quantizers_behind_moves,  # before make_activations_static, and all that asks the operands of layers
     products_as_linear,  # after pack_weights, whose codes it transposes; before all that asks for layers
     make_activations_static,  # the quantizers that are left
     drop_identities,  # before saturate_codes: a clamp is right before its quantizer then
@@ -218,10 +222,12 @@ __all__ = [
     "quantize_operands",
     "quantize_residuals",
     "quantizers_before_cats",
+    "quantizers_behind_moves",
     "round_biases",
     "rows_in_one_pass",
     "saturate_codes",
     "save_codes",
+    "save_pooled_codes",
     "select_gradients",
     "solve_by_one_step",
     "split_quantizers",

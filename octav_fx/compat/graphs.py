@@ -142,6 +142,12 @@ def size_hint(size: int | torch.SymInt) -> int:
     return 0 if hint is None else int(hint)
 
 
+def is_max_pool(node: fx.Node) -> bool:
+    """Return whether a node of a joint graph returns the largest of each window, and where they are."""
+    pools = ("prims._low_memory_max_pool_with_offsets.default", "aten.max_pool2d_with_indices.default")
+    return str(node.target) in pools
+
+
 def is_indices_of_pool(node: fx.Node) -> bool:
     """Return whether a node makes indices out of the small offsets that Inductor has a max pool keep."""
     return str(node.target) == "prims._low_memory_max_pool_offsets_to_indices.default"

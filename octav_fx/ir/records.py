@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from octav_fx.ir.arguments import module_input, operand_of, operands_of
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info
+from octav_fx.ir.movement import quantizer_before
 from octav_fx.ir.ops import op_of, op_of_module
-from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 # The reason of a layer that the example inputs do not lead to.
 NOT_CALLED: Final = "not called for the example inputs"
@@ -80,10 +80,10 @@ def records(graph: fx.Graph, edits: Iterable[Edit]) -> list[Record]:
         for operand in operands_of(node):
             value = operand_of(node, operand)
             assert isinstance(value, fx.Node)
-            is_quantized = value.op == "call_module" and str(value.target).startswith(QUANTIZERS + ".")
-            source = module_input(value) if is_quantized else value
-            quantizer = str(value.target) if is_quantized else None
-            reason = None if is_quantized else reasons.get((site, operand.name), "no rule")
+            call = quantizer_before(value, node)
+            source = module_input(value) if value is call else value
+            quantizer = None if call is None else str(call.target)
+            reason = None if call is not None else reasons.get((site, operand.name), "no rule")
             rows.append(Record(site, op.name, operand.name, _shape(source), macs, quantizer, reason))
     return rows
 

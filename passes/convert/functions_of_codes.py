@@ -7,6 +7,8 @@
 
     table[code] = integer_codes(silu(levels(code, s1, bits1, signed1)), s2, bits2, signed2)       uint8 [256]
 
+A table that returns each code as it is, is none.
+
 for whatever is computed of one quantized value element by element: x * relu6(x + 3) / 6 as well as one call. The table
 is filled by running the nodes themselves, so codes stay what they were, and no float goes through memory. Where
 something else writes into one of these values on the way, all stays.
@@ -39,8 +41,14 @@ def functions_of_codes(gm: fx.GraphModule) -> list[Edit]:
         source, steps = found
         x = on_codes(source)
         quantizer = str(bound_arguments(node)["scale"].target).removesuffix(".scale")
+        table = _table(gm, x, [*steps, node])
+        if torch.equal(table[: 2**x.bits], torch.arange(2**x.bits, dtype=table.dtype, device=table.device)):
+            node.replace_all_uses_with(x.codes)
+            erase_with_sources(node)
+            edits.append(Edit(quantizer, "remove", "returns the codes that it reads"))
+            continue
         name = _unused(gm.get_submodule(quantizer))
-        gm.get_submodule(quantizer).register_buffer(name, _table(gm, x, [*steps, node]))
+        gm.get_submodule(quantizer).register_buffer(name, table)
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(lookup, (x.codes, gm.graph.get_attr(f"{quantizer}.{name}")))
         node.replace_all_uses_with(new)

@@ -24,6 +24,7 @@ from octav_fx.ir.movement import selects
 from octav_fx.ir.ops import module_of
 from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import IntegerWeight, StaticQuantizer
+from octav_fx.passes.convert.quantizers_behind_moves import unused
 from octav_fx.passes.convert.saturate_codes import holds_zero
 
 CATS: Final = (torch.cat, torch.concat)
@@ -49,7 +50,7 @@ def quantizers_before_cats(gm: fx.GraphModule) -> list[Edit]:
         # Zeros that are put around the whole would not be saturated.
         if _has_zeros(cat, node) and not holds_zero((quantizer.floor, quantizer.ceiling)):
             continue
-        levels = [_quantized(gm, cat, part, _unused(gm, str(node.target)), quantizer) for part in parts]
+        levels = [_quantized(gm, cat, part, unused(gm, str(node.target)), quantizer) for part in parts]
         cat.args, cat.kwargs = (levels, argument(cat, "dim")), {}
         # A part may be a concatenation itself.
         waiting += levels
@@ -108,8 +109,3 @@ def _quantized(gm: fx.GraphModule, cat: fx.Node, part: fx.Node, name: str, quant
     gm.add_submodule(name, copy.deepcopy(quantizer))
     with gm.graph.inserting_before(cat):
         return gm.graph.call_module(name, (part,))
-
-
-def _unused(gm: fx.GraphModule, target: str) -> str:
-    known = {name for name, _ in gm.named_modules()}
-    return next(name for i in range(len(known) + 1) if (name := f"{target}_{i}") not in known)

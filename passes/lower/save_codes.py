@@ -41,7 +41,7 @@ def save_codes(gm: fx.GraphModule) -> list[Edit]:
         if not is_there and (is_read or gradients):
             levels = _to_codes(levels)
             edits.append(Edit(str(call.x), "save codes", spec_of(call.spec).format.label))
-        if is_read and _tag(levels) and is_there:
+        if is_read and tag_levels(levels) and is_there:
             edits.append(Edit(str(call.x), "recompute", spec_of(call.spec).format.label))
     return edits
 
@@ -59,7 +59,7 @@ def _to_codes(levels: fx.Node) -> fx.Node:
     return new
 
 
-def _tag(levels: fx.Node) -> bool:
+def tag_levels(levels: fx.Node) -> bool:
     """Have backward compute levels and views of them again; return whether that is new."""
     # The id says which checkpointed region of the user's a node belongs to; ours are no regions.
     tags = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}

@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 
 from octav_fx.capture.symbolic.regions import Kept, apply_function
 from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.ir.arguments import called_module, operand_of, operands_of, set_operand
+from octav_fx.ir.arguments import operand_of, operands_of, set_operand
 from octav_fx.ir.dataflow import ancestors, constants, downstream, is_value_source, state_only, tensor_flow
 from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.first_last import first_and_last_layers
 from octav_fx.ir.meta import fake, info, set_fake
+from octav_fx.ir.movement import quantizer_before
 from octav_fx.ir.op import Op, Operand, Role
 from octav_fx.ir.ops import module_of, op_of
 from octav_fx.ir.signedness import nonnegative
@@ -81,7 +82,7 @@ def quantize_operands(gm: fx.GraphModule, choose: Choose) -> list[Edit]:
             continue
         for operand in operands:
             value = operand_of(node, operand)
-            if isinstance(called_module(value), FakeQuantizer):
+            if quantizer_before(value, node) is not None:
                 continue
             place = _place(node, op, operand, value, value in parameters, node in edges, value not in unsigned)
             choice = choose(place)

@@ -9,6 +9,10 @@ results of convolutions that several nodes share:
     y = conv2d(...); conv2d(quantizers.conv_input(y), w), max_pool2d(y, 3), cat([y, z], 1)
         ->  y = quantizers.pool_x(conv2d(...)); the same calls
 
+    conv2d(quantizers.a_input(y), w), conv2d(quantizers.b_input(max_pool2d(y, 3)), v)
+        ->  z = quantizers.a_input(y)
+            conv2d(z, w), conv2d(max_pool2d(z, 3), v)
+
     conv2d(quantizers.conv_input(x), w), add(x, y)            where the operand of conv2d has fewer bits than a sum:
         ->  z = quantizers.add_x(x)
             conv2d(quantizers.conv_input(z), w), add(z, ...)
@@ -24,15 +28,22 @@ needs no table, as its kernel does it; linear layers return floats as well.
 
 Shared results: where a result of a convolution is pooled, moved or concatenated, and read by something else besides,
 one quantizer at the result tells the convolution one grid for all readers (branches of GoogLeNet, halves of ShuffleNet,
-the skips of a U-Net). Only where a quantizer reads it in the end.
+the skips of a U-Net). Only where a quantizer reads it in the end. Where nothing but equal quantizers of whole tensors
+do, seen through what selects, the first of them takes their place: the others would round its levels once more. Grids
+of integers are monotone and hold zero, so max(q(x)) = q(max(x)), and rounding before a move is rounding after it.
 
 Config.residual_bits asks for this pass; by default it does not run.
 """
 
+from dataclasses import replace
 from typing import Any, Final
 
 from torch import Tensor, fx
 
+from octav_fx.clips.learned import LEARNED
+from octav_fx.compat.graphs import ENTER_AUTOCAST
+from octav_fx.formats.granularity import TENSOR
+from octav_fx.formats.grid import Grid
 from octav_fx.ir.aliasing import Aliasing, aliasing
 from octav_fx.ir.arguments import arguments, called_module, module_input, operand_of, set_operand
 from octav_fx.ir.clamps import clamp_bounds
@@ -222,6 +233,8 @@ def _quantize(
     # The write of the node itself is fine: what it writes are levels.
     if memory.written(value, after=value, before=node) or memory.written(value, after=node):
         return Edit.unsupported(node, f"{value.name} is written in place by another node", operand.name)
+    if (ends := _alike(value, place, unsigned, choose)) is not None:
+        return _lift(node, operand, value, ends)
     known = {reader: q.spec.format.bits for reader in value.users if (q := _quantizer(reader)) is not None}
     wide = max(known, key=known.__getitem__, default=None)
     if wide is None or known[wide] < settings.spec.format.bits:
@@ -233,6 +246,50 @@ def _quantize(
     value.replace_all_uses_with(wide, delete_user_cb=lambda reader: reader is not wide)
     set_operand(node, operand, wide)
     return Edit(site, "quantize", f"{known.get(wide, settings.spec.format.bits)} bits", operand.name)
+
+
+def _alike(value: fx.Node, place: Place, unsigned: set[fx.Node], choose: Choose) -> list[fx.Node] | None:
+    """Return the quantizers that read a value, seen through what selects, where one can stand for all; else None.
+
+    Not where a clip is learned, which would be another parameter, nor in a graph with regions of autocast: data is
+    rounded in the dtype of its region. Not where the place of the value has an override of its own.
+    """
+    ends, waiting = list[fx.Node](), [value]
+    while waiting:
+        for reader in readers(waiting.pop()):
+            if selects(reader):
+                waiting.append(reader)
+            elif _quantizer(reader) is not None:
+                ends.append(reader)
+            else:
+                return None
+    ends.sort()
+    found = {quantizer.settings for end in ends if (quantizer := _quantizer(end)) is not None}
+    if len(ends) < 2 or len(found) > 1:
+        return None
+    (settings,) = found
+    spec = settings.spec
+    is_plain = isinstance(spec.format, Grid) and spec.granularity == TENSOR and settings.method not in LEARNED
+    is_in_range = spec.format.signed or value in unsigned
+    is_usual = choose(replace(place, residual=False)) == settings if is_plain else False
+    has_regions = any(node.target is ENTER_AUTOCAST for node in value.graph.nodes)
+    return ends if is_plain and is_in_range and is_usual and not has_regions else None
+
+
+def _lift(node: fx.Node, operand: Operand, value: fx.Node, ends: list[fx.Node]) -> Edit:
+    """Put the first of the quantizers that read a value behind it, in place of them all."""
+    lifted, *others = ends
+    for end in ends:
+        end.replace_all_uses_with(module_input(end))
+    for end in others:
+        value.graph.erase_node(end)
+    value.append(lifted)
+    lifted.args = (value,)
+    set_fake(lifted, fake(value))
+    value.replace_all_uses_with(lifted, delete_user_cb=lambda reader: reader is not lifted)
+    quantizer = _quantizer(lifted)
+    assert quantizer is not None
+    return Edit(site_of(node), "quantize", quantizer.spec.format.label, operand.name)
 
 
 def _quantizer(node: Any) -> FakeQuantizer | None:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from octav_fx.ir.printer import graph_text
-from octav_fx.passes import functions_of_codes
+from octav_fx.passes import functions_of_codes, moves_on_codes
 from tests.support.on_codes import X, on_codes
 from tests.support.passes import made
 
@@ -38,6 +38,20 @@ def test_a_layer_of_four_bits_reads_a_residual_of_eight():
     text = graph_text(c.graph)
     assert "lookup_1 = lookup(code_sum, quantizers_b_input_table)\n" in text
     assert text.count("= integer_codes(") == 2
+    assert torch.equal(c(X), expected)
+    assert made(c, functions_of_codes) == []
+
+
+def test_codes_that_stay_what_they_are_need_no_table():
+    c = on_codes(lambda self, x: self.b(y := F.relu(self.a(x))) + self.b(F.max_pool2d(y, 1)), bits=4)
+    made(c, moves_on_codes)
+    expected = c(X)
+    assert [(edit.verb, edit.detail) for edit in made(c, functions_of_codes)] == [
+        ("remove", "returns the codes that it reads")
+    ]
+    text = graph_text(c.graph)
+    assert "table" not in text
+    assert "= integer_conv(max_pool, " in text
     assert torch.equal(c(X), expected)
     assert made(c, functions_of_codes) == []
 

@@ -45,7 +45,7 @@ levels_4 = levels(getitem_1, quantizers_chunk_x_scale, 8, True)
 
 
 MOVES = {
-    "the largest": lambda s, x: s.b(F.max_pool2d(y := s.a(x), 2)) + s.b(y).mean((2, 3), keepdim=True),
+    "the largest": lambda s, x: s.b(F.max_pool2d(y := s.a(x), 2)) + y.mean((2, 3), keepdim=True),
     "a flip of two axes, then a part": lambda s, x: s.b((y := s.a(x)).transpose(2, 3)[:, :, :2]).mean() + y[:, 0],
     "the nearest": lambda s, x: s.b(F.interpolate(y := s.a(x), scale_factor=2)).mean() + F.max_pool2d(y, 3),
     "zeros around": lambda s, x: s.b(F.pad(F.max_pool2d(y := s.a(x), 2), (0, 1, 0, 1))).mean() + y.reshape(-1, 1, 1, 1),

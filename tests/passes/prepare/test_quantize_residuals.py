@@ -11,7 +11,7 @@ import octav_fx
 from octav_fx import Config, OctavError, quantize
 from octav_fx.ir.printer import graph_text
 from octav_fx.nn import FakeQuantizer
-from octav_fx.passes import quantize_residuals
+from octav_fx.passes import quantize_operands, quantize_residuals
 from tests.support.graphs import model
 from tests.support.passes import made
 
@@ -245,7 +245,7 @@ SHARED = {
         ["add_x", "add_y", "avg_pool_x"],
     ),
     "of a norm, enlarged": (
-        lambda s, x: s.two(y := s.norm(s.one(x))).mean() + s.two(F.interpolate(y, scale_factor=2)),
+        lambda s, x: s.two(y := s.norm(s.one(x))).mean() + s.two(F.interpolate(y, scale_factor=2, mode="bilinear")),
         ["interpolate_x"],
     ),
     "enlarged, and both by several": (
@@ -297,6 +297,131 @@ def test_what_is_shared(forward, expected):
     assert sorted(name for name, part in quantizers(q).items() if part.spec.format.bits == 8) == expected
     with octav_fx.float_mode(q):
         torch.testing.assert_close(q(x), float_module(x), rtol=0, atol=0)
+
+
+def branches(self, x):
+    y = self.one(x).relu()
+    return self.two(y), self.two(F.max_pool2d(y, 3, 1, 1)), self.two(F.pad(y, (1, 1, 1, 1)))
+
+
+def test_one_quantizer_for_equal_ones_behind_moves():
+    x = torch.randn(2, 3, 4, 4)
+    q = quantize(model(branches, one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 4, 1)).eval(), x, CONFIG)
+    text = graph_text(q.graph)
+    assert (
+        text
+        == """\
+one_weight = self.one.weight
+one_bias = self.one.bias
+quantizers_one_input = self.quantizers.one_input(x)
+quantizers_one_weight = self.quantizers.one_weight(one_weight)
+one = conv2d(quantizers_one_input, quantizers_one_weight, one_bias, (1, 1), (0, 0), (1, 1), 1)
+relu = one.relu()
+quantizers_two_input = self.quantizers.two_input(relu)
+two_weight = self.two.weight
+two_bias = self.two.bias
+quantizers_two_weight = self.quantizers.two_weight(two_weight)
+two = conv2d(quantizers_two_input, quantizers_two_weight, two_bias, (1, 1), (0, 0), (1, 1), 1)
+max_pool2d = max_pool2d(quantizers_two_input, 3, stride=1, padding=1, dilation=1, ceil_mode=False, return_indices=False)
+two_1 = conv2d(max_pool2d, quantizers_two_weight, two_bias, (1, 1), (0, 0), (1, 1), 1)
+pad = pad(quantizers_two_input, (1, 1, 1, 1), mode='constant', value=None)
+two_2 = conv2d(pad, quantizers_two_weight, two_bias, (1, 1), (0, 0), (1, 1), 1)
+return (two, two_1, two_2)"""
+    )
+    assert made(q, lambda gm: quantize_residuals(gm, lambda place: "not asked")) == []
+    assert made(q, lambda gm: quantize_operands(gm, lambda place: "not asked")) == []
+    assert graph_text(q.graph) == text
+    # The names are among those without residual_bits, and the rows say how what is moved is represented.
+    assert set(quantizers(q)) == {"one_input", "one_weight", "two_input", "two_weight"}
+    rows = {(row.node, row.operand): (row.shape, row.bits, row.clip) for row in octav_fx.rows(q, x)}
+    clip = float(quantizers(q)["two_input"].hint)
+    assert rows["two:1", "input"] == ((2, 4, 4, 4), 4, clip)
+    assert rows["two:2", "input"] == ((2, 4, 6, 6), 4, clip)
+    assert rows["max_pool", "x"] == ((2, 4, 4, 4), 4, clip)
+
+
+def test_what_one_quantizer_rounds_is_what_each_would_round():
+    x = torch.randn(2, 3, 4, 4)
+    q = quantize(model(branches, one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 4, 1)).eval(), x, CONFIG)
+    octav_fx.freeze(octav_fx.calibrate(q, [x])).train()
+    parts = quantizers(q)
+    y = F.conv2d(parts["one_input"](x), parts["one_weight"](q.one.weight), q.one.bias).relu()
+    weight = parts["two_weight"](q.two.weight)
+    moved = (y, F.max_pool2d(y, 3, 1, 1), F.pad(y, (1, 1, 1, 1)))
+    for value, found in zip(moved, q(x), strict=True):
+        assert torch.equal(found, F.conv2d(parts["two_input"](value), weight, q.two.bias))
+
+
+@pytest.mark.compile
+def test_branches_train_compiled_as_eager_and_in_a_second_graph():
+    x = torch.randn(2, 3, 8, 8)
+    q = quantize(model(branches, one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 4, 1)), x, CONFIG)
+    sum(y.sum() for y in q(x)).backward()
+    expected = {name: p.grad.clone() for name, p in q.named_parameters()}
+    q.zero_grad()
+    sum(y.sum() for y in torch.compile(q, backend="octav")(x)).backward()
+    for name, p in q.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4)
+    # One more kind of call, and the quantizers that are there.
+    assert len(q(x[0])) == 3
+    assert set(quantizers(q)) == {"one_input", "one_weight", "two_input", "two_weight"}
+
+
+KEPT = {
+    "another reader": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2)), y.sum()),
+        {},
+        ["max_pool_x"],
+    ),
+    "a mean": (lambda s, x: (s.two(y := s.one(x)), s.last(F.avg_pool2d(y, 2))), {}, ["avg_pool_x"]),
+    "parts": (lambda s, x: [s.few(part) for part in s.one(x).chunk(2, 1)], {}, ["chunk_x"]),
+    "other bits": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2))),
+        {"overrides": {"last": {"activation_bits": 3}}},
+        ["max_pool_x"],
+    ),
+    "an override of the place": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2))),
+        {"overrides": {"max_pool": {"activation_bits": 8}}},
+        ["max_pool_x"],
+    ),
+    "an override to float": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2))),
+        {"overrides": {"max_pool": None}},
+        [],
+    ),
+    "learned clips": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2))),
+        {"clip": "lsq"},
+        ["max_pool_x"],
+    ),
+    "tokens": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2))),
+        {"activation_granularity": "token"},
+        ["max_pool_x"],
+    ),
+    "levels that are not even": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(F.max_pool2d(y, 2))),
+        {"activation_format": "e2m1"},
+        ["max_pool_x"],
+    ),
+    "written into": (
+        lambda s, x: (s.two(y := s.one(x)), s.last(z := F.max_pool2d(y, 2)), z.add_(1)),
+        {},
+        ["max_pool_x"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("forward", "options", "expected"), KEPT.values(), ids=list(KEPT))
+def test_quantizers_that_one_cannot_stand_for(forward, options, expected):
+    sizes = {"one": (3, 4), "two": (4, 4), "last": (4, 4), "few": (2, 2)}
+    parts = {name: nn.Conv2d(*channels, 1) for name, channels in sizes.items()}
+    x = torch.randn(2, 3, 4, 4)
+    q = quantize(model(forward, **parts).eval(), x, Config(edge_bits=None, residual_bits=8, **options))
+    assert [name for name, part in quantizers(q).items() if part.spec.format.bits == 8] == expected
+    narrow = [name for name in quantizers(q) if name.endswith("_input") and not name.startswith("one")]
+    assert len(narrow) == 2
 
 
 WRITTEN = {
