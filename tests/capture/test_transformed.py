@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import octav_fx
 from octav_fx.errors import OctavError
-from tests.support.alike import TOLERANCE
+from tests.support.alike import TOLERANCE, assert_close, silent_quantizers
 
 
 class Net(nn.Module):
@@ -54,6 +54,15 @@ def test_gradients_of_samples() -> None:
             torch.testing.assert_close(
                 found[name][at], expected, rtol=0, atol=TOLERANCE * (1 + float(expected.abs().max()))
             )
+
+
+def test_without_quantizers_they_are_those_of_the_float_model() -> None:
+    x, model = torch.randn(4, 8), Net()
+    q = octav_fx.quantize(model, x)
+    with silent_quantizers():
+        found = torch.func.grad(lambda parameters: loss(q, parameters, x))(dict(q.named_parameters()))
+    for name, expected in by_autograd(model, x).items():
+        assert_close(name, found[name], expected)
 
 
 def test_a_second_derivative() -> None:

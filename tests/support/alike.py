@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import octav_fx
+from octav_fx.capture import transformed
 from octav_fx.capture.rerun import without_quantizers
 from octav_fx.capture.whole import WholeModule
 from octav_fx.nn import FakeQuantizer
@@ -92,13 +93,13 @@ def quantized_alike(
 
 @contextlib.contextmanager
 def silent_quantizers() -> Iterator[None]:
-    """Let every quantizer return its input inside, those of graphs to come too."""
-    forward = FakeQuantizer.forward
-    FakeQuantizer.forward = lambda self, x: x  # type: ignore[method-assign]
+    """Let every quantizer return its input inside, those of graphs to come too, and in transforms of torch.func."""
+    forward, its_rule = FakeQuantizer.forward, transformed._forward
+    FakeQuantizer.forward = transformed._forward = lambda self, x: x  # type: ignore[method-assign]
     try:
         yield
     finally:
-        FakeQuantizer.forward = forward  # type: ignore[method-assign]
+        FakeQuantizer.forward, transformed._forward = forward, its_rule  # type: ignore[method-assign]
 
 
 def assert_follows(made: Callable[[], nn.Module], steps: tuple[Any, ...], training: bool) -> nn.Module:
