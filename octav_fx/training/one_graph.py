@@ -46,7 +46,10 @@ from octav_fx.training.progress import step
 
 
 class NeedsCalls(NotCaptured):
-    """A module with parts around whose calls something happens: they are recomputed in backward, or have hooks."""
+    """A module with parts around whose calls something happens.
+
+    They are recomputed in backward, have hooks, or there are hooks on what they save for backward.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,10 +389,10 @@ def _check_memory(captured: Capture) -> None:
 
 
 def _check_calls(module: nn.Module, captured: Capture, position: Position) -> None:
-    # What also runs around graphs recomputes them.
+    # What also runs around graphs does it to them.
     outside = code_around(type(module))
-    for line in (line for code, line in captured.recomputed.items() if code is not outside):
-        raise NeedsCalls(f"forward has a part of it recomputed in backward (torch.utils.checkpoint at {line})")
+    for reason in (reason for code, reason in captured.around.items() if code is not outside):
+        raise NeedsCalls(reason)
     for path in captured.hooked:
         raise NeedsCalls(f"hooks on {position.named(path)} run where that is called as a module")
 

@@ -1,4 +1,4 @@
-"""What a trace of single calls would lose: torch.no_grad(), torch.autocast(), checkpoint() and autograd.Function."""
+"""What a trace of single calls would lose: regions (no_grad, autocast, saved_tensors_hooks), checkpoint(), Function."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
     """Make nodes where torch.autocast is entered and left, and where a function with a gradient of its own is called.
 
     Gradients are on, so that the tracer sees who turns them off. What is recomputed in backward is traced through, and
-    the tracer knows where.
+    so is what has hooks on the tensors that it saves for it; the tracer knows where.
     """
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
@@ -55,9 +55,18 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
         return tracer.create_proxy("call_function", apply_function, (tracer.constant(Kept(function)), *args), kwargs)
 
     def recomputed() -> None:
+        noted("forward has a part of it recomputed in backward (torch.utils.checkpoint at {})")
+
+    def noted(reason: str) -> None:
         if not tracer.evaluating:
             frame = user_frame()
-            tracer.recomputed[frame.f_code] = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            # Recomputing is done by such hooks.
+            tracer.around.setdefault(frame.f_code, reason.format(line))
+
+    def hooked(hooks: Any) -> Any:
+        noted("forward has hooks on what a part of it saves for backward (torch.autograd.graph at {})")
+        return enter_hooks(hooks)
 
     mode: Any = torch.set_grad_enabled
     set_mode = mode.__init__
@@ -66,13 +75,15 @@ def regions(tracer: "ValueTracer") -> Iterator[None]:
         # A proxy would become a node, and the mode of the trace would be the old one.
         set_mode(region, bool(on))
 
-    base.apply, mode.__init__ = classmethod(applied), decided
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    enter_hooks = hooks.__enter__
+    base.apply, mode.__init__, hooks.__enter__ = classmethod(applied), decided, hooked
     try:
         with torch.enable_grad(), _patched(entered, left), watched_checkpoints(recomputed):
             yield
     finally:
         del base.apply
-        mode.__init__ = set_mode
+        mode.__init__, hooks.__enter__ = set_mode, enter_hooks
 
 
 @dataclass(frozen=True, slots=True)

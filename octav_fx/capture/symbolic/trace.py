@@ -54,8 +54,8 @@ class Capture:
     remembered: tuple[str, ...]
     # Those of them that were None, not there or of another shape, as a guard asks, and are set to tensors of the call.
     begun: tuple[str, ...]
-    # What code has a part of forward recomputed in backward, which the graph does not, and where, as file:line.
-    recomputed: Mapping[CodeType, str]
+    # What code has something happen around a part of forward, which the graph does not, and what and where.
+    around: Mapping[CodeType, str]
     # Modules with hooks of the user's, which the graph does not run.
     hooked: tuple[str, ...]
     # Dicts that forward fills and the graph does not, which computes in each call what would be in them.
@@ -135,7 +135,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
         stored=tuple(tracer.stored),
         remembered=(*named.values(), *tracer.resized),
         begun=(*(named[key] for key in begun), *tracer.resized),
-        recomputed=tracer.recomputed,
+        around=tracer.around,
         hooked=tuple(tracer.hooked),
         caches=tuple(f"{paths[module]}.{name}".lstrip(".") for module, name in tracer.caches),
     )

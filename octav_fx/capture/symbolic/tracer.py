@@ -106,8 +106,8 @@ class ValueTracer(fx.Tracer):
     gradients: dict[fx.Node, bool] = field(default_factory=dict)
     # Errors of what was called, each with its file and line.
     failed: list[str] = field(default_factory=list)
-    # What code calls torch.utils.checkpoint, and where, as file:line.
-    recomputed: dict[types.CodeType, str] = field(default_factory=dict)
+    # What code recomputes a part of forward, or has hooks on what it saves for backward; what and where.
+    around: dict[types.CodeType, str] = field(default_factory=dict)
     # Modules with hooks that have to run in each call.
     hooked: list[str] = field(default_factory=list)
     user: UserRules = field(default_factory=UserRules)
