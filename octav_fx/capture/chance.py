@@ -3,15 +3,19 @@
 import pickle
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from octav_fx.capture.contents import Contents
 from octav_fx.errors import NotCaptured
+
+SEEDS: Final = "seeds torch's generator, which a graph does not"
+# A seed that no forward uses.
+_NOBODYS: Final = 0x6F63_7461_765F_6678
 
 
 @contextmanager
@@ -26,12 +30,30 @@ def same_random_numbers(root: nn.Module, contents: Contents | None = None) -> It
 
 @contextmanager
 def without_chance(root: nn.Module) -> Iterator[None]:
-    """Raise NotCaptured where a random number is drawn inside, except by torch; the states are put back."""
+    """Raise NotCaptured where a random number is drawn inside, or torch's generator is seeded; states are put back.
+
+    What a graph will draw by torch is not drawn inside.
+    """
     with _kept_states(Contents.of(root)) as before:
-        yield
+        with _own_seed() as is_seeded:
+            yield
+            if is_seeded():
+                raise NotCaptured(f"forward {SEEDS}")
         is_drawn = any(pickle.dumps(_state(source)) != pickle.dumps(state) for source, state in before)
     if is_drawn:
         raise NotCaptured("forward draws random numbers of Python or NumPy, which are others in each call")
+
+
+@contextmanager
+def _own_seed() -> Iterator[Callable[[], bool]]:
+    """Give torch's generator a state of nobody's inside, and a function that tells whether it has another one."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    own = generator.manual_seed(_NOBODYS).get_state()
+    try:
+        yield lambda: not torch.equal(generator.get_state(), own)
+    finally:
+        generator.set_state(before)
 
 
 @contextmanager

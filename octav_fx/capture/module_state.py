@@ -15,7 +15,7 @@ from torch import nn
 from octav_fx.capture.contents import CONTAINERS, TORCHS, Contents, attributes, is_users_class
 from octav_fx.capture.kinds import tags_of
 from octav_fx.compat.modules import PART_ATTRIBUTES, children_of, parameters_of
-from octav_fx.compat.tensors import pytree
+from octav_fx.compat.tensors import copy_hooks, pytree
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 
@@ -135,9 +135,18 @@ def without_history(root: nn.Module) -> dict[int, Any]:
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
-    """Copy a model in its modes; functions on its modules (hooks, lambdas) that speak of modules speak of copies."""
+    """Copy a model in its modes; functions on its modules (hooks, lambdas) that speak of modules speak of copies.
+
+    Hooks on the gradients of parameters, which copy.deepcopy leaves out, are those of the copies, too.
+    """
     memo = without_history(model)
-    copied = copy.deepcopy(model, memo)
+    # The parameters of a scripted copy would be results, and get no gradient.
+    with torch.no_grad():
+        copied = copy.deepcopy(model, memo)
+    for original, parameter in zip(model.parameters(), copied.parameters(), strict=True):
+        if parameter.requires_grad != original.requires_grad:
+            parameter.requires_grad_(original.requires_grad)
+        copy_hooks(original, parameter, lambda hook: _of_copies(hook, memo))
     for original, module in zip(model.modules(), copied.modules(), strict=True):
         # A __setstate__ that calls __init__ (layers of einops) leaves a module in training mode.
         if module.training != original.training:
@@ -149,6 +158,12 @@ def deep_copy(model: nn.Module) -> nn.Module:
                     if isinstance(value, types.FunctionType) and (function := _speaking_of(value, memo)) is not None:
                         held[key] = function
     return copied
+
+
+def _of_copies(hook: Any, memo: dict[int, Any]) -> Any:
+    """Return a hook that speaks of the copies of the modules that it speaks of, or is a method of."""
+    spoken = _speaking_of(hook, memo) if isinstance(hook, types.FunctionType) else None
+    return spoken or _copied(hook, memo)
 
 
 def _speaking_of(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType | None:

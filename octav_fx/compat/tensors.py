@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ __all__ = [
     "assert_true",
     "body_of",
     "composed",
+    "copy_hooks",
     "detect_fake_mode",
     "dtypes_around",
     "functional",
@@ -264,3 +265,17 @@ def without_users_modes() -> contextlib.AbstractContextManager[Any]:
     """Take the modes of dispatch away inside, which count or keep what ops compute, unless one of them is torch's."""
     is_torchs = any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
     return contextlib.nullcontext() if is_torchs else without_modes()
+
+
+def copy_hooks(tensor: Tensor, other: Tensor, copied: Callable[[Any], Any]) -> None:
+    """Put the hooks on the gradient of a leaf on another one, each as a function gives it."""
+    asks = other.requires_grad
+    for name, register in (
+        ("_backward_hooks", other.register_hook),
+        ("_post_accumulate_grad_hooks", other.register_post_accumulate_grad_hook),
+    ):
+        for hook in (getattr(tensor, name) or {}).values():
+            # A frozen one keeps the hooks that it has, and takes no new ones.
+            other.requires_grad_()
+            register(copied(hook))
+    other.requires_grad_(asks)

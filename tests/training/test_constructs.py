@@ -2,6 +2,7 @@
 
 import collections
 import contextvars
+import copy
 import dataclasses
 import enum
 import functools
@@ -118,6 +119,47 @@ def packs_what_is_saved_for_backward(self: Any, x: Tensor) -> Tensor:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (t * 4).round(), lambda t: t / 4):
         y = self.a(x).sin()
     return self.b(y)
+
+
+@case((x,), (longer,))
+def copies_a_tensor_without_its_history(self: Any, x: Tensor) -> Tensor:
+    return self.b(copy.copy(self.a(x))) + self.a(copy.copy(x)) * copy.copy(x.shape[1])
+
+
+@case((x,), (longer,))
+def turns_autocast_on_by_hand(self: Any, x: Tensor) -> Tensor:
+    torch.set_autocast_enabled("cpu", True)
+    y = self.a(x)
+    torch.set_autocast_enabled("cpu", False)
+    return self.b(y.float())
+
+
+@case((x,), (longer,))
+class HasHooksOnGradients(Net):
+    def __init__(self) -> None:
+        super().__init__(gain=3.0)
+        self.a.weight.register_hook(self.scaled)
+        self.a.bias.requires_grad_(False)
+        self.b.weight.register_post_accumulate_grad_hook(self.tripled)
+
+    def scaled(self, gradient: Tensor) -> Tensor:
+        return gradient * self.gain
+
+    def tripled(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad *= 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+@case((x,), (longer,))
+class HasAScriptedLayer(Net):
+    def __init__(self) -> None:
+        super().__init__(scripted=torch.jit.trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.scripted(self.a(x)))
 
 
 @case((x,), (longer,))
@@ -550,6 +592,18 @@ class HasAGeneratorOfPython(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x)) * self.chance.random() + self.numpys[0].random()
+
+
+@case((x,), (x,), (longer,))
+def seeds_the_generator_of_torch(self: Any, x: Tensor) -> Tensor:
+    torch.default_generator.manual_seed(3)
+    return self.b(self.a(x)) + torch.rand(8)
+
+
+@case((x,), (x,), (longer,))
+def seeds_torch_by_its_module(self: Any, x: Tensor) -> Tensor:
+    torch.random.manual_seed(3)
+    return self.b(self.a(x)) + torch.rand(8)
 
 
 @case((x,), (x,), training=True)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import torch
 from torch import nn
 
+from octav_fx.capture.chance import SEEDS
 from octav_fx.capture.contents import CLOSED
 from octav_fx.capture.user_stack import caller, told_by
 from octav_fx.errors import NotCaptured
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 _CLOCK: Final = "reads the clock, which is another one in each call"
 _UNIQUE: Final = "asks for what is another one in each call"
 _FILE: Final = "asks for a file, which is another one in each call"
+_OF_AUTOCAST: Final = (
+    *("set_autocast_enabled", "set_autocast_cpu_enabled", "set_autocast_dtype", "set_autocast_cpu_dtype"),
+    *("set_autocast_gpu_dtype", "set_autocast_cache_enabled"),
+)
 _CLOCKS: Final = (
     *("time", "perf_counter", "monotonic", "process_time", "thread_time"),
     *("time_ns", "perf_counter_ns", "monotonic_ns", "process_time_ns", "thread_time_ns"),
@@ -51,7 +56,9 @@ _REFUSED: Final[tuple[tuple[Any, str, tuple[str, ...]], ...]] = (
     (os, _FILE, ("listdir", "stat")),
     (os.path, _FILE, ("exists", "isfile", "isdir", "getmtime")),
     (Path, _FILE, ("exists", "is_file", "open", "read_text", "read_bytes")),
-    (torch, "seeds torch's generator, which a graph does not", ("manual_seed",)),
+    (torch, SEEDS, ("manual_seed",)),
+    (torch.random, SEEDS, ("manual_seed",)),
+    (torch, "turns autocast on or off by hand, which a graph does not", _OF_AUTOCAST),
     (torch, "asks for inference mode, in which no graph is captured", ("is_inference_mode_enabled",)),
 )
 

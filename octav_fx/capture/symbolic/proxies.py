@@ -193,6 +193,11 @@ class ValueProxy(fx.Proxy):
     def __divmod__(self, divisor: Any) -> Any:
         return self.tracer.create_proxy("call_function", divmod, (self, divisor), {})
 
+    def __copy__(self) -> Any:
+        if isinstance(self.value, Tensor):
+            raise OctavError(f"{user_caller()}: forward copies a tensor by copy.copy, which leaves its history out")
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.clone() if isinstance(self.value, Tensor) else self
 
