@@ -137,7 +137,7 @@ def without_history(root: nn.Module) -> dict[int, Any]:
 def deep_copy(model: nn.Module) -> nn.Module:
     """Copy a model in its modes; functions on its modules (hooks, lambdas) that speak of modules speak of copies.
 
-    Hooks on the gradients of parameters, which copy.deepcopy leaves out, are those of the copies, too.
+    What copy.deepcopy leaves out of parameters, hooks on their gradients and what users set on them, copies have, too.
     """
     memo = without_history(model)
     # The parameters of a scripted copy would be results, and get no gradient.
@@ -146,6 +146,7 @@ def deep_copy(model: nn.Module) -> nn.Module:
     for original, parameter in zip(model.parameters(), copied.parameters(), strict=True):
         if parameter.requires_grad != original.requires_grad:
             parameter.requires_grad_(original.requires_grad)
+        vars(parameter).update({name: value for name, value in vars(original).items() if name not in vars(parameter)})
         copy_hooks(original, parameter, lambda hook: _of_copies(hook, memo))
     for original, module in zip(model.modules(), copied.modules(), strict=True):
         # A __setstate__ that calls __init__ (layers of einops) leaves a module in training mode.

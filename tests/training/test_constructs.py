@@ -154,6 +154,19 @@ class HasHooksOnGradients(Net):
 
 
 @case((x,), (longer,))
+class HasATagOnAParameter(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.weight.gain = 3.0  # type: ignore[assignment]
+        self.b.weight._no_decay = True  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            self.b(self.a(x)) * getattr(self.a.weight, "gain", 1.0) * (2 if hasattr(self.b.weight, "_no_decay") else 1)
+        )
+
+
+@case((x,), (longer,))
 class HasAScriptedLayer(Net):
     def __init__(self) -> None:
         super().__init__(scripted=torch.jit.trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), x))
