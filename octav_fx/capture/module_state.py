@@ -143,11 +143,11 @@ def deep_copy(model: nn.Module) -> nn.Module:
     # The parameters of a scripted copy would be results, and get no gradient.
     with torch.no_grad():
         copied = copy.deepcopy(model, memo)
-    for original, parameter in zip(model.parameters(), copied.parameters(), strict=True):
-        if parameter.requires_grad != original.requires_grad:
-            parameter.requires_grad_(original.requires_grad)
-        vars(parameter).update({name: value for name, value in vars(original).items() if name not in vars(parameter)})
-        copy_hooks(original, parameter, lambda hook: _of_copies(hook, memo))
+    for known, parameter in zip(model.parameters(), copied.parameters(), strict=True):
+        if parameter.requires_grad != known.requires_grad:
+            parameter.requires_grad_(known.requires_grad)
+        vars(parameter).update({name: value for name, value in vars(known).items() if name not in vars(parameter)})
+        copy_hooks(known, parameter, lambda hook: _of_copies(hook, memo))
     for original, module in zip(model.modules(), copied.modules(), strict=True):
         # A __setstate__ that calls __init__ (layers of einops) leaves a module in training mode.
         if module.training != original.training:
