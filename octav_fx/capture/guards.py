@@ -46,7 +46,7 @@ class Facts:
             # Deleted since.
             return str(error)
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
-            if not _equal(value, expected):
+            if not is_expected(value, expected):
                 # What a compiler takes a number for may have no text.
                 if torch.compiler.is_compiling():
                     return where
@@ -239,11 +239,14 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
-def _equal(value: Any, expected: Any) -> bool:
+def is_expected(value: Any, expected: Any) -> bool:
+    """Tell whether a value is what it was at capture."""
     if value is expected:
         return True
-    # A symbol of a compiler is compared as the bool that it stands for.
-    return bool(value) is expected if isinstance(expected, bool) else bool(value == expected)
+    if isinstance(expected, bool):
+        # A branch, at which a compiler decides; by `is` its symbol is never the bool that it stands for.
+        return expected if value else not expected
+    return bool(value == expected)
 
 
 def _text(kind: Any) -> str:

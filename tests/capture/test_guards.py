@@ -120,3 +120,34 @@ def test_dtypes_of_what_is_computed_behind_a_cache_are_asked_before_it_is_writte
                 assert_close("kept", of_q.kept, of_float.kept)
     # One for each pair of what the memory holds and autocast.
     assert len(graphs_of(q).graphs_of(False)) == 4
+
+
+class BranchesOnSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) if x.shape[1] > 3 and x.shape[0] != 7 else x
+        # Of a size that is computed the graph asks as it runs.
+        z = y[:, y[0, :, 0].cumsum(0).shape[0] // 2 :]
+        return z * 2 if z.shape[1] > 1 else z
+
+
+@pytest.mark.compile
+def test_a_compiler_decides_a_branch_on_a_size_for_all_sizes() -> None:
+    q = octav_fx.quantize(BranchesOnSizes().eval(), x)
+    seen = []
+
+    def counted(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        seen.append(gm)
+        return gm
+
+    torch.compiler.reset()
+    compiled = torch.compile(q, backend=counted, fullgraph=True)
+    with torch.no_grad():
+        for length in (5, 6, 9, 5):
+            given = torch.randn(2, length, 8)
+            assert torch.equal(compiled(given), q(given))
+    # The first size, and all others.
+    assert len(seen) == 2

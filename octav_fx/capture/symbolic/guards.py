@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from octav_fx.capture.guards import Facts, Guards
+from octav_fx.capture.guards import Facts, Guards, is_expected
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
 from octav_fx.capture.symbolic.reads import Reads
 from octav_fx.capture.symbolic.regions import Kept
@@ -23,7 +23,7 @@ from octav_fx.ir.ops import in_place, module_of
 @fx.node.has_side_effect
 def guard_equal(value: Any, expected: Any, where: str) -> None:
     """Raise OctavError when a value that decided a branch at capture is another one now."""
-    if value is not expected and (bool(value) is not expected if isinstance(expected, bool) else value != expected):
+    if not is_expected(value, expected):
         raise OctavError(f"{where}: this graph holds for the value {expected!r} there, these inputs give {value!r}")
 
 
