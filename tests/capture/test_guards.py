@@ -137,7 +137,7 @@ class BranchesOnSizes(nn.Module):
 @pytest.mark.compile
 def test_a_compiler_decides_a_branch_on_a_size_for_all_sizes() -> None:
     q = octav_fx.quantize(BranchesOnSizes().eval(), x)
-    seen = []
+    seen: list[torch.fx.GraphModule] = []
 
     def counted(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
         seen.append(gm)
