@@ -4,21 +4,22 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 
 def pairs(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """Return rows of indices below sizes [A] so that any two values of any two axes stand together in a row."""
-    axes = list(itertools.combinations(range(len(sizes)), 2))
-    left = {(a, i, b, j) for a, b in axes for i in range(sizes[a]) for j in range(sizes[b])}
-    rows = list(itertools.product(*map(range, sizes)))
+    rows = np.array(list(itertools.product(*map(range, sizes))))
+    left = {(a, b): np.ones((sizes[a], sizes[b]), int) for a, b in itertools.combinations(range(len(sizes)), 2)}
     chosen = []
-    while left:
+    while any(pairs.any() for pairs in left.values()):
         # Greedy: the row with the most new pairs, the first of equal ones.
-        new = [{(a, row[a], b, row[b]) for a, b in axes} & left for row in rows]
-        best = max(range(len(rows)), key=lambda index: len(new[index]))
-        chosen.append(rows[best])
-        left -= new[best]
+        new = sum(pairs[rows[:, a], rows[:, b]] for (a, b), pairs in left.items())
+        best = rows[np.argmax(new)]
+        chosen.append(tuple(best.tolist()))
+        for (a, b), pairs in left.items():
+            pairs[best[a], best[b]] = 0
     return sorted(chosen)
 
 
