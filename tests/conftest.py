@@ -23,7 +23,7 @@ from octav_fx import zoo
 from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu
 from tests.support.examples import PROFILES
-from tests.support.exporter import read_its_table_once
+from tests.support.exporter import read_its_tables_once
 
 torch.set_num_threads(1)
 # Sums of products are compared to the last bits of float32.
@@ -112,7 +112,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _exporter() -> None:
-    read_its_table_once()
+    read_its_tables_once()
 
 
 @pytest.fixture(scope="session")
