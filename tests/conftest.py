@@ -24,6 +24,7 @@ from octav_fx.formats.spec import integers
 from octav_fx.ops import cpu
 from tests.support.examples import PROFILES
 from tests.support.exporter import read_its_tables_once
+from tests.support.one_library import compile_kernels_together
 
 torch.set_num_threads(1)
 # Sums of products are compared to the last bits of float32.
@@ -113,6 +114,11 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _exporter() -> None:
     read_its_tables_once()
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    compile_kernels_together()
 
 
 @pytest.fixture(scope="session")
