@@ -316,9 +316,10 @@ class QuantizedModule(GuardedModule):
         if self._simulates or not self._is_frozen(guarded):
             return None
         # Compiled code cannot ask whether it is of the present state.
-        is_old = guarded.derived is None or (not torch.compiler.is_compiling() and not guarded.derived.is_of(self))
-        if is_old:
-            # Nor does Dynamo go through what makes it, which it would where it compiles what is called from here.
+        asks, derived = not torch.compiler.is_compiling(), guarded.derived
+        # Nor does Dynamo go through what is called from here, which it would, function by function, where it leaves
+        # this one to Python because it breaks a graph.
+        if derived is None or (asks and not not_compiled(functools.partial(derived.is_of, self))):
             not_compiled(functools.partial(self._derive, guarded))
         rule: IntegerModule = guarded.derived.module
         return rule

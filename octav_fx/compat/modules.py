@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -10,6 +10,8 @@ from torch._compile import _disable_dynamo
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+T = TypeVar("T")
 
 # Where a module keeps its parts.
 PART_ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
@@ -141,9 +143,9 @@ def apply_to_tensors(module: nn.Module, fn: Any, recurse: bool) -> None:
 
 
 @_disable_dynamo
-def not_compiled(function: Callable[[], None]) -> None:
-    """Call a function between two compiled graphs, not in one.
+def not_compiled(function: Callable[[], T]) -> T:
+    """Return what a function returns, called between two compiled graphs, not in one.
 
     As torch.compiler.disable, which loads the compiler at once.
     """
-    function()
+    return function()

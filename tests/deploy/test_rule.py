@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import convert_frame
 
 from octav_fx import Config, OctavError, calibrate, convert, freeze, quantize, unfreeze
 from octav_fx.capture.integer_module import IntegerModule
@@ -322,6 +323,28 @@ def test_compiled_code_follows_the_state():
             else:
                 assert torch.equal(y, defined(q, x))
             assert torch.equal(y, compiled(x))
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_where_compiled_code_breaks_for_a_new_state_nothing_that_compares_states_is_compiled(monkeypatch):
+    compiled_of, compile_one = [], convert_frame._compile
+
+    def recorded(code, *args, **kwargs):
+        compiled_of.append(code.co_name)
+        return compile_one(code, *args, **kwargs)
+
+    monkeypatch.setattr(convert_frame, "_compile", recorded)
+    q, x = ready()
+    compiled = torch.compile(q, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        for change in (_load, _step, unfreeze, freeze):
+            change(q)
+            compiled(x)
+            compiled(x)
+    assert "forward" in compiled_of
+    assert not {"is_of", "is_same", "storage_id", "version_of"} & set(compiled_of)
 
 
 def test_a_mean_of_a_batch_of_none():
