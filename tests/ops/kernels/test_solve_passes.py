@@ -6,6 +6,7 @@ import torch
 from octav_fx.formats.spec import integers
 from octav_fx.ops.optimal_clip import reference
 from tests.support.interpreter import DEVICE
+from tests.support.pairwise import pairwise
 from tests.support.samples import fixed_point
 
 kernel = pytest.importorskip("octav_fx.ops.kernels.solve_passes.kernel")
@@ -22,9 +23,13 @@ def solved(x, hint, bits, signed, method, block=256):
     return out
 
 
-@pytest.mark.parametrize(("bits", "signed"), [(2, True), (4, False), (8, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", kernel.PASSES)
+@pairwise(
+    {
+        "method": kernel.PASSES,
+        "dtype": [torch.float32, torch.float16, torch.bfloat16],
+        "bits, signed": [(2, True), (4, False), (8, True)],
+    }
+)
 def test_it_finds_what_the_reference_finds(method, dtype, bits, signed):
     # 3 programs in the interpreter, of two tiles and less.
     x = torch.randn(1301, device=DEVICE).to(dtype)
