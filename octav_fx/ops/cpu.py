@@ -4,7 +4,9 @@ Each build lies in the user's cache folder under the hash of its sources and fla
 for two kinds of CPU (setup.py). Without either the references run, three to ten times slower; a warning says so, once.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import math
@@ -109,7 +111,7 @@ def _built() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octav_fx"
     target = folder / f"kernels-{identity.hexdigest()[:16]}.so"
     if not target.exists():
-        _compile(compiler, flags, target)
+        _compile_once(compiler, flags, target)
     return target
 
 
@@ -137,6 +139,20 @@ def _compiler() -> list[str]:
     return compiler
 
 
+def _compile_once(compiler: list[str], flags: list[str], target: Path) -> None:
+    """Compile, or wait for a process that does: those of one run begin at the same time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        # Some network folders have no locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile(compiler, flags, target)
+    finally:
+        os.close(folder)
+
+
 def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
     folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +173,7 @@ def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
         undefined = ["-undefined", "dynamic_lookup"] if os.uname().sysname == "Darwin" else []
         command = [*compiler, "-shared", *undefined, *objects, "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        # Another process may be building the same: whoever is last replaces an equal file.
+        # Without locks another process may be building the same: whoever is last replaces an equal file.
         built.replace(target)
 
 

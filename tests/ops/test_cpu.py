@@ -1,6 +1,8 @@
 import ctypes
 import subprocess
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
@@ -108,6 +110,23 @@ def test_without_kernels_the_dtype_is_not_to_blame(fresh, monkeypatch):
         fake_quantize(
             torch.randn(cpu._SLOW_FROM, dtype=torch.float64), torch.tensor(1.0), integers(4, True, None), "pwl"
         )
+
+
+def test_of_those_who_build_at_once_one_compiles_and_the_others_wait(monkeypatch, tmp_path):
+    compiled = []
+
+    def slowly(compiler, flags, target):
+        compiled.append(target)
+        time.sleep(0.2)
+        target.touch()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "BUNDLED", tmp_path / "none")
+    monkeypatch.setattr(cpu, "_compile", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        built = [pool.submit(cpu._built) for _ in range(4)]
+    assert {future.result() for future in built} == set(compiled)
+    assert len(compiled) == 1
 
 
 def test_kernels_are_built_once(kernels, monkeypatch, tmp_path):
