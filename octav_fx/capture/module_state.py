@@ -146,7 +146,8 @@ def deep_copy(model: nn.Module) -> nn.Module:
     for known, parameter in zip(model.parameters(), copied.parameters(), strict=True):
         if parameter.requires_grad != known.requires_grad:
             parameter.requires_grad_(known.requires_grad)
-        vars(parameter).update({name: value for name, value in vars(known).items() if name not in vars(parameter)})
+        tags = {name: value for name, value in vars(known).items() if name not in vars(parameter)}
+        vars(parameter).update({name: _tag_of_copy(value, memo) for name, value in tags.items()})
         copy_hooks(known, parameter, lambda hook: _of_copies(hook, memo))
     for original, module in zip(model.modules(), copied.modules(), strict=True):
         # A __setstate__ that calls __init__ (layers of einops) leaves a module in training mode.
@@ -159,6 +160,13 @@ def deep_copy(model: nn.Module) -> nn.Module:
                     if isinstance(value, types.FunctionType) and (function := _speaking_of(value, memo)) is not None:
                         held[key] = function
     return copied
+
+
+def _tag_of_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return what a user set on a parameter, for its copy: sums of gradients (main_grad) would be those of both."""
+    if isinstance(value, torch.Tensor):
+        return memo.setdefault(id(value), value.detach().clone())
+    return _copied(value, memo)
 
 
 def _of_copies(hook: Any, memo: dict[int, Any]) -> Any:

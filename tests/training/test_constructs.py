@@ -732,3 +732,15 @@ def test_what_a_branch_of_cond_on_data_calls_stays_float() -> None:
     with torch.no_grad(), silent_quantizers():
         for shift in (-10, 10):
             assert torch.equal(q(x + shift), model(x + shift))
+
+
+def test_tensors_on_parameters_are_those_of_the_copy() -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    net[0].weight.main_grad, net[0].weight.owner = torch.zeros(8, 8), net[0]
+    net[0].bias.like = net[0].weight
+    q = octav_fx.quantize(net, x)
+    weight: Any = q.get_parameter("0.weight")
+    weight.main_grad += 1
+    assert not net[0].weight.main_grad.any()
+    assert weight.owner is q[0]
+    assert q.get_parameter("0.bias").like is weight
