@@ -17,7 +17,7 @@ import time
 import traceback
 import types
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -204,10 +204,15 @@ def opaque_clocks(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
 
 def globals_of(root: nn.Module) -> dict[int, dict[str, Any]]:
     """Return the globals of each file that has a forward, and of the user's functions there, by identity."""
-    forwards = (inspect.getattr_static(kind, "forward", None) for kind in {type(m) for m in root.modules()})
-    files = {id(f.__globals__): f.__globals__ for f in forwards if is_users(f)}
-    files |= {id(f.__globals__): f.__globals__ for names in [*files.values()] for f in names.values() if is_users(f)}
-    return files
+    forwards = [inspect.getattr_static(kind, "forward", None) for kind in {type(m) for m in root.modules()}]
+    files = _files(forwards)
+    return files | _files([value for names in files.values() for value in names.values()])
+
+
+def _files(values: Iterable[Any]) -> dict[int, dict[str, Any]]:
+    # What decorates a function says that it is the user's, in a file of torch.
+    functions = [inspect.unwrap(value) for value in values if isinstance(value, types.FunctionType)]
+    return {id(function.__globals__): function.__globals__ for function in functions if is_users(function)}
 
 
 def is_users(function: Any) -> bool:

@@ -154,6 +154,27 @@ def test_only_the_module_that_asks_runs_its_own_python(name: str) -> None:
     assert octav_fx.coverage(q).skipped == []
 
 
+class Decorated(nn.Module):
+    """Its forward is a function of torch's, with the name of the user's file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y = self.fc(x)
+        return y.float() * (time.perf_counter_ns() % 1000003)
+
+
+def test_a_decorator_hides_no_file_and_brings_none_of_torchs() -> None:
+    q = octav_fx.quantize(nn.Sequential(Decorated()), x)
+    assert not torch.equal(q(x), q(x))
+    (reason,) = (line for line in partial_lines(q) if line.startswith("0: in parts"))
+    assert "test_clocks.py" in reason and "clock" in reason
+
+
 def test_a_time_goes_on() -> None:
     q = octav_fx.quantize(Around(lambda _: time.perf_counter_ns() % 1000003), x)
     assert not torch.equal(q(x), q(x))
