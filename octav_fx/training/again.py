@@ -19,14 +19,8 @@ from octav_fx.compat.tensors import is_functorch_wrapped, normal_tensors, withou
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
-from octav_fx.training.one_graph import (
-    NeedsCalls,
-    Recipe,
-    add_records,
-    prepare_module,
-    quantizers_by_operand,
-    take_quantizers,
-)
+from octav_fx.training.known_quantizers import quantizers_by_operand, take_quantizers
+from octav_fx.training.one_graph import NeedsCalls, Recipe, add_records, prepare_module
 from octav_fx.training.own_python import own_python
 
 # So many graphs a module may have for each mode.

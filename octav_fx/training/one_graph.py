@@ -1,12 +1,8 @@
 """One module as one graph: capture, the passes, the records of what they did."""
 
-import contextlib
 import functools
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,24 +10,20 @@ from torch import fx, nn
 from octav_fx.capture.find_constants import constants_of
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs
-from octav_fx.capture.module_state import attributes_kept_on_success, own_copy
 from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.capture.rerun import (
     difference,
     has_data,
-    preserved_modes,
     preserved_tensors,
-    run_keeping_state,
     run_once,
     without_quantizers,
 )
-from octav_fx.capture.symbolic.trace import Capture, capture
+from octav_fx.capture.symbolic.trace import Capture
 from octav_fx.capture.whole import code_around, make_whole, users_own
 from octav_fx.compat.graphs import replaced_graph
-from octav_fx.compat.modules import buffers_of, children_of
+from octav_fx.compat.modules import buffers_of
 from octav_fx.config import Config
-from octav_fx.errors import NotCaptured, OctavError
-from octav_fx.formats.granularity import Granularity
+from octav_fx.errors import NotCaptured
 from octav_fx.ir.edits import Kind
 from octav_fx.ir.meta import keep_site
 from octav_fx.ir.op import Trait
@@ -42,6 +34,8 @@ from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.passes import Place, choose_spec, prepare_passes
 from octav_fx.passes.prepare.quantize_operands import remove_unused
+from octav_fx.training.capturing import captured_in, graphs_for
+from octav_fx.training.known_quantizers import fits, quantizers_by_operand
 from octav_fx.training.progress import step
 
 
@@ -102,7 +96,7 @@ def _rewritten(
     both_modes: bool,
     is_to_run: bool = True,
 ) -> QuantizedModule:
-    graphs, missing, notes, captures = _graphs(module, example, user, both_modes)
+    graphs, missing, notes, captures = graphs_for(module, example, user, both_modes)
     if is_to_run:
         for captured in captures:
             _check_calls(module, captured, position)
@@ -174,7 +168,7 @@ class Recipe:
         mode = quantized.training
         owner = quantized.owner
         with users_own(owner):
-            captured, notes = _captured(owner, call, mode, self.user)
+            captured, notes = captured_in(owner, call, mode, self.user)
             _check_calls(owner, captured, self.position)
         # Some of these belong to other graphs, or to what runs in the place of one.
         before = {name for name, _ in quantized.get_submodule(QUANTIZERS).named_children()}
@@ -203,7 +197,7 @@ class Recipe:
             if isinstance(choice, str) or there is None or (choice.spec.format.signed and not there.spec.format.signed):
                 return choice
             # The quantizer that an earlier graph has for it, though here it may be the first or last layer.
-            if _fits(there.spec.granularity, choice.spec.granularity, place):
+            if fits(there.spec.granularity, choice.spec.granularity, place):
                 return there.settings
             return replace(choice, spec=replace(choice.spec, format=there.spec.format))
 
@@ -214,49 +208,6 @@ class Recipe:
         found += [] if self.position.is_op else idle_records(quantized, quantized.graph)
         rows = [replace(row, site=self.position.named(row.site)) for row in found]
         return rows, [f"{self.position.named(e.node)}: {e.detail}" for e in edits if e.kind is Kind.INFO]
-
-
-def _fits(known: Granularity, chosen: Granularity, place: Place) -> bool:
-    """Tell whether a granularity is one for an operand, in place of the one that was chosen for it."""
-    if known.is_short:
-        return known.axis == place.reduction and known.divides(place.shape)
-    return known.axis == place.dim if known.kind == "channel" else chosen.kind != "channel"
-
-
-def quantizers_by_operand(quantized: QuantizedModule) -> dict[tuple[str, str], FakeQuantizer]:
-    """Return the quantizers of a module by site and operand."""
-    rows = [row for mode in quantized.all_records.values() for row in mode if row.quantizer is not None]
-    found: dict[tuple[str, str], Any] = {}
-    for row in rows:
-        found.setdefault((row.site, str(row.operand)), quantized.get_submodule(str(row.quantizer)))
-    return found
-
-
-def take_quantizers(
-    graph: QuantizedModule, known: Mapping[tuple[str, str], FakeQuantizer]
-) -> list[tuple[tuple[str, str], FakeQuantizer]]:
-    """Give a graph those of the known quantizers that fit its operands; return its own that stay, with theirs."""
-    held: Any = children_of(graph)[QUANTIZERS]
-    placed, left = set(), []
-    for operand, quantizer in quantizers_by_operand(graph).items():
-        # One that several operands share goes by the first.
-        if quantizer in placed:
-            continue
-        placed.add(quantizer)
-        taken = known.get(operand)
-        if taken is not None and _is_alike(taken, quantizer):
-            name = next(name for name, module in held.named_children() if module is quantizer)
-            held.add_module(name, taken)
-            placed.add(taken)
-        else:
-            left.append((operand, quantizer))
-    return left
-
-
-def _is_alike(known: FakeQuantizer, quantizer: FakeQuantizer) -> bool:
-    """Tell whether a quantizer can stand for another one: that of a parameter keeps no mean over batches."""
-    is_same_kind = known.settings == quantizer.settings and known.running == quantizer.running
-    return is_same_kind and known.hint.shape == quantizer.hint.shape
 
 
 def add_records(quantized: QuantizedModule, mode: bool, rows: Iterable[Record], notes: Iterable[str]) -> None:
@@ -308,86 +259,6 @@ def _check_graph(quantized: QuantizedModule, guarded: GuardedGraph, call: Inputs
         )
 
 
-def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:
-    """Return the arguments of a call by the names of forward, defaults too. Raise NotCaptured where they do not fit."""
-    try:
-        bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
-    except TypeError as error:
-        hint = "; leave out what it does not take, such as labels" if "too many" in str(error) else ""
-        raise NotCaptured(f"example_inputs do not fit {type(module).__name__}.forward: {error}{hint}") from error
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-def _graphs(
-    module: nn.Module, example: Inputs, user: UserRules, both_modes: bool
-) -> tuple[dict[bool, GuardedGraph], str | None, list[str], list[Capture]]:
-    """Return a graph for each mode, why the other mode has none (or None), notes, and what was captured.
-
-    The other mode has none where it needs a graph of its own and cannot be captured.
-    """
-    mode = module.training
-    captured, notes = _captured(module, example, mode, user)
-    guarded = GuardedGraph(captured.graph, captured.guards, captured.caches)
-    graphs, captures = {mode: guarded, (not mode): guarded}, [captured]
-    if captured.depends_on_training:
-        try:
-            other = _capture(module, example, not mode, user)
-            graphs[not mode] = GuardedGraph(other.graph, other.guards, other.caches)
-            captures.append(other)
-        except OctavError as error:
-            missing = f"{'eval' if mode else 'training'} mode is not captured: {error}"
-            if both_modes and _runs(module, example, not mode):
-                raise NotCaptured(missing) from error
-            # Inputs too small for an auxiliary head. The captured mode works; a call in the other one will say this.
-            del graphs[not mode]
-            return graphs, missing, [*notes, missing], captures
-    return graphs, None, notes, captures
-
-
-def _captured(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
-    """Capture in one mode, after a first run where forward keeps tables; return what was captured, and notes."""
-    constants = constants_of(module)
-    with constants.without_caches():
-        captured = _capture(module, call, mode, user)
-    if constants.change() is not None:
-        # A table of a file that forward fills once.
-        constants = constants_of(module)
-        captured = _capture(module, call, mode, user)
-        if (change := constants.change()) is not None:
-            raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")
-    if captured.remembered and has_data(module, call):
-        with contextlib.suppress(_NoTable):
-            captured = _captured_warm(module, call, mode, user, captured)
-    _check_memory(captured)
-    return captured, list(captured.notes)
-
-
-class _NoTable(Exception):
-    """Raised where what forward stores is no table: a value that is made once, and changes no result."""
-
-
-def _captured_warm(module: nn.Module, call: Inputs, mode: bool, user: UserRules, cold: Capture) -> Capture:
-    """Capture with the tables that forward makes once: after a first run they are there, and read like any buffer."""
-    with attributes_kept_on_success(module):
-        first, second = _warm_up(module, call), _warm_up(module, call)
-        captured = _capture(module, call, mode, user)
-        _check_memory(captured)
-        # A log is stored in each call and not read.
-        read = {str(node.target) for node in captured.graph.find_nodes(op="get_attr")}
-        is_stored = any(name in captured.stored and (name in cold.begun or name in read) for name in cold.remembered)
-        # Results differ where forward looks, say, whether this length is that of the call before.
-        if is_stored or difference(first, second) is not None:
-            raise _NoTable
-        return captured
-
-
-def _check_memory(captured: Capture) -> None:
-    # What begins as a tensor of this call is stored by the graph, and guards ask what was there.
-    for name in (name for name in captured.remembered if name not in captured.begun):
-        raise NotCaptured(f"forward reads {name} and changes it for the next call, and a graph has no memory")
-
-
 def _check_calls(module: nn.Module, captured: Capture, position: Position) -> None:
     # What also runs around graphs does it to them.
     outside = code_around(type(module))
@@ -395,42 +266,6 @@ def _check_calls(module: nn.Module, captured: Capture, position: Position) -> No
         raise NeedsCalls(reason)
     for path in captured.hooked:
         raise NeedsCalls(f"hooks on {position.named(path)} run where that is called as a module")
-
-
-def _warm_up(module: nn.Module, example: Inputs) -> Any:
-    """Run once and keep what forward stored; statistics and other buffers that were there stay as they were.
-
-    Returns what it gives.
-    """
-    with preserved_tensors(module):
-        return run_keeping_state(module, *own_copy(example))
-
-
-def _runs(module: nn.Module, example: Inputs, mode: bool) -> bool:
-    """Tell whether the float module itself runs on the example in a mode."""
-    if not has_data(module, example):
-        return False
-    try:
-        with _in_mode(module, mode):
-            run_once(module, *example)
-    except Exception:
-        return False
-    return True
-
-
-def _capture(module: nn.Module, example: Inputs, mode: bool, user: UserRules) -> Capture:
-    """Capture in one mode; afterwards each module is in the mode it was in, frozen BatchNorms too."""
-    with _in_mode(module, mode):
-        return capture(module, arguments_of(module, example), user)
-
-
-@contextmanager
-def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
-    """Set a float module to a mode inside; where it is in it already, its parts keep theirs."""
-    with preserved_modes(module):
-        if module.training != mode:
-            module.train(mode)
-        yield
 
 
 def _drop_values(graphs: Iterable[fx.Graph]) -> None:

@@ -27,7 +27,8 @@ from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.training.by_parts import PartsQuantizer
-from octav_fx.training.one_graph import NeedsCalls, Recipe, quantizers_by_operand, take_quantizers
+from octav_fx.training.known_quantizers import quantizers_by_operand, take_quantizers
+from octav_fx.training.one_graph import NeedsCalls, Recipe
 
 _PARTS = frozenset({*PART_ATTRIBUTES, *HOOK_ATTRIBUTES, *ATTRIBUTES, "_non_persistent_buffers_set"})
 

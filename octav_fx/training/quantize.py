@@ -28,7 +28,7 @@ from octav_fx.nn import FakeQuantizer
 from octav_fx.training.again import capture_again
 from octav_fx.training.blocks import Blocks, find_blocks
 from octav_fx.training.by_parts import quantize_by_parts
-from octav_fx.training.one_graph import arguments_of
+from octav_fx.training.capturing import arguments_of
 from octav_fx.training.progress import progress, step
 
 # So many times the objects that are there otherwise before garbage is collected.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.capture.symbolic.proxies import PROXIES, TrainingFlag
+from octav_fx.capture.symbolic.writes import is_same_memory
 from octav_fx.capture.user_stack import user_caller
 from octav_fx.compat.modules import parameters_of
 from octav_fx.compat.tensors import CHECKS, assert_true, pytree, replace_extended_shape, validates_distributions
@@ -142,7 +143,7 @@ def assigned_parameters(tracer: "ValueTracer") -> Iterator[None]:
     def assign(module: nn.Module, name: str, value: Any) -> None:
         if type(value) not in PROXIES or name not in parameters_of(module):
             original(module, name, value)
-        elif not tracer.is_same_memory(value.node, parameters_of(module)[name]):
+        elif not is_same_memory(tracer, value.node, parameters_of(module)[name]):
             raise OctavError(f"{user_caller()}: forward replaces the parameter {name}: write into it instead")
 
     nn.Module.__setattr__ = assign  # type: ignore[method-assign, assignment]

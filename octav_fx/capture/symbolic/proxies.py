@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from octav_fx.capture.symbolic.identity import compares_objects
+from octav_fx.capture.symbolic.writes import set_data, write
 from octav_fx.capture.user_stack import TORCH, called_by, caller, is_users, told_by, user_caller
 from octav_fx.errors import OctavError
 from octav_fx.ir.meta import fake
@@ -209,7 +210,7 @@ class ValueProxy(fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            self.tracer.set_data(self, value)
+            set_data(self, value)
         elif name in ("grad", "requires_grad"):
             raise OctavError(f"{user_caller()}: forward sets {name} of a tensor, which a graph cannot hold")
         else:
@@ -242,7 +243,8 @@ def _augmented(name: str) -> Any:
     in_place, apart = getattr(operator, f"i{name}"), getattr(operator, f"__{name}__")
 
     def assign(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.write(in_place, apart, self, other) if isinstance(self.value, Tensor) else apart(self, other)
+        is_tensor = isinstance(self.value, Tensor)
+        return write(self.tracer, in_place, apart, self, other) if is_tensor else apart(self, other)
 
     return assign
 

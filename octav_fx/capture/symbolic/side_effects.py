@@ -13,6 +13,7 @@ from octav_fx.capture.kinds import kind_of
 from octav_fx.capture.module_state import preserved_attributes
 from octav_fx.capture.symbolic.objects import is_object, proxies_in
 from octav_fx.capture.symbolic.reads import INTERNAL
+from octav_fx.capture.symbolic.writes import is_same_memory
 from octav_fx.errors import NotCaptured
 from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import fake, set_fake
@@ -81,7 +82,7 @@ def _store(tracer: "ValueTracer", path: str, key: str, old: Any, new: Any, was_u
         return
     name = f"{path}.{key}".lstrip(".")
     proxies = proxies_in(new)
-    if isinstance(old, Tensor) and len(proxies) == 1 and tracer.is_same_memory(proxies[0].node, old):
+    if isinstance(old, Tensor) and len(proxies) == 1 and is_same_memory(tracer, proxies[0].node, old):
         # self.count += 1 assigns what it has written into.
         return
     was_read = (tracer.root.get_submodule(path), key) in tracer.read_first
