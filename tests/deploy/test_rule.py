@@ -13,7 +13,7 @@ from torch._dynamo import convert_frame
 from octav_fx import Config, OctavError, calibrate, convert, freeze, quantize, unfreeze
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.nn import FakeQuantizer, IntegerWeight
-from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, relative
+from tests.support.deployable_models import LANGUAGE, WHOLE, frozen, relative, shortened
 from tests.support.nets import ConvNet as Net
 
 # The first three have nothing but integers between input and result.
@@ -71,7 +71,7 @@ def test_256_inputs_bit_for_bit(name, bits):
 @pytest.mark.parametrize("backend", ["octav", "inductor"])
 @pytest.mark.parametrize("name", ["resnet18", "encoder", "gpt"])
 def test_compiled_bit_for_bit(name, backend):
-    q, inputs = frozen(WHOLE[name], Config(8, 8))
+    q, inputs = frozen(shortened()[name], Config(8, 8))
     with torch.no_grad():
         found = torch.compile(q, backend=backend, fullgraph=True)(*inputs)
         assert torch.equal(found, torch.compile(convert(q, integers=False), backend=backend)(*inputs))
