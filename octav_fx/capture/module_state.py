@@ -164,9 +164,12 @@ def deep_copy(model: nn.Module) -> nn.Module:
 
 def _tag_of_copy(value: Any, memo: dict[int, Any]) -> Any:
     """Return what a user set on a parameter, for its copy: sums of gradients (main_grad) would be those of both."""
-    if isinstance(value, torch.Tensor):
-        return memo.setdefault(id(value), value.detach().clone())
-    return _copied(value, memo)
+    if not isinstance(value, torch.Tensor):
+        return _copied(value, memo)
+    if not value.is_leaf:
+        # deepcopy refuses those with a history of gradients.
+        memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(value, memo)
 
 
 def _of_copies(hook: Any, memo: dict[int, Any]) -> Any:

@@ -333,7 +333,7 @@ class QuantizedModule(GuardedModule):
 
     def _derive(self, guarded: GuardedGraph) -> None:
         graphs = self._graphs[False]
-        made = type(self).make_rule(self, next(i for i, other in enumerate(graphs) if other is guarded))
+        made = type(self).make_rule(self, graphs.index(guarded))
         if guarded is not graphs[0] and (first := graphs[0].derived) is not None:
             first.module.share_equal(made)
         guarded.derived = Derived(self, made)

@@ -10,7 +10,6 @@ read by a quantizer, whose codes integer runtimes write at once, and codes are w
 that reads codes computes one of the parts for this quantizer alone.
 """
 
-import copy
 from typing import Any, Final
 
 import torch
@@ -24,7 +23,7 @@ from octav_fx.ir.movement import selects
 from octav_fx.ir.ops import module_of
 from octav_fx.ir.pools import pads_with_zeros
 from octav_fx.nn import IntegerWeight, StaticQuantizer
-from octav_fx.passes.convert.quantizers_behind_moves import unused
+from octav_fx.passes.convert.quantizers_behind_moves import call_copy
 from octav_fx.passes.convert.saturate_codes import holds_zero
 
 CATS: Final = (torch.cat, torch.concat)
@@ -50,7 +49,8 @@ def quantizers_before_cats(gm: fx.GraphModule) -> list[Edit]:
         # Zeros that are put around the whole would not be saturated.
         if _has_zeros(cat, node) and not holds_zero((quantizer.floor, quantizer.ceiling)):
             continue
-        levels = [_quantized(gm, cat, part, unused(gm, str(node.target)), quantizer) for part in parts]
+        with gm.graph.inserting_before(cat):
+            levels = [call_copy(gm, node, part) for part in parts]
         cat.args, cat.kwargs = (levels, argument(cat, "dim")), {}
         # A part may be a concatenation itself.
         waiting += levels
@@ -103,9 +103,3 @@ def _has_zeros(cat: fx.Node, node: fx.Node) -> bool:
             return True
         between = argument(between, "input")
     return False
-
-
-def _quantized(gm: fx.GraphModule, cat: fx.Node, part: fx.Node, name: str, quantizer: StaticQuantizer) -> fx.Node:
-    gm.add_submodule(name, copy.deepcopy(quantizer))
-    with gm.graph.inserting_before(cat):
-        return gm.graph.call_module(name, (part,))

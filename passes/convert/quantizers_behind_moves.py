@@ -16,7 +16,6 @@ from torch import fx
 from octav_fx.ir.arguments import called_module, operand_of, operands_of, set_operand
 from octav_fx.ir.edits import Edit
 from octav_fx.ir.movement import quantizer_before
-from octav_fx.ir.ops import module_of
 from octav_fx.nn import FakeQuantizer
 
 
@@ -31,19 +30,19 @@ def quantizers_behind_moves(gm: fx.GraphModule) -> list[Edit]:
             if call is None or value is call or not _is_plain(call):
                 continue
             if value not in copies:
-                name = unused(gm, str(call.target))
-                gm.add_submodule(name, copy.deepcopy(module_of(call)))
                 with gm.graph.inserting_after(value):
-                    copies[value] = gm.graph.call_module(name, (value,))
+                    copies[value] = call_copy(gm, call, value)
                 edits.append(Edit(str(call.target), "quantize", f"{value.name} once more"))
             set_operand(node, operand, copies[value])
     return edits
 
 
-def unused(gm: fx.GraphModule, target: str) -> str:
-    """Return a name for a copy of a module."""
+def call_copy(gm: fx.GraphModule, call: fx.Node, value: fx.Node) -> fx.Node:
+    """Make a call of a copy of the quantizer that a node calls, under a name of its own, for another value."""
     known = {name for name, _ in gm.named_modules()}
-    return next(name for i in range(len(known) + 1) if (name := f"{target}_{i}") not in known)
+    name = next(name for i in range(len(known) + 1) if (name := f"{call.target}_{i}") not in known)
+    gm.add_submodule(name, copy.deepcopy(gm.get_submodule(str(call.target))))
+    return gm.graph.call_module(name, (value,))
 
 
 def _is_plain(call: fx.Node) -> bool:

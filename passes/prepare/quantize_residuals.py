@@ -35,6 +35,7 @@ of integers are monotone and hold zero, so max(q(x)) = q(max(x)), and rounding b
 Config.residual_bits asks for this pass; by default it does not run.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -195,12 +196,12 @@ def _parts(node: fx.Node) -> list[fx.Node]:
     return [part for part in parts if not _moves(part) or _ends(part)]
 
 
-def _ends(node: fx.Node) -> set[fx.Node]:
-    """Return the nodes that compute with a value, seen through pools, moves and concatenations of it."""
+def _ends(node: fx.Node, through: Callable[[fx.Node], bool] = _moves) -> set[fx.Node]:
+    """Return the nodes that compute with a value, seen through pools, moves and concatenations of it, or as asked."""
     found, seen, waiting = set[fx.Node](), set[fx.Node](), [node]
     while waiting:
         for reader in readers(waiting.pop()):
-            if not _moves(reader):
+            if not through(reader):
                 found.add(reader)
             elif reader not in seen:
                 seen.add(reader)
@@ -254,25 +255,16 @@ def _alike(value: fx.Node, place: Place, unsigned: set[fx.Node], choose: Choose)
     Not where a clip is learned, which would be another parameter, nor in a graph with regions of autocast: data is
     rounded in the dtype of its region. Not where the place of the value has an override of its own.
     """
-    ends, waiting = list[fx.Node](), [value]
-    while waiting:
-        for reader in readers(waiting.pop()):
-            if selects(reader):
-                waiting.append(reader)
-            elif _quantizer(reader) is not None:
-                ends.append(reader)
-            else:
-                return None
-    ends.sort()
-    found = {quantizer.settings for end in ends if (quantizer := _quantizer(end)) is not None}
-    if len(ends) < 2 or len(found) > 1:
+    ends = sorted(_ends(value, selects))
+    found = {None if (quantizer := _quantizer(end)) is None else quantizer.settings for end in ends}
+    settings = next(iter(found), None)
+    if len(ends) < 2 or len(found) > 1 or settings is None:
         return None
-    (settings,) = found
     spec = settings.spec
     is_plain = isinstance(spec.format, Grid) and spec.granularity == TENSOR and settings.method not in LEARNED
     is_in_range = spec.format.signed or value in unsigned
     is_usual = choose(replace(place, residual=False)) == settings if is_plain else False
-    has_regions = any(node.target is ENTER_AUTOCAST for node in value.graph.nodes)
+    has_regions = bool(value.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST))
     return ends if is_plain and is_in_range and is_usual and not has_regions else None
 
 
