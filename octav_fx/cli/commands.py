@@ -18,7 +18,7 @@ from octav_fx.cli.compare import compared
 from octav_fx.cli.models import Subject
 from octav_fx.cli.output import as_csv, as_text
 from octav_fx.cli.progress import stage
-from octav_fx.deploy.deployment import deployment, is_in_one_graph
+from octav_fx.deploy.deployment import deployment
 from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.freeze import calibrate, freeze
 from octav_fx.errors import OctavError
@@ -86,16 +86,7 @@ def run_export(options: argparse.Namespace) -> None:
     with stage("writing"):
         export_onnx(q, subject.inputs, options.onnx, target=options.target)
     with stage("comparing"):
-        print(_described(q, subject, options.onnx))
-
-
-def _described(q: nn.Module, subject: Subject, path: str) -> str:
-    """Return what deployment says of a model and its file; of a model in blocks or parts, sizes and outputs."""
-    if is_in_one_graph(q):
-        return str(deployment(q, subject.inputs, path))
-    trained = q.state_dict()
-    subject.model.load_state_dict({name: trained[name] for name in subject.model.state_dict()})
-    return as_text(compared(subject.model, q, subject.inputs, seconds=0, quantized_file=path))
+        print(deployment(q, subject.inputs, options.onnx))
 
 
 def run_compare(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from octav_fx.deploy.freeze import check_frozen, loose_quantizers
 from octav_fx.deploy.rule import integer_module, led_by
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import graph_info, update_graph_info
+from octav_fx.ir.sites import in_model
 from octav_fx.passes import COMPUTE, CONVERT, INTEGERS
 
 
@@ -41,7 +42,12 @@ def multiplied(converted: nn.Module) -> nn.Module:
     found = [module for module in converted.modules() if isinstance(module, IntegerModule)]
     for module in (part for first in found for part in (first, *first.octav_further)):
         edits = run(module, INTEGERS)
-        rows = [(e.node, e.detail if e.declined else None) for e in edits if e.declined or e.verb == "multiply"]
+        known = graph_info(module)
+        rows = [
+            (in_model(edit.node, known.path, known.is_op), edit.detail if edit.declined else None)
+            for edit in edits
+            if edit.declined or edit.verb == "multiply"
+        ]
         update_graph_info(module, integers=tuple(rows))
     return converted
 

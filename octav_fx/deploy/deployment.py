@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -14,18 +14,23 @@ from torch import Tensor, nn
 from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.modules import QuantizedModule, quantized_modules
+from octav_fx.capture.modules import graphs_of
+from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import run_once
-from octav_fx.deploy.codes import codes_of_quantizers, moved
+from octav_fx.deploy.codes import codes_of_quantizers, moved, nodes_on_codes
 from octav_fx.deploy.convert import bytes_of, integer_layers, multiplied, rewritten, size_of
 from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.latency import latencies
 from octav_fx.deploy.runtimes import run_onnx
-from octav_fx.errors import OctavError
-from octav_fx.ir.pipeline import run
+from octav_fx.ir.meta import info
+from octav_fx.ir.records import Record, graph_info
+from octav_fx.ir.sites import in_model
 from octav_fx.nn import IntegerWeight, StaticQuantizer, StoredWeight
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.passes import COMPUTE, CONVERT
+
+# How a node runs that multiplies nothing, or that no rule takes, between layers of integers.
+_FLOAT: Final = "computes in float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +92,10 @@ def deployment(
     path: where export_onnx wrote the file; None writes one for the comparison. latency: time one call of the float and
     the deployed model in each runtime that is installed, which compiles both. A code at a tie may fall to either side
     when sums are scaled in another order, and move everything behind it: a difference is no error by itself. Raises
-    OctavError like convert and export_onnx, and for a module with more than one quantized part.
+    OctavError like convert and export_onnx.
     """
-    if not is_in_one_graph(q):
-        raise OctavError("deployment takes a model that one graph holds, as octav_fx.quantize returned it")
-    (quantized,) = quantized_modules(q)
     levels = rewritten(q, CONVERT)
-    converted, defined = multiplied(copy.deepcopy(levels)), copy.deepcopy(levels)
-    assert isinstance(converted, IntegerModule) and isinstance(defined, IntegerModule)
-    run(defined, COMPUTE)
+    converted, defined = multiplied(copy.deepcopy(levels)), rewritten(q, (*CONVERT, *COMPUTE))
     call = as_inputs(example_inputs)
     frozen, found = run_once(defined, *call), run_once(converted, *call)
     shares = moved(codes_of_quantizers(converted, *own_copy(call)), codes_of_quantizers(defined, *own_copy(call)))
@@ -107,19 +107,14 @@ def deployment(
         onnx_bytes = Path(path).stat().st_size
         measured = _latencies(q, converted, path, call, Path(folder)) if latency else {}
     return Deployment(
-        rows=_rows(quantized, levels, shares, dict(integer_layers(converted))),
-        float_bytes=_float_bytes(quantized),
+        rows=_rows(q, levels, shares, {**_in_float(converted), **dict(integer_layers(converted))}),
+        float_bytes=_float_bytes(q),
         bytes=size_of(converted),
         onnx_bytes=onnx_bytes,
         converted_difference=_relative(tensors_of(found), tensors_of(frozen)),
         onnx_difference=_relative(onnx_outputs, tensors_of(frozen)),
         latency=measured,
     )
-
-
-def is_in_one_graph(q: nn.Module) -> bool:
-    """Tell whether one graph holds a quantized model, which deployment asks for; not one in blocks or parts."""
-    return [module.owner for module in quantized_modules(q)] == [q]
 
 
 def _latencies(
@@ -132,26 +127,48 @@ def _latencies(
     return latencies(q, converted, files, call)
 
 
+def _in_float(converted: nn.Module) -> dict[str, str]:
+    """Return the nodes of a converted model that compute on floats still. Most that are on codes now have no name."""
+    found = set[str]()
+    for module in converted.modules():
+        if isinstance(module, IntegerModule):
+            known = graph_info(module)
+            floats = set(module.graph.nodes) - nodes_on_codes(module.graph)
+            sites = {site for node in floats if (site := info(node).site) is not None}
+            found |= {in_model(site, known.path, known.is_op) for site in sites}
+    return dict.fromkeys(found, _FLOAT)
+
+
 def _rows(
-    q: QuantizedModule, levels: nn.Module, shares: dict[str, float], reasons: dict[str, str | None]
+    q: nn.Module, levels: nn.Module, shares: dict[str, float], reasons: dict[str, str | None]
 ) -> list[DeployedRow]:
     rows, counted = [], set[str]()
-    for record in q.all_records[False]:
-        runs = reasons.get(record.site, "no rule") or "integers"
-        part = None if record.quantizer is None else levels.get_submodule(record.quantizer)
-        if not isinstance(part, (IntegerWeight, StaticQuantizer, StoredWeight)) or record.quantizer is None:
+    for path, record in _records(q):
+        runs = reasons.get(record.site, None if record.quantizer else _FLOAT) or "integers"
+        part = None if path is None else levels.get_submodule(path)
+        if path is None or not isinstance(part, (IntegerWeight, StaticQuantizer, StoredWeight)):
             rows.append(DeployedRow(record.site, record.operand or "", None, None, None, None, record.reason, runs))
             continue
-        stored = 0 if record.quantizer in counted else size_of(part)
-        counted.add(record.quantizer)
-        scale, share = float(part.scale.mean()), shares.get(record.quantizer)
+        stored = 0 if path in counted else size_of(part)
+        counted.add(path)
+        scale, share = float(part.scale.mean()), shares.get(path)
         bits = part.spec.format.bits if isinstance(part, StoredWeight) else part.bits
         rows.append(DeployedRow(record.site, record.operand or "", bits, scale, stored, share, None, runs))
     return rows
 
 
-def _float_bytes(q: QuantizedModule) -> int:
-    return bytes_of(value for name, value in q.state_dict().items() if not name.startswith(f"{QUANTIZERS}."))
+def _records(q: nn.Module) -> list[tuple[str | None, Record]]:
+    """Return each record of eval mode and the path in q of its quantizer; None for what stays float."""
+    found: list[tuple[str | None, Record]] = []
+    for path, module in q.named_modules():
+        for record in () if (graphs := graphs_of(module)) is None else graphs.all_records[False]:
+            # The path of the outermost module is no part of those below it.
+            found.append((record.quantizer and f"{path}.{record.quantizer}".removeprefix("."), record))
+    return [*found, *((None, record) for record in float_records(q))]
+
+
+def _float_bytes(q: nn.Module) -> int:
+    return bytes_of(value for name, value in q.state_dict().items() if QUANTIZERS not in name.split("."))
 
 
 def _relative(found: list[Tensor], expected: list[Tensor]) -> float:

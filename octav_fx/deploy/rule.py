@@ -10,7 +10,7 @@ from octav_fx.capture.guards import Guards
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.modules import QuantizedModule, graphs_of
 from octav_fx.ir.pipeline import Pass, run
-from octav_fx.ir.records import update_graph_info
+from octav_fx.ir.records import graph_info, update_graph_info
 from octav_fx.passes import COMPUTE, CONVERT
 
 
@@ -18,7 +18,8 @@ def integer_module(working: Any, passes: Iterable[Pass], guards: Guards | None =
     """Return what the passes make of the eval graph of a copy of a frozen module, which is used up."""
     run(working, passes)
     made = IntegerModule(working, working.graph, working.user_class.__name__, {}, working.plain_attributes, guards)
-    update_graph_info(made, records={False: working.all_records[False]})
+    known = graph_info(working)
+    update_graph_info(made, path=known.path, is_op=known.is_op, records={False: known.records[False]})
     return made
 
 

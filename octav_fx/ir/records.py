@@ -37,6 +37,9 @@ class Record:
 class GraphInfo:
     """What outlives the making of a module's graphs; modes are those of nn.Module.training."""
 
+    # Where in the model the module was found, and whether it is a single op: what sites.in_model makes names of.
+    path: str = ""
+    is_op: bool = False
     # The fields of the Config it was made with.
     config: Mapping[str, Any] = field(default_factory=dict)
     # What became of each operand, for each mode.

@@ -12,6 +12,13 @@ def in_scope(node: fx.Node, name: str) -> str:
     return f"{scope}.{name}".lstrip(".")
 
 
+def in_model(site: str, path: str, is_op: bool) -> str:
+    """Return the name in the model of a node of the module with a path; of one that is a single op, the path."""
+    if is_op:
+        return path
+    return f"{path}.{site}" if path else site
+
+
 def numbered(site: str, taken: Container[str]) -> str:
     """Return the site, with :1, :2, ... for further calls of the same module."""
     name, count = site, 0

@@ -30,6 +30,7 @@ from octav_fx.ir.op import Trait
 from octav_fx.ir.ops import OPS, UserRules
 from octav_fx.ir.pipeline import run
 from octav_fx.ir.records import NOT_CALLED, Record, graph_info, idle_records, records, update_graph_info
+from octav_fx.ir.sites import in_model
 from octav_fx.nn import FakeQuantizer, Settings
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.passes import Place, choose_spec, prepare_passes
@@ -61,9 +62,7 @@ class Position:
 
     def named(self, site: str) -> str:
         """Return the name in the whole model of a node of the module."""
-        if self.is_op:
-            return self.path
-        return f"{self.path}.{site}" if self.path else site
+        return in_model(site, self.path, self.is_op)
 
     def placed(self, place: Place) -> Place:
         """Return the place of an operand in the whole model: a first layer of it need not be one of the model."""
@@ -112,6 +111,8 @@ def _rewritten(
     quantized.recompile()
     update_graph_info(
         quantized,
+        path=position.path,
+        is_op=position.is_op,
         config=config.to_dict(),
         records={mode: found.get(mode, found[module.training]) for mode in graphs},
         notes=tuple(dict.fromkeys(notes)),

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 import octav_fx
-from octav_fx import Config, OctavError, calibrate, convert, deployment, export_onnx, freeze, quantize
+from octav_fx import Config, OctavError, calibrate, convert, deployment, export_onnx, freeze, quantize, rows
 from octav_fx.__main__ import main
 from octav_fx.deploy.codes import codes_of_quantizers, moved
 from octav_fx.deploy.convert import multiplied, rewritten
+from octav_fx.deploy.deployment import _FLOAT
 from octav_fx.ir.pipeline import run
 from octav_fx.nn import StaticQuantizer
 from octav_fx.passes import COMPUTE, CONVERT
+from tests.support.blocks import Block, Net, batch
 from tests.support.deployable_models import WHOLE, frozen
 
 
@@ -148,12 +150,49 @@ def test_what_stays_float_has_its_reason():
     )
 
 
-def test_only_the_module_itself():
+def test_only_of_what_was_quantized():
     q, x = ready()
-    with pytest.raises(OctavError, match=r"takes a model that one graph holds"):
-        deployment(nn.Sequential(q), x)
     with pytest.raises(OctavError, match=r"holds no module"):
         deployment(convert(q), x)
+
+
+@pytest.mark.models
+def test_a_model_in_blocks():
+    x = batch()
+    q = quantize(Net(depth=2).eval(), x, Config(4, 8, residual_bits=8, edge_bits=None), blocks=[Block])
+    found = deployment(freeze(calibrate(q, [x])), x)
+    assert [(row.node, row.operand, row.bits) for row in found.rows] == [(r.node, r.operand, r.bits) for r in rows(q)]
+    runs = {row.node: row.runs for row in found.rows}
+    layers = ["stem", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head", "tied"]
+    # What a block returns is read by the norm of the next one.
+    assert runs == {**dict.fromkeys(layers, "integers"), **dict.fromkeys(["blocks.0.add", "blocks.1.add"], _FLOAT)}
+    assert found.bytes >= sum(row.bytes for row in found.rows)
+    assert found.float_bytes == sum(t.numel() * t.element_size() for t in Net(depth=2).parameters())
+    assert found.onnx_difference == 0
+    assert {row.moved for row in found.rows if row.operand != "weight"} == {0}
+    # The quantized model as a part of another one.
+    inside = deployment(nn.Sequential(q), x)
+    assert [row.runs for row in inside.rows] == [row.runs for row in found.rows]
+
+
+@pytest.mark.models
+def test_sums_and_moves_on_codes():
+    x = torch.randn(2, 8, 8, 8)
+    q = quantize(Joined().eval(), x, Config(8, 8, residual_bits=8))
+    runs = {row.node: row.runs for row in deployment(freeze(calibrate(q, [x])), x).rows}
+    assert runs == dict.fromkeys(["first", "chunk", "left", "add", "mean", "head"], "integers")
+
+
+class Joined(nn.Module):
+    """Halves of a convolution, of which one is convolved, and their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.head = nn.Conv2d(8, 16, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.first(x).relu().chunk(2, 1)
+        return self.head((self.left(left) + right).relu().mean((2, 3)))
 
 
 @pytest.mark.models
