@@ -269,7 +269,10 @@ def forced(
 
 
 def check_codes(given: dict[str, list[Seen]], found: dict[str, list[Tensor]]) -> int:
-    """Every code equal, or beside it where the value lies within 1e-5 of a tie; returns how many are beside it."""
+    """Every code equal, or beside it where the value lies within 1e-5 of a tie; returns how many values do.
+
+    Sums of the same two codes are one value, which a tensor may have a hundred times.
+    """
     assert given.keys() == found.keys()
     moved = 0
     for name, calls in given.items():
@@ -278,8 +281,8 @@ def check_codes(given: dict[str, list[Seen]], found: dict[str, list[Tensor]]) ->
             step = seen.step.double()
             ours, theirs = (seen.y.double() / step).round(), (y.double() / step).round()
             differs = ours != theirs
-            moved += int(differs.sum())
             position = seen.position[differs]
+            moved += position.unique().numel()
             distance = (position - position.floor() - 0.5).abs()
             # Relative to the value, and to the largest one that a value near zero is the difference of.
             bound = 1e-5 * torch.maximum(position.abs(), seen.position.abs().max())

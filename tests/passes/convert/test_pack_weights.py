@@ -46,7 +46,12 @@ def test_a_weight_that_is_computed_from_parameters():
     assert isinstance(stored, IntegerWeight)
     assert stored.shape == (3, 5)
     assert not q.graph.find_nodes(op="get_attr")
-    assert same(q, before, x)
+    computed = (before.w * 2).t()
+    assert torch.equal(stored(), before.get_submodule(edit.node)(computed))
+    # It lies otherwise in memory than what was computed, and a BLAS may add the three products in another order.
+    bound = 3 * torch.finfo(torch.float32).eps * (x.abs() @ computed.abs()).max()
+    with torch.no_grad():
+        assert (q.simulated_forward(x) - before.simulated_forward(x)).abs().max() <= bound
 
 
 def test_a_weight_with_another_reader_stays_for_it():
