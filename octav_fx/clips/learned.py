@@ -11,7 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from octav_fx.formats.format import Format, magnitudes
+from octav_fx.clips.newton import power_of_two
+from octav_fx.formats.format import Format, magnitudes, representable
 
 # An optimizer may take a parameter past zero: then its magnitude counts, and what would have gone on to zero grows
 # again. MQBench sets the parameters of LSQ to their magnitudes in each forward, and to no less than this; the papers
@@ -52,8 +53,11 @@ def _pact_slope(x: Tensor, clip: Tensor, form: Format) -> Tensor:
 def _lsq_begin(x: Tensor, form: Format) -> Tensor:
     """Return the clip of step 2 * mean|x| / sqrt(Q_P) (section 2.1)."""
     finite = x.isfinite()
-    mean = torch.where(finite, x.abs(), 0).sum(-1) / finite.sum(-1).clamp(min=1)
-    return form.steps * 2 * mean / form.greatest**0.5
+    magnitude = torch.where(finite, x.abs(), 0)
+    # No sum overflows.
+    scale = power_of_two(magnitude.amax(-1))
+    mean = (magnitude / scale.unsqueeze(-1)).sum(-1) / finite.sum(-1).clamp(min=1)
+    return form.steps * 2 * mean / form.greatest**0.5 * scale
 
 
 def _lsq_inside(x: Tensor, clip: Tensor, form: Format) -> Tensor:
@@ -78,9 +82,9 @@ LEARNED: Final[dict[str, Learned]] = {
 
 
 def clip_from_parameter(parameter: Tensor, form: Format, method: str) -> Tensor:
-    """Return the clip that a parameter [...] stands for, [...]: positive whatever the optimizer has made of it."""
+    """Return the clip that a parameter [...] stands for, [...]: positive and finite, whatever came of it."""
     held = parameter.abs().clamp(min=MIN_CLIP)
-    return held * form.steps if LEARNED[method].is_step else held
+    return representable(held * form.steps if LEARNED[method].is_step else held, torch.float32)
 
 
 def sign_of(parameter: Tensor) -> Tensor:
@@ -98,4 +102,4 @@ def initial_clip(x: Tensor, form: Format, method: str) -> Tensor:
     if x.shape[-1] == 0:
         return x.new_ones(x.shape[:-1])
     clip = LEARNED[method].init_from_data(x, form)
-    return torch.where(clip > 0, clip, 1)
+    return torch.where(clip > 0, representable(clip, torch.float32), 1)

@@ -43,7 +43,8 @@ def _float16(step: Tensor, unit: Tensor) -> Tensor:
 
 def _e8m0(step: Tensor, unit: Tensor) -> Tensor:
     """Round to a power of two, 2**-127 .. 2**127; 1.5 is half-way between 1 and 2."""
-    fraction, exponent = torch.frexp(step)
+    # Infinity has no exponent: near the end of float32 a clip may lie beyond it.
+    fraction, exponent = torch.frexp(step.clamp(max=2.0**127))
     power = (exponent - 1 + (fraction >= 0.75).to(exponent.dtype)).clamp(-127, 127)
     return torch.where(step > 0, torch.ldexp(torch.ones_like(step), power), 0)
 
