@@ -22,7 +22,7 @@ from octav_fx.ir.edits import Edit
 from octav_fx.ir.movement import selects
 from octav_fx.ir.ops import is_op, op_of
 from octav_fx.ir.pools import axes_of_mean, keeps_axes
-from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer
+from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer, StoredWeight
 from octav_fx.nn.integer_rule import EXACT, PRODUCTS, CodeMean, CodeSum, Rescale, codes_of
 
 _SUMS: Final = "sums"
@@ -32,15 +32,24 @@ _MEANS: Final = "means"
 def multiply_codes(gm: fx.GraphModule) -> list[Edit]:
     """See the module's docstring."""
     edits: list[Edit] = []
+    is_float32 = _is_float32(gm)
     for node in list(gm.graph.nodes):
         if isinstance(called_module(node), IntegerBias):
             (layer,) = node.users
             edits.append(_layer(gm, layer, node))
+        elif not is_float32:
+            continue
         elif len(sources := _sources(node)) == 2 and is_plain_sum(node):
             edits += _combined(gm, node, sources, _SUMS)
         elif len(sources) == 1 and axes_of_mean(node) is not None:
             edits += _combined(gm, node, sources, _MEANS)
     return edits
+
+
+def _is_float32(gm: fx.GraphModule) -> bool:
+    """Tell whether all that is stored of a model is in float32."""
+    weights = {stored.dtype for stored in gm.modules() if isinstance(stored, (IntegerWeight, StoredWeight))}
+    return weights | {p.dtype for p in gm.parameters() if p.is_floating_point()} <= {torch.float32}
 
 
 def quantizer_of(node: Any) -> StaticQuantizer | None:

@@ -346,6 +346,31 @@ def test_half_precision_models():
     assert c.get_submodule("quantizers.0_weight").scale.dtype is torch.float32
 
 
+class Joined(nn.Module):
+    """A sum of two paths and a mean over positions: [B, 3, H, W] -> [B, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.head((self.second(x) + self.third(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("weight_bits", [4, None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_sums_and_means_in_other_dtypes_stay_on_levels(dtype, weight_bits):
+    model, x = Joined().to(dtype).eval(), torch.randn(2, 3, 6, 6, dtype=dtype)
+    q = freeze(calibrate(quantize(model, x, Config(weight_bits, 4, edge_bits=None, residual_bits=4)), [x]))
+    for integers in (True, False):
+        converted = octav_fx.convert(q, integers=integers)
+        assert converted(x).dtype is dtype
+        # Nothing is added up in another order.
+        assert torch.equal(converted(x), q(x))
+
+
 def test_casting_keeps_scales_and_codes():
     c = convert(ready()[0]).half()
     weight = c.get_submodule("quantizers.3_weight")
