@@ -51,8 +51,16 @@ def net(features: int = 16) -> nn.Module:
     return nn.Sequential(nn.Linear(features, 8), nn.ReLU(), nn.Linear(8, features), nn.GELU(), nn.Linear(features, 4))
 
 
+# These are in the state, and begin with data.
+LEARNED_CASES: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
+    "lsq of groups": ({"clip": "lsq"}, ("group-4", "tensor", "float32")),
+    "lsq of channels, e2m1": ({"clip": "lsq", "weight_format": "e2m1"}, ("channel", "tensor", "float32")),
+    "pact, nf4": ({"clip": "pact", "activation_format": "nf4"}, ("group-8", "tensor", "float32")),
+}
+
+
 def fields_of(name: str) -> dict[str, Any]:
-    fields, (weights, activations, scale) = CASES[name]
+    fields, (weights, activations, scale) = {**CASES, **LEARNED_CASES}[name]
     return {**fields, "weight_granularity": weights, "activation_granularity": activations, "scale_format": scale}
 
 
@@ -119,8 +127,9 @@ def each(names: list[str]) -> tuple[nn.Module, Config]:
 
 @pytest.mark.compile
 def test_compiled_in_one_graph_is_eager() -> None:
-    # Each sixth, so that it takes seconds: integers, floating point, tables, and levels of each tensor.
-    model, config = each(list(CASES)[::6])
+    # Each sixth, so that it takes seconds: integers, floating point, tables, and levels of each tensor. More are tried
+    # without a compiler in tests/passes/lower/test_drawn.py.
+    model, config = each([*list(CASES)[::6], "lsq of groups"])
     x = torch.randn(len(model.layers), 6, 16)
     eager, compiled = (quantize(model, x, config) for _ in range(2))
     results = [run(x) for run in (eager, torch.compile(compiled, backend="octav", fullgraph=True))]
@@ -133,9 +142,11 @@ def test_compiled_in_one_graph_is_eager() -> None:
 
 
 def step_together(rank: int) -> None:
-    model, config = each(list(CASES))
-    x = torch.randn(RANKS, len(CASES), 6, 16)
-    q = quantize(model, x[rank], config)
+    names = [*CASES, *LEARNED_CASES]
+    model, config = each(names)
+    x = torch.randn(RANKS, len(names), 6, 16)
+    # What is learned begins with the same data everywhere; of others the clip of the last call changes nothing.
+    q = quantize(model, x[0], config)
     alone = [copy.deepcopy(q) for _ in range(RANKS)]
     for module, of_rank in zip(alone, x, strict=True):
         module(of_rank).square().mean().backward()
