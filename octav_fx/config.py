@@ -13,7 +13,7 @@ from octav_fx.clips.methods import METHODS, SYNCED
 from octav_fx.errors import OctavError
 from octav_fx.formats.granularity import granularity
 from octav_fx.formats.kmeans import KMEANS_BITS
-from octav_fx.formats.registry import NAMES
+from octav_fx.formats.registry import CODEBOOKS, NAMES
 from octav_fx.formats.scales import SCALES
 
 _Kind = TypeVar("_Kind", bound=type[Any])
@@ -47,11 +47,12 @@ def _with_named_fields(kind: _Kind) -> _Kind:
 class Config:
     """The defaults are the paper's recipe: 4 bits, 8 at the edge, MAD for weights and PWL for activations (MPH)."""
 
-    # None: weights, or activations, stay float.
+    # None: weights, or activations, stay float. A format with bits of its own has those, and other ones beside it are
+    # refused.
     weight_bits: int | None = 4
     activation_bits: int | None = 4
-    # Bits of the first convolutions and last linear layers: integers, by channel and tensor (or token) where the others
-    # have groups. None: no exception for them.
+    # Bits of the first convolutions and last linear layers: integers with float32 scales, by channel and tensor (or
+    # token) where the others have groups. None: no exception for them.
     edge_bits: int | None = 8
     # Bits of both inputs of a sum that joins two paths, of the input of a global pool, of what a function such as SiLU
     # takes from a convolution, and of what several layers read of one, some behind a pool or as a part; None: they stay
@@ -139,9 +140,25 @@ class Config:
             try:
                 # The settings have to be valid by themselves, and laid over these.
                 Config(**settings)
-                dataclasses.replace(self, overrides={}, **settings)
+                dataclasses.replace(self, overrides={}, **self._without_lost_bits(settings))
             except OctavError as error:
                 raise OctavError(f"overrides[{pattern!r}]: {error}") from None
+
+    def _without_lost_bits(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of an override as they are laid over these.
+
+        A format with bits of its own takes the place of these bits. Raises OctavError for bits which the format that is
+        there does not have.
+        """
+        laid = dict(settings)
+        for role in _GRANULARITIES:
+            bits, form = f"{role}_bits", f"{role}_format"
+            name = settings.get(form, getattr(self, form))
+            if bits in settings:
+                _check_own_bits(role, name, settings[bits])
+            elif form in settings and name in CODEBOOKS and getattr(self, bits) is not None:
+                laid[bits] = CODEBOOKS[name].bits
+        return laid
 
     def _check_learned(self) -> None:
         if self.clip in LEARNED and self.activation_gradient != "pwl":
@@ -162,6 +179,9 @@ class Config:
         for role in _GRANULARITIES:
             if getattr(self, f"{role}_format") == "kmeans":
                 self._check_kmeans(role)
+            # The default is what nobody gave.
+            if (bits := getattr(self, f"{role}_bits")) != getattr(Config, f"{role}_bits"):
+                _check_own_bits(role, getattr(self, f"{role}_format"), bits)
         if self.clip in LEARNED and self.activation_granularity != "tensor":
             raise OctavError(
                 f"clip={self.clip!r}: the rows of activation_granularity={self.activation_granularity!r} are others in "
@@ -301,6 +321,16 @@ def _check_granularity(role: str, value: Any) -> None:
 def _check_bits(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value not in _BITS:
         raise OctavError(f"{name}={value!r}: whole bits from {_BITS.start} to {_BITS.stop - 1}")
+
+
+def _check_own_bits(role: str, name: Any, bits: int | None) -> None:
+    """Raise OctavError for other bits than those that a format has."""
+    form = CODEBOOKS.get(name)
+    if form is not None and bits not in (None, form.bits):
+        raise OctavError(
+            f"{role}_bits={bits} with {role}_format={name!r}, which has {form.bits} bits: leave {role}_bits out, or "
+            f"give {role}_format='int'"
+        )
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

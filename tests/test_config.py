@@ -228,6 +228,13 @@ def test_groups_that_do_not_come_out_even():
         ({"activation_format": "kmeans", "clip": "max"}, "activation_format='kmeans' .* clip='max' asks for others"),
         ({"activation_format": "kmeans", "clip": "pact"}, "clip='pact' asks for others; give 'octav' or 'mse'"),
         ({"activation_format": "kmeans", "scale_format": "e8m0"}, "as float32: scale_format='e8m0'"),
+        ({"weight_bits": 3, "weight_format": "nf4"}, "weight_bits=3 with weight_format='nf4', which has 4 bits: leave"),
+        ({"activation_bits": 8, "activation_format": "e2m1"}, "activation_format='e2m1', which has 4 bits"),
+        # The default is refused where somebody gives it.
+        (
+            {"weight_format": "e4m3", "overrides": {"fc": {"weight_bits": 4}}},
+            r"overrides\['fc'\]: weight_bits=4 with weight_format='e4m3', which has 8 bits",
+        ),
         ({"clip": "lsq", "activation_granularity": "token"}, "clip='lsq': the rows of activation_granularity='token'"),
         ({"clip": "pact", "scale_format": "e8m0"}, "clip='pact': a learned clip is float32, not 'e8m0'"),
         ({"sync_clip": True, "activation_format": "e4m3"}, "sync_clip=True: the clip of 'e4m3' needs all values"),
@@ -236,6 +243,17 @@ def test_groups_that_do_not_come_out_even():
 def test_what_does_not_combine(values, message):
     with pytest.raises(OctavError, match=message):
         Config(**values)
+
+
+def test_bits_beside_a_format_with_bits_of_its_own():
+    # Not given, its own, or none at all.
+    for bits in ({}, {"weight_bits": 8}, {"weight_bits": None}):
+        assert Config(weight_format="e4m3", **bits).weight_format == "e4m3"
+    # The bits of all others are not those of one with such a format, nor is its format that of one with bits.
+    config = Config(weight_bits=8, overrides={"a": {"weight_format": "nf4"}, "b": {"activation_bits": 8}})
+    assert choose_spec(config, place("a")).spec.format.name == "nf4"
+    config = Config(weight_format="nf4", overrides={"a": {"weight_format": "int", "weight_bits": 6}})
+    assert choose_spec(config, place("a")).spec.format.name == "int6"
 
 
 def test_a_preset_by_an_unknown_name():

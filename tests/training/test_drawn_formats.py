@@ -42,7 +42,7 @@ def drawn(chance: random.Random) -> dict[str, Any]:
     while True:
         fields = {name: chance.choice(values) for name, values in FIELDS.items() if chance.random() < 0.6}
         try:
-            Config(**fields)
+            Config(overrides={"*": fields})
         except OctavError:
             continue
         return fields
