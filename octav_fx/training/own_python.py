@@ -7,7 +7,7 @@ dicts, and its quantizers are those of the module where it has one for the same 
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from octav_fx.capture.modules import QuantizedModule, quantized_modules
 from octav_fx.capture.partial import ATTRIBUTES, float_records
 from octav_fx.capture.rerun import macs_by_module
 from octav_fx.capture.whole import users_own
-from octav_fx.compat.modules import HOOK_ATTRIBUTES, PART_ATTRIBUTES, children_of
+from octav_fx.compat.modules import HOOK_ATTRIBUTES, PART_ATTRIBUTES, children_of, not_compiled
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
@@ -45,22 +45,40 @@ class OwnPython:
     # What it multiplies.
     rows: list[Record]
 
-    @torch.compiler.disable(reason="octav_fx: no graph holds this call, the module runs its own Python")
+    @torch.compiler.disable(
+        recursive=False, reason="octav_fx: no graph holds this call, the module runs its own Python"
+    )
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run forward; attributes that were set on either tree since are those of both."""
-        for first, second in self.pairs:
-            _copy_attributes(first, second)
-        for part in self.parts:
-            part.follow(part.owner.training)
+        """Run forward; attributes that were set on either tree since are those of both.
+
+        Under torch.compile forward is compiled by itself, behind a break of the graph around it.
+        """
+        if not self.pairs:
+            return not_compiled(functools.partial(self._float, args, kwargs))
+        forward, call, after = not_compiled(functools.partial(self._before, args, kwargs))
         try:
-            call = call_of(self.quantized.owner, args, kwargs)
-            if not self.pairs:
-                return self.quantized.float_forward(*call.args, **call.kwargs)
-            with _below_what_wraps(self.pairs[0][1]) as forward:
-                return forward(*call.args, **call.kwargs)
+            return forward(*call.args, **call.kwargs)
         finally:
+            not_compiled(after.close)
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Inputs, ExitStack]:
+        """Return what to call, with what, and what is to be done after it."""
+        with ExitStack() as after:
+            after.callback(self._copy_back)
             for first, second in self.pairs:
-                _copy_attributes(second, first)
+                _copy_attributes(first, second)
+            for part in self.parts:
+                part.follow(part.owner.training)
+            forward = after.enter_context(_below_what_wraps(self.pairs[0][1]))
+            return forward, call_of(self.quantized.owner, args, kwargs), after.pop_all()
+
+    def _float(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = call_of(self.quantized.owner, args, kwargs)
+        return self.quantized.float_forward(*call.args, **call.kwargs)
+
+    def _copy_back(self) -> None:
+        for first, second in self.pairs:
+            _copy_attributes(second, first)
 
 
 def own_python(quantized: QuantizedModule, call: Inputs, recipe: Recipe, reason: OctavError) -> OwnPython:

@@ -163,6 +163,63 @@ def test_a_single_graph_leaves_recomputation_to_the_models_own_python() -> None:
     assert sum(1 for _ in q.get_submodule("quantizers").children()) == quantizers
 
 
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*run its own Python")
+def test_the_models_own_python_is_compiled_as_that_of_float_is() -> None:
+    q, x = quantize(Net(depth=3), torch.randn(4, 6, WIDTH)), torch.randn(4, 6, WIDTH)
+    q.set_grad_checkpointing(True)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(q, backend=counter)
+    gradients = []
+    # The first call finds out that no graph holds.
+    for run in (q, compiled, compiled):
+        run(x).sum().backward()
+        gradients.append([p.grad.clone() for p in q.parameters()])
+        q.zero_grad()
+    assert all(
+        torch.equal(one, other) for found in gradients[1:] for one, other in zip(gradients[0], found, strict=True)
+    )
+    # All of it, and once.
+    assert counter.frame_count == 1 and counter.op_count > 3 * 4
+
+
+def squared(y: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return y @ y.mT
+
+
+class Squares(nn.Module):
+    """No graph holds it where it squares; it counts such calls, and a helper multiplies apart from the module."""
+
+    squares = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, is_squared: bool = False) -> Tensor:
+        y = self.second(self.first(x).relu())
+        if not is_squared:
+            return y
+        self.squares += 1
+        return y if float(y.detach().sum()) > 1e9 else squared(y) + self.squares
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*run its own Python")
+def test_compiled_own_python_counts_and_leaves_its_products_in_float() -> None:
+    q, x = octav_fx.quantize(Squares(), torch.randn(6, 8)), torch.randn(6, 8)
+    before = q(x, is_squared=True)
+    torch.compiler.reset()
+    compiled = torch.compile(q, backend="octav")
+    for count in (2, 3):
+        found = compiled(x, is_squared=True)
+        # Sums of 8 products in another order, one after another: some roundings of float32 (6e-8).
+        torch.testing.assert_close(found, before + (count - 1), rtol=1e-5, atol=1e-5)
+        assert q.squares == count
+
+
 class Layer(nn.Module):
     """Recomputes the forward of each subclass around it, as the layers of transformers do."""
 
