@@ -14,6 +14,9 @@ from octav_fx.training.state import load_state, state
 # The file in a checkpoint's folder that holds octav_fx.state(q), for each rank.
 _STATE: Final = "octav_state_{}.pt"
 
+# Of torch.compile.
+_BACKEND: Final = "octav"
+
 # From which step on, or which share of all steps, and what is then done to the model, once.
 Phase = tuple[int | float, Callable[[nn.Module], Any]]
 
@@ -30,6 +33,7 @@ class QATMixin:
     the model, once, before that step: (0.9, octav_fx.freeze) trains the last tenth with static clips. A run that is
     resumed calls those that are still to come; what earlier ones changed in the state_dict is loaded with it.
     Checkpoints have octav_fx.state(q) beside the weights, and resuming reads it.
+    TrainingArguments(torch_compile_backend="octav"), which Trainer itself refuses, compiles the model.
 
     Raises OctavError for a share or a phase that cannot be.
     """
@@ -59,6 +63,29 @@ class QATMixin:
         self.share, self.temperature = share, temperature
         self._to_come = list(phases)
         self._first_step: int | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, whose list of backends is closed: it is not told of "octav", with which we compile."""
+        backend = self.args.torch_compile_backend
+        if backend == _BACKEND:
+            self._compile(self.model)
+            self.args.torch_compile_backend = "no"
+        try:
+            super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        finally:
+            self.args.torch_compile_backend = backend
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Return a model from the user's model_init."""
+        model = super().call_model_init(trial)  # type: ignore[misc]
+        if self.args.torch_compile_backend == _BACKEND:
+            self._compile(model)
+        return model
+
+    def _compile(self, model: nn.Module | None) -> None:
+        # It comes later where there is a model_init.
+        if model is not None:
+            model.compile(backend=_BACKEND, mode=self.args.torch_compile_mode)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Begin the phases whose step has come, and do the step."""

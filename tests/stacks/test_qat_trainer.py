@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octav_fx
+from benchmarks.counted import graphs_made
 from octav_fx import OctavError
 from octav_fx.integrations.transformers import QATMixin, distillation_loss
 from octav_fx.nn import FakeQuantizer
@@ -25,9 +26,12 @@ def rows(count: int = 8) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
 
 
-def trainer(folder: Path, model: nn.Module, steps: int = 4, batch: int = 4, **settings: Any) -> Any:
+OF_ARGUMENTS = ("gradient_accumulation_steps", "torch_compile_backend")
+
+
+def trainer(folder: Path, model: nn.Module | None, steps: int = 4, batch: int = 4, **settings: Any) -> Any:
     pytest.importorskip("accelerate")
-    of_arguments = {name: settings.pop(name) for name in ("gradient_accumulation_steps",) if name in settings}
+    of_arguments = {name: settings.pop(name) for name in OF_ARGUMENTS if name in settings}
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
@@ -45,6 +49,22 @@ def trainer(folder: Path, model: nn.Module, steps: int = 4, batch: int = 4, **se
         pass
 
     return QATTrainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(), **settings)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("made_by", ["model", "model_init"])
+def test_arguments_may_name_our_backend(made_by: str, tmp_path: Path) -> None:
+    losses = []
+    for backend in (None, "octav"):
+        torch.compiler.reset()
+        settings = {"model": quantized()} if made_by == "model" else {"model": None, "model_init": quantized}
+        # Each graph runs as it is.
+        with graphs_made() as made:
+            run = trainer(tmp_path, steps=2, torch_compile_backend=backend, **settings)
+            assert run.args.torch_compile_backend == backend
+            losses.append(run.train().training_loss)
+        assert bool(made) == (backend is not None)
+    assert losses[0] == losses[1]
 
 
 def quantized() -> nn.Module:
