@@ -11,13 +11,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from octav_fx.compat.tensors import HigherOrderOperator
 from octav_fx.ir.meta import fake
 
 PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
 # In place of an attribute that is not there.
 MISSING: Final = "missing"
-# What counts by being itself; levels of loggers are constants (constants.py).
+# What counts by being itself; levels of loggers are constants (constants.py). To Dynamo some functions are operators,
+# checkpoint among them.
 _ITSELF: Final = (
+    HigherOrderOperator,
     *(nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
     logging.Logger,
 )

@@ -71,6 +71,9 @@ CHECKS: Final = (
     *("_check_not_implemented", "_check_tensor_all", "_check_tensor_all_with"),
 )
 
+# torch.cond and its kin; to Dynamo checkpoint is one, too.
+HigherOrderOperator: Final = torch._ops.HigherOrderOperator
+
 
 def replace_extended_shape(function: Any) -> Any:
     """Let distributions find the shape of their samples by function(distribution, sample_shape); return what did."""
@@ -162,7 +165,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_higher_order(op: Any) -> bool:
     """Tell whether an op takes functions or graphs among its arguments."""
-    return isinstance(op, torch._ops.HigherOrderOperator)
+    return isinstance(op, HigherOrderOperator)
 
 
 def packet_of(op: Any) -> Any:

@@ -184,6 +184,27 @@ def test_the_models_own_python_is_compiled_as_that_of_float_is() -> None:
     assert counter.frame_count == 1 and counter.op_count > 3 * 4
 
 
+class CheckpointedBlock(Block):
+    """Holds what recomputes it, as the layers of transformers do, and asks in forward whether that is there."""
+
+    recomputes: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.recomputes is not None else super().forward(x) * 2
+
+
+@pytest.mark.compile
+def test_a_block_that_holds_what_recomputes_it_breaks_no_graph() -> None:
+    model, x = nn.Sequential(*(CheckpointedBlock() for _ in range(2))), torch.randn(4, 6, WIDTH)
+    for block in model:
+        block.recomputes = functools.partial(checkpoint, use_reentrant=False)
+    q = quantize(model, x, blocks="auto")
+    torch.compiler.reset()
+    # fullgraph: a break is an error.
+    compiled = torch.compile(q, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), q(x))
+
+
 def squared(y: Tensor) -> Tensor:
     torch._dynamo.graph_break()
     return y @ y.mT
