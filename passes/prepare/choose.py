@@ -31,8 +31,11 @@ def choose_spec(config: Config, place: Place) -> Settings | str:
     if method == "pact" and role == "weight":
         # PACT learns the clips of activations.
         method = "max"
-    gradient_name = f"{role}_gradient"
-    gradient = "pwl" if method in LEARNED else settings.get(gradient_name, getattr(config, gradient_name))
+    name = f"{role}_gradient"
+    # A residual is rounded for the runtime's sake, not to be learned. Without the gradient of its largest values, which
+    # decide a global pool, nets of branches lose accuracy (docs/study.md).
+    usual = "ste" if place.residual else getattr(config, name)
+    gradient = "pwl" if method in LEARNED else settings.get(name, usual)
     spec = _spec(config, settings, place, role)
     # A row of an activation lies on one rank.
     sync = config.sync_clip and role == "activation" and method in SYNCED and not spec.granularity.is_short

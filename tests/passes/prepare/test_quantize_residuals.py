@@ -122,6 +122,18 @@ def test_rows_and_overrides():
         Config(residual_bits=9)
 
 
+def test_gradients_pass_straight():
+    x = torch.randn(2, 3, 4, 4)
+    overrides = {"add": {"activation_gradient": "mad"}}
+    found = quantizers(quantize(Block().eval(), x, Config(residual_bits=8, overrides=overrides)))
+    gradients = {name: q.settings.gradient for name, q in found.items() if "add" in name or "pool" in name}
+    assert set(gradients.values()) == {"mad", "ste"}
+    assert {name for name, gradient in gradients.items() if gradient == "mad"} == {"add_x", "add_y"}
+    # A learned clip has its paper's.
+    learned = quantizers(quantize(Block().eval(), x, Config(residual_bits=8, clip="lsq")))
+    assert learned["pool_x"].settings.gradient == "pwl"
+
+
 def test_what_is_no_join():
     def forward(self, x):
         y = self.one(x)
