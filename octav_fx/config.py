@@ -56,8 +56,8 @@ class Config:
     edge_bits: int | None = 8
     # Bits of both inputs of a sum that joins two paths, of the input of a global pool, of what a function such as SiLU
     # takes from a convolution, and of what several layers read of one, some behind a pool or as a part; None: they stay
-    # float. Layers that all read it on equal grids, some behind max pools, share one quantizer of their own bits. All
-    # others pass gradients straight ("ste") where no override says otherwise, and no clip is learned.
+    # float. Layers that all read it on equal grids, some behind max pools, share one quantizer of their own bits.
+    # That of a global pool passes gradients straight ("ste") where no override says otherwise, and no clip is learned.
     # Integer runtimes are fast only with it: passes/prepare/quantize_residuals.py.
     residual_bits: int | None = None
     # "int", of so many bits; "kmeans", of 2 to 4: the best levels for each tensor, as granularity "tensor"; or a format

@@ -32,9 +32,8 @@ def choose_spec(config: Config, place: Place) -> Settings | str:
         # PACT learns the clips of activations.
         method = "max"
     name = f"{role}_gradient"
-    # A residual is rounded for the runtime's sake, not to be learned. Without the gradient of its largest values, which
-    # decide a global pool, nets of branches lose accuracy (docs/study.md).
-    usual = "ste" if place.residual else getattr(config, name)
+    # The largest values decide what a global pool returns. Without their gradients nets lose accuracy (docs/study.md).
+    usual = "ste" if place.pooled else getattr(config, name)
     gradient = "pwl" if method in LEARNED else settings.get(name, usual)
     spec = _spec(config, settings, place, role)
     # A row of an activation lies on one rank.

@@ -46,6 +46,8 @@ class Place:
     dim: int | None
     # What quantize_residuals asks for.
     residual: bool = False
+    # The input of a global pool.
+    pooled: bool = False
     # The axis that products are summed over, counted from the front; None: there is no one axis.
     reduction: int | None = None
     shape: tuple[int, ...] = ()

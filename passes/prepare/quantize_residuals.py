@@ -224,6 +224,7 @@ def _quantize(
         value not in unsigned,
         None,
         residual=True,
+        pooled=axes_of_mean(node) is not None,
         shape=tuple(fake(value).shape),
     )
     settings = choose(place)
