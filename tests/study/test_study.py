@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -160,3 +161,13 @@ def test_every_run_of_the_tables_has_a_recipe_and_a_name_of_its_own():
     assert all(position[run.parent] < position[run] for run in runs if run.parent is not None)
     main = [run for _, run in tables.TABLES["main"].runs]
     assert len(main) == (1 + len(tables.METHODS) + len(tables.LATER)) * 3 * len(tables.NETS) == len(set(main))
+
+
+@pytest.mark.parametrize("net", ["resnet", "mobilenet", "inception"])
+def test_quantized_residuals_cost_at_most_a_fifth_of_a_point(net):
+    found = summary.found_in(study_module.RESULTS)
+    means = [
+        statistics.mean(found[Run("glyphs", net, "octav", residual_bits=bits, seed=seed)]["final"] for seed in range(3))
+        for bits in (0, 8)
+    ]
+    assert means[0] - means[1] <= 0.2
