@@ -18,7 +18,7 @@ from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.partial import float_records
 from octav_fx.capture.rerun import run_once
 from octav_fx.deploy.codes import codes_of_quantizers, moved, nodes_on_codes
-from octav_fx.deploy.convert import bytes_of, integer_layers, multiplied, rewritten, size_of
+from octav_fx.deploy.convert import bytes_of, convert, integer_layers, multiplied, rewritten, size_of
 from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.latency import latencies
 from octav_fx.deploy.runtimes import run_onnx
@@ -27,7 +27,7 @@ from octav_fx.ir.records import Record, graph_info
 from octav_fx.ir.sites import in_model
 from octav_fx.nn import IntegerWeight, StaticQuantizer, StoredWeight
 from octav_fx.nn.fake_quantizer import QUANTIZERS
-from octav_fx.passes import COMPUTE, CONVERT
+from octav_fx.passes import CONVERT
 
 # How a node runs that multiplies nothing, or that no rule takes, between layers of integers.
 _FLOAT: Final = "computes in float"
@@ -95,7 +95,7 @@ def deployment(
     OctavError like convert and export_onnx.
     """
     levels = rewritten(q, CONVERT)
-    converted, defined = multiplied(copy.deepcopy(levels)), rewritten(q, (*CONVERT, *COMPUTE))
+    converted, defined = multiplied(copy.deepcopy(levels)), convert(q, integers=False)
     call = as_inputs(example_inputs)
     frozen, found = run_once(defined, *call), run_once(converted, *call)
     shares = moved(codes_of_quantizers(converted, *own_copy(call)), codes_of_quantizers(defined, *own_copy(call)))
