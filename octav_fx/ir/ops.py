@@ -113,10 +113,13 @@ def in_place(node: fx.Node) -> bool:
         case "call_method":
             return str(node.target).endswith("_") and not str(node.target).endswith("__")
         case "call_function":
-            name = getattr(node.target, "__name__", "")
+            # An overload of torch.ops is named with its packet: add_.Tensor.
+            name = getattr(node.target, "__name__", "").partition(".")[0]
+            if getattr(node.target, "__module__", "") == "_operator":
+                # Others end in an underscore because they would be keywords: and_, or_, not_, is_.
+                return name in _AUGMENTED
             named = name.endswith("_") and not name.endswith("__")
-            augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
-            return named or augmented or bool(node.kwargs.get("inplace", False)) or node.kwargs.get("out") is not None
+            return named or bool(node.kwargs.get("inplace", False)) or node.kwargs.get("out") is not None
     return False
 
 

@@ -91,6 +91,9 @@ IN_PLACE = {
     "operator": (lambda x: x + 1, False),
     "dunder": (lambda x: x.__add__(1), False),
     "matmul": (lambda x: x @ x, False),
+    "operator named past a keyword": (lambda x: operator.or_(x > 0, operator.and_(x < 1, x > 2)), False),
+    "overload": (lambda x: torch.ops.aten.relu_.default(x.clone()), True),
+    "overload out of place": (lambda x: torch.ops.aten.relu.default(x), False),
 }
 
 

@@ -22,8 +22,11 @@ _TRACED: Final = ("torch.nn.", "torch.distributions.", "torch.functional")
 
 @contextlib.contextmanager
 def symbolic_names(root: nn.Module) -> Iterator[None]:
-    """Answer isinstance(x, Tensor), type(x) and callable(x) for the value of a proxy, in every file that is traced."""
-    shadows = {"isinstance": _isinstance, "callable": _callable, "type": _Type}
+    """Answer isinstance(x, Tensor), type(x), callable(x) and len(x) of a proxy, in every file that is traced.
+
+    Python has the length that an object gives made a plain int; a tensor's is as free as x.shape[0].
+    """
+    shadows = {"isinstance": _isinstance, "callable": _callable, "type": _Type, "len": _len}
     placed = [(names, name) for names in _traced_files(root) for name in shadows if name not in names]
     try:
         for names, name in placed:
@@ -53,6 +56,12 @@ def _callable(x: Any) -> bool:
     if type(x) is AttributeProxy:
         return callable(getattr(vars(x)["_owner"].value, vars(x)["_name"], None))
     return callable(x.value if type(x) in PROXIES else x)
+
+
+def _len(x: Any) -> Any:
+    if type(x) in PROXIES and isinstance(x.value, Tensor):
+        return x.tracer.create_proxy("call_function", len, (x,), {})
+    return len(x)
 
 
 def _type_of(x: Any) -> type:

@@ -1,6 +1,7 @@
-"""symbolic_names: isinstance, type and callable are answered for the value, in whatever file they are asked."""
+"""symbolic_names: isinstance, type, callable and len are answered for the value, in whatever file they are asked."""
 
 import builtins
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.symbolic.names import symbolic_names
 from tests.support import elsewhere
 from tests.support.alike import quantized_alike
@@ -52,6 +54,26 @@ ASKED: dict[str, Callable[..., Any]] = {
 def test_what_is_asked(name: str) -> None:
     float_model = model(ASKED[name], fc=nn.Linear(8, 8))
     quantized_alike(float_model, (torch.randn(2, 5, 8),), (torch.randn(3, 7, 8),))
+
+
+def targets(s: Any, x: Tensor) -> Tensor:
+    """Compare each row with every other one, as contrastive losses do."""
+    scores = s.fc(x) @ x.T
+    assert type(len(scores)) is int and len(scores.shape) == 2 and len([x]) == 1
+    return scores.reshape(len(x), -1) + torch.arange(len(x)) * math.sqrt(len(x))
+
+
+def test_a_length_is_as_free_as_a_size() -> None:
+    q = quantized_alike(model(targets, fc=nn.Linear(8, 8)), (torch.randn(2, 8),), (torch.randn(5, 8),))
+    assert len(graphs_of(q).graphs_of(q.training)) == 1  # type: ignore[union-attr]
+
+
+def test_a_loop_over_a_length_holds_for_that_length() -> None:
+    def summed(s: Any, x: Tensor) -> Tensor:
+        return sum(s.fc(x[i]) for i in range(len(x)))
+
+    q = quantized_alike(model(summed, fc=nn.Linear(8, 8)), (torch.randn(2, 3, 8),), (torch.randn(4, 3, 8),))
+    assert len(graphs_of(q).graphs_of(q.training)) == 2  # type: ignore[union-attr]
 
 
 def test_what_is_asked_in_a_base_class_of_another_file() -> None:
