@@ -30,6 +30,12 @@ def test_names_of_segmentation_and_video_models_are_known_and_nothing_is_downloa
     assert isinstance(zoo.load(name), nn.Module)
 
 
+def test_torchvisions_functions_can_be_scripted():
+    boxes, scores = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1.9], [5, 5, 6, 6]]), torch.tensor([0.5, 0.9, 0.1])
+    suppressed = torch.jit.script(zoo.torchvision().ops.nms)
+    assert suppressed(boxes, scores, 0.5).tolist() == [1, 2]
+
+
 MODEL = nn.Linear(3, 2)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ from octav_fx.nn import FakeQuantizer
 
 # Larger numbers stand for minus infinity in masks.
 _MASKED: Final = 1e30
+# A text of so many letters is read in an error.
+_LONG: Final = 80
 # Rounding moves an index (argmax) to its neighbour so often at most.
 _RARELY: Final = 0.1
 
@@ -194,8 +196,10 @@ def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
     return found
 
 
-def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Module]) -> dict[str, list[Inputs]]:
-    """Record how a module calls its children: the first Inputs of each kind that its example leads to.
+def record_calls(
+    module: nn.Module, calls: Iterable[Inputs], children: Mapping[str, nn.Module]
+) -> dict[str, list[Inputs]]:
+    """Record how a module calls its children: the first Inputs of each kind that its own calls lead to.
 
     A call that fails is none that a child could be captured with, nor is any of one that a transform of torch.func
     calls, or a branch of torch.cond.
@@ -215,7 +219,8 @@ def record_calls(module: nn.Module, call: Inputs, children: Mapping[str, nn.Modu
             found[name].append(made)
 
     with _plain_cond() as branches, _hooked(children, enter, leave):
-        run_once(module, *call)
+        for call in calls:
+            run_once(module, *call)
     return {name: [] if name in transformed else calls for name, calls in found.items()}
 
 
@@ -288,12 +293,18 @@ def difference_where_written(expected: Any, found: Any) -> str | None:
     return difference(expected_leaves, [written(e, f) for e, f in zip(expected_leaves, found_leaves, strict=True)])
 
 
+def _written(spec: Any) -> str:
+    """Return a structure in one line: long ones by the number of their values."""
+    text = " ".join(str(spec).split())
+    return text if len(text) <= _LONG else f"a structure of {spec.num_leaves} values"
+
+
 def difference(expected: Any, found: Any) -> str | None:
     """Say how two results of a model differ by more than rounding, or return None. NaN equals NaN."""
     expected_leaves, expected_spec = pytree.tree_flatten(expected)
     found_leaves, found_spec = pytree.tree_flatten(found)
     if expected_spec != found_spec:
-        return f"its result is {found_spec} instead of {expected_spec}"
+        return f"its result is {_written(found_spec)} instead of {_written(expected_spec)}"
     for e, f in zip(expected_leaves, found_leaves, strict=True):
         if isinstance(e, Tensor) and isinstance(f, Tensor) and e.layout is f.layout is not torch.strided:
             # Few functions of torch know what is sparse.

@@ -153,7 +153,7 @@ def _quantize_below(owner: nn.Module, call: Inputs) -> None:
     """Quantize anew, the innermost first, those modules below one whose own children were replaced."""
     changed = {path: module for path, module in owner.named_modules() if module is not owner and is_changed(module)}
     with users_own(owner):
-        calls = record_calls(owner, call, changed)
+        calls = record_calls(owner, [call], changed)
     for path, module in reversed(changed.items()):
         for made in calls[path][:1]:
             if (graphs := graphs_of(module)) is not None:

@@ -145,7 +145,7 @@ class PartsQuantizer:
             # Where some are quantized already, all compute in float.
             with users_own(module):
                 expected = [run_once(module, *call) for call in calls]
-                children = self._children(module, calls[0], path)
+                children = self._children(module, calls)
         except Exception as error:
             raise NotCaptured(f"{reason}; by itself the module does not run: {error}") from error
         tree = tree_of(module)
@@ -219,7 +219,7 @@ class PartsQuantizer:
     def _float(self, path: str, module: nn.Module, reason: str) -> Record:
         return Record(path, type(module).__name__, None, (), self._macs(path), None, reason)
 
-    def _children(self, module: nn.Module, call: Inputs, path: str) -> dict[str, tuple[nn.Module, list[Inputs]]]:
+    def _children(self, module: nn.Module, calls: list[Inputs]) -> dict[str, tuple[nn.Module, list[Inputs]]]:
         """Return the children that multiply, by name, and their calls; of a container, its children (blocks.0).
 
         Those that the present mode does not call, as it leaves out layers by chance, have their calls of the other one.
@@ -233,14 +233,14 @@ class PartsQuantizer:
 
         children = working("", module)
         while True:
-            calls = record_calls(module, call, children)
-            if idle := {name: child for name, child in children.items() if not calls[name]}:
+            found = record_calls(module, calls, children)
+            if idle := {name: child for name, child in children.items() if not found[name]}:
                 # The other mode may want other arguments.
                 with contextlib.suppress(Exception), _in_other_mode(module):
-                    calls |= record_calls(module, call, idle)
-            containers = {n: parts for n in children if not calls[n] and (parts := working(n, children[n]))}
+                    found |= record_calls(module, calls, idle)
+            containers = {n: parts for n in children if not found[n] and (parts := working(n, children[n]))}
             if not containers:
-                return {name: (child, calls[name]) for name, child in children.items()}
+                return {name: (child, found[name]) for name, child in children.items()}
             for name, parts in containers.items():
                 del children[name]
                 children |= parts

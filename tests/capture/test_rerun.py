@@ -158,7 +158,7 @@ def test_work_after_an_error_leaves_no_hooks() -> None:
 def test_calls_of_children_each_kind_once_and_what_they_were_given() -> None:
     module, x = Parts(), torch.randn(2, 4, 5)
     names = dict(module.named_children()) | {"inner.0": module.inner[0]}
-    found = record_calls(module, Inputs((x,)), names)
+    found = record_calls(module, [Inputs((x,))], names)
     assert {name: len(calls) for name, calls in found.items()} == {
         "conv": 1,
         "inner": 1,

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import octav_fx
 from octav_fx import Config, OctavError, quantize
 from octav_fx.capture.whole import WholeModule
+from tests.support.alike import quantized_alike
 from tests.support.graphs import model as made
 from tests.support.on_grid import OnGrid
 
@@ -1020,3 +1021,50 @@ def test_the_other_mode_merges_no_weights(training: bool) -> None:
     with octav_fx.float_mode(q):
         assert torch.equal(q(x), model(x))
     assert torch.equal(q.fc.weight, model.fc.weight)
+
+
+class Reversed(torch.autograd.Function):
+    """x + block(x), for which backward computes block(x) again from x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.x, ctx.block = x.detach(), block
+        with torch.no_grad():
+            return x + block(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            torch.autograd.backward(ctx.block(x), gradient)
+        return gradient + x.grad, None
+
+
+def test_layers_that_a_function_with_a_gradient_of_its_own_calls():
+    float_model = made(lambda s, x: s.head(Reversed.apply(s.stem(x), s.block)), **layers())
+    q = quantized_alike(float_model, (torch.randn(2, 8),), (torch.randn(5, 8),), parts=True)
+    assert octav_fx.coverage(q).share == 1
+    assert "Reversed has a gradient of its own and calls block, which a graph would not see" in octav_fx.table(q)
+
+
+def test_what_such_a_function_calls_of_torch_alone_stays_in_the_graph():
+    float_model = made(lambda s, x: s.head(Reversed.apply(s.stem(x), s.act)), act=nn.Tanh(), **layers())
+    quantized_alike(float_model, (torch.randn(2, 8),), (torch.randn(5, 8),))
+
+
+def test_children_that_only_a_further_call_of_their_parent_reaches():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x: Tensor, i: int) -> Tensor:
+            return self.layers[i](x) if bool((x == x).all()) else x
+
+    float_model = made(lambda s, x: s.pair(s.pair(x, 0).relu(), 1), pair=Pair())
+    q = quantized_alike(float_model, (torch.randn(2, 8),), (torch.randn(5, 8),), parts=True)
+    assert octav_fx.coverage(q).share == 1
+
+
+def layers() -> dict[str, nn.Module]:
+    return {"stem": nn.Linear(8, 8), "block": nn.Linear(8, 8), "head": nn.Linear(8, 3)}

@@ -98,6 +98,8 @@ class ValueTracer(fx.Tracer):
     hooked: list[str] = field(default_factory=list)
     user: UserRules = field(default_factory=UserRules)
     evaluating: bool = False
+    # The function with a gradient of its own that is being evaluated.
+    applied: str | None = None
     # Whether forward has returned.
     is_traced: bool = False
     # Read by fx: buffers become proxies, not constants.
@@ -308,7 +310,13 @@ class ValueTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module; stochastic depth stays a call, since traced through it would be on or off for good."""
-        if self.evaluating or m not in (self.submodule_paths or ()):
+        is_known = m in (self.submodule_paths or ())
+        if self.applied is not None and is_known and any(op_of_module(part) in CONTRACTIONS for part in m.modules()):
+            raise OctavError(
+                f"{user_caller()}: {self.applied} has a gradient of its own and calls {self.path_of_module(m)}, which "
+                "a graph would not see"
+            )
+        if self.evaluating or not is_known:
             # A module made inside forward has no name to call it by; its forward is traced through.
             return forward(*args, **kwargs)
         if self._is_unrolled(m):
@@ -379,7 +387,9 @@ class ValueTracer(fx.Tracer):
 
     def _evaluate(self, node: fx.Node) -> tuple[Any, int]:
         """Return what a node computes on fake tensors, and the multiply-accumulates it takes."""
-        outer, self.evaluating = self.evaluating, True
+        outer, self.evaluating = (self.evaluating, self.applied), True
+        if node.target is apply_function and isinstance(kept := node.args[0], fx.Node):
+            self.applied = fake(kept).function.__name__
         try:
             return self.values.of(node)
         except (RuntimeError, IndexError, ValueError) as error:
@@ -387,7 +397,7 @@ class ValueTracer(fx.Tracer):
             self.failed.append(f"{user_caller()}: {type(error).__name__}: {error}")
             raise
         finally:
-            self.evaluating = outer
+            self.evaluating, self.applied = outer
 
 
 def is_torch_leaf(m: nn.Module) -> bool:
