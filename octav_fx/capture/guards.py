@@ -25,14 +25,33 @@ from octav_fx.ir.ops import in_place
 _REMEMBERED: Final = 1024
 
 
+class Unexpected(Exception):
+    """Raised where a value is not what it was at capture."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+@fx.node.has_side_effect
+def expect(value: Any, expected: Any, where: str) -> None:
+    """Raise Unexpected where a value is not what it was at capture."""
+    if not is_expected(value, expected):
+        raise Unexpected(_told(value, expected, where))
+
+
 @dataclass(eq=False)
 class Facts:
-    """Values that a graph computes from the arguments of forward, and what they were at capture."""
+    """Values that a graph computes from the arguments of forward, and what they were at capture.
+
+    Those that forward computes on its way the graph asks for itself, by expect(), and returns nothing: with one that
+    is not as it was, what is computed from it later need not run at all.
+    """
 
     graph: fx.Graph
-    expected: tuple[Any, ...]
+    expected: tuple[Any, ...] = ()
     # Who asked, as file:line or in words.
-    where: tuple[str, ...]
+    where: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Not when it is first asked: a compiler may ask, and cannot follow.
@@ -42,15 +61,14 @@ class Facts:
         """Say which value is not what it was at capture, or return None."""
         try:
             values = self._function(module, *args, **kwargs)
+        except Unexpected as error:
+            return error.where
         except AttributeError as error:
             # Deleted since.
             return str(error)
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
             if not is_expected(value, expected):
-                # What a compiler takes a number for may have no text.
-                if torch.compiler.is_compiling():
-                    return where
-                return f"{where}: {_text(expected)} at capture, {_text(value)} now"
+                return _told(value, expected, where)
         return None
 
     def __reduce__(self) -> Any:
@@ -247,6 +265,11 @@ def is_expected(value: Any, expected: Any) -> bool:
         # A branch, at which a compiler decides; by `is` its symbol is never the bool that it stands for.
         return expected if value else not expected
     return bool(value == expected)
+
+
+def _told(value: Any, expected: Any, where: str) -> str:
+    # What a compiler takes a number for may have no text.
+    return where if torch.compiler.is_compiling() else f"{where}: {_text(expected)} at capture, {_text(value)} now"
 
 
 def _text(kind: Any) -> str:

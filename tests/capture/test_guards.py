@@ -1,15 +1,18 @@
 """Guards of arguments: what Python may have asked of them is asked again in each call."""
 
+import copy
 import math
 import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import octav_fx
 from octav_fx.capture.modules import graphs_of
 from tests.support.alike import assert_close, silent_quantizers
+from tests.support.graphs import model
 
 x = torch.randn(2, 5, 8)
 
@@ -151,3 +154,22 @@ def test_a_compiler_decides_a_branch_on_a_size_for_all_sizes() -> None:
             assert torch.equal(compiled(given), q(given))
     # The first size, and all others.
     assert len(seen) == 2
+
+
+def test_compiled_a_fact_that_fails_ends_what_is_asked_of_a_size(fresh_dynamo):
+    """A table of one size is resampled for another one: what the graph of the first computes there does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        table = self.table
+        if tokens.shape[1] != table.shape[1]:
+            table = F.interpolate(table.transpose(1, 2), size=tokens.shape[1]).transpose(1, 2)
+        first, second = (tokens + table).chunk(2, -1)
+        return self.head(first * second)
+
+    layers = {"embed": nn.Conv2d(3, 8, 4, 4), "table": nn.Parameter(torch.randn(1, 4, 8)), "head": nn.Linear(4, 2)}
+    small, large = torch.randn(2, 3, 8, 8), torch.randn(3, 3, 16, 12)
+    q = octav_fx.quantize(model(forward, **layers), small)
+    compiled, eager = torch.compile(copy.deepcopy(q), backend="eager"), q
+    for x in (small, large, small, large):
+        assert torch.equal(compiled(x), eager(x))

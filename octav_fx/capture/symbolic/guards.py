@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from octav_fx.capture.guards import Facts, Guards, is_expected
+from octav_fx.capture.guards import Facts, Guards, expect, is_expected
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
 from octav_fx.capture.symbolic.reads import Reads
 from octav_fx.capture.symbolic.regions import Kept
@@ -61,10 +61,10 @@ def take_guards(
         is_of_dtypes = [check in writes and _asks_dtypes(check) and _writes_arguments(check) for check in asked]
         put_stand_ins(near)
         if any(is_of_dtypes):
-            dtypes = _checked(_copied(near, root), is_of_dtypes, True)
+            dtypes = _expecting(_copied(near, root), is_of_dtypes)
         if any(is_known_before):
-            deep = _checked(near if all(is_deep) else _copied(near, root), is_known_before, True)
-        sizes = None if all(is_deep) else _checked(near, is_deep, False)
+            deep = _expecting(near if all(is_deep) else _copied(near, root), is_known_before)
+        sizes = None if all(is_deep) else _checked(near, is_deep)
         for check, kept in zip(checks, is_deep, strict=True):
             if not kept:
                 graph.erase_node(check)
@@ -128,7 +128,7 @@ def _downstream(graph: fx.Graph, test: Callable[[fx.Node], bool]) -> set[fx.Node
 def _remove_unused(graph: fx.Graph) -> None:
     """Drop what no check and no result is computed from."""
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output") and node.target is not guard_equal:
+        if not node.users and node.op not in ("placeholder", "output") and node.target not in (guard_equal, expect):
             graph.erase_node(node)
 
 
@@ -223,10 +223,29 @@ def _with_inputs(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _checked(graph: fx.Graph, is_deep: list[bool], wanted: bool) -> Facts:
+def _checked(graph: fx.Graph, is_deep: list[bool]) -> Facts:
+    """Make a graph return what its checks are about that are not deep."""
     checks = graph.find_nodes(op="call_function", target=guard_equal)
-    own = [check for check, flag in zip(checks, is_deep, strict=True) if flag is wanted]
+    own = [check for check, flag in zip(checks, is_deep, strict=True) if not flag]
     return _facts(graph, [(check.args[0], check.args[1], str(check.args[2])) for check in own])
+
+
+def _expecting(graph: fx.Graph, wanted: list[bool]) -> Facts:
+    """Make a graph ask for what the wanted ones of its checks are about, each once and where it is computed."""
+    _merge_equal(graph)
+    asked = set()
+    for check, is_wanted in zip(graph.find_nodes(op="call_function", target=guard_equal), wanted, strict=True):
+        value, expected, where = check.args
+        if not is_wanted or (value, repr(expected)) in asked:
+            graph.erase_node(check)
+            continue
+        asked.add((value, repr(expected)))
+        with graph.inserting_before(check):
+            check.replace_all_uses_with(graph.call_function(expect, (value, expected, str(where))))
+        graph.erase_node(check)
+    graph.output(())
+    _stand_alone(graph)
+    return Facts(graph)
 
 
 def _facts(graph: fx.Graph, rows: list[tuple[Any, Any, str]]) -> Facts:
@@ -237,11 +256,16 @@ def _facts(graph: fx.Graph, rows: list[tuple[Any, Any, str]]) -> Facts:
     graph.output(tuple(value for value, *_ in rows))
     for check in graph.find_nodes(op="call_function", target=guard_equal):
         graph.erase_node(check)
+    _stand_alone(graph)
+    return Facts(graph, tuple(expected for _, expected, _ in rows), tuple(where for *_, where in rows))
+
+
+def _stand_alone(graph: fx.Graph) -> None:
+    """Drop what no fact is computed from, and what only the trace needed."""
     _remove_unused(graph)
     for node in graph.nodes:
         node.meta = {}
     graph.owning_module = None
-    return Facts(graph, tuple(expected for _, expected, _ in rows), tuple(where for *_, where in rows))
 
 
 def _merge_equal(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
