@@ -173,3 +173,24 @@ def test_compiled_a_fact_that_fails_ends_what_is_asked_of_a_size(fresh_dynamo):
     compiled, eager = torch.compile(copy.deepcopy(q), backend="eager"), q
     for x in (small, large, small, large):
         assert torch.equal(compiled(x), eager(x))
+
+
+@pytest.mark.parametrize("norm", [F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm])
+def test_compiled_what_is_asked_of_a_size_moves_no_statistics(fresh_dynamo, norm):
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var, is_torchs = self.mean, self.var, norm in (torch.batch_norm, torch.instance_norm)
+        tensors, more = ((None, None, mean, var), (False,)) if is_torchs else ((mean, var, None, None), ())
+        y = norm(self.embed(x), *tensors, True, 0.1, 1e-5, *more)
+        first, second = y.flatten(2).transpose(1, 2).unflatten(-1, (4, 2)).unbind(-1)
+        return self.head(first * second)
+
+    layers = {"embed": nn.Conv2d(3, 8, 4, 4), "mean": torch.zeros(8), "var": torch.ones(8), "head": nn.Linear(4, 2)}
+    images = torch.randn(2, 3, 8, 8)
+    q = octav_fx.quantize(model(forward, **layers), images)
+    (graph,) = graphs_of(q).graphs_of(True)
+    assert graph.guards.deep is not None
+    compiled, eager = torch.compile(copy.deepcopy(q), backend="eager"), q
+    for _ in range(2):
+        assert torch.equal(compiled(images), eager(images))
+    assert torch.equal(compiled.mean, eager.mean) and torch.equal(compiled.var, eager.var)
+    assert eager.mean.abs().sum() > 0

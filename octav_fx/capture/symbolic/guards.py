@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from octav_fx.capture.guards import Facts, Guards, expect, is_expected
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
@@ -76,12 +77,14 @@ def _without_layers(graph: fx.Graph) -> None:
 
     Asking for a size must not move statistics, and takes less time so.
     """
-    for node in graph.find_nodes(op="call_module"):
-        if keeps_shape(node) and node.args:
-            own, given = fake(node), fake(node.args[0])
-            is_alike = isinstance(own, Tensor) and isinstance(given, Tensor) and own.dtype is given.dtype
-            if is_alike or _moves_buffers(node):
-                node.replace_all_uses_with(node.args[0])
+    for node in graph.nodes:
+        given = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(given, fx.Node) or not keeps_shape(node):
+            continue
+        own, before = fake(node), fake(given)
+        is_alike = isinstance(own, Tensor) and isinstance(before, Tensor) and own.dtype is before.dtype
+        if (node.op == "call_module" and is_alike) or _moves_buffers(node):
+            node.replace_all_uses_with(given)
 
 
 def _without_writes(graph: fx.Graph) -> None:
@@ -103,7 +106,13 @@ _RESHAPES: Final = frozenset(
 )
 
 
+# Functions that move statistics which they are given.
+_NORMS: Final = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
+
+
 def _moves_buffers(node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return node.target in _NORMS
     module = module_of(node)
     return module.training and any(True for _ in module.buffers())
 
