@@ -202,6 +202,13 @@ def schema_of(op: OpOverload) -> torch.FunctionSchema:
     return op._schema
 
 
+def is_mutable(function: Any) -> bool:
+    """Tell whether a function is an op whose schema says that it writes into an argument."""
+    if isinstance(function, OpOverloadPacket):
+        return any(getattr(function, name)._schema.is_mutable for name in function.overloads())
+    return isinstance(function, OpOverload) and function._schema.is_mutable
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor has been written into; 0 of one made in inference mode, which keeps no count."""
     return versions_of((tensor,))[0]

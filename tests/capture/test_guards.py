@@ -194,3 +194,28 @@ def test_compiled_what_is_asked_of_a_size_moves_no_statistics(fresh_dynamo, norm
         assert torch.equal(compiled(images), eager(images))
     assert torch.equal(compiled.mean, eager.mean) and torch.equal(compiled.var, eager.var)
     assert eager.mean.abs().sum() > 0
+
+
+@torch.library.custom_op("tests::counted", mutates_args=("calls",))
+def counted(x: Tensor, calls: Tensor) -> Tensor:
+    """Double x, and count."""
+    calls.add_(1)
+    return x * 2
+
+
+@counted.register_fake
+def _(x: Tensor, calls: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_compiled_what_is_asked_of_a_size_runs_no_op_that_writes(fresh_dynamo):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = counted(self.fc(x), self.calls).unflatten(-1, (4, 2)).unbind(-1)
+        return first * second
+
+    q = octav_fx.quantize(model(forward, fc=nn.Linear(8, 8), calls=torch.zeros(())), x)
+    compiled, eager = torch.compile(copy.deepcopy(q), backend="eager"), q
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x), eager(x))
+    assert compiled.calls == eager.calls == 2

@@ -14,7 +14,7 @@ from octav_fx.capture.symbolic.reads import Reads
 from octav_fx.capture.symbolic.regions import Kept
 from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
-from octav_fx.compat.tensors import pytree
+from octav_fx.compat.tensors import is_mutable, pytree
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import fake
@@ -158,7 +158,8 @@ def _writes(node: fx.Node) -> bool:
     if node.op == "call_module":
         return _moves_buffers(node)
     is_call = node.op in ("call_function", "call_method")
-    return is_call and (in_place(node) or (node.target not in _READS and _has_object(node)))
+    is_write = in_place(node) or is_mutable(node.target)
+    return is_call and (is_write or (node.target not in _READS and _has_object(node)))
 
 
 def _asks_dtypes(check: fx.Node) -> bool:
