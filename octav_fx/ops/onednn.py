@@ -102,20 +102,25 @@ _DERIVED: Final[dict[Hashable, _Derived]] = {}
 def derived(tensors: Sequence[Tensor | None], key: Hashable, make: Callable[[], Any]) -> Any:
     """Return what make() returns, made once for the present values of some tensors and each key.
 
-    A write into one of them, as by load_state_dict, makes it anew; it goes with the memory of the first. So a packed
-    weight is part of no state. (A write through .data leaves no trace: copy the model after one.)
+    A write into one of them, as by load_state_dict, makes it anew; it goes with the memory of any. So a packed weight
+    is part of no state. (A write through .data leaves no trace: copy the model after one.)
     """
     # The address of a storage is taken by no other while a weak reference holds it.
     state = [(storage_id(t), t.data_ptr(), version_of(t)) for t in tensors if t is not None]
-    place = (*state[0][:2], key)
+    # Of all of them: one weight may read several inputs, each with a scale of its own (the heads of a detector).
+    place = (*(entry[:2] for entry in state), key)
     known = _DERIVED.get(place)
     if known is not None and known.state == state:
         return known.value
-    for gone in [other for other, entry in list(_DERIVED.items()) if entry.storages[0].expired()]:
+    for gone in [other for other, entry in list(_DERIVED.items()) if _is_gone(entry)]:
         _DERIVED.pop(gone, None)
     made = _Derived([StorageWeakRef(t.untyped_storage()) for t in tensors if t is not None], state, make())
     _DERIVED[place] = made
     return made.value
+
+
+def _is_gone(entry: _Derived) -> bool:
+    return any(storage.expired() for storage in entry.storages)
 
 
 Run = Callable[[Tensor], Tensor | None]

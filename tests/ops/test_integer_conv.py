@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from octav_fx.errors import OctavError
 from octav_fx.formats.packing import pack
 from octav_fx.ops import onednn
-from octav_fx.ops.integer_conv import reference
+from octav_fx.ops.integer_conv import op, reference
 from octav_fx.ops.integer_conv.op import integer_conv
 from tests.support.integers import ends, needs_onednn, numbers
 
@@ -113,13 +113,23 @@ def test_a_new_weight_is_packed_anew():
 def test_packed_weights_go_with_their_codes():
     given = arguments()
     integer_conv(*given)
-    gone = [key for key in onednn._DERIVED if key[0] == given[4].untyped_storage()._cdata]
+    weight = given[4].untyped_storage()._cdata
+    gone = [key for key in onednn._DERIVED if any(weight in place for place in key[:-1])]
     assert len(gone) == 1
     del given
     # Looked for when another is packed.
     integer_conv(*(other := arguments()))
     assert not [key for key in gone if key in onednn._DERIVED]
     del other
+
+
+def test_a_weight_that_reads_several_inputs_is_packed_once_for_each(monkeypatch):
+    """The heads of a detector: one filter, and levels of a pyramid with a scale each."""
+    first, scales = arguments(), [torch.tensor(0.1), torch.tensor(0.2)]
+    calls = [(first[0], scale, *first[2:]) for scale in scales]
+    expected = [integer_conv(*call) for call in calls]
+    monkeypatch.setattr(op, "_run", None)
+    assert all(torch.equal(integer_conv(*call), y) for call, y in zip(calls, expected, strict=True))
 
 
 def test_no_images():
@@ -168,7 +178,7 @@ def test_results_stay_right_where_products_saturate(isa):
 import torch
 from tests.ops.test_integer_conv import arguments
 from octav_fx.ops import onednn
-from octav_fx.ops.integer_conv import reference
+from octav_fx.ops.integer_conv import op, reference
 from octav_fx.ops.integer_conv.op import integer_conv
 for bits in ((8, 8), (8, 7), (7, 8), (4, 4), (8, 4)):
     x, *rest = arguments(*bits)
