@@ -37,7 +37,7 @@ class Uses:
 
     quantizers: tuple[str, ...]
     called: tuple[str, ...]
-    # Modules whose own tensors it reads.
+    # Tensors and attributes that it reads.
     read: tuple[str, ...]
     # Whether it stores what forward stores on modules: on copies nobody would find it.
     stores: bool
@@ -45,27 +45,36 @@ class Uses:
     def parts(self, module: nn.Module) -> set[nn.Module]:
         """Return the modules that the graph calls, with what is below them, and those whose state it reads."""
         below = {part for path in self.called for part in module.get_submodule(path).modules()}
-        return below | set(map(module.get_submodule, self.read))
+        return below | {module.get_submodule(path.rpartition(".")[0]) for path in self.read}
+
+    def plain(self, module: nn.Module) -> dict[str, list[Tensor]]:
+        """Return what it reads of tensors that forward has set, and that are no parameter and no buffer, by path."""
+        known = {id(tensor) for tensor in _tensors(module)}
+        held = {path: _held(module, path) for path in self.read}
+        return {path: tensors for path, tensors in held.items() if any(id(t) not in known for t in tensors)}
 
 
 def uses_of(graph: fx.Graph) -> Uses:
     """Return what a graph uses."""
     called = tuple(str(node.target) for node in graph.find_nodes(op="call_module"))
-    read = tuple(str(node.target).rpartition(".")[0] for node in graph.find_nodes(op="get_attr"))
+    read = tuple(str(node.target) for node in graph.find_nodes(op="get_attr"))
     return Uses(tuple(path for path in called if path.startswith(f"{QUANTIZERS}.")), called, read, stores(graph))
 
 
 class Derived:
     """A module that was made from the state of another one, and that state."""
 
-    def __init__(self, source: nn.Module, module: Any) -> None:
-        self.module = module
-        self._seen = [_Seen(tensor) for tensor in _tensors(source)]
+    def __init__(self, source: nn.Module, uses: Uses, module: Any) -> None:
+        self.module, self._plain = module, tuple(uses.plain(source))
+        self._seen = [_Seen(tensor) for tensor in self._state(source)]
 
     def is_of(self, source: nn.Module) -> bool:
         """Tell whether the state is the one that the module was made from."""
-        tensors = _tensors(source)
+        tensors = self._state(source)
         return len(tensors) == len(self._seen) and all(map(_Seen.is_same, self._seen, tensors))
+
+    def _state(self, source: nn.Module) -> list[Tensor]:
+        return [*_tensors(source), *(tensor for path in self._plain for tensor in _held(source, path))]
 
 
 class _Seen:
@@ -83,6 +92,14 @@ class _Seen:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+def _held(module: nn.Module, path: str) -> list[Tensor]:
+    """Return the tensors that are or are in an attribute; none where it is gone."""
+    held: Any = module
+    for name in path.split("."):
+        held = getattr(held, name, None)
+    return tensors_of(held)
 
 
 def is_frozen(module: nn.Module, uses: Uses) -> bool:

@@ -5,6 +5,7 @@ Facts are a graph of their own. It reads arguments, attributes and sizes, and re
     x, flag -> (kind_of(x), kind_of(flag), x.size(1) > 4, self.block.scale)    as expected: (..., True, 2.0)
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.flat import flatten, unflatten
+from octav_fx.capture.kinds import kind_of, kind_of_attribute
 from octav_fx.capture.module_state import own_copy, tensors_within
 from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
@@ -69,6 +71,19 @@ class Facts:
         for value, expected, where in zip(values, self.expected, self.where, strict=True):
             if not is_expected(value, expected):
                 return _told(value, expected, where)
+        return None
+
+    def changed(self, module: Any) -> str | None:
+        """Name an attribute, modes aside, that is not of the kind it was at capture, or return None."""
+        (asked,) = next(iter(self.graph.find_nodes(op="output"))).args
+        for node, expected in zip(asked, self.expected, strict=True):
+            source = node.args[0] if node.target is kind_of else None
+            if not isinstance(source, fx.Node) or source.op != "get_attr":
+                continue
+            path = str(source.target)
+            holder, _, name = path.rpartition(".")
+            if name != "training" and kind_of_attribute(_get(module, holder), name) != expected:
+                return path.removeprefix("_float_module.")
         return None
 
     def __reduce__(self) -> Any:
@@ -164,6 +179,11 @@ class GuardedGraph:
             self._written = {name for node in self.graph.nodes if (name := _read_from(node)) and in_place(node)}
         return self._written
 
+    def changed(self, module: Any) -> str | None:
+        """Name an attribute that forward read, and that a later call or the user has made another one; or None."""
+        facts = None if self.guards is None else self.guards.attributes
+        return None if facts is None else facts.changed(module)
+
     @property
     def asks_for_gradients(self) -> bool:
         """Tell whether the graph holds in one gradient mode only."""
@@ -255,6 +275,10 @@ def _read_from(node: fx.Node) -> str | None:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+
+
+def _get(module: Any, path: str) -> Any:
+    return functools.reduce(getattr, path.split(".") if path else (), module)
 
 
 def is_expected(value: Any, expected: Any) -> bool:

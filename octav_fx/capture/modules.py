@@ -336,7 +336,7 @@ class QuantizedModule(GuardedModule):
         made = type(self).make_rule(self, graphs.index(guarded))
         if guarded is not graphs[0] and (first := graphs[0].derived) is not None:
             first.module.share_equal(made)
-        guarded.derived = Derived(self, made)
+        guarded.derived = Derived(self, guarded.uses, made)
 
     def refresh(self) -> None:
         """Make what a frozen module computes in eval mode from its present state; of any other do nothing."""

@@ -12,6 +12,7 @@ from octav_fx.compat.modules import share_forward_hooks
 from octav_fx.compat.tensors import normal_tensors
 from octav_fx.deploy.freeze import check_frozen, loose_quantizers
 from octav_fx.deploy.rule import integer_module, led_by
+from octav_fx.errors import OctavError
 from octav_fx.ir.pipeline import Pass, run
 from octav_fx.ir.records import graph_info, update_graph_info
 from octav_fx.ir.sites import in_model
@@ -82,18 +83,29 @@ def integer_layers(converted: nn.Module) -> list[tuple[str, str | None]]:
 
 def _rewritten(module: QuantizedModule, passes: tuple[Pass, ...], is_whole: bool) -> IntegerModule:
     check_frozen(module)
-    graphs = module.graphs_of(False)
-    made, *further = [
-        _of_graph(module, index, passes)
-        for index, guarded in enumerate(graphs)
-        if index == 0 or not loose_quantizers(module, guarded.graph)
-    ]
+    made, *further = [_of_graph(module, index, passes) for index in _holding_now(module)]
     made.hold_further(further)
     share_forward_hooks(module.owner, made)
     made.remember_outline(module.owner)
     if not is_whole:
         made.stand_for(module.user_class)
     return made.requires_grad_(False)
+
+
+def _holding_now(module: QuantizedModule) -> list[int]:
+    """Return which graphs of eval mode hold for what forward, or the user, has left on the module, and have clips.
+
+    What is deployed remembers nothing: it goes on from there in each call. Raises OctavError where none does.
+    """
+    graphs = module.graphs_of(False)
+    tight = [i for i, guarded in enumerate(graphs) if i == 0 or not loose_quantizers(module, guarded.graph)]
+    changes = {i: graphs[i].changed(module) for i in tight}
+    if not (found := [i for i in tight if changes[i] is None]):
+        raise OctavError(
+            f"{module.user_class.__name__}: {changes[0]} is not what it was when octav_fx.calibrate ran, and what is "
+            "deployed goes on from it as it is: set it back, or call the frozen model once more with a batch like those"
+        )
+    return found
 
 
 def _of_graph(module: QuantizedModule, index: int, passes: tuple[Pass, ...]) -> IntegerModule:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from octav_fx.capture.frozen import uses_of
 from octav_fx.capture.guards import Guards
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.modules import QuantizedModule, graphs_of
@@ -36,10 +37,12 @@ def led_by(copied: nn.Module, index: int) -> Any:
 def rule_of(module: QuantizedModule, index: int) -> IntegerModule:
     """Return what a graph of eval mode of a frozen module computes, on the definition of its integers.
 
-    What stays float in it are the parameters and buffers of the module themselves. Raises OctavError for a weight with
-    inf or NaN in it.
+    What stays float in it are the parameters, buffers and other tensors of the module themselves. Raises OctavError for
+    a weight with inf or NaN in it.
     """
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    uses = uses_of(module.graphs_of(False)[index].graph)
+    plain = [tensor for tensors in uses.plain(module).values() for tensor in tensors]
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers(), *plain)}
     return integer_module(led_by(copy.deepcopy(module.owner, shared), index), (*CONVERT, *COMPUTE))
 
 

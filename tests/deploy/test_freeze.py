@@ -342,6 +342,55 @@ def test_compiled_before_and_after(training):
     torch.testing.assert_close(compiled(x), dynamic, rtol=1e-4, atol=1e-4)
 
 
+class Places(nn.Module):
+    """Keeps the places of its positions for images of the shape of the last ones, as the heads of YOLO do."""
+
+    shape: torch.Size | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.places = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.shape != y.shape:
+            self.places = torch.arange(y.shape[2]).repeat_interleave(y.shape[3]).to(y)
+            self.shape = y.shape
+        return y.flatten(2) + self.places
+
+
+def _places() -> tuple[nn.Module, Tensor, Tensor]:
+    high, wide = torch.rand(2, 3, 8, 4), torch.rand(2, 3, 4, 8)
+    q = quantize(Places().eval(), high, Config(8, 8))
+    return freeze(calibrate(q, [high, wide, high])), high, wide
+
+
+def test_a_frozen_model_reads_tensors_that_forward_has_set():
+    q, *batches = _places()
+    for x in (*batches, *batches):
+        y, expected = q(x), unfreeze(copy.deepcopy(q))(x)
+        # Rounding is far from the distance of two places, which are whole numbers.
+        assert (y - expected).abs().max() < 0.1
+    q.places += 100
+    assert (q(batches[1]) - expected - 100).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_what_is_converted_is_the_graph_of_what_forward_has_left(integers):
+    q, high, wide = _places()
+    for x, other in ((wide, high), (high, wide)):
+        expected = q(x)
+        converted = convert(q, integers=integers)
+        assert (converted(x) - expected).abs().max() < 0.1
+        # It keeps nothing of a call: the places of the other shape are none that it has.
+        with pytest.raises(OctavError, match="this graph holds for the value False"):
+            converted(other)
+    q.shape = "unknown"
+    with pytest.raises(OctavError, match=r"Places: shape is not what it was when octav_fx\.calibrate ran"):
+        convert(q, integers=integers)
+
+
 class Optional(nn.Module):
     """Takes another branch with a mask."""
 
