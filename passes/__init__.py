@@ -32,6 +32,7 @@ from octav_fx.passes.convert.quantizers_behind_moves import quantizers_behind_mo
 from octav_fx.passes.convert.round_biases import round_biases
 from octav_fx.passes.convert.saturate_codes import saturate_codes
 from octav_fx.passes.convert.tables_into_layers import tables_into_layers
+from octav_fx.passes.convert.views_as_reshapes import views_as_reshapes
 from octav_fx.passes.lower.bfloat16_backward import bfloat16_backward
 from octav_fx.passes.lower.codes_in_forward import codes_in_forward
 from octav_fx.passes.lower.filters_channels_last import filters_channels_last
@@ -115,7 +116,8 @@ CONVERT: Final[tuple[Any, ...]] = (
     saturate_codes,  # after make_activations_static: the quantizers that saturate
     quantizers_before_cats,  # after saturate_codes: the copies saturate as their quantizer does
     saturate_codes,  # once more: the copies stand before clamps of the parts
-    round_biases,  # last: the scales of weights and the ranges of codes are known
+    round_biases,  # after all that asks for scales: those of weights and the ranges of codes are known
+    views_as_reshapes,  # any time: to the table both are one op
 )
 
 # What convert(integers=False) runs after these: the definition of their arithmetic, which a file leaves to its runtime.
@@ -234,5 +236,6 @@ __all__ = [
     "strided_gradients",
     "tables_into_layers",
     "update_at_once",
+    "views_as_reshapes",
     "write_out",
 ]
