@@ -196,6 +196,27 @@ class Joined(nn.Module):
 
 
 @pytest.mark.models
+def test_a_quantizer_of_a_pool_of_its_own_levels():
+    """The trees of DLA: both a layer and a pool read one map, and the pool's codes are that map's."""
+
+    class Tree(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.project = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+            self.down, self.pool = nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.MaxPool2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.stem(x).relu()
+            return self.down(y) + self.project(self.pool(y))
+
+    x = torch.randn(2, 3, 8, 8)
+    q = freeze(calibrate(quantize(Tree().eval(), x, Config(edge_bits=None, residual_bits=8)), [x]))
+    found = deployment(q, x)
+    layers = [row for row in found.rows if row.operand in ("input", "weight")]
+    assert [row.runs for row in layers] == ["integers"] * 6
+    assert all(row.moved is not None for row in layers if row.operand == "input")
+
+
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "out.onnx"
     assert main(["export", "tests.deploy.test_deployment:model", "--input", "2x3x8x8", "--onnx", str(path)]) == 0
