@@ -80,7 +80,7 @@ def newton(x: Tensor, mean: Tensor, hint: Tensor, grid: Grid, step: NewtonStep, 
     Starts at hint [R] where it is positive and finite, else at mean [R], the mean magnitude of the non-zeros (the
     paper's start, section 4), and returns there from a hint beyond every value. The fixed point of eq. 6 does not
     depend on the hint. octav_grid_step has a few close to each other where counts jump, so that at 2 to 4 bits a few
-    rows in a hundred end, from another hint, at another one, whose error is the same to a thousandth where rows are long.
+    rows in a hundred end, from another hint, at another one, whose error is the same to a thousandth in long rows.
     A bracket [low, high] with step(low) >= low and step(high) < high safeguards the iteration: where counts jump, plain
     Newton can alternate between two values around the crossing; then the bracket is halved.
     """
