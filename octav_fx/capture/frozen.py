@@ -6,9 +6,9 @@ that of a module that the passes of convert() made of a copy. It reads the param
 is no child: no key of the state_dict, no parameter and no path changes.
 
 Each graph of eval mode has one, as convert() has; while every module that the graph calls or reads is in eval mode and
-none has forward hooks, as a hook on a part of the graph sees the graph's own forward; where the graph stores nothing,
-and every quantizer that it calls has a static clip or finds one for each row of data, which freezing changes nothing
-of.
+none has forward hooks, as a hook on a part of the graph sees the graph's own forward; where the graph reads nothing of
+what it stores, and every quantizer that it calls has a static clip or finds one for each row of data, which freezing
+changes nothing of.
 
 A change of the state makes it anew before the next call. In compiled code that is a change by load_state_dict, .to(),
 train() and eval(), freeze and unfreeze; a tensor that is written into in eval mode is noticed by a call outside of it
@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.held import is_hooked
 from octav_fx.capture.inputs import tensors_of
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.symbolic.side_effects import stores
+from octav_fx.capture.symbolic.side_effects import stored_in
 from octav_fx.compat.modules import has_own_forward
 from octav_fx.compat.tensors import pytree, storage_id, version_of
 from octav_fx.nn.fake_quantizer import QUANTIZERS, FakeQuantizer
@@ -39,8 +39,8 @@ class Uses:
     called: tuple[str, ...]
     # Tensors and attributes that it reads.
     read: tuple[str, ...]
-    # Whether it stores what forward stores on modules: on copies nobody would find it.
-    stores: bool
+    # What forward stores on modules: on copies nobody would find it.
+    stored: tuple[str, ...]
 
     def parts(self, module: nn.Module) -> set[nn.Module]:
         """Return the modules that the graph calls, with what is below them, and those whose state it reads."""
@@ -58,7 +58,7 @@ def uses_of(graph: fx.Graph) -> Uses:
     """Return what a graph uses."""
     called = tuple(str(node.target) for node in graph.find_nodes(op="call_module"))
     read = tuple(str(node.target) for node in graph.find_nodes(op="get_attr"))
-    return Uses(tuple(path for path in called if path.startswith(f"{QUANTIZERS}.")), called, read, stores(graph))
+    return Uses(tuple(path for path in called if path.startswith(f"{QUANTIZERS}.")), called, read, stored_in(graph))
 
 
 class Derived:
@@ -108,7 +108,8 @@ def is_frozen(module: nn.Module, uses: Uses) -> bool:
     The mode of a part that the graph does not use is nothing to it: a copy of a layer of einops, which the graph does
     not call, begins in training mode.
     """
-    if uses.stores:
+    # A rule would be made anew for each call.
+    if not set(uses.stored).isdisjoint(uses.read):
         return False
     called = [module.get_submodule(path) for path in uses.quantizers]
     # What finds a clip for each row of data has none of its own, in what is deployed, too.
@@ -138,6 +139,15 @@ def with_gradients_of(
         own_args, own_kwargs = own_copy((args, dict(kwargs)))
         values = rule(*own_args, **own_kwargs)
     return pytree.tree_map(_value_of, values, simulated(*args, **kwargs))
+
+
+def with_stores_of(
+    simulated: Callable[..., Any], rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return what rule returns, once the simulated forward has stored what forward stores on the user's modules."""
+    own_args, own_kwargs = own_copy((args, dict(kwargs)))
+    simulated(*args, **kwargs)
+    return rule(*own_args, **own_kwargs)
 
 
 def _value_of(value: Any, simulated: Any) -> Any:

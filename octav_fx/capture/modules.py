@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from octav_fx.capture.classes import forward_of
 from octav_fx.capture.dispatch import GuardedModule, is_traced
-from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, uses_of, with_gradients_of
+from octav_fx.capture.frozen import Derived, is_frozen, is_recorded, uses_of, with_gradients_of, with_stores_of
 from octav_fx.capture.guards import GuardedGraph
 from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.integer_module import IntegerModule
@@ -250,6 +250,8 @@ class QuantizedModule(GuardedModule):
             return guarded.function()(state, *args, **kwargs)
         if is_recorded(self, (args, kwargs)):
             return with_gradients_of(functools.partial(guarded.function(), state), rule._dispatch, args, kwargs)
+        if guarded.uses.stored:
+            return with_stores_of(functools.partial(guarded.function(), state), rule._dispatch, args, kwargs)
         return rule._dispatch(*args, **kwargs)
 
     def _run_or_capture(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -376,6 +376,27 @@ def test_a_frozen_model_reads_tensors_that_forward_has_set():
     assert (q(batches[1]) - expected - 100).abs().max() < 0.1
 
 
+class Placed(Places):
+    """Computes the places in each call, and keeps them: YOLO with `dynamic`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.places = torch.arange(y.shape[2]).repeat_interleave(y.shape[3]).to(y)
+        self.last = y
+        return y.flatten(2) + self.places
+
+
+def test_a_frozen_model_that_stores_computes_its_definition():
+    high, wide = torch.rand(2, 3, 8, 4), torch.rand(2, 3, 4, 8)
+    q = freeze(calibrate(quantize(Placed().eval(), high, Config(8, 8)), [high, wide]))
+    defined = convert(q, integers=False)
+    with torch.no_grad():
+        for x in (high, wide, high):
+            y, kept = q(x), q.places
+            assert torch.equal(y, defined(x)) and not torch.equal(y, unfreeze(copy.deepcopy(q))(x))
+            assert kept.shape == (32,) and q.last.shape == (2, 8, *x.shape[2:])
+
+
 @pytest.mark.parametrize("integers", [False, True])
 def test_what_is_converted_is_the_graph_of_what_forward_has_left(integers):
     q, high, wide = _places()

@@ -123,9 +123,11 @@ def update_(owner: nn.Module, name: str, items: dict[Any, Any]) -> None:
         getattr(owner, name).update(items)
 
 
-def stores(graph: fx.Graph) -> bool:
-    """Tell whether forward stores anything on the user's modules."""
-    return any(graph.find_nodes(op="call_function", target=target) for target in (store_, update_))
+def stored_in(graph: fx.Graph) -> tuple[str, ...]:
+    """Return the paths of what forward stores on the user's modules."""
+    nodes = [node for target in (store_, update_) for node in graph.find_nodes(op="call_function", target=target)]
+    owners = [(str(node.args[0].target), str(node.args[1])) for node in nodes if isinstance(node.args[0], fx.Node)]
+    return tuple(name if owner == FLOAT_MODULE else f"{owner}.{name}" for owner, name in owners)
 
 
 def drop_stores(graph: fx.Graph) -> None:
