@@ -21,10 +21,15 @@ from octav_fx.capture.module_state import own_copy, tensors_within
 from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, dtypes_around, pytree, quiet
+from octav_fx.errors import OctavError
 from octav_fx.ir.ops import in_place
 
 # So many kinds of calls a graph remembers an answer for.
 _REMEMBERED: Final = 1024
+
+
+class DoesNotHold(OctavError):
+    """Raised by a graph in which a value is not what it was at capture."""
 
 
 class Unexpected(Exception):

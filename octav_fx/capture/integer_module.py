@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.classes import converted_class, users_class
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
-from octav_fx.capture.guards import GuardedGraph, Guards
+from octav_fx.capture.guards import DoesNotHold, GuardedGraph, Guards
 from octav_fx.compat.graphs import call_of_class
 from octav_fx.compat.modules import (
     buffers_of,
@@ -26,6 +26,11 @@ from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.nn.fake_quantizer import QUANTIZERS
 from octav_fx.nn.static import dtype_after
+
+_HOLDS: Final = (
+    "a converted model holds for the kinds of calls that the frozen one had graphs for, with static clips: call "
+    "octav_fx.calibrate with batches like this call, freeze, and convert again"
+)
 
 
 class IntegerModule(GuardedModule):
@@ -113,11 +118,15 @@ class IntegerModule(GuardedModule):
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         module = self if is_traced(args) else self._holding(args, kwargs)
         function = module.octav_guarded.function()
-        if self._cast_to is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return function(module, *args, **kwargs)
         try:
             return function(module, *args, **kwargs)
+        except DoesNotHold as error:
+            raise OctavError(f"{error}: {_HOLDS}") from error
         except RuntimeError as error:
+            if self._cast_to is None:
+                raise
             raise OctavError(
                 f"{str(error).splitlines()[0]}: this converted model was cast to {self._cast_to}, and its integers "
                 "return float32: cast before octav_fx.quantize, or call it under torch.autocast instead"
@@ -130,10 +139,7 @@ class IntegerModule(GuardedModule):
         for other in self.octav_further:
             if other.octav_guarded.broken(other, args, kwargs) is None:
                 return other
-        raise OctavError(
-            f"{fault}: a converted model holds for the kinds of calls that the frozen one had graphs for, with static "
-            "clips: call octav_fx.calibrate with batches like this call, freeze, and convert again"
-        )
+        raise OctavError(f"{fault}: {_HOLDS}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerModule":
         dtype = dtype_after(fn, torch.float32)

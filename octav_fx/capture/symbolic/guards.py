@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from octav_fx.capture.guards import Facts, Guards, expect, is_expected
+from octav_fx.capture.guards import DoesNotHold, Facts, Guards, expect, is_expected
 from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
 from octav_fx.capture.symbolic.reads import Reads
 from octav_fx.capture.symbolic.regions import Kept
 from octav_fx.capture.symbolic.sizes import forward_sizes, keeps_shape
 from octav_fx.capture.symbolic.stand_ins import put_stand_ins
 from octav_fx.compat.tensors import is_mutable, pytree
-from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import ancestors
 from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import in_place, module_of
@@ -23,9 +22,9 @@ from octav_fx.ir.ops import in_place, module_of
 
 @fx.node.has_side_effect
 def guard_equal(value: Any, expected: Any, where: str) -> None:
-    """Raise OctavError when a value that decided a branch at capture is another one now."""
+    """Raise DoesNotHold when a value that decided a branch at capture is another one now."""
     if not is_expected(value, expected):
-        raise OctavError(f"{where}: this graph holds for the value {expected!r} there, these inputs give {value!r}")
+        raise DoesNotHold(f"{where}: this graph holds for the value {expected!r} there, these inputs give {value!r}")
 
 
 def take_guards(
