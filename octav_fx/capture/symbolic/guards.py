@@ -244,14 +244,12 @@ def _expecting(graph: fx.Graph, wanted: list[bool]) -> Facts:
     _merge_equal(graph)
     asked = set()
     for check, is_wanted in zip(graph.find_nodes(op="call_function", target=guard_equal), wanted, strict=True):
-        value, expected, where = check.args
+        value, expected, _ = check.args
         if not is_wanted or (value, repr(expected)) in asked:
             graph.erase_node(check)
             continue
         asked.add((value, repr(expected)))
-        with graph.inserting_before(check):
-            check.replace_all_uses_with(graph.call_function(expect, (value, expected, str(where))))
-        graph.erase_node(check)
+        check.target = expect
     graph.output(())
     _stand_alone(graph)
     return Facts(graph)
