@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -140,15 +141,24 @@ def make_fake_of(mode: FakeTensorMode, tensor: Tensor, memory: Tensor | None = N
 
 
 def transform() -> str | None:
-    """Return the name of the innermost transform of torch.func that runs (Grad, Jvp, Vmap), or None."""
+    """Return the name of the innermost transform of torch.func that runs (Grad, Jvp, Vmap), or None.
+
+    What torch.autograd.forward_ad computes is Jvp, too.
+    """
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return None if interpreter is None else str(interpreter.key().name)
+    if interpreter is None:
+        return "Jvp" if _is_forward_mode() else None
+    return str(interpreter.key().name)
 
 
 def transforms() -> set[str]:
-    """Return the names of all transforms of torch.func that run."""
+    """Return the names of all transforms of torch.func that run, and Jvp in a level of torch.autograd.forward_ad."""
     stack = torch._C._functorch.get_interpreter_stack()
-    return {str(interpreter.key().name) for interpreter in stack or ()}
+    return {str(interpreter.key().name) for interpreter in stack or ()} | ({"Jvp"} if _is_forward_mode() else set())
+
+
+def _is_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import octav_fx
 from octav_fx.errors import OctavError
@@ -92,6 +93,9 @@ def test_what_has_no_rule_is_refused() -> None:
     q = octav_fx.quantize(Net(), x)
     with pytest.raises(OctavError, match="here Jvp run"):
         torch.func.jvp(q, (x,), (x,))
+    # Ops without a rule for it would give results without a tangent, which reads as zero.
+    with forward_ad.dual_level(), pytest.raises(OctavError, match="here Jvp run"):
+        q(forward_ad.make_dual(x, x))
     learned = octav_fx.quantize(Net(), x, octav_fx.Config(clip="lsq"))
     with pytest.raises(OctavError, match="learned"):
         torch.func.grad(lambda x: learned(x).sum())(x)
