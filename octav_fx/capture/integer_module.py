@@ -13,6 +13,7 @@ from octav_fx.capture.classes import converted_class, users_class
 from octav_fx.capture.dispatch import GuardedModule, is_traced
 from octav_fx.capture.flat import flatten, unflatten
 from octav_fx.capture.guards import DoesNotHold, GuardedGraph, Guards
+from octav_fx.capture.module_state import is_constant
 from octav_fx.compat.graphs import call_of_class
 from octav_fx.compat.modules import (
     buffers_of,
@@ -215,6 +216,8 @@ class IntegerModule(GuardedModule):
         root = nn.Module()
         share_parts(self, root)
         share_forward_hooks(self, root)
+        # Objects that the graph reads.
+        vars(root).update({name: value for name, value in vars(self).items() if is_constant(name)})
         attributes, users = self.__dict__["octav_attributes"], users_class(type(self))
         kind = None if users is type(self) else users
         parts = root, flatten(self.graph), type(self).__name__, self.meta, attributes, self._guards

@@ -24,8 +24,8 @@ def preserved_attributes(root: nn.Module, contents: Contents | None = None) -> I
     """Put back, afterwards, attributes, parameters and buffers that were set, and what containers in them held.
 
     So is what the user's objects held, and children that are new are taken out. What is written into tensors in place
-    stays. contents: what the modules hold, where somebody has looked. Gives a function that tells whether all of it is
-    as it was.
+    stays, and so do constants of a graph that is captured inside. contents: what the modules hold, where somebody has
+    looked. Gives a function that tells whether all of it is as it was.
     """
     before = _Before.of(contents or Contents.of(root))
     try:
@@ -88,7 +88,8 @@ class _Before:
         for held, old in self.attributes:
             if held.keys() != old.keys():
                 for key in [key for key in held if key not in PART_ATTRIBUTES and key not in old]:
-                    del held[key]
+                    if not is_constant(key):
+                        del held[key]
             held.update(old)
         for children, names_before in self.children:
             for name in children.keys() - names_before - {QUANTIZERS}:
@@ -103,6 +104,11 @@ class _Before:
                     setattr(kind, name, names[name])
                 else:
                     delattr(kind, name)
+
+
+def is_constant(name: str) -> bool:
+    """Tell whether fx or our tracer named an attribute: a graph reads it, and no code of the user's has set it."""
+    return name.startswith(("_tensor_constant", "octav_object_"))
 
 
 def _is_same(container: Any, content: Any) -> bool:

@@ -53,7 +53,7 @@ from octav_fx.ir.edits import Edit, site_of
 from octav_fx.ir.meta import fake, info, set_fake, update
 from octav_fx.ir.movement import selects
 from octav_fx.ir.op import Op, Operand, Role, Trait, activation
-from octav_fx.ir.ops import in_place, is_op, op_of
+from octav_fx.ir.ops import is_op, op_of
 from octav_fx.ir.pools import axes_of_mean
 from octav_fx.ir.signedness import nonnegative
 from octav_fx.ir.sites import in_scope, numbered
@@ -230,7 +230,8 @@ def _quantize(
     settings = choose(place)
     if isinstance(settings, str):
         return Edit.by_config(node, settings, operand.name)
-    if in_place(node) and operand.index == 0 and any(reader > node for reader in value.users):
+    # Into levels of it, which nobody else would see. Either operand: x.add_(x) writes into both.
+    if memory.is_written_by(value, node) and memory.is_read_after(value, node):
         return Edit.unsupported(node, f"{value.name} is read after the sum has been written into it", operand.name)
     # The write of the node itself is fine: what it writes are levels.
     if memory.written(value, after=value, before=node) or memory.written(value, after=node):

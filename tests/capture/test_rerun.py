@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import octav_fx
+from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.rerun import (
     Inputs,
     difference,
@@ -20,6 +21,8 @@ from octav_fx.capture.rerun import (
     unwritten_as_nan,
     without_quantizers,
 )
+from octav_fx.capture.symbolic.trace import capture
+from octav_fx.errors import NotCaptured
 from tests.support.graphs import model
 
 
@@ -221,6 +224,39 @@ def test_hooks_that_a_first_call_installs_are_gone_again() -> None:
     first, second = run_once(module, (x,), {}), run_once(module, (x,), {})
     assert torch.equal(first, second) and torch.allclose(first, x @ module.fc.weight.t() + module.fc.bias + 1)
     assert not hasattr(module, "hooked") and not module.fc._forward_hooks
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+def test_what_a_graph_reads_that_is_captured_meanwhile_stays() -> None:
+    def forward(self, x):
+        return self.fc(Tripled.apply(x) if len(x) > 3 else x)
+
+    q = octav_fx.quantize(model(forward, fc=nn.Linear(4, 3)), torch.randn(2, 4))
+    x = torch.randn(5, 4)
+    run_once(q, (x,), {})
+    graphs = graphs_of(q).graphs_of(True)
+    assert len(graphs) == 2
+    assert torch.equal(q(x), q(x)) and len(graphs) == 2
+
+
+def test_a_capture_that_fails_leaves_no_constants() -> None:
+    def forward(self, x):
+        return self.fc(Tripled.apply(x)) if Tripled.apply(x).sum() > 0 else x
+
+    float_module = model(forward, fc=nn.Linear(4, 3))
+    before = set(vars(float_module))
+    with pytest.raises(NotCaptured):
+        capture(float_module, {"x": torch.randn(2, 4)})
+    assert set(vars(float_module)) == before
 
 
 def test_memory_that_nothing_writes_holds_nan_and_afterwards_torch_is_as_before() -> None:

@@ -398,6 +398,37 @@ def test_a_cast_where_floats_and_integers_meet():
     assert relative(c.float()(x), q(x)) < 1e-2
 
 
+class Tripled(torch.autograd.Function):
+    """An object that a graph holds."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 3
+
+
+class WithObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(Tripled.apply(x) if len(x) > 3 else x * torch.full((8,), 2.0))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
+def test_objects_that_its_graphs_hold_are_in_a_copy(again):
+    few, many = torch.randn(2, 8), torch.randn(5, 8)
+    q = freeze(calibrate(quantize(WithObject().eval(), few), [few, many]))
+    for integers in (False, True):
+        converted = octav_fx.convert(q, integers=integers)
+        for x in (few, many):
+            assert torch.equal(again(converted)(x), converted(x))
+
+
 def test_copies_of_a_frozen_model_convert_alike():
     q, x = ready()
     for copied in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):

@@ -105,4 +105,6 @@ def test_a_write_into_one_of_a_tuple_is_a_write_into_the_tuple() -> None:
 
     gm = captured(model(forward), x=torch.randn(4))
     nodes = {node.name: node for node in gm.graph.nodes}
-    assert aliasing(gm.graph).written(nodes["chunk"], after=nodes["chunk"])
+    memory = aliasing(gm.graph)
+    assert memory.written(nodes["chunk"], after=nodes["chunk"])
+    assert memory.is_written_by(nodes["chunk"], nodes["neg_"]) and not memory.is_written_by(nodes["x"], nodes["neg_"])

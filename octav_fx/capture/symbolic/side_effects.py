@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from octav_fx.capture.contents import attributes
 from octav_fx.capture.kinds import kind_of
-from octav_fx.capture.module_state import preserved_attributes
+from octav_fx.capture.module_state import is_constant, preserved_attributes
 from octav_fx.capture.symbolic.objects import is_object, proxies_in
 from octav_fx.capture.symbolic.reads import INTERNAL
 from octav_fx.capture.symbolic.writes import is_same_memory
@@ -49,19 +49,16 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
                         written.append((path, key, old, new, known is not None))
             for row in written:
                 _store(tracer, *row)
+        finally:
             # Set on root by the tracer, also for what is stored: they are the graph's.
             own = before[id(vars(root))]
             tracer.made = {name: v for name, v in vars(root).items() if name not in own and is_constant(name)}
-        finally:
+            for name in tracer.made:
+                del vars(root)[name]
             for original, saved in objects:
                 if proxies_in(original):
                     original.__dict__.clear()
                     original.__dict__.update(vars(saved))
-
-
-def is_constant(name: str) -> bool:
-    """Tell whether fx or our tracer named an attribute."""
-    return name.startswith(("_tensor_constant", "octav_object_"))
 
 
 def is_cache(held: Any, kind: Any, decided: set[fx.Node]) -> bool:

@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.contents import attributes
 from octav_fx.capture.guards import Guards
 from octav_fx.capture.kinds import MISSING, kind_of, same_tensors
-from octav_fx.capture.module_state import own_copy
+from octav_fx.capture.module_state import is_constant, own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.kept import nothing_kept
 from octav_fx.capture.symbolic.names import symbolic_names
 from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
 from octav_fx.capture.symbolic.reads import Reads, watched_reads
 from octav_fx.capture.symbolic.regions import regions
-from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, is_cache, is_constant, undone_writes
+from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, is_cache, undone_writes
 from octav_fx.capture.symbolic.tracer import ValueTracer
 from octav_fx.capture.user_stack import user_line
 from octav_fx.compat.tensors import pytree, quiet

@@ -165,6 +165,37 @@ def test_sums_in_place():
     assert float((q(x) - float_module(x)).abs().max() / float_module(x).abs().max()) < 0.3
 
 
+@pytest.mark.parametrize(
+    "write",
+    [lambda y: y.add_(y), lambda y: y.add_(other=y), lambda y: y.add_(y.view_as(y)), lambda y: y.T.add_(y.T)],
+    ids=["itself", "by its name", "a view of it", "a view into a view"],
+)
+def test_what_a_sum_writes_into_itself_is_read_after_it(write):
+    def forward(self, x):
+        y = self.one(x)
+        write(y)
+        return self.two(y)
+
+    x = torch.randn(4, 4)
+    q = quantize(model(forward, one=nn.Linear(4, 4), two=nn.Linear(4, 4)).eval(), x, CONFIG)
+    given = []
+    found = quantizers(q)
+    seen = found["two_input"].register_forward_hook(lambda _, args, result: given.append((args[0].clone(), result)))
+    q(x)
+    seen.remove()
+    one = F.linear(found["one_input"](x), found["one_weight"](q.one.weight), q.one.bias)
+    ((operand, levels),) = given
+    # The sum itself, or that of levels of 8 bits: a step of them at most, twice.
+    step = float(one.detach().abs().max()) / 127
+    torch.testing.assert_close(operand, 2 * one, rtol=0, atol=2 * step)
+    assert levels.unique().numel() <= 16
+    octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    assert torch.equal(octav_fx.convert(q, integers=False)(x), q(x))
+    integers = octav_fx.convert(q)(x)
+    # Of 4 bits of two_input a code may lie at a tie, for one at the most.
+    assert float((integers - q(x)).abs().max()) <= 1e-5
+
+
 @pytest.mark.compile
 def test_training_compiled_and_eager_and_a_second_graph():
     x = torch.randn(4, 3, 4, 4)
