@@ -1,15 +1,29 @@
 """Programs from the grammar of tests/support/fuzz.py: the quantized ones, quantizers aside, are the float ones."""
 
 import pytest
+import torch
 
 import octav_fx
-from tests.support.fuzz import built, fault, is_valid, program
+from tests.support.faults import fault_compiled, fault_deployed, fault_quantized
+from tests.support.fuzz import built, inputs, is_valid, program
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_a_program(seed: int) -> None:
-    assert fault(program(seed), training=bool(seed % 2)) is None, program(seed)
+    assert fault_quantized(program(seed), seed) is None, program(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_a_program_deployed(seed: int) -> None:
+    assert fault_deployed(program(seed), seed) is None, program(seed)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("seed", range(6))
+def test_a_program_compiled(seed: int) -> None:
+    assert fault_compiled(program(seed), seed) is None, program(seed)
 
 
 # What the fuzzer has found.
@@ -44,13 +58,20 @@ return z""",
 def test_what_was_found(name: str, training: bool) -> None:
     source = FOUND[name].strip()
     assert is_valid(source, training)
-    assert fault(source, training) is None
+    assert fault_quantized(source, training) is None
 
 
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another program in place of the quantized one differs; one that raises has raised."""
-    original = octav_fx.quantize
-    monkeypatch.setattr(octav_fx, "quantize", lambda model, args: original(built("return self.b(x)"), args))
-    assert str(fault("return self.a(x)", training=False)).startswith("differs: result for inputs 0")
-    monkeypatch.setattr(octav_fx, "quantize", lambda model, args: 1 / 0)
-    assert fault("return self.a(x)", training=False) == "raised ZeroDivisionError: division by zero"
+    """Another program in place of the one that is looked for differs; one that raises has raised."""
+    quantize, convert, compiled = octav_fx.quantize, octav_fx.convert, torch.compile
+    source, other = "return self.a(x)", quantize(built("return self.b(x)").eval(), inputs()[0])
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(other, **options))
+    assert str(fault_compiled(source, 0)).startswith("differs: result of call 0")
+    octav_fx.freeze(octav_fx.calibrate(other, inputs()))
+    monkeypatch.setattr(octav_fx, "convert", lambda model, **options: convert(other, **options))
+    assert fault_deployed(source, 0) == "differs: not as frozen"
+    monkeypatch.setattr(octav_fx, "quantize", lambda model, args: quantize(built("return self.b(x)"), args))
+    assert str(fault_quantized(source, 0)).startswith("differs: result for inputs 0")
+    monkeypatch.setattr(octav_fx, "quantize", lambda *args: 1 / 0)
+    for fault in (fault_quantized, fault_deployed, fault_compiled):
+        assert fault(source, 0) == "raised ZeroDivisionError: division by zero"

@@ -1,28 +1,18 @@
-"""Small models written from a grammar of Python and torch, quantized and compared with float on unlike inputs.
-
-    python -m tests.support.fuzz --minutes 10 [--seed 0]
+"""Small models written from a grammar of Python and torch, and unlike inputs for them; see tests/support/faults.py.
 
 Every variable of a forward is [B, T, 8], so that any statement can follow any other. A program that float itself
-refuses, or whose numbers grow beyond comparing, is none. What a graph says it does not hold for is no finding.
+refuses, or whose numbers grow beyond comparing, is none.
 """
 
-import argparse
-import contextlib
-import io
 import random
-import time
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import octav_fx
-from octav_fx.errors import OctavError
-from octav_fx.nn import FakeQuantizer
 from tests.support import elsewhere
-from tests.support.alike import assert_computes, gradients, run, tensors
+from tests.support.alike import gradients, run, tensors
 
 EXPRESSIONS = (
     *("self.{l}({v})", "F.linear({v}, self.{l}.weight)", "{v} @ self.{l}.weight", "self.{l}(self.{m}({v}).relu())"),
@@ -187,69 +177,3 @@ def is_valid(source: str, training: bool) -> bool:
     except Exception:
         return False
     return True
-
-
-def check_signs(q: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Check that nothing negative reaches an unsigned grid."""
-
-    def seen(quantizer: nn.Module, given: tuple[Tensor], result: Tensor) -> None:
-        assert isinstance(quantizer, FakeQuantizer)
-        assert quantizer.spec.format.signed or given[0].min() >= 0, "a negative value on an unsigned grid"
-
-    handles = [m.register_forward_hook(seen) for m in q.modules() if isinstance(m, FakeQuantizer)]
-    run(q, args)
-    for handle in handles:
-        handle.remove()
-
-
-def fault(source: str, training: bool) -> str | None:
-    """Say what is wrong with the quantized program, or return None."""
-    if not is_valid(source, training):
-        return None
-    model, all_inputs = built(source).train(training), inputs()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            q = octav_fx.quantize(model, all_inputs[0])
-    except OctavError as error:
-        return f"refused: {error}"
-    except Exception as error:
-        return f"raised {type(error).__name__}: {error}"
-    for args in all_inputs:
-        try:
-            # fx prints where in its generated code an error came up.
-            with contextlib.redirect_stderr(io.StringIO()):
-                assert_computes(q, built(source).train(training), args)
-                check_signs(q, args)
-        except OctavError:
-            continue
-        except AssertionError as error:
-            return f"differs: {error}"
-        except RuntimeError as error:
-            # A quantizer keeps its input for the mask of its gradient, where a product of float would not.
-            if "modified by an inplace operation" not in str(error):
-                return f"raised later: {error}"
-        except Exception as error:
-            return f"raised later {type(error).__name__}: {error}"
-    return None
-
-
-def main() -> None:
-    """Write and check programs until the time is up; print each finding once."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    end, seed, valid = time.monotonic() + 60 * given.minutes, given.seed, 0
-    while time.monotonic() < end:
-        source, training = program(seed), bool(seed % 2)
-        found = fault(source, training)
-        valid += is_valid(source, training)
-        if found is not None:
-            print(f"--- seed {seed}: {found}\n{source}\n", flush=True)
-        seed += 1
-    print(f"{seed - given.seed} programs, {valid} of them valid", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,180 @@
+"""What is wrong with a quantized, deployed or compiled program of tests/support/fuzz.py.
+
+    python -m tests.support.faults quantized --minutes 10 [--seed 0]
+
+What a model says it does not hold for is no fault.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+import octav_fx
+from octav_fx import Config
+from octav_fx.deploy.codes import codes_of_quantizers
+from octav_fx.errors import OctavError
+from octav_fx.nn import FakeQuantizer
+from tests.support.alike import assert_close, assert_computes, gradients, run, tensors
+from tests.support.fuzz import built, inputs, is_valid, program
+
+# What programs are deployed with, in turn.
+DEPLOYED: Final = (
+    Config(weight_bits=8, activation_bits=8, residual_bits=8),
+    Config(weight_bits=4, activation_bits=4, residual_bits=8),
+    Config(weight_bits=4, activation_bits=8),
+)
+
+
+def check_signs(q: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Check that nothing negative reaches an unsigned grid."""
+
+    def seen(quantizer: nn.Module, given: tuple[Tensor], result: Tensor) -> None:
+        assert isinstance(quantizer, FakeQuantizer)
+        assert quantizer.spec.format.signed or given[0].min() >= 0, "a negative value on an unsigned grid"
+
+    handles = [m.register_forward_hook(seen) for m in q.modules() if isinstance(m, FakeQuantizer)]
+    run(q, args)
+    for handle in handles:
+        handle.remove()
+
+
+def fault_quantized(source: str, seed: int) -> str | None:
+    """Say how the quantized program, its quantizers aside, differs from float in a mode, or return None."""
+    training = bool(seed % 2)
+    if not is_valid(source, training):
+        return None
+    model, all_inputs = built(source).train(training), inputs()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            q = octav_fx.quantize(model, all_inputs[0])
+    except OctavError as error:
+        return f"refused: {error}"
+    except Exception as error:
+        return f"raised {type(error).__name__}: {error}"
+    for args in all_inputs:
+        try:
+            # fx prints where in its generated code an error came up.
+            with contextlib.redirect_stderr(io.StringIO()):
+                assert_computes(q, built(source).train(training), args)
+                check_signs(q, args)
+        except OctavError:
+            continue
+        except AssertionError as error:
+            return f"differs: {error}"
+        except RuntimeError as error:
+            # A quantizer keeps its input for the mask of its gradient, where a product of float would not.
+            if "modified by an inplace operation" not in str(error):
+                return f"raised later: {error}"
+        except Exception as error:
+            return f"raised later {type(error).__name__}: {error}"
+    return None
+
+
+def fault_deployed(source: str, seed: int) -> str | None:
+    """Say where the converted program is not the frozen one, or return None.
+
+    By definition they are equal, and integers from equal codes give equal codes, but for one at a tie of oneDNN's
+    rounding.
+    """
+    if not is_valid(source, training=False):
+        return None
+    with _as_words() as words, contextlib.suppress(OctavError):
+        q = octav_fx.quantize(built(source).eval(), inputs()[0], DEPLOYED[seed % len(DEPLOYED)])
+        octav_fx.freeze(octav_fx.calibrate(q, inputs()))
+        defined, converted = octav_fx.convert(q, integers=False), octav_fx.convert(q)
+        for args in inputs():
+            # Forward may write into its state.
+            with contextlib.suppress(OctavError), torch.no_grad():
+                expected, found = (tensors(run(copy.deepcopy(m), args)) for m in (q, defined))
+                assert len(expected) == len(found) and all(map(torch.equal, found, expected)), "not as frozen"
+                run(copy.deepcopy(converted), args)
+                _check_codes(copy.deepcopy(defined), copy.deepcopy(converted), args)
+    return words.get("fault")
+
+
+def _check_codes(defined: nn.Module, converted: nn.Module, args: tuple[Tensor, ...]) -> None:
+    given = codes_of_quantizers(defined, tuple(map(torch.clone, args)), {})
+    found = codes_of_quantizers(converted, tuple(map(torch.clone, args)), {}, given)
+    for name, calls in given.items():
+        assert name in found, f"no codes of {name}"
+        for expected, codes in zip(calls, found[name], strict=True):
+            moved = (codes.int() - expected.int()).abs()
+            assert moved.max() <= 1 and moved.count_nonzero() <= 1, f"{moved.count_nonzero()} codes of {name} moved"
+
+
+def fault_compiled(source: str, seed: int) -> str | None:
+    """Say where the program that Dynamo has read differs from the one that Python runs, in a mode, or return None."""
+    training = bool(seed % 2)
+    if not is_valid(source, training):
+        return None
+    torch.compiler.reset()
+    with _as_words() as words, contextlib.suppress(OctavError):
+        q = octav_fx.quantize(built(source).train(training), inputs()[0])
+        other = copy.deepcopy(q)
+        compiled = torch.compile(other, backend="eager")
+        for at, args in enumerate([*inputs(), inputs()[0]]):
+            expected, found = tensors(run(q, args)), tensors(run(compiled, args))
+            assert [t.requires_grad for t in found] == [t.requires_grad for t in expected], at
+            for e, f in zip(expected, found, strict=True):
+                assert_close(f"result of call {at}", f, e)
+            of_q, of_compiled = gradients(q, expected), gradients(other, found)
+            assert of_q.keys() == of_compiled.keys(), f"call {at}: who gets a gradient"
+            for name, gradient in of_q.items():
+                assert_close(f"gradient of {name} in call {at}", of_compiled[name], gradient)
+            for name, value in q.state_dict().items():
+                assert_close(f"{name} after call {at}", other.state_dict()[name], value)
+    return words.get("fault")
+
+
+@contextlib.contextmanager
+def _as_words() -> Iterator[dict[str, str]]:
+    """Keep what is raised inside under "fault", but for a gradient that a write of the program's own forbids."""
+    words: dict[str, str] = {}
+    try:
+        # fx prints where in its generated code an error came up.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield words
+    except AssertionError as error:
+        words["fault"] = f"differs: {error}"
+    except Exception as error:
+        if "modified by an inplace operation" not in str(error):
+            words["fault"] = f"raised {type(error).__name__}: {error}"
+
+
+FAULTS: Final[dict[str, Callable[[str, int], str | None]]] = {
+    "quantized": fault_quantized,
+    "deployed": fault_deployed,
+    "compiled": fault_compiled,
+}
+
+
+def main() -> None:
+    """Write and check programs until the time is up; print each finding once."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=FAULTS)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    end, seed, valid = time.monotonic() + 60 * given.minutes, given.seed, 0
+    while time.monotonic() < end:
+        source = program(seed)
+        found = FAULTS[given.what](source, seed)
+        valid += is_valid(source, given.what != "deployed" and bool(seed % 2))
+        if found is not None:
+            print(f"--- seed {seed}: {found}\n{source}\n", flush=True)
+        seed += 1
+    print(f"{seed - given.seed} programs, {valid} of them valid", flush=True)
+
+
+if __name__ == "__main__":
+    main()
