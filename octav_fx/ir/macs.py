@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from octav_fx.compat.tensors import TorchDispatchMode, body_of, composed, functional, is_higher_order, packet_of
+from octav_fx.compat.tensors import (
+    TorchDispatchMode,
+    body_of,
+    composed,
+    functional,
+    is_higher_order,
+    packet_of,
+    pytree,
+)
 
 aten = torch.ops.aten
 
@@ -85,8 +93,17 @@ class MacCounter(TorchDispatchMode):
     Not torch's FlopCounterMode itself, which follows modules by gradient hooks that expanded parameters cannot have.
     """
 
-    # torch.cond and its like run one of their branches.
+    # torch.while_loop and its like call what they are given; flex_attention has an entry.
     supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let what forward compiles be compiled inside, and count what that runs.
+
+        Code that was not compiled once, as a mode was on, is never compiled later: flex_attention and while_loop, which
+        compile themselves, would fail in the user's model, too.
+        """
+        return True
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,11 +122,27 @@ class MacCounter(TorchDispatchMode):
             with contextlib.suppress(Exception), self:
                 body(*args, **kwargs)
 
+    def _run_higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator, and count it by its entry, else what it calls."""
+        if func in flop_registry:
+            result = func(*args, **kwargs)
+            self._operations += int(flop_registry[func](*args, **kwargs, out_val=result))
+            return result
+        args, kwargs = pytree.tree_map_only(callable, self._counted, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with self:
+                return function(*args)
+
+        return run
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and add its work; an op without an entry counts by what it is made of."""
         kwargs = kwargs or {}
         if is_higher_order(func):
-            return func(*args, **kwargs)
+            return self._run_higher_order(func, args, kwargs)
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             # What wraps tensors, as a nested tensor does, comes back with these.
             return NotImplemented

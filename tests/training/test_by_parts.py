@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import octav_fx
@@ -963,6 +965,31 @@ def test_a_module_that_a_transform_calls_stays_float() -> None:
     reasons = {site: reason for site, reason, _ in octav_fx.coverage(q).skipped}
     assert reasons["a"] == "no call of it succeeds outside of torch.cond or a transform of torch.func"
     assert octav_fx.coverage(q).quantized_macs == 4 * 64
+
+
+def attending(s: Any, x: Tensor) -> Tensor:
+    q, k, v = (part[:, None] for part in s.a(x).chunk(3, -1))
+    return s.b(flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score - (i - j).abs() * 0.1)[:, 0])  # type: ignore[no-any-return]
+
+
+def looping(s: Any, x: Tensor) -> Tensor:
+    state = (torch.zeros(()), s.a(x)[..., :16].contiguous())
+    _, y = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, (y @ y.transpose(1, 2) @ y).tanh()), state)
+    return s.b(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("forward", "macs"), [(attending, 2 * 2 * 16 * 16 * 16), (looping, 3 * 2 * 2 * 16 * 16 * 16)])
+def test_what_compiles_itself_stays_float_and_runs_on(forward: Callable[..., Tensor], macs: int) -> None:
+    # On a CPU it has no gradient.
+    model = made(forward, a=nn.Linear(16, 48), b=nn.Linear(16, 16)).eval().requires_grad_(False)
+    x = torch.randn(2, 16, 16)
+    q = octav_fx.quantize(model, x)
+    assert [(site, found) for site, _, found in octav_fx.coverage(q).skipped] == [("forward", macs)]
+    assert octav_fx.coverage(q).quantized_macs == 2 * 16 * 16 * (48 + 16)
+    with octav_fx.float_mode(q):
+        # A count of products once kept such code from being compiled ever after, here and in the model itself.
+        assert torch.equal(q(x), model(x))
+    assert model(torch.randn(3, 24, 16)).shape == (3, 24, 16)
 
 
 def test_every_call_of_a_part_counts() -> None:
