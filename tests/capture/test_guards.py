@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +220,32 @@ def test_compiled_what_is_asked_of_a_size_runs_no_op_that_writes(fresh_dynamo):
         for _ in range(2):
             assert torch.equal(compiled(x), eager(x))
     assert compiled.calls == eager.calls == 2
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda y: torch.randn(3, y.shape[-1]),
+        lambda y: torch.rand_like(y),
+        lambda y: y + torch.randint(0, 9, (y.shape[-1],)),
+        lambda y: y[(torch.rand(3) * 3).long()],
+        lambda y: y[torch.randperm(y.shape[0])],
+        lambda y: torch.bernoulli(y.sigmoid()),
+        lambda y: y.sigmoid().bernoulli(),
+        lambda y: F.dropout(y, 0.5, True),
+    ],
+    ids=["randn", "rand_like", "randint", "index", "randperm", "bernoulli", "method", "dropout"],
+)
+def test_guards_draw_no_random_numbers(drawn: Any) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = torch.cat([x, drawn(s.a(x))])
+        # What forward computes decides.
+        return s.b(y * 2 if y.shape[0] * y.shape[1] > 5 else y)  # type: ignore[no-any-return]
+
+    q = octav_fx.quantize(model(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.randn(3, 4))
+    compiled = torch.compile(copy.deepcopy(q), backend="eager")
+    for x in (torch.randn(3, 4), torch.randn(5, 4)):
+        torch.manual_seed(1)
+        expected = q(x), torch.rand(1)
+        torch.manual_seed(1)
+        assert torch.equal(compiled(x), expected[0]) and torch.equal(torch.rand(1), expected[1])

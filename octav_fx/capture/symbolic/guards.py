@@ -51,6 +51,7 @@ def take_guards(
         near = _copied(graph, root)
         _without_layers(near)
         _without_writes(near)
+        _without_draws(near)
         forward_sizes(near)
         _remove_unused(near)
         asked = near.find_nodes(op="call_function", target=guard_equal)
@@ -102,6 +103,43 @@ _RESHAPES: Final = frozenset(
         *("resize_", "resize_as_", "set_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_"),
         "unsqueeze_",
     }
+)
+
+
+def _without_draws(graph: fx.Graph) -> None:
+    """Let sizes be asked of zeros in place of random numbers: torch.randn(2, n, generator=g) -> torch.zeros(2, n).
+
+    A compiler may run what asks for sizes, and the graph would draw other random numbers then. Zero is an index, too.
+    """
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "bernoulli":
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.zeros_like, node.args[:1], {}
+        elif node.op == "call_function" and node.target in _DRAWS:
+            node.target = _DRAWS[node.target]
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "generator"}
+        elif node.op == "call_function" and node.target in _DROPS and node.args:
+            node.replace_all_uses_with(node.args[0])
+
+
+def _as_integers(*args: Any, low: int = 0, high: int = 0, size: Any = None, **kwargs: Any) -> Tensor:
+    """Return what torch.randint returns, of zeros."""
+    return torch.zeros(args[-1] if size is None else size, **{"dtype": torch.int64, **kwargs})
+
+
+def _alike(x: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+    """Return what randint_like and bernoulli return, of zeros."""
+    return torch.zeros_like(x, **{name: value for name, value in kwargs.items() if name in ("dtype", "device")})
+
+
+_DRAWS: Final[dict[Any, Callable[..., Tensor]]] = {
+    **dict.fromkeys((torch.rand, torch.randn), torch.zeros),
+    **dict.fromkeys((torch.rand_like, torch.randn_like), torch.zeros_like),
+    **dict.fromkeys((torch.randint_like, torch.bernoulli), _alike),
+    torch.randint: _as_integers,
+    torch.randperm: torch.arange,
+}
+_DROPS: Final = frozenset(
+    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 )
 
 
