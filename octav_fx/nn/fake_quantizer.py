@@ -147,6 +147,11 @@ class FakeQuantizer(nn.Module):
             tracer: Any = x.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         settings, spec = self.settings, str(self.spec)
+        if x.is_nested:
+            raise OctavError(
+                f"a nested tensor of {x.dim()} axes has no grid of its own: give the model a padded one, "
+                "x.to_padded_tensor(0.0), and a mask, or the rows of all sequences, x.values()"
+            )
         if self.spec.granularity.size is not None and not self.spec.granularity.divides(x.shape):
             raise OctavError(
                 f"x of shape {tuple(x.shape)} for the granularity {self.spec.granularity}: does not divide"

@@ -1,12 +1,15 @@
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import octav_fx
+from octav_fx import OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.ops.fake_quantize.op import fake_quantize
 from octav_fx.ops.optimal_clip.op import optimal_clip
@@ -161,3 +164,13 @@ def test_equal_specs_are_one_key():
 def test_repr_says_how_it_quantizes():
     assert repr(FakeQuantizer(CHANNEL, (3,))) == "FakeQuantizer(int4/channel.0, octav, mad)"
     assert repr(FakeQuantizer(TENSOR)) == "FakeQuantizer(int4/tensor, octav, pwl)"
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_a_nested_tensor_is_refused(backend: str | None) -> None:
+    q = octav_fx.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 5, 8))
+    run: Any = q if backend is None else torch.compile(q, backend=backend)
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged)
+    with pytest.raises(OctavError, match=r"a nested tensor of 3 axes.*x\.values\(\)"):
+        run(nested)
+    assert run(nested.values()).shape == (8, 8)
