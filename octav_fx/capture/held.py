@@ -106,6 +106,7 @@ def is_held(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Tell whether calling a module runs hooks of the user's."""
+    """Tell whether calling a module runs hooks of the user's: those of which it is known what they do are none."""
     kinds = ("_forward_pre_hooks", "_forward_hooks")
-    return any(key != _REFUSAL for kind in kinds for key in hooks_of(module, kind))
+    hooks = (entry for kind in kinds for entry in hooks_of(module, kind).items())
+    return any(key != _REFUSAL and not is_known(hook) for key, hook in hooks)

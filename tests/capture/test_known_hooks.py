@@ -60,3 +60,16 @@ def test_gradients_are_asked_of_what_the_graph_returns() -> None:
     q = octav_fx.quantize(Net(), batch(), blocks="auto").requires_grad_(False)
     q.blocks[0].up.register_forward_hook(make_inputs_require_grads)
     assert q.blocks[0](torch.randn(2, WIDTH)).requires_grad and not q.blocks[1](torch.randn(2, WIDTH)).requires_grad
+
+
+def test_a_frozen_model_with_recorders_computes_its_integers() -> None:
+    q = octav_fx.quantize(Net(), batch(), octav_fx.Config(4, 4), blocks="auto").eval()
+    octav_fx.freeze(octav_fx.calibrate(q, [batch()]))
+    # What SegFormer has from its first call on.
+    for block in q.blocks:
+        capturing.install_output_capuring_hook(block.up, "attentions", 1)
+    x = batch(64)
+    for block, defined in zip(q.blocks, octav_fx.convert(q, integers=False).blocks, strict=True):
+        assert torch.equal(block(x), defined(x))
+        # The graph itself rounds otherwise.
+        assert not torch.equal(block(x), block.simulated_forward(x))
