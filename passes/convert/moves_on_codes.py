@@ -8,7 +8,8 @@
         ->  integer_codes(levels(chunk(codes, 2, 1)[0], s, bits, signed), ...)
 
 Codes rise with their levels and belong to one element each: see codes_between_layers. What quantizes them again is then
-a function of one code, and what is moved is a byte.
+a function of one code, and what is moved is a byte. Levels that something writes into, or into a view of them, stay
+levels: codes would not have what is written.
 """
 
 from typing import Any, Final
@@ -16,7 +17,7 @@ from typing import Any, Final
 from torch import fx
 
 from octav_fx.ir.arguments import bound_arguments, called_module
-from octav_fx.ir.dataflow import readers, reads_sizes
+from octav_fx.ir.dataflow import readers, reads_sizes, written_before
 from octav_fx.ir.edits import Edit, erase_unused
 from octav_fx.ir.ops import is_op
 from octav_fx.nn import StaticQuantizer
@@ -34,10 +35,13 @@ def moves_on_codes(gm: fx.GraphModule) -> list[Edit]:
     for node in list(gm.graph.find_nodes(op="call_function", target=integer_codes)):
         if isinstance(called_module(source := _source(bound_arguments(node)["x"])), StaticQuantizer):
             on_codes(source)
+    end = gm.graph.output_node()
     for node in list(gm.graph.nodes):
         if not _moves(node) or not is_levels(source := node.all_input_nodes[0]) or not _leads_to_codes(node):
             continue
         if is_op(node, _PARTS) and not all(is_op(reader, _ITEM) for reader in readers(node)):
+            continue
+        if written_before(source, end):
             continue
         x = on_codes(source)
         node.replace_input_with(source, x.codes)

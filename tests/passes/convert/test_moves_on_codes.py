@@ -75,3 +75,20 @@ OTHERS = {
 @pytest.mark.parametrize("forward", OTHERS.values(), ids=list(OTHERS))
 def test_what_stays(forward):
     assert made(on_codes(forward, bits=4), moves_on_codes) == []
+
+
+WRITES = {
+    "a copy of them": lambda s, x: (z := (y := s.a(x)).clone(), z.add_(y), s.b(F.max_pool2d(z, 2)))[-1],
+    "a view of a copy": lambda s, x: (z := (y := s.a(x)).clone(), z[:, 1:].mul_(2), s.b(F.max_pool2d(z, 2)) + y.mean())[
+        -1
+    ],
+}
+
+
+@pytest.mark.parametrize("forward", WRITES.values(), ids=list(WRITES))
+def test_what_is_written_into_them_is_read_later(forward):
+    c = on_codes(forward, bits=4)
+    expected = c(X)
+    made(c, moves_on_codes)
+    made(c, functions_of_codes)
+    assert torch.equal(c(X), expected)
