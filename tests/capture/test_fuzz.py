@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import octav_fx
+from tests.support import fuzz_images
 from tests.support.faults import fault_compiled, fault_deployed, fault_quantized
 from tests.support.fuzz import built, inputs, is_valid, program
 
@@ -18,6 +19,13 @@ def test_a_program(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_a_program_deployed(seed: int) -> None:
     assert fault_deployed(program(seed), seed) is None, program(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_a_net_deployed(seed: int) -> None:
+    source = fuzz_images.program(seed)
+    assert fault_deployed(source, seed, fuzz_images) is None, source
 
 
 @pytest.mark.compile

@@ -1,4 +1,4 @@
-"""What is wrong with a quantized, deployed or compiled program of tests/support/fuzz.py.
+"""What is wrong with a quantized, deployed or compiled program of tests/support/fuzz.py, or of fuzz_images.py.
 
     python -m tests.support.faults quantized --minutes 10 [--seed 0]
 
@@ -8,11 +8,12 @@ What a model says it does not hold for is no fault.
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from octav_fx import Config
 from octav_fx.deploy.codes import codes_of_quantizers
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer
+from tests.support import fuzz, fuzz_images
 from tests.support.alike import assert_close, assert_computes, gradients, run, tensors
-from tests.support.fuzz import built, inputs, is_valid, program
+from tests.support.fuzz import built, inputs, is_valid
 
 # What programs are deployed with, in turn.
 DEPLOYED: Final = (
@@ -79,19 +81,19 @@ def fault_quantized(source: str, seed: int) -> str | None:
     return None
 
 
-def fault_deployed(source: str, seed: int) -> str | None:
+def fault_deployed(source: str, seed: int, grammar: Any = fuzz) -> str | None:
     """Say where the converted program is not the frozen one, or return None.
 
-    By definition they are equal, and integers from equal codes give equal codes, but for one at a tie of oneDNN's
-    rounding.
+    grammar: the module that has written it. By definition they are equal, and integers from equal codes give equal
+    codes, but for one at a tie of oneDNN's rounding.
     """
-    if not is_valid(source, training=False):
+    if not grammar.is_valid(source, training=False):
         return None
     with _as_words() as words, contextlib.suppress(OctavError):
-        q = octav_fx.quantize(built(source).eval(), inputs()[0], DEPLOYED[seed % len(DEPLOYED)])
-        octav_fx.freeze(octav_fx.calibrate(q, inputs()))
+        q = octav_fx.quantize(grammar.built(source).eval(), grammar.inputs()[0], DEPLOYED[seed % len(DEPLOYED)])
+        octav_fx.freeze(octav_fx.calibrate(q, grammar.inputs()))
         defined, converted = octav_fx.convert(q, integers=False), octav_fx.convert(q)
-        for args in inputs():
+        for args in grammar.inputs():
             # Forward may write into its state.
             with contextlib.suppress(OctavError), torch.no_grad():
                 expected, found = (tensors(run(copy.deepcopy(m), args)) for m in (q, defined))
@@ -155,6 +157,7 @@ FAULTS: Final[dict[str, Callable[[str, int], str | None]]] = {
     "quantized": fault_quantized,
     "deployed": fault_deployed,
     "compiled": fault_compiled,
+    "images": functools.partial(fault_deployed, grammar=fuzz_images),
 }
 
 
@@ -167,9 +170,10 @@ def main() -> None:
     given = parser.parse_args()
     end, seed, valid = time.monotonic() + 60 * given.minutes, given.seed, 0
     while time.monotonic() < end:
-        source = program(seed)
+        grammar = fuzz_images if given.what == "images" else fuzz
+        source = grammar.program(seed)
         found = FAULTS[given.what](source, seed)
-        valid += is_valid(source, given.what != "deployed" and bool(seed % 2))
+        valid += grammar.is_valid(source, given.what in ("quantized", "compiled") and bool(seed % 2))
         if found is not None:
             print(f"--- seed {seed}: {found}\n{source}\n", flush=True)
         seed += 1
