@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from octav_fx.compat.tensors import pytree, storage_id
@@ -61,4 +62,5 @@ def aliasing(graph: fx.Graph) -> Aliasing:
 
 def _storages(node: fx.Node) -> set[int]:
     leaves = pytree.tree_leaves(fake(node))
-    return {storage_id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    # A sparse tensor has several.
+    return {storage_id(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided}
