@@ -23,6 +23,7 @@ from octav_fx.capture.rerun import (
 )
 from octav_fx.capture.symbolic.trace import capture
 from octav_fx.errors import NotCaptured
+from tests.support.fuzz import Tripled
 from tests.support.graphs import model
 
 
@@ -224,16 +225,6 @@ def test_hooks_that_a_first_call_installs_are_gone_again() -> None:
     first, second = run_once(module, (x,), {}), run_once(module, (x,), {})
     assert torch.equal(first, second) and torch.allclose(first, x @ module.fc.weight.t() + module.fc.bias + 1)
     assert not hasattr(module, "hooked") and not module.fc._forward_hooks
-
-
-class Tripled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 3
 
 
 def test_what_a_graph_reads_that_is_captured_meanwhile_stays() -> None:

@@ -31,6 +31,7 @@ from tests.support.deployable_models import (
     relative,
     shortened,
 )
+from tests.support.fuzz import Tripled
 from tests.support.graphs import model
 
 CASES = shortened()
@@ -396,18 +397,6 @@ def test_a_cast_where_floats_and_integers_meet():
     with pytest.raises(OctavError, match=r"cast to torch\.float16, and its integers return float32"):
         c(x.half())
     assert relative(c.float()(x), q(x)) < 1e-2
-
-
-class Tripled(torch.autograd.Function):
-    """An object that a graph holds."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 3
 
 
 class WithObject(nn.Module):

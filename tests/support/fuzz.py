@@ -153,11 +153,17 @@ def program(seed: int) -> str:
 
 
 def built(source: str) -> nn.Module:
+    return module_of("self, x, y", source, Fuzzed, elsewhere=elsewhere, tripled=Tripled.apply)
+
+
+def module_of(arguments: str, source: str, kind: type[nn.Module], **names: Any) -> nn.Module:
+    """Make a module of a kind, with a forward of these arguments and this body, which may speak of names."""
     body = "\n".join(f"    {line}" for line in source.splitlines())
-    scope = {"torch": torch, "F": F, "Tensor": Tensor, "elsewhere": elsewhere, "tripled": Tripled.apply}
-    exec(compile(f"def forward(self, x, y):\n{body}", "<fuzz>", "exec"), scope)
+    scope = {"torch": torch, "F": F, "Tensor": Tensor, **names}
+    exec(compile(f"def forward({arguments}):\n{body}", "<fuzz>", "exec"), scope)
     torch.manual_seed(0)
-    return type("Program", (Fuzzed,), {"forward": scope["forward"]})()
+    made: nn.Module = type("Program", (kind,), {"forward": scope["forward"]})()
+    return made
 
 
 def inputs() -> list[tuple[Tensor, ...]]:

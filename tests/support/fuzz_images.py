@@ -9,9 +9,9 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tests.support.alike import run, tensors
+from tests.support.fuzz import module_of
 
 EXPRESSIONS: Final = (
     *("self.conv{k}({v})", "self.norm{b}(self.conv{k}({v}))", "F.relu(self.norm{b}(self.conv{k}({v})))"),
@@ -55,10 +55,8 @@ class Net(nn.Module):
         self.stem, self.narrow, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 8, 1), nn.Linear(8, 8)
         self.conv0, self.conv1 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
         self.conv2, self.grouped = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=2)
-        self.depthwise, self.transposed = (
-            nn.Conv2d(8, 8, 3, padding=1, groups=8),
-            nn.ConvTranspose2d(8, 8, 3, padding=1),
-        )
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.transposed = nn.ConvTranspose2d(8, 8, 3, padding=1)
         self.norm0, self.norm1, self.norm2, self.prelu = (*(nn.BatchNorm2d(8) for _ in range(3)), nn.PReLU(8))
         for norm in (self.norm0, self.norm1, self.norm2):
             norm.running_mean.normal_(0, 0.2)
@@ -87,11 +85,7 @@ def program(seed: int) -> str:
 
 
 def built(source: str) -> nn.Module:
-    body = "\n".join(f"    {line}" for line in source.splitlines())
-    scope = {"torch": torch, "F": F}
-    exec(compile(f"def forward(self, x):\n{body}", "<fuzz>", "exec"), scope)
-    torch.manual_seed(0)
-    return type("Program", (Net,), {"forward": scope["forward"]})()
+    return module_of("self, x", source, Net)
 
 
 def inputs() -> list[tuple[Tensor, ...]]:

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrizations
 import octav_fx
 from octav_fx.capture.modules import quantized_modules
 from tests.support.alike import assert_follows, quantized_alike, silent_quantizers
+from tests.support.fuzz import Tripled
 
 x, longer, one = (torch.randn(2, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8))
 Step = Any
@@ -74,16 +75,6 @@ class Memory:
 class Result:
     y: Tensor
     extra: Any = None
-
-
-class Thrice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 3
 
 
 @case((x,), (x, Kind.MEAN), (longer, Kind.SUM))
@@ -189,7 +180,7 @@ def asks_whether_a_result_is_a_leaf(self: Any, x: Tensor) -> Tensor:
     return self.b(y) * (3 if y.is_leaf else 1) * (5 if x.is_leaf else 1)
 
 
-@case((x,), (longer,), functions=[Thrice.apply, F.relu])
+@case((x,), (longer,), functions=[Tripled.apply, F.relu])
 def takes_functions_from_a_list(self: Any, x: Tensor) -> Tensor:
     for function in self.functions:
         x = function(self.a(x))
