@@ -1,6 +1,7 @@
 """Graphs as rows of plain values, which copy and pickle: fx nodes link to their neighbours, too deep for both."""
 
 import operator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ def _plain(leaf: Any) -> Any:
         # Not by the protocol of torch.save.
         case torch.memory_format():
             return _OfTorch(str(leaf).removeprefix("torch."))
+        # F.max_pool2d, torch.unique and their kin: made in a function, of which pickle would ask for them.
+        case FunctionType() if "<locals>" in leaf.__qualname__ and leaf.__module__.startswith("torch."):
+            return _OfTorch(f"{leaf.__module__}.{leaf.__name__}".removeprefix("torch."))
     return leaf
 
 

@@ -121,6 +121,10 @@ UNPICKLED = {
     "packet": torch.ops.aten.relu,
     # Not by the protocol of torch.save.
     "memory format": lambda x: x.clone(memory_format=torch.contiguous_format),
+    # Functions that a function of torch has made.
+    "pool": lambda x: F.max_pool1d(x, 2),
+    "adaptive pool": lambda x: F.adaptive_max_pool1d(x, 2),
+    "distinct": lambda x: torch.unique(x, dim=0),
 }
 
 
