@@ -38,7 +38,8 @@ def load_state(q: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
         if own != saved:
             raise OctavError(
                 f"the state is of another model: {name} is {saved or 'not in it'}, here {own or 'not there'}; quantize "
-                "the same model with the same octav_fx.Config, and examples=[...] of all kinds of calls that it got"
+                "the same model, in the same mode, with the same octav_fx.Config, and examples=[...] of all kinds of "
+                "calls that it got"
             )
     for name, quantizer in quantizers.items():
         quantizer.initialized = bool(state[name]["initialized"])

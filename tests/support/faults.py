@@ -99,11 +99,12 @@ def fault_deployed(source: str, seed: int, grammar: Any = fuzz) -> str | None:
                 expected, found = (tensors(run(copy.deepcopy(m), args)) for m in (q, defined))
                 assert len(expected) == len(found) and all(map(torch.equal, found, expected)), "not as frozen"
                 run(copy.deepcopy(converted), args)
-                _check_codes(copy.deepcopy(defined), copy.deepcopy(converted), args)
+                check_codes(copy.deepcopy(defined), copy.deepcopy(converted), args)
     return words.get("fault")
 
 
-def _check_codes(defined: nn.Module, converted: nn.Module, args: tuple[Tensor, ...]) -> None:
+def check_codes(defined: nn.Module, converted: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Check that from equal codes integers give equal codes, but for one at a tie of oneDNN's rounding."""
     given = codes_of_quantizers(defined, tuple(map(torch.clone, args)), {})
     found = codes_of_quantizers(converted, tuple(map(torch.clone, args)), {}, given)
     for name, calls in given.items():
