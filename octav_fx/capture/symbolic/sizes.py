@@ -32,7 +32,12 @@ _SAME_MODULES: Final = (
     *(nn.Sigmoid, nn.Softmax, nn.Softplus, nn.Identity),
 )
 # In place, and of another shape afterwards.
-_RESIZED: Final = frozenset({"resize_", "resize_as_", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_"})
+RESHAPES_IN_PLACE: Final = frozenset(
+    {
+        *("resize_", "resize_as_", "set_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_"),
+        "unsqueeze_",
+    }
+)
 _SPLITS: Final = ("unbind",)
 _BROADCASTING: Final = frozenset({"add", "sub", "mul", "truediv", "div", "pow", "maximum", "minimum"})
 
@@ -78,7 +83,7 @@ def keeps_shape(node: fx.Node) -> bool:
         return not any(isinstance(arg, fx.Node) and isinstance(fake(arg), Tensor) for arg in node.args[1:])
     if name == "pow" and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
         return False
-    is_written = in_place(node) and "out" not in node.kwargs and name not in _RESIZED
+    is_written = in_place(node) and "out" not in node.kwargs and name not in RESHAPES_IN_PLACE
     return name in _SAME or (is_written and isinstance(fake(node), Tensor))
 
 

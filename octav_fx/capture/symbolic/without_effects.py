@@ -7,18 +7,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from octav_fx.capture.symbolic.sizes import keeps_shape
+from octav_fx.capture.symbolic.sizes import RESHAPES_IN_PLACE, keeps_shape
 from octav_fx.ir.meta import fake
 from octav_fx.ir.ops import in_place, module_of
 
 # Functions that move statistics which they are given.
 _NORMS: Final = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
-_RESHAPES: Final = frozenset(
-    {
-        *("resize_", "resize_as_", "set_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_"),
-        "unsqueeze_",
-    }
-)
 _DROPS: Final = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 )
@@ -58,7 +52,9 @@ def _without_writes(graph: fx.Graph) -> None:
     """Let what reads the result of a write read what was written into, where that keeps its shape: it has its sizes."""
     for node in graph.nodes:
         target = node.args[0] if node.args else None
-        is_write = node.op in ("call_function", "call_method") and in_place(node) and node.target not in _RESHAPES
+        is_write = (
+            node.op in ("call_function", "call_method") and in_place(node) and node.target not in RESHAPES_IN_PLACE
+        )
         if is_write and isinstance(target, fx.Node):
             before, after = fake(target), fake(node)
             if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
