@@ -22,6 +22,7 @@ from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, dtypes_around, pytree, quiet
 from octav_fx.errors import OctavError
+from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.ops import in_place
 
 # So many kinds of calls a graph remembers an answer for.
@@ -91,6 +92,23 @@ class Facts:
                 return path.removeprefix("_float_module.")
         return None
 
+    def of_state(self, module: Any) -> "Facts":
+        """Return the same facts with the sizes and numbers that the state of a module alone decides in them."""
+        facts = _restored(flatten(self.graph), self.expected, self.where)
+        known = {node: value_of(module, node) for node in constants(facts.graph)}
+        numbers = {node: value for node, value in known.items() if not isinstance(value, Tensor)}
+
+        def as_number(node: fx.Node) -> Any:
+            value = numbers.get(node, node)
+            return tuple(value) if isinstance(value, torch.Size) else value
+
+        for node in facts.graph.nodes:
+            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), as_number)
+        for node in reversed(facts.graph.nodes):
+            if node in known and not node.users:
+                facts.graph.erase_node(node)
+        return Facts(facts.graph, facts.expected, facts.where)
+
     def __reduce__(self) -> Any:
         return _restored, (flatten(self.graph), self.expected, self.where)
 
@@ -145,10 +163,14 @@ class Guards:
         """Ask anew what forward computes on its way: its parameters have another dtype."""
         self._known.clear()
 
-    def of_inputs(self) -> "Guards":
-        """Return the guards that ask arguments alone; of what a graph computes, its own checks are left."""
-        asks_state = self.sizes is not None and self.sizes.graph.find_nodes(op="get_attr")
-        return Guards(self.arguments, None, None if asks_state else self.sizes)
+    def of_inputs(self, module: Any) -> "Guards":
+        """Return the guards that ask arguments alone; of what a graph computes, its own checks are left.
+
+        module: what they are of, whose state stays as it is; of its tensors no sizes are asked later.
+        """
+        sizes = None if self.sizes is None else self.sizes.of_state(module)
+        asks_state = sizes is not None and sizes.graph.find_nodes(op="get_attr")
+        return Guards(self.arguments, None, None if asks_state else sizes)
 
     def __reduce__(self) -> Any:
         return Guards, (self.arguments, self.attributes, self.sizes, self.deep, self.dtypes)

@@ -114,4 +114,4 @@ def _of_graph(module: QuantizedModule, index: int, passes: tuple[Pass, ...]) -> 
     working = led_by(copy.deepcopy(module.owner).eval(), index)
     drop_stores(working.graph)
     guards = working.graphs_of(False)[0].guards
-    return integer_module(working, passes, None if guards is None else guards.of_inputs())
+    return integer_module(working, passes, None if guards is None else guards.of_inputs(working))

@@ -56,7 +56,7 @@ def translated(
     kwargs = _in_order(module, kwargs)
     if dynamic_batch:
         args, kwargs = _at_least_two(args, kwargs)
-    named = kwargs or dict(zip(_names(module, len(args)), args, strict=True))
+    named = kwargs or dict(zip(names_of(module, len(args)), args, strict=True))
     dynamic = _free_axes(named, kwargs, dynamic_batch, dynamic_axes)
     # A dictionary that is the last of them is taken for keyword arguments.
     given = args if kwargs else (*args, {})
@@ -191,7 +191,7 @@ def _free_axes(
     if not dynamic_batch and not dynamic_axes:
         return None
     for name, axes in dynamic_axes.items():
-        if not _has_axes(named.get(name), axes):
+        if not has_axes(named.get(name), axes):
             there = ", ".join(f"{held} {list(x.shape)}" for held, x in named.items() if isinstance(x, Tensor))
             raise OctavError(f"dynamic_axes={{{name!r}: {axes!r}}}: no such axes; the inputs are {there}")
     batch, size = torch.export.Dim("batch"), _batch_size(named)
@@ -236,13 +236,13 @@ def _check_free(
                 )
 
 
-def _has_axes(value: Any, axes: Any) -> bool:
+def has_axes(value: Any, axes: Any) -> bool:
     """Tell whether a value is a tensor that has some axes, of which users may give anything."""
     is_there = isinstance(value, Tensor) and isinstance(axes, Iterable)
     return is_there and all(isinstance(axis, int) and -value.dim() <= axis < value.dim() for axis in axes)
 
 
-def _names(module: nn.Module, count: int) -> list[str]:
+def names_of(module: nn.Module, count: int) -> list[str]:
     """Return the names of so many positional inputs; those of *args have numbers."""
     parameters = inspect.signature(module.forward).parameters.values()
     named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][:count]

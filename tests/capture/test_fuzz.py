@@ -5,7 +5,7 @@ import torch
 
 import octav_fx
 from tests.support import fuzz_images
-from tests.support.faults import fault_compiled, fault_deployed, fault_quantized
+from tests.support.faults import fault_compiled, fault_deployed, fault_exported, fault_quantized
 from tests.support.fuzz import built, inputs, is_valid, program
 
 
@@ -26,6 +26,20 @@ def test_a_program_deployed(seed: int) -> None:
 def test_a_net_deployed(seed: int) -> None:
     source = fuzz_images.program(seed)
     assert fault_deployed(source, seed, fuzz_images) is None, source
+
+
+# The last ones branch on sizes, or take rows one by one.
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 8, 10, 16, 40, 51])
+def test_a_program_exported(seed: int) -> None:
+    assert fault_exported(program(seed), seed) is None, program(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_net_exported(seed: int) -> None:
+    source = fuzz_images.program(seed)
+    assert fault_exported(source, seed, fuzz_images) is None, source
 
 
 @pytest.mark.compile
@@ -71,15 +85,18 @@ def test_what_was_found(name: str, training: bool) -> None:
 
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program in place of the one that is looked for differs; one that raises has raised."""
-    quantize, convert, compiled = octav_fx.quantize, octav_fx.convert, torch.compile
+    quantize, convert, export, compiled = octav_fx.quantize, octav_fx.convert, octav_fx.export_onnx, torch.compile
     source, other = "return self.a(x)", quantize(built("return self.b(x)").eval(), inputs()[0])
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(other, **options))
     assert str(fault_compiled(source, 0)).startswith("differs: result of call 0")
     octav_fx.freeze(octav_fx.calibrate(other, inputs()))
     monkeypatch.setattr(octav_fx, "convert", lambda model, **options: convert(other, **options))
     assert fault_deployed(source, 0) == "differs: not as frozen"
+    monkeypatch.setattr(octav_fx, "export_onnx", lambda model, *args, **options: export(other, *args, **options))
+    monkeypatch.setattr(octav_fx, "convert", convert)
+    assert str(fault_exported(source, 0)).startswith("differs: onnxruntime: off by")
     monkeypatch.setattr(octav_fx, "quantize", lambda model, args: quantize(built("return self.b(x)"), args))
     assert str(fault_quantized(source, 0)).startswith("differs: result for inputs 0")
     monkeypatch.setattr(octav_fx, "quantize", lambda *args: 1 / 0)
-    for fault in (fault_quantized, fault_deployed, fault_compiled):
+    for fault in (fault_quantized, fault_deployed, fault_exported, fault_compiled):
         assert fault(source, 0) == "raised ZeroDivisionError: division by zero"

@@ -448,6 +448,23 @@ def test_a_graph_that_was_edited_after_freezing():
     assert relative(convert(q)(x), q(x)) < 0.05
 
 
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_size_that_a_weight_decides_is_asked_for(integers):
+    class OfState(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x) if len(x) <= 2 * self.fc.weight.shape[0] else self.fc(x).relu()
+
+    x = torch.randn(3, 4)
+    c = octav_fx.convert(freeze(calibrate(quantize(OfState().eval(), x), [x])), integers=integers)
+    assert c(torch.randn(8, 4)).min() < 0
+    with pytest.raises(OctavError, match="True at capture, False now"):
+        c(torch.randn(9, 4))
+
+
 def test_weights_that_are_not_finite():
     q, _ = ready()
     with torch.no_grad():

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import OctavError
@@ -145,3 +146,86 @@ def test_a_dictionary_is_an_input(tmp_path: Path) -> None:
     q = octav_fx.freeze(octav_fx.calibrate(q, [example]))
     octav_fx.export_onnx(q, example, path)
     assert all(value.type.tensor_type.shape.dim[0].dim_param for value in onnx.load(path).graph.input)
+
+
+class Ways(nn.Module):
+    """Texts that Python looks at the size of, in the way that a subclass has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class OtherWay(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.shape[1] <= 100 else self.fc(x).relu()
+
+
+class OfState(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.shape[1] <= 5 * len(self.fc.weight) else self.fc(x).relu()
+
+
+class OfComputed(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool1d(self.fc(x).mT, 2).mT
+        return self.other(x) if x.shape[1] <= 30 else self.other(x).relu()
+
+
+class OneByOne(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.fc(row) for row in x])
+
+
+class Even(Ways):
+    """Another layer, which is of the graph for other sizes alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.shape[1] % 2 == 0 else self.other(x)
+
+
+class Refuses(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] % 2:
+            raise ValueError("no odd lengths")
+        assert x.shape[1] <= 20
+        return self.fc(x)
+
+
+class SameResult(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return x - x.mean(1, keepdim=True) if x.shape[1] > 1 else x - x
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "advice"),
+    [
+        (OtherWay, {"dynamic_axes": {"x": [1]}}, r"for inputs \[2, 101, 8\] .* \(.*py:\d+\)"),
+        (OfState, {"dynamic_axes": {"x": [1]}}, r"for inputs \[2, 41, 8\] "),
+        (OfComputed, {"dynamic_axes": {"x": [1]}}, r"for inputs \[2, 62, 8\] "),
+        (Even, {"dynamic_axes": {"x": [1]}}, r"for inputs \[2, 7, 8\] .* without dynamic_axes"),
+        (OneByOne, {}, r"for inputs \[3, 6, 8\] .* with dynamic_batch=False"),
+    ],
+)
+def test_sizes_that_the_model_computes_another_way_for(
+    kind: type[nn.Module], options: dict[str, Any], advice: str, tmp_path: Path
+) -> None:
+    x, path = torch.randn(2, 6, 8), tmp_path / "model.onnx"
+    q = frozen(kind, {"x": x})
+    with pytest.raises(OctavError, match=advice):
+        octav_fx.export_onnx(q, x, path, **options)
+    assert not path.exists()
+    octav_fx.export_onnx(q, x, path, dynamic_batch=False)
+    (found,) = run_onnx(path, x).values()
+    assert relative(found, q(x)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [Refuses, SameResult])
+def test_sizes_that_the_model_refuses_or_computes_alike_are_free(kind: type[nn.Module], tmp_path: Path) -> None:
+    x, path = torch.randn(2, 6, 8), tmp_path / "model.onnx"
+    q = frozen(kind, {"x": x})
+    octav_fx.export_onnx(q, x, path, dynamic_axes={"x": [1]})
+    other = torch.randn(3, 8, 8)
+    (found,) = run_onnx(path, other).values()
+    assert relative(found, q(other)) < 1e-5

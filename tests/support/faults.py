@@ -10,9 +10,11 @@ import contextlib
 import copy
 import functools
 import io
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -21,11 +23,15 @@ from torch import Tensor, nn
 import octav_fx
 from octav_fx import Config
 from octav_fx.deploy.codes import codes_of_quantizers
+from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer
 from tests.support import fuzz, fuzz_images
 from tests.support.alike import assert_close, assert_computes, gradients, run, tensors
+from tests.support.file_faults import EXACT, ROUNDING, check_file, without_dead, write
 from tests.support.fuzz import built, inputs, is_valid
+from tests.support.given_levels import Run
+from tests.support.onnx_files import optimized_ops
 
 # What programs are deployed with, in turn.
 DEPLOYED: Final = (
@@ -87,19 +93,72 @@ def fault_deployed(source: str, seed: int, grammar: Any = fuzz) -> str | None:
     grammar: the module that has written it. By definition they are equal, and integers from equal codes give equal
     codes, but for one at a tie of oneDNN's rounding.
     """
-    if not grammar.is_valid(source, training=False):
+    if (found := _program(source, seed, grammar)) is None:
         return None
+    model, all_inputs = found
     with _as_words() as words, contextlib.suppress(OctavError):
-        q = octav_fx.quantize(grammar.built(source).eval(), grammar.inputs()[0], DEPLOYED[seed % len(DEPLOYED)])
-        octav_fx.freeze(octav_fx.calibrate(q, grammar.inputs()))
+        q = _frozen(model, all_inputs, seed)
         defined, converted = octav_fx.convert(q, integers=False), octav_fx.convert(q)
-        for args in grammar.inputs():
+        for args in all_inputs:
             # Forward may write into its state.
             with contextlib.suppress(OctavError), torch.no_grad():
                 expected, found = (tensors(run(copy.deepcopy(m), args)) for m in (q, defined))
                 assert len(expected) == len(found) and all(map(torch.equal, found, expected)), "not as frozen"
                 run(copy.deepcopy(converted), args)
                 check_codes(copy.deepcopy(defined), copy.deepcopy(converted), args)
+    return words.get("fault")
+
+
+def _program(source: str, seed: int, grammar: Any) -> tuple[nn.Module, list[tuple[Tensor, ...]]] | None:
+    """Return a program and its inputs, channels last for every second seed where float runs so; None if it is none."""
+    if not grammar.is_valid(source, training=False):
+        return None
+    if seed % 2 and grammar is fuzz_images:
+        model = grammar.built(source).eval().to(memory_format=torch.channels_last)
+        all_inputs = [tuple(x.contiguous(memory_format=torch.channels_last) for x in args) for args in grammar.inputs()]
+        # A view of what lies otherwise is none.
+        with contextlib.suppress(RuntimeError), torch.no_grad():
+            for args in all_inputs:
+                run(copy.deepcopy(model), args)
+            return model, all_inputs
+    return grammar.built(source).eval(), grammar.inputs()
+
+
+def _frozen(model: nn.Module, all_inputs: list[tuple[Tensor, ...]], seed: int) -> nn.Module:
+    q = octav_fx.quantize(model, all_inputs[0], DEPLOYED[seed % len(DEPLOYED)])
+    return octav_fx.freeze(octav_fx.calibrate(q, all_inputs))
+
+
+def fault_exported(
+    source: str,
+    seed: int,
+    grammar: Any = fuzz,
+    targets: tuple[str, ...] = ("onnxruntime", "exact"),
+    compute: Run = run_onnx,
+) -> str | None:
+    """Say where a runtime computes otherwise than the frozen program what was exported of it, or return None.
+
+    compute: runs a file. From equal codes it gives equal codes, but where what is rounded lies at a tie, and equal
+    results, but for roundings to float32; where onnxruntime has integers and moves alone, the results of the whole are
+    equal bits.
+    """
+    if (found := _program(source, seed, grammar)) is None:
+        return None
+    model, all_inputs = found
+    with _as_words() as words, contextlib.suppress(OctavError), tempfile.TemporaryDirectory() as folder:
+        q, path = _frozen(model, all_inputs, seed), Path(folder) / "model.onnx"
+        defined = without_dead(octav_fx.convert(q, integers=False))
+        for target in targets:
+            # Forward may write into its state.
+            holds_for_all = write(copy.deepcopy(q), all_inputs[0], path, target, grammar.AXES)
+            is_exact, far = compute is run_onnx and set(optimized_ops(path)) <= EXACT, list[float]()
+            for args in all_inputs if holds_for_all else all_inputs[:1]:
+                try:
+                    far += check_file(path, defined, args, compute, is_exact)
+                except AssertionError as error:
+                    raise AssertionError(f"{target}, {[*args[0].shape]}: {error}") from error
+            # A code that moves at a tie moves what is behind it.
+            assert sum(d > ROUNDING for d in far) <= len(far) / 3, f"{target}: off by {far}"
     return words.get("fault")
 
 
@@ -159,6 +218,8 @@ FAULTS: Final[dict[str, Callable[[str, int], str | None]]] = {
     "deployed": fault_deployed,
     "compiled": fault_compiled,
     "images": functools.partial(fault_deployed, grammar=fuzz_images),
+    "exported": fault_exported,
+    "exported_images": functools.partial(fault_exported, grammar=fuzz_images),
 }
 
 
@@ -171,7 +232,7 @@ def main() -> None:
     given = parser.parse_args()
     end, seed, valid = time.monotonic() + 60 * given.minutes, given.seed, 0
     while time.monotonic() < end:
-        grammar = fuzz_images if given.what == "images" else fuzz
+        grammar = fuzz_images if given.what.endswith("images") else fuzz
         source = grammar.program(seed)
         found = FAULTS[given.what](source, seed)
         valid += grammar.is_valid(source, given.what in ("quantized", "compiled") and bool(seed % 2))

@@ -166,6 +166,10 @@ def module_of(arguments: str, source: str, kind: type[nn.Module], **names: Any) 
     return made
 
 
+# Which sizes of the inputs are free, but for the first.
+AXES = {"x": [1], "y": [1]}
+
+
 def inputs() -> list[tuple[Tensor, ...]]:
     torch.manual_seed(2)
     return [tuple(torch.randn(b, t, 8) for _ in "xy") for b, t in ((2, 5), (3, 7), (1, 4))]

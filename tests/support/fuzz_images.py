@@ -88,6 +88,10 @@ def built(source: str) -> nn.Module:
     return module_of("self, x", source, Net)
 
 
+# Which sizes of the inputs are free, but for the number of images.
+AXES: Final = {"x": [2, 3]}
+
+
 def inputs() -> list[tuple[Tensor, ...]]:
     torch.manual_seed(2)
     return [(torch.randn(b, 3, h, w),) for b, h, w in ((2, 8, 8), (3, 10, 6), (1, 8, 8))]

@@ -27,7 +27,7 @@ def with_given_activations(path: Path, given: Levels) -> tuple[bytes, dict[str, 
     """
     model = onnx.load(path)
     graph = model.graph
-    calls = _calls(graph)
+    calls = calls_of(graph)
     assert Counter(call.partition("/")[0] for call in calls) == {name: len(levels) for name, levels in given.items()}
     order = {name: iter(levels) for name, levels in given.items()}
     values = {call: next(order[call.partition("/")[0]]) for call in calls}
@@ -57,13 +57,13 @@ def with_given_activations(path: Path, given: Levels) -> tuple[bytes, dict[str, 
 def with_levels(path: Path) -> tuple[bytes, dict[str, list[str]]]:
     """The model with the levels of every activation an output; their names by quantizer, in the order of calls."""
     model, names = onnx.load(path), dict[str, list[str]]()
-    for call, chain in _calls(model.graph).items():
+    for call, chain in calls_of(model.graph).items():
         names.setdefault(call.partition("/")[0], []).append(chain[-1].output[0])
         model.graph.output.append(helper.make_tensor_value_info(chain[-1].output[0], TensorProto.FLOAT, None))
     return model.SerializeToString(), names
 
 
-def _calls(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+def calls_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     """The nodes of each call of a quantizer, the last of which returns its levels: quantizers.<call>.<step>."""
     calls: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:

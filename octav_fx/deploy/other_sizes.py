@@ -1,0 +1,179 @@
+"""Whether a file computes for other sizes of its free axes what the model computes: it is one graph, without guards."""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from octav_fx.capture.guards import DoesNotHold
+from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
+from octav_fx.capture.integer_module import IntegerModule
+from octav_fx.capture.symbolic.guards import guard_equal
+from octav_fx.compat.tensors import FakeTensorMode, pytree, quiet
+from octav_fx.deploy.convert import rewritten
+from octav_fx.deploy.translate import has_axes, names_of
+from octav_fx.errors import OctavError
+from octav_fx.passes import COMPUTE, CONVERT
+
+# No guard is asked about more elements than so many, nor a model.
+_LARGEST: Final = 2**22
+# Of the largest result: graphs of other kinds of calls may sum in another order, and move codes at ties.
+_ALIKE: Final = 1e-2
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The free axes of the tensors among the inputs, in their order, and the size that these have in the example."""
+
+    free: tuple[frozenset[int], ...]
+    size: int
+
+
+def check_other_sizes(
+    q: nn.Module,
+    converted: nn.Module,
+    example_inputs: Any,
+    dynamic_batch: bool,
+    dynamic_axes: Mapping[str, Sequence[int]],
+) -> None:
+    """Raise OctavError where a frozen model computes for another size of free axes otherwise than its graph.
+
+    converted: what is written, whose guards name the sizes; of those that break them the model itself is asked. Sizes
+    that it refuses are no fault.
+    """
+    if not isinstance(converted, IntegerModule):
+        return
+    guards = converted.octav_guarded.guards
+    sizes = None if guards is None else guards.sizes
+    computes_sizes = bool(converted.graph.find_nodes(op="call_function", target=guard_equal))
+    if sizes is None and not computes_sizes:
+        return
+    call = as_inputs(example_inputs)
+
+    def fault(given: Inputs) -> str | None:
+        bound = _bound(converted, given)
+        found = None if sizes is None else sizes.broken(converted, bound.args, bound.kwargs)
+        return _fault_without_data(converted, bound) if found is None and computes_sizes else found
+
+    named = call.kwargs or dict(zip(names_of(converted, len(call.args)), call.args, strict=True))
+    asked = list[str]()
+    for axes in _groups(named, dynamic_batch, dynamic_axes):
+        for given in _breaking(call, axes, fault):
+            place = str(fault(given)).partition(": ")[0]
+            # A place may be one of several that the same size breaks.
+            if asked.count(place) < 3:
+                asked.append(place)
+                _check(q, given, place)
+
+
+def _fault_without_data(converted: IntegerModule, bound: inspect.BoundArguments) -> str | None:
+    """Say which size that a graph computes on its way is not what it was, or return None."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (bound.args, bound.kwargs))
+    with torch.no_grad(), quiet(), mode:
+        try:
+            converted.octav_guarded.function()(converted, *args, **kwargs)
+        except DoesNotHold as error:
+            return str(error)
+        except Exception as error:
+            return f"the graph of the example fails: {error}"
+    return None
+
+
+def _check(q: nn.Module, given: Inputs, place: str) -> None:
+    """Raise OctavError where a model runs for inputs and its graph, past the guards, does not compute the same."""
+    with torch.no_grad(), warnings.catch_warnings():
+        # Of quantizers that a new graph brings.
+        warnings.simplefilter("ignore")
+        try:
+            # Forward may write into its state, and a call of a new kind makes a graph.
+            expected = tensors_of(copy.deepcopy(q).eval()(*_own(given.args), **_own(given.kwargs)))
+        except OctavError:
+            expected = None
+        except Exception:
+            return
+        defined = rewritten(q, (*CONVERT, *COMPUTE))
+        assert isinstance(defined, IntegerModule)
+        try:
+            bound = _bound(defined, Inputs(_own(given.args), _own(given.kwargs)))
+            found = tensors_of(defined.octav_guarded.function()(defined, *bound.args, **bound.kwargs))
+        except Exception:
+            found = None
+    if expected is None or found is None or not _are_alike(found, expected):
+        sizes = ", ".join(str([*x.shape]) for x in tensors_of((given.args, given.kwargs)))
+        raise OctavError(
+            f"for inputs {sizes} the model computes another way than for the example ({place}), and a file has one "
+            "way: export it for one size, with dynamic_batch=False where the number of inputs decides, else without "
+            "dynamic_axes"
+        )
+
+
+def _are_alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    def close(f: Tensor, e: Tensor) -> bool:
+        if f.shape != e.shape or f.dtype != e.dtype:
+            return False
+        if not f.is_floating_point():
+            return torch.equal(f, e)
+        return f.numel() == 0 or bool((f - e).abs().max() <= _ALIKE * e.abs().max())
+
+    return len(found) == len(expected) and all(map(close, found, expected))
+
+
+def _bound(module: IntegerModule, given: Inputs) -> inspect.BoundArguments:
+    bound = inspect.signature(module.forward).bind(*given.args, **given.kwargs)
+    bound.apply_defaults()
+    return bound
+
+
+def _own(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, values)
+
+
+def _groups(
+    named: Mapping[str, Any], dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]
+) -> Iterator[_Axes]:
+    """Yield the axes that are free together: those of the batch, and others that have one size in the example."""
+    leaves = [(name, leaf) for name, value in named.items() for leaf in tensors_of(value)]
+    batch = next((len(leaf) for _, leaf in leaves if leaf.dim()), None)
+    if dynamic_batch and batch is not None:
+        yield _Axes(tuple(frozenset([0] if x.dim() and len(x) == batch else []) for _, x in leaves), batch)
+    # Of axes that are not there others tell.
+    held = {name: axes for name, axes in dynamic_axes.items() if has_axes(named.get(name), axes)}
+    others = [frozenset(axis % x.dim() for axis in held.get(name, ())) for name, x in leaves]
+    for size in {x.shape[axis] for (_, x), axes in zip(leaves, others, strict=True) for axis in axes}:
+        free = zip(leaves, others, strict=True)
+        yield _Axes(tuple(frozenset(axis for axis in axes if x.shape[axis] == size) for (_, x), axes in free), size)
+
+
+def _breaking(call: Inputs, axes: _Axes, fault: Callable[[Inputs], str | None]) -> Iterator[Inputs]:
+    """Yield inputs of other sizes of which guards say that the graph does not hold, the nearest of several."""
+    size = axes.size
+    for other in (size + 1, size - 1, size + 2, 2 * size, 1):
+        if 0 < other != size and fault(given := _resized(call, axes, other)) is not None:
+            yield given
+    low, high = size, 2 * size
+    while fault(_resized(call, axes, high)) is None:
+        low, high = high, 2 * high
+        if max(x.numel() for x in tensors_of((call.args, call.kwargs))) // size * high > _LARGEST:
+            return
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fault(_resized(call, axes, middle)) is None else (low, middle)
+    yield _resized(call, axes, high)
+
+
+def _resized(call: Inputs, axes: _Axes, size: int) -> Inputs:
+    """Return inputs with another size of some axes, of the elements that the example has there."""
+    free = iter(axes.free)
+
+    def resized(x: Tensor) -> Tensor:
+        for axis in next(free):
+            x = x.index_select(axis, torch.arange(size, device=x.device) % axes.size)
+        return x
+
+    return Inputs(*pytree.tree_map_only(Tensor, resized, (call.args, dict(call.kwargs))))
