@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from octav_fx.capture.inputs import as_inputs
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.kinds import same_tensors
+from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import pytree
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
@@ -28,6 +29,8 @@ from octav_fx.nn import FakeQuantizer, IntegerBias, IntegerWeight, StaticQuantiz
 
 OPSET: Final = 21
 DOMAIN: Final = "octav"
+# Of an attention, as PyTorch's exporter knows it.
+_AXES: Final = 4
 
 # What a node of the domain stands for.
 Part = IntegerWeight | StoredWeight | IntegerBias | StaticQuantizer
@@ -52,6 +55,7 @@ def translated(
         module.check_call(args, kwargs)
     _check_scales(module)
     _check_divisors(module)
+    _give_four_axes(module)
     parts = _stand_ins(module)
     kwargs = _in_order(module, kwargs)
     if dynamic_batch:
@@ -84,6 +88,32 @@ def _check_scales(module: nn.Module) -> None:
                     f"{node.name}: PyTorch's exporter has no scale below zero, {scale}: negate the query and the "
                     "scale, or quantize with attention='full'"
                 )
+
+
+def _give_four_axes(module: nn.Module) -> None:
+    """Let attentions have the four axes that PyTorch's exporter knows them with."""
+    for part in module.modules():
+        if not isinstance(part, IntegerModule):
+            continue
+        for node in part.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+            node.target = _attention
+        part.octav_guarded.set_function(function_of(part.graph))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Compute F.scaled_dot_product_attention of any number of axes, by one of four."""
+    axes, outer = query.dim(), query.shape[:-2]
+    if axes == _AXES:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+    if axes < _AXES:
+        operands = [x[(None,) * (_AXES - axes)] for x in (query, key, value)]
+        return F.scaled_dot_product_attention(*operands, attn_mask, *args, **kwargs).flatten(0, _AXES - axes)
+    if attn_mask is not None and attn_mask.dim() >= _AXES:
+        attn_mask = attn_mask.expand(*outer, *attn_mask.shape[-2:]).flatten(0, axes - _AXES)
+    operands = [x.flatten(0, axes - _AXES) for x in (query, key, value)]
+    return F.scaled_dot_product_attention(*operands, attn_mask, *args, **kwargs).unflatten(0, outer[:-1])
 
 
 def _check_divisors(module: nn.Module) -> None:

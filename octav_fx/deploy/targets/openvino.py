@@ -4,6 +4,7 @@
     octav::Activation(x)            QuantizeLinear -> DequantizeLinear, zero points of zero; below 8 bits Clip before
     octav::Activation(Conv(...))    Div -> Round -> Clip -> Mul, where the kernel of the convolution computes on
     octav::Activation(MaxPool(x))   MaxPool(octav::Activation(x)), and so with what only moves, before a product
+    ReduceMax(x), without its axes  Squeeze(ReduceMax(x)), and so the smallest
     octav::Bias()                   float32, inside of the layer
 
 OpenVINO (2026.4) does functions of each element and one sum in the kernel of the convolution before them, in float32,
@@ -15,6 +16,7 @@ bytes then. That is the same, as codes rise with their levels. Where a sum or a 
 codes costs more than it gains. Attentions are written as OpenVINO fuses them (targets/attention.py).
 It moves a scale behind a layer norm, as if eps did not count. So a norm reads codes in place of levels, with eps over
 scale**2, which is the same.
+Where it writes codes of the largest of some axes in the node that takes it, they are others unless the axes are kept.
 It scales sums of products in an order of its own, so a code at a tie may differ by one from that of the frozen model.
 """
 
@@ -75,6 +77,15 @@ def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
         copied.name, copied.input[0], copied.output[0] = f"{key}/{first}.{i}", nodes[-1].output[0], name
         nodes.append(copied)
     return nodes
+
+
+def _with_axes(graph: Graph, node: Any) -> list[Any] | None:
+    """Return the largest or the smallest with the axes that it is taken of, of size one, which a Squeeze drops."""
+    if attribute(node, "keepdims", 1) or len(node.input) < 2 or graph.value(node.input[1]) is None:
+        return None
+    output = node.output[0]
+    kept = graph.node(node.op_type, list(node.input), f"{output}.kept", node.name)
+    return [kept, graph.node("Squeeze", [f"{output}.kept", node.input[1]], output)]
 
 
 def _readers(graph: Graph, name: str) -> list[Any]:
@@ -179,5 +190,8 @@ OPENVINO: Final = Target(
     _weight,
     _activation,
     bias_in_float,
-    ({"Gather": part_of_projection, "Split": parts_of_projection, "MatMul": scores}, {"Activation": _before_moves}),
+    (
+        {"Gather": part_of_projection, "Split": parts_of_projection, "MatMul": scores},
+        {"Activation": _before_moves, "ReduceMax": _with_axes, "ReduceMin": _with_axes},
+    ),
 )

@@ -401,6 +401,42 @@ def test_a_layer_that_reads_zeros_keeps_its_bias(tmp_path, target):
         assert relative(found, q(x)) < 2 / 255
 
 
+class Axes(nn.Module):
+    """Attention of any number of axes, of which PyTorch's exporter knows four."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        super().__init__()
+        self.project, self.mask = nn.Linear(8, 24), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, self.mask)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [
+        ((6, 8), None),
+        ((2, 6, 8), None),
+        ((2, 6, 8), (6, 6)),
+        ((4, 3, 2, 6, 8), None),
+        ((4, 3, 2, 6, 8), (3, 1, 6, 6)),
+        ((4, 3, 2, 6, 8), (2, 6, 6)),
+    ],
+)
+def test_attention_of_any_number_of_axes(shape, mask, tmp_path):
+    x, path = torch.randn(shape), tmp_path / "model.onnx"
+    module = Axes(None if mask is None else torch.randn(mask))
+    q = freeze(calibrate(quantize(module.eval(), x), [x]))
+    is_free = len(shape) > 2
+    export_onnx(q, x, path, dynamic_batch=is_free)
+    x = torch.cat([x, x])[1:] if is_free else x
+    (found,) = run_onnx(path, x).values()
+    with torch.no_grad():
+        assert found.shape == q(x).shape
+        assert relative(found, q(x)) < 1e-5
+
+
 class Negative(nn.Module):
     """PyTorch's exporter takes the root of the scale, and writes NaN."""
 

@@ -204,6 +204,31 @@ def test_a_small_norm_has_its_eps(tmp_path):
         assert relative(only(path, x), q(*x)) < 0.02
 
 
+class Largest(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.fc, self.how = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.how == "rows":
+            return self.fc(x.flatten(2).mT.max(1).values)
+        return self.fc(x.amax((2, 3)) if self.how == "amax" else x.amin((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["amax", "amin", "rows"])
+def test_codes_of_the_largest(how, tmp_path):
+    q, inputs = frozen(Case(lambda: Largest(how), images), Config(8, 8, edge_bits=None))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, inputs, path, target="openvino")
+    (x,) = images(4)
+    with torch.no_grad():
+        difference = (only(path, (x,)) - q(x)).abs().amax(1) / q(x).abs().amax(1)
+    # A code at a tie may move.
+    assert (difference < 1e-5).double().mean() > 0.5
+    assert difference.max() < 0.1
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "exact"])
 def test_it_reads_the_files_for_others(target, tmp_path):
     q, inputs = frozen(WHOLE["encoder"], Config(4, 8, residual_bits=8))
