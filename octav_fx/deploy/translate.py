@@ -105,15 +105,19 @@ def _attention(
 ) -> Tensor:
     """Compute F.scaled_dot_product_attention of any number of axes, by one of four."""
     axes, outer = query.dim(), query.shape[:-2]
+
+    def of_four(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, *args, **kwargs)
+
     if axes == _AXES:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+        return of_four(query, key, value)
     if axes < _AXES:
-        operands = [x[(None,) * (_AXES - axes)] for x in (query, key, value)]
-        return F.scaled_dot_product_attention(*operands, attn_mask, *args, **kwargs).flatten(0, _AXES - axes)
+        first = (None,) * (_AXES - axes)
+        return of_four(query[first], key[first], value[first]).flatten(0, _AXES - axes)
     if attn_mask is not None and attn_mask.dim() >= _AXES:
         attn_mask = attn_mask.expand(*outer, *attn_mask.shape[-2:]).flatten(0, axes - _AXES)
-    operands = [x.flatten(0, axes - _AXES) for x in (query, key, value)]
-    return F.scaled_dot_product_attention(*operands, attn_mask, *args, **kwargs).unflatten(0, outer[:-1])
+    last = axes - _AXES
+    return of_four(query.flatten(0, last), key.flatten(0, last), value.flatten(0, last)).unflatten(0, outer[:-1])
 
 
 def _check_divisors(module: nn.Module) -> None:
