@@ -20,8 +20,9 @@ from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
 from octav_fx.training.known_quantizers import quantizers_by_operand, take_quantizers
-from octav_fx.training.one_graph import NeedsCalls, Recipe, add_records, prepare_module
+from octav_fx.training.one_graph import NeedsCalls, Recipe, add_records, check_equal, prepare_module
 from octav_fx.training.own_python import own_python
+from octav_fx.training.self_check import check_in_turn
 
 # So many graphs a module may have for each mode.
 MOST_GRAPHS: Final = 8
@@ -88,6 +89,9 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
         try:
             try:
                 prepare_module(owner, call, recipe.config, recipe.position, recipe.user, both_modes=False)
+                check_equal(owner, call)
+                if not recipe.position.is_op:
+                    check_in_turn(owner, call, recipe.config.fold_batchnorm)
             except NeedsCalls as reason:
                 # Adapters in a model that is recomputed: from now on its own Python, over quantized children.
                 parts = _parts_of(owner, call, recipe)

@@ -371,3 +371,31 @@ def test_what_forward_makes_is_a_row_and_then_quantized(within_list: bool, is_be
     found = q(given)
     with octav_fx.float_mode(q):
         assert not torch.equal(q(given), found)
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+def _is_single(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32
+
+
+class AsksForTheDtype(nn.Module):
+    """What stands for a dtype in a trace is none by `is`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.part = nn.Linear(8, 8), Doubles()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.part(self.fc(x))
+        return z if _is_single(z.dtype) else z.float() * 2
+
+
+def test_a_graph_of_what_was_replaced_computes_what_forward_does() -> None:
+    q = octav_fx.quantize(AsksForTheDtype(), torch.randn(2, 8))
+    q.part = nn.Identity()
+    with pytest.raises(OctavError, match=r"part: another one than .*the captured graph does not compute"):
+        q(torch.randn(2, 8))

@@ -27,6 +27,7 @@ _MODULES: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Alph
 _TRACE: Final = inspect.unwrap(fx.Tracer.trace).__code__
 # Two local variables at once: of Python 3.13, and of 3.14.
 _TWO: Final = ("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW")
+_MATCH_CLASS: Final = dis.opmap["MATCH_CLASS"]
 _LOCAL: Final = ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", *_TWO)
 
 
@@ -48,6 +49,18 @@ def line_that_compares() -> str | None:
 def compares_objects() -> bool:
     """Tell whether the user's code that is traced asks by `is` for another object than None: for a dtype, it may be."""
     return any(map(_compares_objects, _users_codes()))
+
+
+def is_at_class_pattern(frame: FrameType) -> bool:
+    """Tell whether what a function does now is to ask for a class as a pattern of `match`, which is no call."""
+    return frame.f_lasti in _class_patterns(frame.f_code)
+
+
+@functools.cache
+def _class_patterns(code: CodeType) -> frozenset[int]:
+    """Return where in a function classes are patterns."""
+    steps = code.co_code[::2]
+    return frozenset(2 * at for at, step in enumerate(steps) if step == _MATCH_CLASS)
 
 
 def _users_codes() -> Iterator[CodeType]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, AttributeProxy
+from octav_fx.capture.symbolic.proxies import PROXIES, AttributeProxy, type_of
 
 # Files whose code is traced: none of Python's own or of those that trace and compute, but these of torch.
 _NOT_TRACED: Final = frozenset({*sys.stdlib_module_names, "torch", "octav_fx", "numpy", "sympy", "networkx"})
@@ -64,20 +64,12 @@ def _len(x: Any) -> Any:
     return len(x)
 
 
-def _type_of(x: Any) -> type:
-    if type(x) not in PROXIES or x.value is UNKNOWN:
-        return type(x)
-    if isinstance(x.value, Tensor):
-        return nn.Parameter if isinstance(x.value, nn.Parameter) else Tensor
-    return type(x.value)
-
-
 class _Shadow(type):
     """What is called in place of type, and is what type is to isinstance and issubclass."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Return the type of one argument, or make a class of three."""
-        return type(*args, **kwargs) if len(args) != 1 else _type_of(args[0])
+        return type(*args, **kwargs) if len(args) != 1 else type_of(args[0])
 
     def __instancecheck__(cls, x: Any) -> bool:
         """Tell whether x is a class."""

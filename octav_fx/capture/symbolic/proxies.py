@@ -3,14 +3,14 @@
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from octav_fx.capture.symbolic.identity import compares_objects
+from octav_fx.capture.symbolic.identity import compares_objects, is_at_class_pattern
 from octav_fx.capture.symbolic.writes import set_data, write
 from octav_fx.capture.user_stack import TORCH, called_by, caller, is_users, told_by, user_caller
 from octav_fx.errors import OctavError
@@ -55,7 +55,15 @@ _CACHED: Final = type(functools.cache(repr))
 _IN_GRAPHS: Final = ("_assert",)
 
 
-class ValueProxy(fx.Proxy):
+class _Matched:
+    """What `case Tensor():` asks is of the class of the value; all else that asks, of torch's C++ too, a proxy."""
+
+    @property
+    def __class__(self) -> Any:
+        return type_of(self) if is_at_class_pattern(sys._getframe(1)) else type(self)
+
+
+class ValueProxy(_Matched, fx.Proxy):
     """A proxy that answers what Python asks of a value: truth, length, iteration, index."""
 
     tracer: "ValueTracer"
@@ -101,7 +109,7 @@ class ValueProxy(fx.Proxy):
             return self[value._fields.index(name)]
         if value is not UNKNOWN and not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        return AttributeProxy(self, name)
+        return (ShapeProxy if isinstance(value, Tensor) and name == "shape" else AttributeProxy)(self, name)
 
     def _of_autograd(self, name: str) -> Any:
         if caller().startswith(TORCH):
@@ -275,7 +283,39 @@ class AttributeProxy(ValueProxy):
         return self.tracer.create_proxy("call_method", self.__dict__["_name"], (self.__dict__["_owner"], *args), kwargs)
 
 
-PROXIES: Final = (ValueProxy, AttributeProxy)
+class SequenceProxy(ValueProxy):
+    """That of a tuple or a list, which `match` takes for one by its class."""
+
+
+class MappingProxy(ValueProxy):
+    """That of a dict, which `match` takes for one by its class."""
+
+
+class ShapeProxy(AttributeProxy):
+    """x.shape, which `match` takes for a tuple by its class."""
+
+
+Sequence.register(SequenceProxy)
+Sequence.register(ShapeProxy)
+Mapping.register(MappingProxy)
+
+PROXIES: Final = (ValueProxy, AttributeProxy, SequenceProxy, MappingProxy, ShapeProxy)
+
+
+def proxy_of_value(node: fx.Node, tracer: "ValueTracer") -> ValueProxy:
+    """Make a proxy of the class that the value of a node asks for."""
+    value = fake(node)
+    kind = SequenceProxy if isinstance(value, (tuple, list)) else ValueProxy
+    return (MappingProxy if isinstance(value, Mapping) else kind)(node, tracer)
+
+
+def type_of(x: Any) -> type:
+    """Return the class of a value, for a proxy that of what it stands for."""
+    if type(x) not in PROXIES or x.value is UNKNOWN:
+        return type(x)
+    if isinstance(x.value, Tensor):
+        return nn.Parameter if isinstance(x.value, nn.Parameter) else Tensor
+    return type(x.value)
 
 
 def as_key(key: Any) -> Any:

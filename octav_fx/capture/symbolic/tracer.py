@@ -31,7 +31,7 @@ from octav_fx.capture.symbolic.objects import (
     with_items,
 )
 from octav_fx.capture.symbolic.patches import PLAIN
-from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, ValueProxy, as_key, setitem_
+from octav_fx.capture.symbolic.proxies import PROXIES, UNKNOWN, ValueProxy, as_key, proxy_of_value, setitem_
 from octav_fx.capture.symbolic.recurrent import is_recurrent, unrolled
 from octav_fx.capture.symbolic.regions import apply_function
 from octav_fx.capture.symbolic.signature import as_call, parameters_of, takes_by_keyword
@@ -129,7 +129,7 @@ class ValueTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         """Make a proxy that has a value."""
-        return ValueProxy(node, self)
+        return proxy_of_value(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make a placeholder for each parameter of forward, and a Python value where it has no tensors."""

@@ -56,6 +56,38 @@ def test_what_is_asked(name: str) -> None:
     quantized_alike(float_model, (torch.randn(2, 5, 8),), (torch.randn(3, 7, 8),))
 
 
+def matched(s: Any, x: Tensor) -> Tensor:
+    """Ask by patterns for classes, for what is in sequences, and for what is in dicts."""
+    match x:
+        case [*_]:
+            return x
+        case Tensor():
+            pass
+        case _:
+            return x
+    match x.shape, x.size(), {"x": x}, x.chunk(2, -1):
+        case (_, int(t), 8) as shape, [_, _, 8], {"x": nn.Parameter() | Tensor() as y}, [left, right] if t > 5:
+            return s.fc(torch.cat((right, left), -1)) * t + y * len(shape)
+        case _:
+            return s.fc(x)
+
+
+def matched_dict(s: Any, given: dict[str, Tensor]) -> Tensor:
+    match given:
+        case {"x": Tensor(shape=(_, t, _)) as x, "scale": float(scale), **rest} if t > 5:
+            return s.fc(x) * scale * (1 + len(rest))
+        case _:
+            return s.fc(given["x"])
+
+
+@pytest.mark.parametrize("length", [5, 7])
+def test_what_patterns_ask(length: int) -> None:
+    given = [(torch.randn(2, t, 8),) for t in (length, 7, 4)]
+    quantized_alike(model(matched, fc=nn.Linear(8, 8)), *given)
+    more = [({"x": x, "scale": 2.0, "y": x},) for (x,) in given]
+    quantized_alike(model(matched_dict, fc=nn.Linear(8, 8)), *more)
+
+
 def targets(s: Any, x: Tensor) -> Tensor:
     """Compare each row with every other one, as contrastive losses do."""
     scores = s.fc(x) @ x.T
