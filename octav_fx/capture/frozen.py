@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from octav_fx.capture.held import is_hooked
 from octav_fx.capture.inputs import tensors_of
 from octav_fx.capture.module_state import own_copy
-from octav_fx.capture.symbolic.side_effects import stored_in
+from octav_fx.capture.symbolic.side_effects import flags_in, stored_in
 from octav_fx.compat.modules import has_own_forward
 from octav_fx.compat.tensors import pytree, storage_id, version_of
 from octav_fx.nn.fake_quantizer import QUANTIZERS, FakeQuantizer
@@ -41,6 +41,8 @@ class Uses:
     read: tuple[str, ...]
     # What forward stores on modules: on copies nobody would find it.
     stored: tuple[str, ...]
+    # Of that the plain values: path of the module, name, value.
+    flags: tuple[tuple[str, str, Any], ...] = ()
 
     def parts(self, module: nn.Module) -> set[nn.Module]:
         """Return the modules that the graph calls, with what is below them, and those whose state it reads."""
@@ -58,7 +60,8 @@ def uses_of(graph: fx.Graph) -> Uses:
     """Return what a graph uses."""
     called = tuple(str(node.target) for node in graph.find_nodes(op="call_module"))
     read = tuple(str(node.target) for node in graph.find_nodes(op="get_attr"))
-    return Uses(tuple(path for path in called if path.startswith(f"{QUANTIZERS}.")), called, read, stored_in(graph))
+    quantizers = tuple(path for path in called if path.startswith(f"{QUANTIZERS}."))
+    return Uses(quantizers, called, read, stored_in(graph), flags_in(graph))
 
 
 class Derived:

@@ -226,7 +226,7 @@ class GuardedGraph:
 
         deeply: ask what it computes on its way, too; without that the checks in it raise OctavError when it runs.
         """
-        if self._constants is not None and (change := self._constants.change()) is not None:
+        if (change := self.change_of_constants()) is not None:
             return change
         if self._refused:
             reason = self._refused.get(_kind_of_call(pytree.tree_leaves((args, kwargs))))
@@ -244,6 +244,10 @@ class GuardedGraph:
         except BaseException:
             del self._refused[key]
             raise
+
+    def change_of_constants(self) -> str | None:
+        """Say which layer is set otherwise, or which global is another one, than at capture; or return None."""
+        return None if self._constants is None else self._constants.change()
 
     def hold_constants(self, constants: Constants) -> None:
         """Let the graph hold for layers as they are set, and for globals as they are."""

@@ -17,6 +17,7 @@ from octav_fx.capture.inputs import Inputs, call_of, tensors_of
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.permits import permitted
 from octav_fx.capture.replaced import STRUCTURE, check_unchanged, looked_at
+from octav_fx.capture.symbolic.side_effects import store_flags
 from octav_fx.capture.transformed import transformed
 from octav_fx.compat.graphs import forget_compiled_callers, set_graph_without_code
 from octav_fx.compat.modules import buffers_of, children_of, not_compiled, parameters_of, replace_children, share_parts
@@ -137,6 +138,10 @@ class QuantizedModule(GuardedModule):
         """Return the paths of the modules that graphs call."""
         return [str(node.target) for guarded in self._captured() for node in guarded.graph.find_nodes(op="call_module")]
 
+    def constants_changed(self) -> bool:
+        """Tell whether a graph holds no more for a global, or a layer as it was set."""
+        return any(guarded.change_of_constants() is not None for guarded in self._captured())
+
     def written_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that a graph writes into: a teacher that follows, a weight that is masked."""
         names = {name for guarded in self._captured() for name in guarded.written()}
@@ -252,6 +257,7 @@ class QuantizedModule(GuardedModule):
             return with_gradients_of(functools.partial(guarded.function(), state), rule._dispatch, args, kwargs)
         if guarded.uses.stored:
             return with_stores_of(functools.partial(guarded.function(), state), rule._dispatch, args, kwargs)
+        store_flags(self.owner, guarded.uses.flags)
         return rule._dispatch(*args, **kwargs)
 
     def _run_or_capture(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Final, cast
 from torch import nn
 
 from octav_fx.capture.classes import users_class
+from octav_fx.capture.counts import kept_counts
 from octav_fx.capture.hooks import set_aside
 from octav_fx.capture.inputs import Inputs, tensors_of
 from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of
@@ -36,7 +37,7 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     nothing below the module can be quantized by itself, and where modules below were replaced and no graph holds the
     new ones.
     """
-    with without_users_modes():
+    with without_users_modes(), kept_counts(quantized.owner):
         _capture_again(quantized, call)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from octav_fx.capture.counts import kept_counts
 from octav_fx.capture.inputs import Inputs, as_inputs
 from octav_fx.capture.module_state import deep_copy
 from octav_fx.capture.modules import graphs_in, graphs_of, quantized_modules
@@ -81,15 +82,16 @@ def quantize(
     user = _user_rules(rules, leaves, recurrent)
     with progress("octav_fx.quantize"), _without_old_garbage(), without_users_modes(), normal_tensors():
         copied = _copy(model)
-        quantized = quantize_by_parts(copied, example, config, user, find_blocks(copied, blocks).values())
-        _check_choices(quantized, model, config, rules, strict)
-        if has_data(quantized, example):
-            step("filling hints of", "")
-            run_once(quantized, *example)
-            for further in map(as_inputs, examples):
-                arguments_of(model, further)
-                run_once(quantized, *further)
-            _begin_learned(quantized, example)
+        with kept_counts(copied):
+            quantized = quantize_by_parts(copied, example, config, user, find_blocks(copied, blocks).values())
+            _check_choices(quantized, model, config, rules, strict)
+            if has_data(quantized, example):
+                step("filling hints of", "")
+                run_once(quantized, *example)
+                for further in map(as_inputs, examples):
+                    arguments_of(model, further)
+                    run_once(quantized, *further)
+                _begin_learned(quantized, example)
     _put_back(model, quantized)
     return quantized
 

@@ -127,6 +127,7 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
             raise NotCaptured(f"{caller()}: forward keeps a time in {name}, and a graph does not read the clock")
         if not tracer.evaluating and (module, name) not in reads.attributes:
             reads.written.add((module, name))
+            tracer.set_first.add((module, name))
         original(module, name, value)
 
     kind: Any = nn.Module

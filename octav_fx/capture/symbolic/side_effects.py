@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.contents import attributes
-from octav_fx.capture.kinds import kind_of
+from octav_fx.capture.kinds import PLAIN, kind_of
 from octav_fx.capture.module_state import is_constant, preserved_attributes
 from octav_fx.capture.symbolic.objects import is_object, proxies_in
 from octav_fx.capture.symbolic.reads import INTERNAL
@@ -47,6 +47,8 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
                         # What is new in a dict that was there, or all of what was set.
                         new = value if known is None else {k: v for k, v in value.items() if v is not known.get(k)}
                         written.append((path, key, old, new, known is not None))
+                    elif _is_flag(tracer, root.get_submodule(path), key, value):
+                        written.append((path, key, None, value, False))
             for row in written:
                 _store(tracer, *row)
         finally:
@@ -59,6 +61,17 @@ def undone_writes(tracer: "ValueTracer", root: nn.Module) -> Iterator[None]:
                 if proxies_in(original):
                     original.__dict__.clear()
                     original.__dict__.update(vars(saved))
+
+
+def _is_flag(tracer: "ValueTracer", module: nn.Module, key: str, value: Any) -> bool:
+    """Tell whether an attribute is plain and was set, not read before: the user reads it, or the next forward."""
+    return (module, key) in tracer.set_first and key not in INTERNAL and not is_constant(key) and _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        return all(map(_is_plain, (*value, *value.values()) if isinstance(value, dict) else value))
+    return isinstance(value, PLAIN)
 
 
 def is_cache(held: Any, kind: Any, decided: set[fx.Node]) -> bool:
@@ -121,10 +134,32 @@ def update_(owner: nn.Module, name: str, items: dict[Any, Any]) -> None:
 
 
 def stored_in(graph: fx.Graph) -> tuple[str, ...]:
-    """Return the paths of what forward stores on the user's modules."""
+    """Return the paths of what forward computes and stores on the user's modules."""
     nodes = [node for target in (store_, update_) for node in graph.find_nodes(op="call_function", target=target)]
-    owners = [(str(node.args[0].target), str(node.args[1])) for node in nodes if isinstance(node.args[0], fx.Node)]
+    owners = [(str(node.args[0].target), str(node.args[1])) for node in nodes if len(node.all_input_nodes) > 1]
     return tuple(name if owner == FLOAT_MODULE else f"{owner}.{name}" for owner, name in owners)
+
+
+def flags_in(graph: fx.Graph) -> tuple[tuple[str, str, Any], ...]:
+    """Return the plain values that forward stores in each call: (path of the module, name, value)."""
+    nodes = graph.find_nodes(op="call_function", target=store_)
+    rows = [(node.all_input_nodes[0].target, *node.args[1:]) for node in nodes if len(node.all_input_nodes) == 1]
+    return tuple(("" if path == FLOAT_MODULE else str(path), str(name), value) for path, name, value in rows)
+
+
+def store_flags(root: nn.Module, flags: tuple[tuple[str, str, Any], ...]) -> None:
+    """Store plain values as a graph does that is not run."""
+    for path, name, value in flags:
+        setattr(root.get_submodule(path), name, _thawed(value))
+
+
+def _thawed(value: Any) -> Any:
+    """Return a value with plain lists and dicts for those of a graph's arguments, which nobody may change."""
+    if isinstance(value, dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_thawed, value))
+    return value
 
 
 def drop_stores(graph: fx.Graph) -> None:

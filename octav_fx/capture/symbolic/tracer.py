@@ -117,6 +117,8 @@ class ValueTracer(fx.Tracer):
         self.given: dict[int, ValueProxy] = {}
         # Tensors of modules that forward read before it set them, by module and name.
         self.read_first: set[tuple[nn.Module, str]] = set()
+        # Attributes that it set before it read them, if it did.
+        self.set_first: set[tuple[nn.Module, str]] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Learn first where the tensors of the modules are; readers of a tied one read one node."""

@@ -311,3 +311,38 @@ def test_objects_that_are_stored_hold_what_is_of_the_call() -> None:
     x = torch.randn(3, 4)
     q(x)
     assert isinstance(q, WholeModule) and (q.last.value, q.lasts[0].value) == (x.mean(), x.amax())
+
+
+class Marked(nn.Module):
+    """Says what it did, and looks at nothing of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.done, self.losses, self.mode = nn.Linear(4, 4), False, [1.0], "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.done, self.losses, self.mode = True, [], "training" if self.training else "eval"
+        self.kinds = {"a": (1, [2])}
+        return self.fc(x)
+
+
+def told(q: Any) -> Any:
+    return q[0].done, q[0].losses, q[0].mode, q[0].kinds
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_plain_values_are_stored(is_compiled: bool) -> None:
+    x = torch.randn(2, 4)
+    q: Any = octav_fx.quantize(nn.Sequential(Marked()).eval(), x)
+    assert isinstance(q, WholeModule) and not q[0].done and not hasattr(q[0], "kinds")
+    if is_compiled:
+        q.compile(backend="eager")
+    q(x)
+    assert told(q) == (True, [], "eval", {"a": (1, [2])})
+    q[0].done, q[0].kinds = False, None
+    q.train()(x)
+    assert told(q) == (True, [], "training", {"a": (1, [2])})
+    octav_fx.freeze(octav_fx.calibrate(q.eval(), [x]))
+    q[0].done, q[0].losses, q[0].kinds = False, None, None
+    q(x)
+    assert told(q) == (True, [], "eval", {"a": (1, [2])}) and type(q[0].losses) is type(q[0].kinds["a"][1]) is list
