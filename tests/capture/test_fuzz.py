@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import octav_fx
-from tests.support import fuzz_images
+from tests.support import fuzz_images, fuzz_python
 from tests.support.faults import fault_compiled, fault_deployed, fault_exported, fault_quantized
+from tests.support.follow import fault_followed, fault_followed_compiled, followed
 from tests.support.fuzz import built, inputs, is_valid, program
 
 
@@ -40,6 +41,19 @@ def test_a_program_exported(seed: int) -> None:
 def test_a_net_exported(seed: int) -> None:
     source = fuzz_images.program(seed)
     assert fault_exported(source, seed, fuzz_images) is None, source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(16))
+def test_a_file(seed: int) -> None:
+    assert fault_followed(fuzz_python.program(seed), seed) is None, fuzz_python.program(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("seed", range(6))
+def test_a_file_compiled(seed: int) -> None:
+    assert fault_followed_compiled(fuzz_python.program(seed), seed) is None, fuzz_python.program(seed)
 
 
 @pytest.mark.compile
@@ -81,6 +95,65 @@ def test_what_was_found(name: str, training: bool) -> None:
     source = FOUND[name].strip()
     assert is_valid(source, training)
     assert fault_quantized(source, training) is None
+
+
+FOUND_IN_FILES = {
+    "a pattern of sizes": """
+class Net(Base):
+    def forward(self, x, y, factor=1.0):
+        match x.shape:
+            case (_, t, 8) if t > 5:
+                return self.a(x)
+            case _:
+                return self.c(y)
+
+STEPS = ["x, y = sized(2, 6)", "r = m(x, y)", "r = m(y, x, factor=y[:1, :1])"]
+""",
+    "a pattern of sizes, after a layer was replaced that nothing calls": """
+class Net(Base):
+    def forward(self, x, y):
+        match y.shape:
+            case (_, t, 8) if t > 5:
+                z = x
+            case _:
+                z = self.a(x)
+        return self.b(z)
+
+STEPS = ["x, y = sized(2, 6)", "m.c = nn.Linear(8, 8)", "r = m(x, x)"]
+""",
+    "a flag": """
+class Net(Base):
+    def __init__(self):
+        super().__init__()
+        self.done = False
+
+    def forward(self, x, y):
+        self.done = True
+        return self.a(x) + y
+
+STEPS = ["r = m(x, y)", "m.done = False", "r = m(y, x)"]
+""",
+    "a count in a global": """
+CALLS = 0
+
+class Net(Base):
+    def forward(self, x, y):
+        global CALLS
+        CALLS += 1
+        z = self.a(x)
+        return z * 2 if CALLS > 3 else z + y
+
+STEPS = ["r = m(x, y)", "r = m(x, y)", "x, y = sized(1, 4)", "r = m(x, y)", "r = m(x, y)"]
+""",
+}
+
+
+@pytest.mark.parametrize("name", FOUND_IN_FILES)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_was_found_in_files(name: str, training: bool) -> None:
+    source = FOUND_IN_FILES[name].strip()
+    assert followed(source, training) is not None
+    assert fault_followed(source, training) is None
 
 
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

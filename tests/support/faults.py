@@ -1,4 +1,4 @@
-"""What is wrong with a quantized, deployed or compiled program of tests/support/fuzz.py, or of fuzz_images.py.
+"""What is wrong with a quantized, deployed or compiled program of fuzz.py, fuzz_images.py or fuzz_python.py.
 
     python -m tests.support.faults quantized --minutes 10 [--seed 0]
 
@@ -26,7 +26,7 @@ from octav_fx.deploy.codes import codes_of_quantizers
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer
-from tests.support import fuzz, fuzz_images
+from tests.support import follow, fuzz, fuzz_images
 from tests.support.alike import assert_close, assert_computes, gradients, run, tensors
 from tests.support.file_faults import EXACT, ROUNDING, check_file, without_dead, write
 from tests.support.fuzz import built, inputs, is_valid
@@ -220,6 +220,12 @@ FAULTS: Final[dict[str, Callable[[str, int], str | None]]] = {
     "images": functools.partial(fault_deployed, grammar=fuzz_images),
     "exported": fault_exported,
     "exported_images": functools.partial(fault_exported, grammar=fuzz_images),
+    "python": follow.fault_followed,
+    "python_compiled": follow.fault_followed_compiled,
+}
+GRAMMARS: Final[dict[str, Any]] = {
+    **{"images": fuzz_images, "exported_images": fuzz_images},
+    **{"python": follow, "python_compiled": follow},
 }
 
 
@@ -232,10 +238,12 @@ def main() -> None:
     given = parser.parse_args()
     end, seed, valid = time.monotonic() + 60 * given.minutes, given.seed, 0
     while time.monotonic() < end:
-        grammar = fuzz_images if given.what.endswith("images") else fuzz
+        grammar = GRAMMARS.get(given.what, fuzz)
         source = grammar.program(seed)
         found = FAULTS[given.what](source, seed)
-        valid += grammar.is_valid(source, given.what in ("quantized", "compiled") and bool(seed % 2))
+        valid += grammar.is_valid(
+            source, not given.what.startswith(("deployed", "exported", "images")) and bool(seed % 2)
+        )
         if found is not None:
             print(f"--- seed {seed}: {found}\n{source}\n", flush=True)
         seed += 1

@@ -58,7 +58,7 @@ _IN_GRAPHS: Final = ("_assert",)
 class _Matched:
     """What `case Tensor():` asks is of the class of the value; all else that asks, of torch's C++ too, a proxy."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type_of(self) if is_at_class_pattern(sys._getframe(1)) else type(self)
 
