@@ -20,7 +20,15 @@ from octav_fx.capture.kinds import kind_of, kind_of_attribute
 from octav_fx.capture.module_state import own_copy, tensors_within
 from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
-from octav_fx.compat.tensors import FakeTensor, FakeTensorMode, dtypes_around, pytree, quiet
+from octav_fx.compat.tensors import (
+    FakeTensor,
+    FakeTensorMode,
+    dtypes_around,
+    pytree,
+    quiet,
+    sample_of,
+    without_transforms,
+)
 from octav_fx.errors import OctavError
 from octav_fx.ir.dataflow import constants, value_of
 from octav_fx.ir.ops import in_place
@@ -262,7 +270,8 @@ def _fault_without_data(facts: Facts, module: Any, leaves: list[Any], spec: Any)
     mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     # What forward computes is asked of the layers themselves.
-    with torch.no_grad(), permitted(), quiet():
+    with torch.no_grad(), permitted(), quiet(), without_transforms():
+        leaves = [sample_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         # Objects, a cache, are copied: what is computed here writes into them.
         fakes = [mode.from_tensor(leaf) if _is_real(leaf) else own_copy(leaf) for leaf in leaves]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)

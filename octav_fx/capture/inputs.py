@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from octav_fx.capture.symbolic.patches import PLAIN
-from octav_fx.compat.tensors import pytree
+from octav_fx.compat.tensors import pytree, sample_of
 from octav_fx.errors import OctavError
 
 
@@ -64,6 +64,11 @@ def call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 def tensors_of(values: Any) -> list[Tensor]:
     """Return the tensors in arguments or results, in their order."""
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def sample_call(call: Inputs) -> Inputs:
+    """Return a call without transforms of torch.func: of what vmap calls that of the first sample."""
+    return Inputs(*pytree.tree_map_only(Tensor, sample_of, tuple(call)))
 
 
 def same_kind(a: Inputs, b: Inputs) -> bool:

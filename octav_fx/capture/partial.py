@@ -18,6 +18,7 @@ from octav_fx.capture.modules import GRAPHS, graphs_of
 from octav_fx.capture.permits import is_permitted
 from octav_fx.capture.replaced import STRUCTURE, is_changed, looked_at, remember_structure
 from octav_fx.capture.whole import users_own
+from octav_fx.compat.modules import not_compiled
 from octav_fx.errors import OctavError
 from octav_fx.ir.records import Record
 
@@ -38,6 +39,8 @@ class PartialInfo:
     example: Inputs | None = None
     # With what its children are quantized.
     recipe: Any = None
+    # Whether it calls some of them inside of a transform of torch.func, where a compiler can break no graph.
+    transforms: bool = False
 
 
 class PartialModule:
@@ -142,7 +145,9 @@ def _partial_class(kind: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_changed(self) and not is_permitted():
             _look(self, args, kwargs)
-        result = own()(self, *args, **kwargs)
+        run = functools.partial(own(), self, *args, **kwargs)
+        transforms = torch.compiler.is_compiling() and self.octav_partial.transforms
+        result = not_compiled(run) if transforms else run()
         if is_changed(self) and not is_permitted():
             # Modules that forward has made.
             _look(self, args, kwargs)

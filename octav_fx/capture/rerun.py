@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from octav_fx.capture.chance import same_random_numbers
 from octav_fx.capture.contents import Contents
-from octav_fx.capture.inputs import Inputs, same_kind, tensors_of
+from octav_fx.capture.inputs import Inputs, same_kind, sample_call, tensors_of
 from octav_fx.capture.module_state import own_copy, preserved_attributes
 from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.permits import permitted
 from octav_fx.clips.distributed import no_sync
-from octav_fx.compat.tensors import is_functorch_wrapped, pytree
+from octav_fx.compat.tensors import is_functorch_wrapped, pytree, transforms, without_transforms
 from octav_fx.ir.macs import MacCounter
 from octav_fx.nn import FakeQuantizer
 
@@ -197,21 +197,29 @@ def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
 
 
 def record_calls(
-    module: nn.Module, calls: Iterable[Inputs], children: Mapping[str, nn.Module]
+    module: nn.Module, calls: Iterable[Inputs], children: Mapping[str, nn.Module], transformed: set[str] | None = None
 ) -> dict[str, list[Inputs]]:
     """Record how a module calls its children: the first Inputs of each kind that its own calls lead to.
 
-    A call that fails is none that a child could be captured with, nor is any of one that a transform of torch.func
-    calls, or a branch of torch.cond.
+    A call that fails is none that a child could be captured with, nor is any of one that a branch of torch.cond calls,
+    or a transform of torch.func; but of what vmap calls, with parameters that all samples share, it is that of the
+    first sample. transformed: gets the names of what is called inside of a transform.
     """
     found: dict[str, list[Inputs]] = {name: [] for name in children}
-    transformed: set[str] = set()
+    unfit: set[str] = set()
     begun: dict[str, list[Inputs | None]] = {name: [] for name in children}
 
     def enter(name: str, made: Inputs) -> None:
-        if hidden := bool(branches) or any(map(is_functorch_wrapped, tensors_of(made))):
+        kinds = transforms()
+        if kinds and transformed is not None:
             transformed.add(name)
-        begun[name].append(None if hidden or any(same_kind(made, known) for known in found[name]) else own_copy(made))
+        is_hidden = bool(branches) or bool(kinds - {"Vmap"})
+        if is_hidden := is_hidden or any(map(is_functorch_wrapped, children[name].parameters())):
+            unfit.add(name)
+        with without_transforms():
+            sample = sample_call(made)
+            is_known = is_hidden or any(same_kind(sample, known) for known in found[name])
+            begun[name].append(None if is_known else own_copy(sample))
 
     def leave(name: str, failed: bool) -> None:
         made = begun[name].pop()
@@ -221,7 +229,7 @@ def record_calls(
     with _plain_cond() as branches, _hooked(children, enter, leave):
         for call in calls:
             run_once(module, *call)
-    return {name: [] if name in transformed else calls for name, calls in found.items()}
+    return {name: [] if name in unfit else calls for name, calls in found.items()}
 
 
 @contextmanager

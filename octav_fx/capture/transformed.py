@@ -1,4 +1,6 @@
-"""Quantizers inside of transforms of torch.func, which write no hint and take gradients by rules of functorch's own.
+"""Quantizers inside of transforms of torch.func, which take gradients by rules of functorch's own.
+
+They write no hint, but for vmap alone: it is the mean of the clips of the samples, as of so many calls.
 
     vmap(grad(loss))    -> every example has the clips that it would have alone
 
@@ -13,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octav_fx.compat.tensors import transform
+from octav_fx.compat.tensors import mean_of_samples, transform, transforms, without_transforms
 from octav_fx.nn import FakeQuantizer, as_autocast
 
 
 @contextmanager
 def transformed(quantizers: Iterable[FakeQuantizer]) -> Iterator[None]:
-    """Let quantizers round inside without writing a hint or a mean; nested in another such region, do nothing."""
+    """Let quantizers round inside by rules that functorch takes; nested in another such region, do nothing."""
     own = [quantizer for quantizer in quantizers if "forward" not in vars(quantizer)]
     for quantizer in own:
         quantizer.__dict__["forward"] = functools.partial(_forward, quantizer)
@@ -37,6 +39,10 @@ def _forward(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     clip = quantizer.clip
     if clip is None:
         clip = torch.ops.octav.optimal_clip(x.detach(), quantizer.hint, spec, settings.method)
+        if not quantizer.by_row and transforms() == {"Vmap"}:
+            mean = mean_of_samples(clip)
+            with without_transforms(), torch.no_grad():
+                quantizer.keep(mean)
     return _rounded(x, clip, spec, settings.gradient)
 
 

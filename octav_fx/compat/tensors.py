@@ -5,11 +5,12 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import detect_fake_mode
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload, OpOverloadPacket
@@ -46,20 +47,25 @@ __all__ = [
     "is_functorch_wrapped",
     "is_higher_order",
     "is_sharded",
+    "is_transformed",
     "make_fake",
+    "mean_of_samples",
     "multiplies_unsigned_bytes",
     "normal_tensors",
     "packet_of",
     "pytree",
     "replace_extended_shape",
+    "sample_of",
     "schema_of",
     "storage_id",
     "transform",
+    "transforms",
     "validates_distributions",
     "version_of",
     "versions_of",
     "without_mode",
     "without_modes",
+    "without_transforms",
     "without_users_modes",
 ]
 
@@ -151,6 +157,11 @@ def transform() -> str | None:
     return str(interpreter.key().name)
 
 
+def is_transformed() -> bool:
+    """Tell whether a transform of torch.func runs, or forward mode; a compiler that traces one knows it, too."""
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None or _is_forward_mode())
+
+
 def transforms() -> set[str]:
     """Return the names of all transforms of torch.func that run, and Jvp in a level of torch.autograd.forward_ad."""
     stack = torch._C._functorch.get_interpreter_stack()
@@ -164,6 +175,34 @@ def _is_forward_mode() -> bool:
 def is_functorch_wrapped(tensor: Tensor) -> bool:
     """Tell whether a tensor belongs to a transform of torch.func, and must not outlive it."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def sample_of(tensor: Tensor) -> Tensor:
+    """Return what a transform of torch.func stands for: of a batch the first sample, of all others the tensor below."""
+    functorch = torch._C._functorch
+    while is_functorch_wrapped(tensor):
+        is_batch, axis = functorch.is_batchedtensor(tensor), functorch.maybe_get_bdim(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+        if is_batch:
+            tensor = tensor.select(axis, 0)
+    return tensor
+
+
+def mean_of_samples(tensor: Tensor) -> Tensor:
+    """Return the mean over the samples of all batches that vmap runs."""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(tensor):
+        axis = functorch.maybe_get_bdim(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+        with without_transforms():
+            tensor = tensor.mean(axis)
+    return tensor
+
+
+def without_transforms() -> AbstractContextManager[Any]:
+    """Let no transform of torch.func run inside; the others go on afterwards."""
+    found: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
+    return found
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -173,13 +173,14 @@ class FakeQuantizer(nn.Module):
             return y
         if torch.compiler.is_exporting():
             # torch.export.load refuses a program with torch.no_grad in it.
-            self._keep(clip.detach())
+            self.keep(clip.detach())
         else:
             with torch.no_grad():
-                self._keep(clip)
+                self.keep(clip)
         return y
 
-    def _keep(self, clip: Tensor) -> None:
+    def keep(self, clip: Tensor) -> None:
+        """Take the clip of a call, [] or [C], for the hint, and in training for the mean."""
         self.hint.copy_(clip)
         if self.training and self.mean is not None and self.steps is not None:
             self.mean.lerp_(clip, MOMENTUM)

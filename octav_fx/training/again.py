@@ -9,14 +9,14 @@ from torch import nn
 from octav_fx.capture.classes import users_class
 from octav_fx.capture.counts import kept_counts
 from octav_fx.capture.hooks import set_aside
-from octav_fx.capture.inputs import Inputs, tensors_of
+from octav_fx.capture.inputs import Inputs, sample_call
 from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of
 from octav_fx.capture.partial import PartialModule, mark_partial
 from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
 from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
 from octav_fx.capture.whole import make_users_own, users_own
 from octav_fx.clips.distributed import no_sync
-from octav_fx.compat.tensors import is_functorch_wrapped, normal_tensors, without_users_modes
+from octav_fx.compat.tensors import is_functorch_wrapped, normal_tensors, without_transforms, without_users_modes
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
 from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
@@ -37,17 +37,17 @@ def capture_again(quantized: QuantizedModule, call: Inputs) -> None:
     nothing below the module can be quantized by itself, and where modules below were replaced and no graph holds the
     new ones.
     """
-    with without_users_modes(), kept_counts(quantized.owner):
-        _capture_again(quantized, call)
+    if any(map(is_functorch_wrapped, quantized.owner.parameters())):
+        raise OctavError(
+            f"{quantized.user_class.__name__}: no graph holds for this call ({quantized.why_not(*call)}), and none can "
+            "be captured inside of a transform of torch.func that gives it parameters: call the model once outside "
+            "with such inputs, or give octav_fx.quantize an example of them (examples=[...])"
+        )
+    with without_users_modes(), without_transforms(), kept_counts(quantized.owner):
+        _capture_again(quantized, sample_call(call))
 
 
 def _capture_again(quantized: QuantizedModule, call: Inputs) -> None:
-    if any(map(is_functorch_wrapped, tensors_of((call, list(quantized.owner.parameters()))))):
-        raise OctavError(
-            f"{quantized.user_class.__name__}: no graph holds for this call ({quantized.why_not(*call)}), and none can "
-            "be captured inside of a transform of torch.func: call the model once outside with such inputs, or give "
-            "octav_fx.quantize an example of them (examples=[...])"
-        )
     if is_changed(quantized.owner):
         _quantize_anew(quantized, call)
         return

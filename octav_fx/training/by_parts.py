@@ -145,7 +145,7 @@ class PartsQuantizer:
             # Where some are quantized already, all compute in float.
             with users_own(module):
                 expected = [run_once(module, *call) for call in calls]
-                children = self._children(module, calls)
+                children = self._children(module, calls, transformed := set[str]())
         except Exception as error:
             raise NotCaptured(f"{reason}; by itself the module does not run: {error}") from error
         tree = tree_of(module)
@@ -180,7 +180,8 @@ class PartsQuantizer:
         if own := sum(macs for at, macs in self.macs_by_module if at == path):
             float_records.insert(0, Record(path or "forward", type(module).__name__, None, (), own, None, reason))
         recipe = Recipe(self.config, Position(path), self.user)
-        return mark_partial(module, PartialInfo(reason, tuple(float_records), recipe=recipe))
+        info = PartialInfo(reason, tuple(float_records), recipe=recipe, transforms=bool(transformed))
+        return mark_partial(module, info)
 
     def _replace_misfits(
         self,
@@ -219,8 +220,12 @@ class PartsQuantizer:
     def _float(self, path: str, module: nn.Module, reason: str) -> Record:
         return Record(path, type(module).__name__, None, (), self._macs(path), None, reason)
 
-    def _children(self, module: nn.Module, calls: list[Inputs]) -> dict[str, tuple[nn.Module, list[Inputs]]]:
+    def _children(
+        self, module: nn.Module, calls: list[Inputs], transformed: set[str]
+    ) -> dict[str, tuple[nn.Module, list[Inputs]]]:
         """Return the children that multiply, by name, and their calls; of a container, its children (blocks.0).
+
+        transformed: gets the names of those that are called inside of a transform of torch.func.
 
         Those that the present mode does not call, as it leaves out layers by chance, have their calls of the other one.
         """
@@ -233,7 +238,7 @@ class PartsQuantizer:
 
         children = working("", module)
         while True:
-            found = record_calls(module, calls, children)
+            found = record_calls(module, calls, children, transformed)
             if idle := {name: child for name, child in children.items() if not found[name]}:
                 # The other mode may want other arguments.
                 with contextlib.suppress(Exception), _in_other_mode(module):

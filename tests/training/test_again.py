@@ -351,8 +351,10 @@ def test_transforms_of_torch_func() -> None:
     octav_fx.freeze(octav_fx.calibrate(q, [x]))
     # Without a rule of their own quantizers go sample by sample.
     assert torch.equal(torch.func.vmap(q)(torch.stack([x, -x]))[1], q(-x))
+    # A graph for a sample is captured outside of them, but not where they give the parameters.
+    assert torch.equal(torch.func.vmap(q)(x)[1], q(x[1]))
     with pytest.raises(OctavError, match="captured inside of a transform"):
-        torch.func.vmap(q)(x)
+        torch.func.grad(loss)(parameters, torch.randn(3, 2, 4, 8))
     with octav_fx.float_mode(q):
         assert torch.equal(torch.func.grad(loss)(parameters, x)["0.bias"], torch.full((8,), 4.0))
 

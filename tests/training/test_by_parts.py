@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import octav_fx
 from octav_fx import Config, OctavError, quantize
+from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.whole import WholeModule
-from tests.support.alike import quantized_alike
+from tests.support.alike import quantized_alike, silent_quantizers
 from tests.support.graphs import model as made
 from tests.support.on_grid import OnGrid
 
@@ -957,14 +958,69 @@ def test_a_gradient_through_integers_is_refused() -> None:
         octav_fx.convert(q)(x)
 
 
-def test_a_module_that_a_transform_calls_stays_float() -> None:
-    def forward(s: Any, x: Tensor) -> Tensor:
-        return s.b(torch.vmap(s.a)(x) + s.a(x))
+TRANSFORMED: dict[str, tuple[Callable[..., Any], int]] = {
+    "vmap": (lambda s, x: s.b(torch.vmap(s.a)(x)), 256),
+    "vmap and a call": (lambda s, x: s.b(torch.vmap(s.a)(x) + s.a(x)), 384),
+    "vmap over another axis": (lambda s, x: s.b(torch.vmap(s.a, in_dims=1, out_dims=1)(x[None])[0]), 256),
+    "grad": (lambda s, x: s.b(torch.func.grad(lambda t: s.a(t).tanh().sum())(x)), 128),
+    "parameters of each sample": (lambda s, x: s.b(of_each(s.a, x)), 128),
+}
 
-    q = octav_fx.quantize(made(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)), torch.randn(4, 8))
+
+def of_each(layer: nn.Module, x: Tensor) -> Any:
+    stacked = {name: torch.stack([p, 2 * p]) for name, p in layer.named_parameters()}
+    return torch.vmap(lambda p, t: torch.func.functional_call(layer, p, (t,)))(stacked, x)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_what_transforms_call(name: str, is_compiled: bool) -> None:
+    """What vmap calls is quantized, and has a row where others do."""
+    forward, macs = TRANSFORMED[name]
+    model, x = made(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)), torch.randn(2, 8)
+    q = octav_fx.quantize(model, x)
+    with silent_quantizers():
+        for given in (x, torch.randn(2, 8)):
+            torch.testing.assert_close(q(given), model(given))
     reasons = {site: reason for site, reason, _ in octav_fx.coverage(q).skipped}
-    assert reasons["a"] == "no call of it succeeds outside of torch.cond or a transform of torch.func"
-    assert octav_fx.coverage(q).quantized_macs == 4 * 64
+    assert octav_fx.coverage(q).quantized_macs == macs
+    if macs == 128:
+        assert reasons["a"] == "no call of it succeeds outside of torch.cond or a transform of torch.func"
+    if is_compiled:
+        expected = q(x)
+        q.compile(backend="eager")
+        torch.testing.assert_close(q(x), expected)
+
+
+def test_clips_of_what_vmap_calls() -> None:
+    x = torch.randn(3, 8) * torch.tensor([[1.0], [10.0], [100.0]])
+    model = made(lambda s, x: torch.vmap(s.a)(x), a=nn.Linear(8, 8)).eval()
+    q = octav_fx.quantize(model, x, octav_fx.Config(weight_bits=8, activation_bits=8))
+    octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    (clip,) = (value for name, value in q.named_buffers() if name.endswith("input.clip"))
+    torch.testing.assert_close(clip, torch.stack([octav_fx.optimal_clip(row, 8) for row in x]).mean())
+    with torch.no_grad():
+        for integers in (False, True):
+            torch.testing.assert_close(octav_fx.convert(q, integers=integers)(x), q(x))
+
+
+def test_what_vmap_calls_is_captured_again() -> None:
+    model = made(lambda s, x: torch.vmap(s.a)(x), a=Sized()).eval()
+    q = octav_fx.quantize(model, torch.randn(2, 3, 8))
+    with silent_quantizers():
+        for length in (3, 6, 3):
+            x = torch.randn(2, length, 8)
+            torch.testing.assert_close(q(x), model(x))
+    assert len(graphs_of(q.a).graphs_of(False)) == 2  # type: ignore[union-attr, arg-type]
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.one(x) if x.shape[0] > 4 else self.two(x)
 
 
 def attending(s: Any, x: Tensor) -> Tensor:
