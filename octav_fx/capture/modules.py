@@ -21,7 +21,7 @@ from octav_fx.capture.symbolic.side_effects import store_flags
 from octav_fx.capture.transformed import transformed
 from octav_fx.compat.graphs import forget_compiled_callers, set_graph_without_code
 from octav_fx.compat.modules import buffers_of, children_of, not_compiled, parameters_of, replace_children, share_parts
-from octav_fx.compat.tensors import is_transformed, transforms
+from octav_fx.compat.tensors import transform, transforms
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.ir.records import Record, graph_info
 from octav_fx.nn.fake_quantizer import QUANTIZERS, FakeQuantizer
@@ -200,16 +200,15 @@ class QuantizedModule(GuardedModule):
         if is_traced(args):
             return self._graphs[self.training][0].function()(self._state_holder(), *args, **kwargs)
         if (guarded := self.holding(args, kwargs)) is not None:
-            if torch.compiler.is_compiling() and not is_transformed():
+            if torch.compiler.is_compiling():
                 return self._run(guarded, args, kwargs)
-            if is_transformed():
+            if transform() is not None:
                 return self._run_transformed(guarded, args, kwargs)
             return self._run_or_capture(guarded, args, kwargs)
         if (own := self._own_python.get(self.training)) is not None:
             return own(*args, **kwargs)
         return self._run_new(args, kwargs)
 
-    @torch.compiler.disable(reason="octav_fx: a compiler has no rule for quantizers inside of a transform")
     def _run_transformed(self, guarded: GuardedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a graph inside of transforms of torch.func. Raises OctavError where quantizers have no rule for them."""
         quantizers = [m for m in children_of(self)[QUANTIZERS].modules() if isinstance(m, FakeQuantizer)]  # type: ignore[union-attr]

@@ -39,7 +39,7 @@ class PartialInfo:
     example: Inputs | None = None
     # With what its children are quantized.
     recipe: Any = None
-    # Whether it calls some of them inside of a transform of torch.func, where a compiler can break no graph.
+    # Whether it calls some of them inside of a transform of torch.func, where a compiler knows no quantizers.
     transforms: bool = False
 
 

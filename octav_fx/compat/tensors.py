@@ -47,7 +47,6 @@ __all__ = [
     "is_functorch_wrapped",
     "is_higher_order",
     "is_sharded",
-    "is_transformed",
     "make_fake",
     "mean_of_samples",
     "multiplies_unsigned_bytes",
@@ -155,11 +154,6 @@ def transform() -> str | None:
     if interpreter is None:
         return "Jvp" if _is_forward_mode() else None
     return str(interpreter.key().name)
-
-
-def is_transformed() -> bool:
-    """Tell whether a transform of torch.func runs, or forward mode; a compiler that traces one knows it, too."""
-    return bool(torch._C._functorch.peek_interpreter_stack() is not None or _is_forward_mode())
 
 
 def transforms() -> set[str]:

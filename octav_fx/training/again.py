@@ -16,6 +16,7 @@ from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
 from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
 from octav_fx.capture.whole import make_users_own, users_own
 from octav_fx.clips.distributed import no_sync
+from octav_fx.compat.modules import is_compiled
 from octav_fx.compat.tensors import is_functorch_wrapped, normal_tensors, without_transforms, without_users_modes
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
@@ -77,6 +78,13 @@ def _capture_again(quantized: QuantizedModule, call: Inputs) -> None:
 def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
     """Make the graphs of a module of what it is made of now; quantizers of operands outside of what is new are kept."""
     owner, recipe = quantized.owner, quantized.recipe
+    modules = dict(owner.named_modules())
+    for path in replaced(owner):
+        if path in modules and is_compiled(modules[path]):
+            raise OctavError(
+                f"{recipe.position.named(path)} was given to torch.compile, and is a part of a graph: compile the "
+                "whole model (q.compile()), or quantize with blocks=, of which each can be compiled by itself"
+            )
     places = [recipe.position.named(path) for path in replaced(owner)]
     before = {m for m in owner.modules() if isinstance(m, FakeQuantizer)}
     known = {

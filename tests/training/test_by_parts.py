@@ -695,6 +695,23 @@ def test_a_child_whose_failure_is_caught() -> None:
         assert torch.equal(q(x), model(x))
 
 
+MOVES: dict[str, Callable[..., Any]] = {
+    "to": lambda m, x: m.part.to(x.device)(x),
+    "to a dtype": lambda m, x: m.part.to(x.dtype)(x),
+    "float": lambda m, x: m.part.float()(x),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_child_that_forward_moves(name: str) -> None:
+    model, x = made(MOVES[name], part=Block()), torch.randn(4, 8)
+    q = quantize(model, x, TWO_BITS)
+    assert octav_fx.coverage(q).quantized_macs == octav_fx.coverage(q).total_macs
+    assert "forward moves part to a device or dtype, and a graph moves no modules" in str(octav_fx.table(q))
+    with octav_fx.float_mode(q):
+        assert torch.equal(q(x), model(x))
+
+
 def test_children_under_vmap() -> None:
     model, x = Applied(lambda m, x: torch.vmap(m.part)(x), part=Block()), torch.randn(4, 8)
     q = quantize(model, x, TWO_BITS)

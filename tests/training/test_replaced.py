@@ -399,3 +399,10 @@ def test_a_graph_of_what_was_replaced_computes_what_forward_does() -> None:
     q.part = nn.Identity()
     with pytest.raises(OctavError, match=r"part: another one than .*the captured graph does not compute"):
         q(torch.randn(2, 8))
+
+
+def test_a_part_that_is_compiled_says_what_to_compile() -> None:
+    q: Any = octav_fx.quantize(Net(), torch.randn(2, 8))
+    q.body = torch.compile(q.body, backend="eager")
+    with pytest.raises(OctavError, match=r"body was given to torch\.compile, and is a part of a graph: compile the"):
+        q(torch.randn(2, 8))

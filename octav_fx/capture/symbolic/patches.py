@@ -151,3 +151,29 @@ def assigned_parameters(tracer: "ValueTracer") -> Iterator[None]:
         yield
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def unmoved_modules(tracer: "ValueTracer") -> Iterator[None]:
+    """Say where forward moves a module to a device or a dtype, as offloading does: what it is given may be a proxy."""
+    kind: Any = nn.Module
+    originals = {name: getattr(kind, name) for name in ("to", "_apply")}
+
+    def moved(name: str) -> Callable[..., Any]:
+        def move(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if tracer.evaluating or module not in (tracer.submodule_paths or ()):
+                return originals[name](module, *args, **kwargs)
+            raise OctavError(
+                f"{user_caller()}: forward moves {tracer.path_of_module(module)} to a device or dtype, and a graph "
+                "moves no modules"
+            )
+
+        return move
+
+    for name in originals:
+        setattr(kind, name, moved(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(kind, name, original)

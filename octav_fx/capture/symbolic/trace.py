@@ -21,7 +21,7 @@ from octav_fx.capture.module_state import is_constant, own_copy
 from octav_fx.capture.symbolic.guards import take_guards
 from octav_fx.capture.symbolic.kept import nothing_kept
 from octav_fx.capture.symbolic.names import symbolic_names
-from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags
+from octav_fx.capture.symbolic.patches import assigned_parameters, symbolic_torch, training_flags, unmoved_modules
 from octav_fx.capture.symbolic.reads import Reads, watched_reads
 from octav_fx.capture.symbolic.regions import regions
 from octav_fx.capture.symbolic.side_effects import FLOAT_MODULE, is_cache, undone_writes
@@ -81,6 +81,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
             # Before regions turn gradients on.
             watched_reads(tracer, root) as reads,
             assigned_parameters(tracer),
+            unmoved_modules(tracer),
             regions(tracer),
             quiet(),
         ):
