@@ -51,7 +51,7 @@ def test_a_file(seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_file_compiled(seed: int) -> None:
     assert fault_followed_compiled(fuzz_python.program(seed), seed) is None, fuzz_python.program(seed)
 
