@@ -7,10 +7,13 @@
 The key is the path of the module; a target writes the nodes that stand for it (deploy/targets/).
 """
 
+import contextlib
 import functools
 import inspect
+import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -65,15 +68,25 @@ def translated(
     # A dictionary that is the last of them is taken for keyword arguments.
     given = args if kwargs else (*args, {})
     try:
-        program = torch.onnx.export(
-            module, given, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
-        )
+        with _quiet_failure():
+            program = torch.onnx.export(
+                module, given, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
+            )
     except Exception as error:
         raise OctavError(_why(error, dynamic_batch, dynamic_axes)) from error
     assert program is not None
     model = program.model_proto
     _check_free(model, named, dynamic, dynamic_batch, dynamic_axes)
     return model, parts
+
+
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """Drop what is printed for an error that becomes one text: torch prints the graph, of thousands of lines."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        yield
+    sys.stderr.write(printed.getvalue())
 
 
 def _check_scales(module: nn.Module) -> None:
@@ -306,6 +319,11 @@ def _advice(error: BaseException, dynamic_batch: bool, dynamic_axes: Mapping[str
     if (returned := re.search(r"Found <class '(.*)'> in output", str(error))) is not None:
         kind = returned[1].rpartition(".")[2]
         return f"Have forward return no {kind}; models of transformers return caches unless use_cache=False is passed"
+    if "data-dependent expression" in str(error):
+        return (
+            "It goes by numbers that it computes, as detectors do behind their heads: export the part before that, "
+            "such as q.backbone"
+        )
     return f"Write the op that it names with others{_fixed_advice(dynamic_batch, dynamic_axes)}"
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from octav_fx import Config, calibrate, freeze, quantize, zoo
 from octav_fx.capture.modules import QuantizedModule
+from octav_fx.formats.granularity import along
 from octav_fx.nn import FakeQuantizer, StaticQuantizer
 
 models = zoo.torchvision().models
@@ -227,8 +228,10 @@ def observed(q: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str
         elif isinstance(module, StaticQuantizer):
 
             def hook(m: StaticQuantizer, args: tuple[Tensor], y: Tensor, name: str = name) -> None:
-                position = args[0].double() / (1 if m.in_steps else m.scale.double())
-                activations.setdefault(name, []).append(Seen(position, y.clone(), m.scale))
+                # Of a weight that is computed each channel has one.
+                step = along(m.scale, args[0], m.dim)
+                position = args[0].double() / (1 if m.in_steps else step.double())
+                activations.setdefault(name, []).append(Seen(position, y.clone(), step))
 
         else:
             continue

@@ -236,6 +236,32 @@ def test_an_older_file_outlives_a_failure(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+class Detects(nn.Module):
+    """Goes by how many scores are large, as detectors do behind their heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        kept = y[y > 0]
+        return kept * 2 if len(kept) > 4 else kept
+
+
+@pytest.mark.slow
+def test_what_goes_by_its_data_is_refused_without_pages_of_graph(tmp_path, capsys):
+    x = torch.randn(2, 4)
+    q = freeze(calibrate(quantize(Detects().eval(), x), [x]))
+    with pytest.raises(OctavError, match=r"expression u0 .* export the part before that, such as q\.backbone"):
+        export_onnx(q, x, tmp_path / "model.onnx")
+    assert capsys.readouterr().err == ""
+    # As it says.
+    export_onnx(q.body, x, tmp_path / "body.onnx")
+    (found,) = run_onnx((tmp_path / "body.onnx").read_bytes(), {"input": x}).values()
+    assert torch.equal(found, convert(q.body, integers=False)(x))
+
+
 def test_paths_that_cannot_be_written(tmp_path):
     q, x = ready()
     with pytest.raises(OctavError, match=r"no_such_folder.model\.onnx cannot be written: No such file or directory"):
