@@ -21,13 +21,15 @@ _COUNTS: Final = (int, float, *_CONTAINERS)
 def kept_counts(root: nn.Module) -> Iterator[None]:
     """Put back the numbers, and the lists of such, that forward has moved on, unless a graph holds for what they are.
 
-    They are those that code of the module names in files, closures and objects.
+    They are those that code of the module names in files, closures and objects. What modules themselves hold the graphs
+    ask for, and store.
     """
-    before = constants_of(root)
+    before, own = constants_of(root), set(root.modules())
     try:
         yield
     finally:
-        _put_back(root, [(False, row) for row in before.attributes] + [(True, row) for row in before.items])
+        past = [row for row in before.attributes if not (isinstance(row.holder, nn.Module) and row.holder in own)]
+        _put_back(root, [(False, row) for row in past] + [(True, row) for row in before.items])
 
 
 def _put_back(root: nn.Module, rows: list[tuple[bool, Held]]) -> None:
