@@ -30,7 +30,11 @@ def entry(make) -> Entry:
 
 
 def measured(made: Entry) -> zoo.Row:
-    return zoo.measured(made, "sources")
+    row = zoo.measured(made, "sources")
+    # Torch 2.11, whether another test of this process had gradients is a matter of chance.
+    if "OCTAV_FX_TORCH" in os.environ and "fork-based multiprocessing" in str(row):
+        pytest.skip("this torch has no gradients in a fork of a process that had some")
+    return row
 
 
 def needs(library: str) -> None:
