@@ -86,7 +86,7 @@ _OURS: Final[dict[Any, Callable[..., int]]] = {
     aten.mkldnn_rnn_layer: _lstm_layer,
     aten._grouped_mm: _grouped,
 }
-# Operators that call what they are given and count as a whole, by name; torch 2.11 has no entry for them.
+# Operators that call what they are given and count as a whole, by name: what the table of torch 2.11 lacks.
 _HIGHER: Final[dict[str, Callable[..., int]]] = {"flex_attention": _attention_on_cpu}
 
 
@@ -127,9 +127,10 @@ class MacCounter(TorchDispatchMode):
 
     def _run_higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator, and count it by its entry, else what it calls."""
-        if (operations := _HIGHER.get(func.name())) is not None:
-            self._operations += operations(*args, **kwargs)
-            return func(*args, **kwargs)
+        if (operations := flop_registry.get(func) or _HIGHER.get(func.name())) is not None:
+            result = func(*args, **kwargs)
+            self._operations += int(operations(*args, **kwargs, out_val=result))
+            return result
         args, kwargs = pytree.tree_map_only(callable, self._counted, (args, kwargs))
         return func(*args, **kwargs)
 
