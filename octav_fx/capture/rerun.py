@@ -213,8 +213,9 @@ def record_calls(
         kinds = transforms()
         if kinds and transformed is not None:
             transformed.add(name)
-        is_hidden = bool(branches) or bool(kinds - {"Vmap"})
-        if is_hidden := is_hidden or any(map(is_functorch_wrapped, children[name].parameters())):
+        has_own_parameters = any(map(is_functorch_wrapped, children[name].parameters()))
+        is_hidden = bool(branches) or bool(kinds - {"Vmap"}) or has_own_parameters
+        if is_hidden:
             unfit.add(name)
         with without_transforms():
             sample = sample_call(made)

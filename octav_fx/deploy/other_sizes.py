@@ -1,6 +1,7 @@
 """Whether a file computes for other sizes of its free axes what the model computes: it is one graph, without guards."""
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from octav_fx.capture.guards import DoesNotHold
 from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
 from octav_fx.capture.integer_module import IntegerModule
+from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.compat.tensors import FakeTensorMode, pytree, quiet
 from octav_fx.deploy.convert import rewritten
@@ -54,6 +56,8 @@ def check_other_sizes(
     if sizes is None and not computes_sizes:
         return
     call = as_inputs(example_inputs)
+    # What most models do not need: no size breaks their guards.
+    defined = functools.cache(lambda: rewritten(q, (*CONVERT, *COMPUTE)))
 
     def fault(given: Inputs) -> str | None:
         bound = _bound(converted, given)
@@ -63,12 +67,12 @@ def check_other_sizes(
     named = call.kwargs or dict(zip(names_of(converted, len(call.args)), call.args, strict=True))
     asked = list[str]()
     for axes in _groups(named, dynamic_batch, dynamic_axes):
-        for given in _breaking(call, axes, fault):
-            place = str(fault(given)).partition(": ")[0]
+        for given, broken in _breaking(call, axes, fault):
+            place = broken.partition(": ")[0]
             # A place may be one of several that the same size breaks.
             if asked.count(place) < 3:
                 asked.append(place)
-                _check(q, given, place)
+                _check(q, defined(), given, place)
 
 
 def _fault_without_data(converted: IntegerModule, bound: inspect.BoundArguments) -> str | None:
@@ -85,22 +89,23 @@ def _fault_without_data(converted: IntegerModule, bound: inspect.BoundArguments)
     return None
 
 
-def _check(q: nn.Module, given: Inputs, place: str) -> None:
+def _check(q: nn.Module, defined: nn.Module, given: Inputs, place: str) -> None:
     """Raise OctavError where a model runs for inputs and its graph, past the guards, does not compute the same."""
+    # Forward may write into its state and arguments, and a call of a new kind makes a graph.
+    q, defined = copy.deepcopy(q).eval(), copy.deepcopy(defined)
+    assert isinstance(defined, IntegerModule)
     with torch.no_grad(), warnings.catch_warnings():
         # Of quantizers that a new graph brings.
         warnings.simplefilter("ignore")
         try:
-            # Forward may write into its state, and a call of a new kind makes a graph.
-            expected = tensors_of(copy.deepcopy(q).eval()(*_own(given.args), **_own(given.kwargs)))
+            args, kwargs = own_copy(tuple(given))
+            expected = tensors_of(q(*args, **kwargs))
         except OctavError:
             expected = None
         except Exception:
             return
-        defined = rewritten(q, (*CONVERT, *COMPUTE))
-        assert isinstance(defined, IntegerModule)
         try:
-            bound = _bound(defined, Inputs(_own(given.args), _own(given.kwargs)))
+            bound = _bound(defined, Inputs(*own_copy(tuple(given))))
             found = tensors_of(defined.octav_guarded.function()(defined, *bound.args, **bound.kwargs))
         except Exception:
             found = None
@@ -130,10 +135,6 @@ def _bound(module: IntegerModule, given: Inputs) -> inspect.BoundArguments:
     return bound
 
 
-def _own(values: Any) -> Any:
-    return pytree.tree_map_only(Tensor, torch.clone, values)
-
-
 def _groups(
     named: Mapping[str, Any], dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]
 ) -> Iterator[_Axes]:
@@ -150,21 +151,24 @@ def _groups(
         yield _Axes(tuple(frozenset(axis for axis in axes if x.shape[axis] == size) for (_, x), axes in free), size)
 
 
-def _breaking(call: Inputs, axes: _Axes, fault: Callable[[Inputs], str | None]) -> Iterator[Inputs]:
-    """Yield inputs of other sizes of which guards say that the graph does not hold, the nearest of several."""
+def _breaking(call: Inputs, axes: _Axes, fault: Callable[[Inputs], str | None]) -> Iterator[tuple[Inputs, str]]:
+    """Yield inputs of other sizes for which the graph does not hold, and why: near ones, and the nearest larger one."""
     size = axes.size
     for other in (size + 1, size - 1, size + 2, 2 * size, 1):
-        if 0 < other != size and fault(given := _resized(call, axes, other)) is not None:
-            yield given
+        if 0 < other != size and (why := fault(given := _resized(call, axes, other))) is not None:
+            yield given, why
     low, high = size, 2 * size
-    while fault(_resized(call, axes, high)) is None:
+    while (why := fault(given := _resized(call, axes, high))) is None:
         low, high = high, 2 * high
         if max(x.numel() for x in tensors_of((call.args, call.kwargs))) // size * high > _LARGEST:
             return
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fault(_resized(call, axes, middle)) is None else (low, middle)
-    yield _resized(call, axes, high)
+        if (nearer_why := fault(nearer := _resized(call, axes, middle))) is None:
+            low = middle
+        else:
+            high, given, why = middle, nearer, nearer_why
+    yield given, why
 
 
 def _resized(call: Inputs, axes: _Axes, size: int) -> Inputs:
