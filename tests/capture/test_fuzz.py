@@ -1,65 +1,41 @@
 """Programs from the grammar of tests/support/fuzz.py: the quantized ones, quantizers aside, are the float ones."""
 
+import itertools
+
 import pytest
 import torch
 
 import octav_fx
-from tests.support import fuzz_images, fuzz_python
-from tests.support.faults import fault_compiled, fault_deployed, fault_exported, fault_quantized
-from tests.support.follow import fault_followed, fault_followed_compiled, followed
-from tests.support.fuzz import built, inputs, is_valid, program
+from tests.support import fuzz_lives
+from tests.support.faults import KINDS, fault_compiled, fault_deployed, fault_exported, fault_quantized
+from tests.support.follow import fault_followed, followed
+from tests.support.fuzz import built, inputs, is_valid
+from tests.support.fuzz_lives import fault_lived
+
+# The last programs that are exported branch on sizes, or take rows one by one.
+SEEDS = {
+    **{"quantized": range(40), "deployed": range(12), "images": range(24), "exported": (1, 8, 10, 16, 40, 51)},
+    **{"exported_images": range(6), "python": range(16), "lives": range(12)},
+}
+COMPILED = {"compiled": range(6), "python_compiled": range(4)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(40))
-def test_a_program(seed: int) -> None:
-    assert fault_quantized(program(seed), seed) is None, program(seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
-def test_a_program_deployed(seed: int) -> None:
-    assert fault_deployed(program(seed), seed) is None, program(seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(24))
-def test_a_net_deployed(seed: int) -> None:
-    source = fuzz_images.program(seed)
-    assert fault_deployed(source, seed, fuzz_images) is None, source
-
-
-# The last ones branch on sizes, or take rows one by one.
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 8, 10, 16, 40, 51])
-def test_a_program_exported(seed: int) -> None:
-    assert fault_exported(program(seed), seed) is None, program(seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_a_net_exported(seed: int) -> None:
-    source = fuzz_images.program(seed)
-    assert fault_exported(source, seed, fuzz_images) is None, source
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(16))
-def test_a_file(seed: int) -> None:
-    assert fault_followed(fuzz_python.program(seed), seed) is None, fuzz_python.program(seed)
-
-
-@pytest.mark.slow
-@pytest.mark.compile
-@pytest.mark.parametrize("seed", range(4))
-def test_a_file_compiled(seed: int) -> None:
-    assert fault_followed_compiled(fuzz_python.program(seed), seed) is None, fuzz_python.program(seed)
+@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind, seeds in SEEDS.items() for seed in seeds])
+def test_a_program(kind: str, seed: int) -> None:
+    source = KINDS[kind].grammar.program(seed)
+    assert KINDS[kind].fault(source, seed) is None, source
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("seed", range(6))
-def test_a_program_compiled(seed: int) -> None:
-    assert fault_compiled(program(seed), seed) is None, program(seed)
+@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind, seeds in COMPILED.items() for seed in seeds])
+def test_a_compiled_program(kind: str, seed: int) -> None:
+    source = KINDS[kind].grammar.program(seed)
+    assert KINDS[kind].fault(source, seed) is None, source
+
+
+def test_every_kind_of_program_is_tested() -> None:
+    assert {*SEEDS, *COMPILED} == KINDS.keys()
 
 
 # What the fuzzer has found.
@@ -173,3 +149,14 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(octav_fx, "quantize", lambda *args: 1 / 0)
     for fault in (fault_quantized, fault_deployed, fault_exported, fault_compiled):
         assert fault(source, 0) == "raised ZeroDivisionError: division by zero"
+
+
+def test_a_fault_in_a_life_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_lives, "STEPS", {fuzz_lives._restart: 1})
+    source = fuzz_lives.program(0)
+    with monkeypatch.context() as changed:
+        changed.setattr(octav_fx, "load_state", lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in str(fault_lived(source, 0))
+    numbers = itertools.count()
+    monkeypatch.setattr(fuzz_lives, "results", lambda *_: [torch.tensor(next(numbers))])
+    assert "differs: a restart: " in str(fault_lived(source, 0))

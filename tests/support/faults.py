@@ -1,4 +1,4 @@
-"""What is wrong with a quantized, deployed or compiled program of fuzz.py, fuzz_images.py or fuzz_python.py.
+"""What is wrong with a quantized, deployed, compiled or used program of the grammars fuzz*.py.
 
     python -m tests.support.faults quantized --minutes 10 [--seed 0]
 
@@ -13,21 +13,21 @@ import io
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import octav_fx
 from octav_fx import Config
-from octav_fx.deploy.codes import codes_of_quantizers
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.errors import OctavError
 from octav_fx.nn import FakeQuantizer
-from tests.support import follow, fuzz, fuzz_images
+from tests.support import follow, fuzz, fuzz_images, fuzz_lives
 from tests.support.alike import assert_close, assert_computes, gradients, run, tensors
+from tests.support.faultless import as_words, check_codes
 from tests.support.file_faults import EXACT, ROUNDING, check_file, without_dead, write
 from tests.support.fuzz import built, inputs, is_valid
 from tests.support.given_levels import Run
@@ -96,7 +96,7 @@ def fault_deployed(source: str, seed: int, grammar: Any = fuzz) -> str | None:
     if (found := _program(source, seed, grammar)) is None:
         return None
     model, all_inputs = found
-    with _as_words() as words, contextlib.suppress(OctavError):
+    with as_words() as words:
         q = _frozen(model, all_inputs, seed)
         defined, converted = octav_fx.convert(q, integers=False), octav_fx.convert(q)
         for args in all_inputs:
@@ -145,7 +145,7 @@ def fault_exported(
     if (found := _program(source, seed, grammar)) is None:
         return None
     model, all_inputs = found
-    with _as_words() as words, contextlib.suppress(OctavError), tempfile.TemporaryDirectory() as folder:
+    with as_words() as words, tempfile.TemporaryDirectory() as folder:
         q, path = _frozen(model, all_inputs, seed), Path(folder) / "model.onnx"
         defined = without_dead(octav_fx.convert(q, integers=False))
         for target in targets:
@@ -162,24 +162,13 @@ def fault_exported(
     return words.get("fault")
 
 
-def check_codes(defined: nn.Module, converted: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Check that from equal codes integers give equal codes, but for one at a tie of oneDNN's rounding."""
-    given = codes_of_quantizers(defined, tuple(map(torch.clone, args)), {})
-    found = codes_of_quantizers(converted, tuple(map(torch.clone, args)), {}, given)
-    for name, calls in given.items():
-        # The copy of a quantizer behind a move is none where codes are moved.
-        for expected, codes in zip(calls, found.get(name, calls), strict=True):
-            moved = (codes.int() - expected.int()).abs()
-            assert moved.max() <= 1 and moved.count_nonzero() <= 1, f"{moved.count_nonzero()} codes of {name} moved"
-
-
 def fault_compiled(source: str, seed: int) -> str | None:
     """Say where the program that Dynamo has read differs from the one that Python runs, in a mode, or return None."""
     training = bool(seed % 2)
     if not is_valid(source, training):
         return None
     torch.compiler.reset()
-    with _as_words() as words, contextlib.suppress(OctavError):
+    with as_words() as words:
         q = octav_fx.quantize(built(source).train(training), inputs()[0])
         other = copy.deepcopy(q)
         compiled = torch.compile(other, backend="eager")
@@ -197,53 +186,40 @@ def fault_compiled(source: str, seed: int) -> str | None:
     return words.get("fault")
 
 
-@contextlib.contextmanager
-def _as_words() -> Iterator[dict[str, str]]:
-    """Keep what is raised inside under "fault", but for a gradient that a write of the program's own forbids."""
-    words: dict[str, str] = {}
-    try:
-        # fx prints where in its generated code an error came up.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield words
-    except AssertionError as error:
-        words["fault"] = f"differs: {error}"
-    except Exception as error:
-        if "modified by an inplace operation" not in str(error):
-            words["fault"] = f"raised {type(error).__name__}: {error}"
+class Kind(NamedTuple):
+    """A grammar, and what is wrong with a program of it; trains: every second seed is one in training mode."""
+
+    grammar: Any
+    fault: Callable[[str, int], str | None]
+    trains: bool
 
 
-FAULTS: Final[dict[str, Callable[[str, int], str | None]]] = {
-    "quantized": fault_quantized,
-    "deployed": fault_deployed,
-    "compiled": fault_compiled,
-    "images": functools.partial(fault_deployed, grammar=fuzz_images),
-    "exported": fault_exported,
-    "exported_images": functools.partial(fault_exported, grammar=fuzz_images),
-    "python": follow.fault_followed,
-    "python_compiled": follow.fault_followed_compiled,
-}
-GRAMMARS: Final[dict[str, Any]] = {
-    **{"images": fuzz_images, "exported_images": fuzz_images},
-    **{"python": follow, "python_compiled": follow},
+KINDS: Final = {
+    "quantized": Kind(fuzz, fault_quantized, True),
+    "compiled": Kind(fuzz, fault_compiled, True),
+    "deployed": Kind(fuzz, fault_deployed, False),
+    "exported": Kind(fuzz, fault_exported, False),
+    "images": Kind(fuzz_images, functools.partial(fault_deployed, grammar=fuzz_images), False),
+    "exported_images": Kind(fuzz_images, functools.partial(fault_exported, grammar=fuzz_images), False),
+    "python": Kind(follow, follow.fault_followed, True),
+    "python_compiled": Kind(follow, follow.fault_followed_compiled, True),
+    "lives": Kind(fuzz_lives, fuzz_lives.fault_lived, True),
 }
 
 
 def main() -> None:
     """Write and check programs until the time is up; print each finding once."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=FAULTS)
+    parser.add_argument("what", choices=KINDS)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    grammar, fault, trains = KINDS[given.what]
     end, seed, valid = time.monotonic() + 60 * given.minutes, given.seed, 0
     while time.monotonic() < end:
-        grammar = GRAMMARS.get(given.what, fuzz)
         source = grammar.program(seed)
-        found = FAULTS[given.what](source, seed)
-        valid += grammar.is_valid(
-            source, not given.what.startswith(("deployed", "exported", "images")) and bool(seed % 2)
-        )
+        found = fault(source, seed)
+        valid += grammar.is_valid(source, trains and bool(seed % 2))
         if found is not None:
             print(f"--- seed {seed}: {found}\n{source}\n", flush=True)
         seed += 1

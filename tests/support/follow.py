@@ -1,16 +1,13 @@
 """Following the steps of a program of tests/support/fuzz_python.py, the float model beside the quantized one."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
-import io
 import itertools
 import linecache
 import sys
 import types
 import warnings
-from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -19,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import octav_fx
-from octav_fx.errors import OctavError
 from tests.support import fuzz_python
 from tests.support.alike import assert_close, gradients, silent_quantizers, tensors
+from tests.support.faultless import as_words
 from tests.support.fuzz_python import program as program
 
 _NUMBERS: Final = itertools.count()
@@ -144,7 +141,7 @@ def fault_followed(source: str, seed: int) -> str | None:
     expected = followed(source, training)
     if expected is None:
         return None
-    with _as_words() as words:
+    with as_words() as words:
         session = Session(source, training)
         session.use(octav_fx.quantize(session.model, (session.scope["x"], session.scope["y"])))
         for at, step in enumerate(expected):
@@ -173,7 +170,7 @@ def fault_followed_compiled(source: str, seed: int) -> str | None:
     if followed(source, training) is None:
         return None
     torch.compiler.reset()
-    with _as_words() as words:
+    with as_words() as words:
         eager, compiled = Session(source, training), Session(source, training)
         for session in (eager, compiled):
             session.use(octav_fx.quantize(session.model, (session.scope["x"], session.scope["y"])))
@@ -201,22 +198,3 @@ def _compare(at: int, step: str, expected: dict[str, Any] | None, found: dict[st
         if name not in expected and name.startswith(("gradient", "result")) and "quantizers." not in name
     ]
     assert not more, f"step {at}, {step}: {more[0]} beyond float"
-
-
-@contextlib.contextmanager
-def _as_words() -> Iterator[dict[str, str]]:
-    """Keep what is raised inside under "fault"; an OctavError, which says what does not hold, under "refused"."""
-    words: dict[str, str] = {}
-    try:
-        # fx prints where in its generated code an error came up.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield words
-    except OctavError as error:
-        words["refused"] = str(error)
-    except AssertionError as error:
-        words["fault"] = f"differs: {error}"
-    except Exception as error:
-        # torch's own refusal: of a write of the program's own, or of the state of a quantizer by backend="eager".
-        if "modified by an inplace operation" not in str(error):
-            words["fault"] = f"raised {type(error).__name__}: {error}"
