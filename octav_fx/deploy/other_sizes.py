@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import DoesNotHold
 from octav_fx.capture.inputs import Inputs, as_inputs, tensors_of
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import guard_equal
+from octav_fx.compat.graphs import function_of
 from octav_fx.compat.tensors import FakeTensorMode, pytree, quiet
 from octav_fx.deploy.convert import rewritten
 from octav_fx.deploy.translate import has_axes, names_of
 from octav_fx.errors import OctavError
+from octav_fx.nn import StaticQuantizer
 from octav_fx.passes import COMPUTE, CONVERT
 
 # No guard is asked about more elements than so many, nor a model.
@@ -52,8 +54,8 @@ def check_other_sizes(
         return
     guards = converted.octav_guarded.guards
     sizes = None if guards is None else guards.sizes
-    computes_sizes = bool(converted.graph.find_nodes(op="call_function", target=guard_equal))
-    if sizes is None and not computes_sizes:
+    checks = _checks(converted)
+    if sizes is None and checks is None:
         return
     call = as_inputs(example_inputs)
     # What most models do not need: no size breaks their guards.
@@ -62,7 +64,7 @@ def check_other_sizes(
     def fault(given: Inputs) -> str | None:
         bound = _bound(converted, given)
         found = None if sizes is None else sizes.broken(converted, bound.args, bound.kwargs)
-        return _fault_without_data(converted, bound) if found is None and computes_sizes else found
+        return _fault_without_data(checks, converted, bound) if found is None and checks is not None else found
 
     named = call.kwargs or dict(zip(names_of(converted, len(call.args)), call.args, strict=True))
     asked = list[str]()
@@ -75,13 +77,34 @@ def check_other_sizes(
                 _check(q, defined(), given, place)
 
 
-def _fault_without_data(converted: IntegerModule, bound: inspect.BoundArguments) -> str | None:
+def _checks(converted: IntegerModule) -> Callable[..., Any] | None:
+    """Return a function of the module and its arguments that asks what the graph does on its way; None: nothing.
+
+    Quantizers are left out, of many ops each: what they return has the sizes of what they are given.
+    """
+    graph = fx.Graph()
+    graph.graph_copy(converted.graph, {})
+    for node in graph.find_nodes(op="call_module"):
+        if isinstance(converted.get_submodule(str(node.target)), StaticQuantizer):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+    for node in reversed(graph.nodes):
+        if not node.users and node.op != "placeholder" and node.target is not guard_equal:
+            graph.erase_node(node)
+    if not graph.find_nodes(op="call_function", target=guard_equal):
+        return None
+    graph.output(())
+    return function_of(graph)
+
+
+def _fault_without_data(
+    checks: Callable[..., Any], converted: IntegerModule, bound: inspect.BoundArguments
+) -> str | None:
     """Say which size that a graph computes on its way is not what it was, or return None."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (bound.args, bound.kwargs))
     with torch.no_grad(), quiet(), mode:
         try:
-            converted.octav_guarded.function()(converted, *args, **kwargs)
+            checks(converted, *args, **kwargs)
         except DoesNotHold as error:
             return str(error)
         except Exception as error:
@@ -159,7 +182,8 @@ def _breaking(call: Inputs, axes: _Axes, fault: Callable[[Inputs], str | None]) 
             yield given, why
     low, high = size, 2 * size
     while (why := fault(given := _resized(call, axes, high))) is None:
-        low, high = high, 2 * high
+        # In few steps: each asks the whole graph.
+        low, high = high, 8 * high
         if max(x.numel() for x in tensors_of((call.args, call.kwargs))) // size * high > _LARGEST:
             return
     while high - low > 1:
