@@ -6,6 +6,7 @@ from octav_fx.deploy.deployment import DeployedRow, Deployment, deployment
 from octav_fx.deploy.export import export_onnx
 from octav_fx.deploy.freeze import calibrate, freeze, unfreeze
 from octav_fx.deploy.targets.compressed_tensors import export_compressed_tensors
+from octav_fx.deploy.targets.gguf import export_gguf
 from octav_fx.errors import OctavError
 from octav_fx.functional import fake_quantize, optimal_clip
 from octav_fx.ir.op import Op as Rule
@@ -37,6 +38,7 @@ __all__ = [
     "deployment",
     "either",
     "export_compressed_tensors",
+    "export_gguf",
     "export_onnx",
     "fake_quantize",
     "float_mode",

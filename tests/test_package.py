@@ -202,6 +202,8 @@ def test_the_public_names():
         "coverage",
         "deployment",
         "either",
+        "export_compressed_tensors",
+        "export_gguf",
         "export_onnx",
         "fake_quantize",
         "float_mode",

@@ -88,9 +88,9 @@ def onnx_session(
         return start()
 
 
-def optional(module: str) -> Any:
+def optional(module: str, extra: str = "onnx") -> Any:
     """Import a package that only exporting needs. Raises OctavError where it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise OctavError(f"exporting needs {error.name}: pip install 'octav_fx[onnx]'") from error
+        raise OctavError(f"exporting needs {error.name}: pip install 'octav_fx[{extra}]'") from error

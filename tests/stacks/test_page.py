@@ -1,4 +1,4 @@
-"""The blocks of docs/guides/stacks.md run as they stand there."""
+"""The blocks of docs/guides/stacks.md, and of language-models.md, run as they stand there."""
 
 import importlib
 import re
@@ -12,12 +12,16 @@ from tests.support.images import squares
 
 pytestmark = pytest.mark.stacks
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "stacks.md"
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+PAGE = GUIDES / "stacks.md"
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```py\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 # Library -> its block.
-BLOCKS = {
-    re.search(r"^import (?!torch)(\w+)", block, re.MULTILINE)[1]: block
-    for block in re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-}
+BLOCKS = {re.search(r"^import (?!torch)(\w+)", block, re.MULTILINE)[1]: block for block in blocks_of(PAGE)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -38,3 +42,15 @@ def test_a_block_runs(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_library_has_its_block() -> None:
     assert list(BLOCKS) == ["timm", "lightning", "accelerate", "peft", "diffusers", "ultralytics"]
+
+
+def test_a_language_model_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.torchvision()
+    for name in ("transformers", "compressed_tensors", "gguf"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    page = GUIDES / "language-models.md"
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for block in blocks_of(page):
+        exec(compile(block, str(page), "exec"), namespace)
+    assert (tmp_path / "model.gguf").stat().st_size > 0

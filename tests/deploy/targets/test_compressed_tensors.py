@@ -1,4 +1,4 @@
-"""Words of packed codes, and what is no folder of transformers'; tests/stacks/test_compressed_tensors.py reads folders."""
+"""Words of packed codes, and what is no model of transformers; tests/stacks has readers of whole folders."""
 
 import pytest
 import torch
