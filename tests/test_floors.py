@@ -27,6 +27,7 @@ ALLOWED = {
     "onnxruntime": "octav_fx.deploy.runtimes",
     "onnxscript": "octav_fx.deploy.export",
     "openvino": "octav_fx.deploy.latency",
+    "gguf": "octav_fx.deploy.targets.gguf*",
     "torchvision": "octav_fx.zoo",
     "sklearn": "octav_fx.demo",
     "tqdm": "octav_fx.training.progress",
