@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from octav_fx import Config, OctavError, calibrate, export_gguf, freeze, quantize, zoo
 from octav_fx.deploy.layers import linear_layers
-from octav_fx.deploy.targets.gguf_tokenizer import _CUTS
+from octav_fx.deploy.targets.gguf_tokenizer import CUTS
 
 pytestmark = pytest.mark.stacks
 
@@ -66,7 +66,7 @@ def tokenizer_of(cut: str, size: int = 500) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    pattern, takes_whole = next(key for key, name in _CUTS.items() if name == cut)
+    pattern, takes_whole = next(key for key, name in CUTS.items() if name == cut)
     made = Tokenizer(models.BPE(ignore_merges=takes_whole))
     if pattern:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")

@@ -70,7 +70,7 @@ def export_gguf(q: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = 
     for layer in linear_layers(q):
         key = f"{layer.name}.weight"
         del tensors[key]
-        stored[key] = _blocks(layer, _rows(key, config, architecture))
+        stored[key] = blocks_of(layer, _rows(key, config, architecture))
     if config.tie_word_embeddings:
         # Where it is not a layer's own now llama.cpp takes the embedding.
         tensors.pop("lm_head.weight", None)
@@ -141,7 +141,7 @@ def _rows(key: str, config: Any, architecture: _Architecture) -> _Rows:
     return lambda x: x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _blocks(layer: LinearLayer, rows: _Rows) -> tuple[Any, str]:
+def blocks_of(layer: LinearLayer, rows: _Rows) -> tuple[Any, str]:
     """Return the bytes [out, blocks * bytes] of a weight [out, in], and the name of their kind."""
     spec, codes = layer.weight.spec, layer.weight.integers().cpu()
     if layer.input is not None:

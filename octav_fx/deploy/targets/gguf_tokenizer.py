@@ -13,7 +13,7 @@ _CUT: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # How a text is cut before pairs are merged, and whether a part that is a token is taken whole; what llama.cpp calls it.
-_CUTS: Final[dict[tuple[str | None, bool], str]] = {
+CUTS: Final[dict[tuple[str | None, bool], str]] = {
     (_CUT.replace("DIGITS", r"\p{N}{1,3}"), True): "llama-bpe",
     (_CUT.replace("DIGITS", r"\p{N}"), False): "qwen2",
     ("", False): "gpt-2",
@@ -76,7 +76,7 @@ def _cut(described: Mapping[str, Any]) -> str:
     # It normalizes nothing: text is in the composed form already, as nearly all is.
     is_as_written = (described.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"}
     takes_whole = bool(described["model"].get("ignore_merges"))
-    if is_as_written and (found := _CUTS.get((_pattern(described.get("pre_tokenizer") or {}), takes_whole))):
+    if is_as_written and (found := CUTS.get((_pattern(described.get("pre_tokenizer") or {}), takes_whole))):
         return found
     raise OctavError(
         "this tokenizer cuts a text otherwise than those of Llama 3, Qwen and GPT-2, and llama.cpp would cut it in a "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import octav_fx
 from octav_fx import Config, OctavError
 from octav_fx.deploy.layers import LinearLayer, linear_layers
-from octav_fx.deploy.targets.gguf import _blocks
+from octav_fx.deploy.targets.gguf import blocks_of
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
@@ -65,7 +65,7 @@ HALF = {"scale_format": "float16", "edge_bits": None}
 )
 def test_blocks_hold_the_levels(config, expected):
     found = layer(config)
-    data, kind = _blocks(found, unchanged)
+    data, kind = blocks_of(found, unchanged)
     size, read = READERS[kind]
     assert kind == expected
     assert data.dtype == numpy.uint8 and data.shape == (5, 3 * size)
@@ -76,8 +76,8 @@ def test_blocks_hold_the_levels(config, expected):
 
 def test_rows_take_their_scales_along():
     found = layer(Config(4, None, weight_granularity="group-32", **HALF))
-    moved, _ = _blocks(found, lambda x: x.flip(0))
-    assert (moved == _blocks(found, unchanged)[0][::-1]).all()
+    moved, _ = blocks_of(found, lambda x: x.flip(0))
+    assert (moved == blocks_of(found, unchanged)[0][::-1]).all()
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_rows_take_their_scales_along():
 )
 def test_what_no_block_holds(config, columns, named):
     with pytest.raises(OctavError, match=named):
-        _blocks(layer(config, columns), unchanged)
+        blocks_of(layer(config, columns), unchanged)
