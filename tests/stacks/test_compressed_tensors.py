@@ -1,5 +1,6 @@
 """Weights as compressed-tensors, an encoder that others serve, writes and reads them: equal levels at equal scales."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,39 @@ def test_products_of_attention_are_refused(library: Any, tmp_path: Path) -> None
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("config", [Config.preset("mxfp4"), Config(2, None, weight_format="ternary")])
-def test_other_formats_are_refused(library: Any, tmp_path: Path, config: Config) -> None:
-    with pytest.raises(OctavError, match=r"integers|attention"):
-        export_compressed_tensors(frozen("Llama", config, **LLAMA), tmp_path)
+FLOATS = {
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"weight_format": "e2m1", "weight_granularity": "group-16", "scale_format": "e4m3"},
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"weight_format": "e2m1", "weight_granularity": "group-32", "scale_format": "e8m0"},
+    ),
+    "mxfp8": ("mxfp8-quantized", {"weight_format": "e4m3", "weight_granularity": "group-32", "scale_format": "e8m0"}),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_small_floats_in_a_model_of_bfloat16(library: Any, tmp_path: Path, name: str) -> None:
+    described, fields = FLOATS[name]
+    q = frozen("Llama", Config(8 if name == "mxfp8" else 4, None, edge_bits=None, **fields), **LLAMA)
+    q = freeze(q.bfloat16())
+    export_compressed_tensors(q, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format"] == described
+    found = read(tmp_path)
+    logits(found)
+    for layer in linear_layers(q):
+        theirs, ours = found.get_submodule(layer.name).weight, layer.weight()
+        # The scale of the tensor is divided by, whose inverse is rounded once: the next bfloat16, where that matters.
+        assert torch.equal(theirs, ours) or (name == "nvfp4" and (theirs / ours - 1).nan_to_num().abs().max() <= 2**-7)
+
+
+def test_other_formats_are_refused(library: Any, tmp_path: Path) -> None:
+    with pytest.raises(OctavError, match=r"has no ternary/channel\.0: integers, or one of"):
+        export_compressed_tensors(frozen("Llama", Config(2, None, weight_format="ternary"), **LLAMA), tmp_path)
+    config = Config(4, 8, weight_format="e2m1", weight_granularity="group-32", scale_format="e8m0", edge_bits=None)
+    overrides = {"*.attention": None, "*/input": {"scale_format": "float32"}}
+    with pytest.raises(OctavError, match="activations stay float beside weights in e2m1"):
+        q = frozen("Llama", dataclasses.replace(config, overrides=overrides), **LLAMA)
+        export_compressed_tensors(q, tmp_path)

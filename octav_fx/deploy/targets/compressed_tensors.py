@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from octav_fx.deploy.files import replacing
 from octav_fx.deploy.layers import LinearLayer, float_state, linear_layers
+from octav_fx.deploy.targets.compressed_floats import FLOATS
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
 from octav_fx.formats.spec import Spec
@@ -31,13 +32,15 @@ def export_compressed_tensors(q: nn.Module, folder: str | os.PathLike[str]) -> N
     """Write a frozen transformers model as a folder with compressed weights, which from_pretrained and vLLM read.
 
     Weights of linear layers are the codes that q computes with, 2 to 8 bits with a scale for each channel, tensor or
-    group, and read back they are q's levels to the bit. Activations stay float, or are integers with one static clip
-    ("int-quantized", a byte for each weight); with a clip for each token, the reader finds it by a rule of its own,
-    the largest magnitude over 127.5, which a warning says. Embeddings, norms and what q has in float stay as they are.
+    group, and read back they are q's levels to the bit. So are MXFP4 and MXFP8 in a model of bfloat16, which readers
+    take them for, and NVFP4 but for the division by its float32 scale. Activations stay float, or are integers with one
+    static clip ("int-quantized", a byte for each weight); with a clip for each token, the reader finds it by a rule of
+    its own, the largest magnitude over 127.5, which a warning says. Embeddings, norms and what q has in float stay as
+    they are.
 
     q: of a class of transformers, in the dtype to be written, and not changed. Save the tokenizer beside it:
     tokenizer.save_pretrained(folder). Raises OctavError for another model, for one that is not frozen, for what the
-    format cannot say (a rounded operand of attention, a convolution, other formats than integers), and for a scale that
+    format cannot say (a rounded operand of attention, a convolution, another format of numbers), and for a scale that
     the dtype of the model does not hold: scale_format="bfloat16" makes one that bfloat16 does.
     """
     if not callable(getattr(q, "save_pretrained", None)) or not hasattr(q, "config"):
@@ -54,7 +57,7 @@ def export_compressed_tensors(q: nn.Module, folder: str | os.PathLike[str]) -> N
         weight = tensors.pop(f"{layer.name}.weight")
         weights.add(weight.data_ptr())
         scheme = _scheme(layer)
-        tensors |= {f"{layer.name}.{key}": value for key, value in _stored(layer, scheme, weight.dtype).items()}
+        tensors |= {f"{layer.name}.{key}": value for key, value in _stored(layer, scheme, weight).items()}
         groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(layer.name)
     schemes = [{"targets": names, **json.loads(text)} for text, names in groups.items()]
     changes: dict[str, Any] = {"quantization_config": _config(q, layers, schemes)}
@@ -67,17 +70,21 @@ def export_compressed_tensors(q: nn.Module, folder: str | os.PathLike[str]) -> N
 def _scheme(layer: LinearLayer) -> dict[str, Any]:
     """Return what the format says of a layer but its name. Raises OctavError for what it cannot say."""
     spec, rounded = layer.weight.spec, layer.input
+    activations = None if rounded is None else _activations(layer.name, rounded)
+    described = {"input_activations": activations, "output_activations": None}
+    if (kind := FLOATS.get(str(spec))) is not None:
+        if rounded is not None:
+            raise OctavError(f"{layer.name}: activations stay float beside weights in {spec}: activation_bits=None")
+        return {"format": kind.name, "weights": dict(kind.arguments), **described}
     if not isinstance(spec.format, Grid) or spec.granularity.kind not in ("tensor", "channel", "group"):
-        raise OctavError(f"{layer.name}: compressed-tensors is written of integers, not of {spec}")
+        raise OctavError(
+            f"{layer.name}: compressed-tensors has no {spec}: integers, or one of {', '.join(map(repr, FLOATS))}"
+        )
     size = spec.granularity.size
     # One scale for the tensor is one for each channel: vLLM reads no packed weights of the former.
     shared = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
-    return {
-        "format": _PACKED if rounded is None else _BYTES,
-        "weights": {**_integers(spec), **shared, "dynamic": False},
-        "input_activations": None if rounded is None else _activations(layer.name, rounded),
-        "output_activations": None,
-    }
+    form = _PACKED if rounded is None else _BYTES
+    return {"format": form, "weights": {**_integers(spec), **shared, "dynamic": False}, **described}
 
 
 def _integers(spec: Spec) -> dict[str, Any]:
@@ -92,9 +99,11 @@ def _activations(name: str, rounded: FakeQuantizer) -> dict[str, Any]:
     return {**_integers(spec), "strategy": spec.granularity.kind, "dynamic": by_token}
 
 
-def _stored(layer: LinearLayer, scheme: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of a layer by their names in it."""
-    weight, rounded = layer.weight, layer.input
+def _stored(layer: LinearLayer, scheme: Mapping[str, Any], values: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a layer by their names in it; values: its float weight, of the dtype of the model."""
+    weight, rounded, dtype = layer.weight, layer.input, values.dtype
+    if (kind := FLOATS.get(str(weight.spec))) is not None:
+        return kind.stored(weight, values)
     codes, scale = weight.integers(), weight.scale
     if scheme["weights"]["strategy"] == "channel":
         scale = scale.reshape(-1, 1).expand(len(codes), 1)

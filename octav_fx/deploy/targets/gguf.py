@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from octav_fx.deploy.files import replacing
 from octav_fx.deploy.layers import LinearLayer, float_state, linear_layers
 from octav_fx.deploy.runtimes import optional
+from octav_fx.deploy.targets.compressed_floats import exponents, nibbles
 from octav_fx.deploy.targets.gguf_tokenizer import add_tokenizer
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
 
 _BLOCK: Final = 32
 _FLOATS: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# A byte b stands for 2 ** (b - 127).
-_BIAS: Final = 127
 
 # Moves the rows of a tensor.
 _Rows = Callable[[Tensor], Tensor]
@@ -161,15 +160,14 @@ def blocks_of(layer: LinearLayer, rows: _Rows) -> tuple[Any, str]:
     scale = scale.expand(len(codes), -1).repeat_interleave(blocks.shape[1] // scale.shape[1], 1)
     scale = rows(scale).unsqueeze(-1)
     if is_e2m1:
-        # The sign above the place among the magnitudes.
-        return _joined(_exponents(scale), _nibbles(blocks.abs() | (blocks < 0).to(torch.int8) << 3)), "MXFP4"
+        return _joined(exponents(scale), _halves(nibbles(blocks))), "MXFP4"
     stored = _float16(layer.name, scale)
     if spec.format.bits <= 4:
-        return _joined(stored, _nibbles(blocks + 8)), "Q4_0"
+        return _joined(stored, _halves(blocks + 8)), "Q4_0"
     return _joined(stored, blocks.contiguous().view(torch.uint8)), "Q8_0"
 
 
-def _nibbles(codes: Tensor) -> Tensor:
+def _halves(codes: Tensor) -> Tensor:
     """Return [..., 32] numbers of four bits as bytes [..., 16]: the first half is in the low bits."""
     low, high = codes.to(torch.uint8).chunk(2, -1)
     return low | high << 4
@@ -187,9 +185,3 @@ def _float16(name: str, scale: Tensor) -> Tensor:
             f"overrides={{{name!r}: {{'scale_format': 'float16'}}}}, or with scale_format='float16' for all"
         )
     return stored.view(torch.uint8)
-
-
-def _exponents(scale: Tensor) -> Tensor:
-    """Return the byte of each scale; of one that is zero, and whose codes are, the least."""
-    power = torch.frexp(scale).exponent - 1 + _BIAS
-    return torch.where(scale > 0, power, 0).to(torch.uint8)
