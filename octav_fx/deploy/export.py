@@ -11,7 +11,7 @@ from torch import nn
 from octav_fx.deploy.convert import rewritten
 from octav_fx.deploy.exported_calls import led_by_exported_calls
 from octav_fx.deploy.files import replacing
-from octav_fx.deploy.other_sizes import check_other_sizes
+from octav_fx.deploy.other_sizes import check_other_sizes, check_other_ways
 from octav_fx.deploy.runtimes import optional
 from octav_fx.deploy.targets import TARGETS, Target
 from octav_fx.deploy.targets.graph import described
@@ -76,7 +76,9 @@ def _translated(q: nn.Module, example_inputs: Any, freely: Mapping[str, Any]) ->
     converted = rewritten(q, CONVERT)
     _check_float32(converted)
     check_other_sizes(q, converted, example_inputs, **freely)
-    return translated(converted, example_inputs, **freely)
+    written = translated(converted, example_inputs, **freely)
+    check_other_ways(q, converted, example_inputs, **freely)
+    return written
 
 
 def _is_call_of_a_block(error: BaseException) -> bool:

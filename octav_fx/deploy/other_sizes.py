@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,9 +17,10 @@ from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.module_state import own_copy
 from octav_fx.capture.symbolic.guards import guard_equal
 from octav_fx.compat.graphs import function_of
+from octav_fx.compat.programs import Program, exported
 from octav_fx.compat.tensors import FakeTensorMode, pytree, quiet
 from octav_fx.deploy.convert import rewritten
-from octav_fx.deploy.translate import has_axes, names_of
+from octav_fx.deploy.translate import cause_of, free_call, has_axes, names_of
 from octav_fx.errors import OctavError
 from octav_fx.nn import StaticQuantizer
 from octav_fx.passes import COMPUTE, CONVERT
@@ -48,7 +49,7 @@ def check_other_sizes(
     """Raise OctavError where a frozen model computes for another size of free axes otherwise than its graph.
 
     converted: what is written, whose guards name the sizes; of those that break them the model itself is asked. Sizes
-    that it refuses are no fault.
+    that it refuses are no fault. Of a model of several graphs check_other_ways tells.
     """
     if not isinstance(converted, IntegerModule):
         return
@@ -66,15 +67,73 @@ def check_other_sizes(
         found = None if sizes is None else sizes.broken(converted, bound.args, bound.kwargs)
         return _fault_without_data(checks, converted, bound) if found is None and checks is not None else found
 
+    def compute(given: Inputs) -> Any:
+        # Forward may write into its state.
+        module = copy.deepcopy(defined())
+        assert isinstance(module, IntegerModule)
+        bound = _bound(module, given)
+        return module.octav_guarded.function()(module, *bound.args, **bound.kwargs)
+
     named = call.kwargs or dict(zip(names_of(converted, len(call.args)), call.args, strict=True))
+    _ask(q, call, _groups(named, dynamic_batch, dynamic_axes), fault, compute)
+
+
+def check_other_ways(
+    q: nn.Module,
+    written: nn.Module,
+    example_inputs: Any,
+    dynamic_batch: bool,
+    dynamic_axes: Mapping[str, Sequence[int]],
+) -> None:
+    """Raise OctavError where Python around the graphs of a frozen model goes another way for other sizes.
+
+    written: what the exporter has written of it, of which torch.export says what that Python asked of sizes.
+    """
+    if isinstance(written, IntegerModule) or not (dynamic_batch or dynamic_axes):
+        return
+    free = free_call(written, as_inputs(example_inputs), dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
+    args, kwargs = free.args, free.kwargs
+    try:
+        asked = exported(written, args, kwargs, free.dynamic)
+    except Exception as error:
+        cause = str(cause_of(error)).strip().partition("\n")[0]
+        warnings.warn(
+            "export_onnx: whether Python around the graphs goes another way for other sizes could not be asked, "
+            f"compare results of the file for other sizes with the model's: {cause}",
+            stacklevel=2,
+        )
+        return
+
+    @functools.cache
+    def defined() -> Program:
+        return exported(rewritten(q, (*CONVERT, *COMPUTE)), args, kwargs, free.dynamic)
+
+    groups = _groups(free.named, dynamic_batch, dynamic_axes)
+    # A guard that only one size breaks (!= 77) is met by chance otherwise.
+    sizes = asked.numbers
+    _ask(q, Inputs(args, kwargs), groups, lambda x: asked.broken(*x), lambda x: defined().run(*x), sizes)
+
+
+def _ask(
+    q: nn.Module,
+    call: Inputs,
+    groups: Iterable[_Axes],
+    fault: Callable[[Inputs], str | None],
+    compute: Callable[[Inputs], Any],
+    sizes: Sequence[int] = (),
+) -> None:
+    """Ask the model about other sizes for which what is written does not hold, by fault.
+
+    compute: what is written. sizes: further ones to ask of.
+    """
     asked = list[str]()
-    for axes in _groups(named, dynamic_batch, dynamic_axes):
-        for given, broken in _breaking(call, axes, fault):
+    for axes in groups:
+        for given, broken in _breaking(call, axes, fault, sizes):
             place = broken.partition(": ")[0]
             # A place may be one of several that the same size breaks.
             if asked.count(place) < 3:
                 asked.append(place)
-                _check(q, defined(), given, place)
+                _check(q, compute, given, place)
 
 
 def _checks(converted: IntegerModule) -> Callable[..., Any] | None:
@@ -112,11 +171,10 @@ def _fault_without_data(
     return None
 
 
-def _check(q: nn.Module, defined: nn.Module, given: Inputs, place: str) -> None:
-    """Raise OctavError where a model runs for inputs and its graph, past the guards, does not compute the same."""
+def _check(q: nn.Module, compute: Callable[[Inputs], Any], given: Inputs, place: str) -> None:
+    """Raise OctavError where a model runs for inputs and what is written, past its guards, is not the same."""
     # Forward may write into its state and arguments, and a call of a new kind makes a graph.
-    q, defined = copy.deepcopy(q).eval(), copy.deepcopy(defined)
-    assert isinstance(defined, IntegerModule)
+    q = copy.deepcopy(q).eval()
     with torch.no_grad(), warnings.catch_warnings():
         # Of quantizers that a new graph brings.
         warnings.simplefilter("ignore")
@@ -128,8 +186,7 @@ def _check(q: nn.Module, defined: nn.Module, given: Inputs, place: str) -> None:
         except Exception:
             return
         try:
-            bound = _bound(defined, Inputs(*own_copy(tuple(given))))
-            found = tensors_of(defined.octav_guarded.function()(defined, *bound.args, **bound.kwargs))
+            found = tensors_of(compute(Inputs(*own_copy(tuple(given)))))
         except Exception:
             found = None
     if expected is None or found is None or not _are_alike(found, expected):
@@ -174,25 +231,42 @@ def _groups(
         yield _Axes(tuple(frozenset(axis for axis in axes if x.shape[axis] == size) for (_, x), axes in free), size)
 
 
-def _breaking(call: Inputs, axes: _Axes, fault: Callable[[Inputs], str | None]) -> Iterator[tuple[Inputs, str]]:
-    """Yield inputs of other sizes for which the graph does not hold, and why: near ones, and the nearest larger one."""
+def _breaking(
+    call: Inputs, axes: _Axes, fault: Callable[[Inputs], str | None], sizes: Sequence[int]
+) -> Iterator[tuple[Inputs, str]]:
+    """Yield inputs of other sizes for which the graph does not hold, and why: near ones, and the nearest larger one.
+
+    sizes: further ones.
+    """
     size = axes.size
-    for other in (size + 1, size - 1, size + 2, 2 * size, 1):
-        if 0 < other != size and (why := fault(given := _resized(call, axes, other))) is not None:
-            yield given, why
-    low, high = size, 2 * size
-    while (why := fault(given := _resized(call, axes, high))) is None:
+    most = _LARGEST * size // max(x.numel() for x in tensors_of((call.args, call.kwargs)))
+
+    def those_of(others: Iterable[int]) -> Iterator[tuple[Inputs, str]]:
+        for other in others:
+            if 0 < other != size and (why := fault(given := _resized(call, axes, other))) is not None:
+                yield given, why
+
+    yield from those_of((size + 1, size - 1, size + 2, 2 * size, 1))
+    yield from those_of(_nearest_larger(call, axes, fault, most))
+    yield from those_of(other for other in sizes if other <= most)
+
+
+def _nearest_larger(call: Inputs, axes: _Axes, fault: Callable[[Inputs], str | None], most: int) -> list[int]:
+    """Return the nearest larger size for which the graph does not hold, if large steps and halving find one."""
+
+    def breaks(size: int) -> bool:
+        return fault(_resized(call, axes, size)) is not None
+
+    low, high = axes.size, 2 * axes.size
+    while not breaks(high):
         # In few steps: each asks the whole graph.
         low, high = high, 8 * high
-        if max(x.numel() for x in tensors_of((call.args, call.kwargs))) // size * high > _LARGEST:
-            return
+        if high > most:
+            return []
     while high - low > 1:
         middle = (low + high) // 2
-        if (nearer_why := fault(nearer := _resized(call, axes, middle))) is None:
-            low = middle
-        else:
-            high, given, why = middle, nearer, nearer_why
-    yield given, why
+        low, high = (low, middle) if breaks(middle) else (middle, high)
+    return [high]
 
 
 def _resized(call: Inputs, axes: _Axes, size: int) -> Inputs:

@@ -14,13 +14,14 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from octav_fx.capture.inputs import as_inputs
+from octav_fx.capture.inputs import Inputs, as_inputs
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.kinds import same_tensors
 from octav_fx.compat.graphs import function_of
@@ -39,6 +40,29 @@ _AXES: Final = 4
 Part = IntegerWeight | StoredWeight | IntegerBias | StaticQuantizer
 
 
+@dataclass(frozen=True)
+class FreeCall:
+    """The call that a file is written for."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    # The inputs by name.
+    named: Mapping[str, Any]
+    # For each leaf of them its free axes, as torch.export takes them; None where there is none at all.
+    dynamic: Any
+
+
+def free_call(
+    module: nn.Module, call: Inputs, *, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]
+) -> FreeCall:
+    """Return the call that a model is exported with. Raises OctavError for axes that are not there."""
+    args, kwargs = call.args, _in_order(module, call.kwargs)
+    if dynamic_batch:
+        args, kwargs = _at_least_two(args, kwargs)
+    named = kwargs or dict(zip(names_of(module, len(args)), args, strict=True))
+    return FreeCall(args, kwargs, named, _free_axes(named, kwargs, dynamic_batch, dynamic_axes))
+
+
 def translated(
     module: nn.Module, example_inputs: Any, *, dynamic_batch: bool, dynamic_axes: Mapping[str, Sequence[int]]
 ) -> tuple[Any, dict[str, Part]]:
@@ -47,36 +71,31 @@ def translated(
     Raises OctavError for an op that ONNX lacks, for an example in which two inputs are one tensor, for one that the
     model does not hold for, and for axes that are not there or that the model computes for one size only.
     """
-    args, kwargs = as_inputs(example_inputs)
-    same = same_tensors(args, kwargs)
+    call = as_inputs(example_inputs)
+    same = same_tensors(*call)
     if len(set(same)) < len(same):
         raise OctavError(
             "two inputs of the example are one tensor, and ONNX has no such inputs: quantize the model and export it "
             "with an example in which one is a copy of the other"
         )
     if isinstance(module, IntegerModule):
-        module.check_call(args, kwargs)
+        module.check_call(*call)
     _check_scales(module)
     _check_divisors(module)
     _give_four_axes(module)
     parts = _stand_ins(module)
-    kwargs = _in_order(module, kwargs)
-    if dynamic_batch:
-        args, kwargs = _at_least_two(args, kwargs)
-    named = kwargs or dict(zip(names_of(module, len(args)), args, strict=True))
-    dynamic = _free_axes(named, kwargs, dynamic_batch, dynamic_axes)
+    free = free_call(module, call, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
     # A dictionary that is the last of them is taken for keyword arguments.
-    given = args if kwargs else (*args, {})
+    given = free.args if free.kwargs else (*free.args, {})
+    options: Any = {"dynamo": True, "opset_version": OPSET, "dynamic_shapes": free.dynamic, "verbose": False}
     try:
         with _quiet_failure():
-            program = torch.onnx.export(
-                module, given, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False
-            )
+            program = torch.onnx.export(module, given, kwargs=free.kwargs, **options)
     except Exception as error:
         raise OctavError(_why(error, dynamic_batch, dynamic_axes)) from error
     assert program is not None
     model = program.model_proto
-    _check_free(model, named, dynamic, dynamic_batch, dynamic_axes)
+    _check_free(model, free.named, free.dynamic, dynamic_batch, dynamic_axes)
     return model, parts
 
 

@@ -1,5 +1,8 @@
 """export_onnx(dynamic_axes=): texts of any length and images of any size, of the file as of the frozen model."""
 
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import OctavError
+from octav_fx.deploy import other_sizes
 from octav_fx.deploy.runtimes import run_onnx
 from octav_fx.deploy.targets import TARGETS
 from tests.support.deployable_models import relative
@@ -229,3 +233,84 @@ def test_sizes_that_the_model_refuses_or_computes_alike_are_free(kind: type[nn.M
     other = torch.randn(3, 8, 8)
     (found,) = run_onnx(path, other).values()
     assert relative(found, q(other)) < 1e-5
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).relu()
+
+
+class LongBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.shape[1] <= 50 else self.fc(x).relu()
+
+
+class Around(nn.Module):
+    """A model in blocks, whose own Python asks of sizes."""
+
+    def __init__(self, asks: Callable[[Tensor], bool], kind: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.blocks, self.asks = nn.ModuleList(kind() for _ in range(2)), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return 2 * x if self.asks(x) else x
+
+
+def in_blocks(asks: Callable[[Tensor], bool], kind: type[nn.Module] = Block) -> tuple[nn.Module, Tensor]:
+    x = torch.randn(2, 6, 8)
+    q = octav_fx.quantize(Around(asks, kind).eval(), x, blocks=[kind])
+    return octav_fx.freeze(octav_fx.calibrate(q, [x])), x
+
+
+@pytest.mark.parametrize(
+    ("asks", "kind", "shape"),
+    [
+        (lambda x: x.shape[1] > 100, Block, [2, 101, 8]),
+        (lambda x: x.shape[1] % 2 == 1, Block, [2, 7, 8]),
+        (lambda x: x.shape[1] == 77, Block, [2, 77, 8]),
+        (lambda x: math.ceil(x.shape[1] / 4) > 5, Block, [2, 21, 8]),
+        (lambda x: x.numel() > 2000, Block, [42, 6, 8]),
+        (lambda x: False, LongBlock, [2, 51, 8]),
+    ],
+)
+def test_python_around_blocks_that_goes_another_way_for_other_sizes(
+    asks: Callable[[Tensor], bool], kind: type[nn.Module], shape: list[int], tmp_path: Path
+) -> None:
+    (q, x), path = in_blocks(asks, kind), tmp_path / "model.onnx"
+    with pytest.raises(OctavError, match=re.escape(f"for inputs {shape} the model computes another way")):
+        octav_fx.export_onnx(q, x, path, dynamic_axes={"x": [1]})
+    assert not path.exists()
+    octav_fx.export_onnx(q, x, path, dynamic_batch=False)
+
+
+def refuses(x: Tensor) -> bool:
+    if x.shape[1] > 20:
+        raise ValueError("20 at most")
+    return False
+
+
+@pytest.mark.parametrize("asks", [lambda x: False, refuses])
+def test_python_around_blocks_that_goes_one_way(asks: Callable[[Tensor], bool], tmp_path: Path) -> None:
+    (q, x), path = in_blocks(asks), tmp_path / "model.onnx"
+    octav_fx.export_onnx(q, x, path, dynamic_axes={"x": [1]})
+    for other in (torch.randn(3, 17, 8), torch.randn(1, 1, 8)):
+        (found,) = run_onnx(path, other).values()
+        assert relative(found, q(other)) < 1e-6
+
+
+def test_where_torch_export_cannot_say_what_python_asks_a_warning_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("no such op\nand more")
+
+    monkeypatch.setattr(other_sizes, "exported", fails)
+    q, x = in_blocks(lambda x: False)
+    with pytest.warns(UserWarning, match=r"could not be asked, .*: no such op$"):
+        octav_fx.export_onnx(q, x, tmp_path / "model.onnx")
