@@ -118,10 +118,11 @@ def is_frozen(module: nn.Module, uses: Uses) -> bool:
     # What finds a clip for each row of data has none of its own, in what is deployed, too.
     if not all(isinstance(m, FakeQuantizer) and (m.clip is not None or m.by_row) for m in called):
         return False
-    if all(m.clip is None for m in called):
+    # Of what else a module was given for a forward the graph has traced or calls: a rule does no less.
+    if all(m.clip is None for m in called) or any(map(has_own_forward, called)):
         return False
     parts = [part for part in module.modules() if part is not module]
-    if any(is_hooked(part) or has_own_forward(part) for part in parts):
+    if any(map(is_hooked, parts)):
         return False
     training = {part for part in parts if part.training}
     return not training or training.isdisjoint(uses.parts(module))

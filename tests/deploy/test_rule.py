@@ -54,6 +54,28 @@ def test_beside_a_clip_for_each_row_of_data(shared):
     assert torch.equal(unfreeze(q)(x), q.simulated_forward(x))
 
 
+class TwoForwards(nn.Module):
+    """A layer that chooses its forward when it is made, as timm's do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.forward = self.forward_plain
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_around_forwards_that_modules_chose_themselves():
+    # The embedding stays float, and the graph calls it as it is.
+    layers = nn.Embedding(5, 8), TwoForwards(nn.Linear(8, 16)), nn.GELU(), nn.Linear(16, 12)
+    own = layers[0].forward
+    layers[0].forward = lambda x: own(x)
+    x = torch.randint(5, (32,))
+    q = freeze(calibrate(quantize(nn.Sequential(*layers), x, Config(8, 8)), [x])).eval()
+    assert computes_the_rule(q, x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), [*((name, (8, 8)) for name in NETS), *FEWER_BITS])
 def test_256_inputs_bit_for_bit(name, bits):
