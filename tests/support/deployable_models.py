@@ -57,6 +57,18 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+class Relative(nn.Module):
+    """Scores against keys that parameters are made into, in a stack of matrices, as DeBERTa has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out, self.table = nn.Linear(8, 8), nn.Linear(5, 4), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.fc(self.table)[None].repeat(x.shape[0], 1, 1)
+        return self.out(self.fc(x) @ keys.mT)
+
+
 class Text(nn.Module):
     """Embeddings, an encoder layer of PyTorch's, and one whose queries, keys and values are chunks."""
 

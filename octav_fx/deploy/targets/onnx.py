@@ -22,6 +22,8 @@ from octav_fx.nn import IntegerBias, IntegerWeight, StaticQuantizer, StoredWeigh
 
 # In place of a scale of zero: far below every result, far above the subnormal numbers.
 NOTHING: Final = 2.0**-100
+# What moves elements and computes nothing.
+MOVES: Final = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _BYTE: Final = 8
 _NIBBLE: Final = 4
 
@@ -117,8 +119,11 @@ def activation_in_bytes(graph: Graph, key: str, quantizer: StaticQuantizer, sour
     """Return QuantizeLinear, Clip where not all codes of a byte are used, DequantizeLinear; the least code is 0.
 
     onnxruntime computes with uint8 on x64 whatever is written, and gets its own change from int8 wrong for some models.
-    QuantizeLinear saturates at the ends of the type only; a Clip of the codes keeps the pattern that runtimes fuse.
+    QuantizeLinear saturates at the ends of the type only; a Clip of the codes keeps the pattern that runtimes fuse. Of
+    stacks of matrices with a scale for each column no runtime has a product of integers, and none says so in time.
     """
+    if quantizer.dim is not None and _is_in_stacked_product(graph, output):
+        return rounded_levels(graph, key, quantizer, source, output)
     zero_point = -Grid(quantizer.bits, quantizer.signed).low
     zeros = torch.full_like(quantizer.scale, zero_point)
     parameters = [
@@ -138,6 +143,34 @@ def activation_in_bytes(graph: Graph, key: str, quantizer: StaticQuantizer, sour
         codes = f"{codes}.clipped"
     nodes.append(graph.node("DequantizeLinear", [codes, *parameters], output, f"{call}.dequantize", **axis))
     return nodes
+
+
+def rounded_levels(graph: Graph, key: str, quantizer: StaticQuantizer, source: str, output: str) -> list[Any]:
+    """Return the levels that codes would stand for, computed in floats."""
+    scale, call = quantizer.scale, f"{key}/{output}"
+    if quantizer.dim is not None:
+        shape = graph.shape(output) or graph.shape(source)
+        assert shape is not None
+        scale = scale.reshape([-1 if axis == quantizer.dim % len(shape) else 1 for axis in range(len(shape))])
+    steps = graph.constant(f"{key}.scale", "FLOAT", scale)
+    ends = zip(("low", "high"), quantizer.range, strict=True)
+    bounds = [graph.constant(f"{key}.{name}", "FLOAT", torch.tensor(float(code))) for name, code in ends]
+    return [
+        graph.node("Div", [source, steps], f"{call}.steps"),
+        graph.node("Round", [f"{call}.steps"], f"{call}.rounded"),
+        graph.node("Clip", [f"{call}.rounded", *bounds], f"{call}.codes"),
+        graph.node("Mul", [f"{call}.codes", steps], output, f"{call}.levels"),
+    ]
+
+
+def _is_in_stacked_product(graph: Graph, name: str) -> bool:
+    """Tell whether a value, moved or not, is an operand of a product of more than two axes."""
+    for reader in graph.readers.get(name, []):
+        if reader.op_type in MOVES and _is_in_stacked_product(graph, reader.output[0]):
+            return True
+        if reader.op_type == "MatMul" and len(graph.shape(name) or ()) > 2:
+            return True
+    return False
 
 
 def clipped_activation(

@@ -27,12 +27,14 @@ import torch
 from octav_fx.deploy.targets.attention import part_of_projection, parts_of_projection, scores
 from octav_fx.deploy.targets.graph import Graph, attribute
 from octav_fx.deploy.targets.onnx import (
+    MOVES,
     Target,
     activation_in_bytes,
     bias_in_float,
     clipped_activation,
     dequantized,
     is_operand,
+    rounded_levels,
     weight_levels,
 )
 from octav_fx.deploy.translate import DOMAIN
@@ -48,8 +50,7 @@ _POINTWISE: Final = frozenset(
 )
 _SUMS: Final = frozenset({"Add", "Sum"})
 _PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-# What moves elements and computes nothing, and what takes the largest; norms, and their eps where none is given.
-_MOVES: Final = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+# What takes the largest; norms, and their eps where none is given.
 _SELECTS: Final = frozenset({"MaxPool"})
 _NORMS: Final = frozenset({"LayerNormalization", "InstanceNormalization", "GroupNormalization"})
 _EPSILON: Final = 1e-5
@@ -61,7 +62,7 @@ def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
     if graph.parts[key].dim is not None:
         return None
     is_product = all(_multiplies_levels(graph, reader) for reader in _readers(graph, output))
-    passed, moves, source = _MOVES | _SELECTS if is_product else _SELECTS, list[Any](), node.input[0]
+    passed, moves, source = MOVES | _SELECTS if is_product else _SELECTS, list[Any](), node.input[0]
     while (maker := graph.makers.get(source)) is not None and maker.op_type in passed:
         if len(maker.output) > 1 or len(_readers(graph, source)) > 1:
             break
@@ -95,14 +96,14 @@ def _readers(graph: Graph, name: str) -> list[Any]:
 
 def _multiplies_levels(graph: Graph, node: Any) -> bool:
     """Tell whether a node, or what alone reads what it moves, is a product of two quantized operands."""
-    while node.op_type in _MOVES and len(readers := _readers(graph, node.output[0])) == 1:
+    while node.op_type in MOVES and len(readers := _readers(graph, node.output[0])) == 1:
         (node,) = readers
     return node.op_type in _PRODUCTS and all(_is_levels(graph, name) for name in node.input[:2])
 
 
 def _is_levels(graph: Graph, name: str) -> bool:
     """Tell whether a value is what a quantizer or a weight returns, as it is or moved."""
-    while (maker := graph.makers.get(name)) is not None and maker.op_type in _MOVES:
+    while (maker := graph.makers.get(name)) is not None and maker.op_type in MOVES:
         name = maker.input[0]
     return is_operand(graph, name, "Activation") or is_operand(graph, name, "Weight")
 
@@ -120,7 +121,7 @@ def _activation(graph: Graph, key: str, quantizer: StaticQuantizer, source: str,
     if quantizer.dim is not None:
         return activation_in_bytes(graph, key, quantizer, source, output)
     if _is_between(graph, output):
-        return _rounded(graph, key, quantizer, source, output)
+        return rounded_levels(graph, key, quantizer, source, output)
     nodes = clipped_activation(graph, key, quantizer, source, output, Grid(_BYTE, quantizer.signed))
     return [*nodes, *_codes_for_norms(graph, key, nodes[-1], float(quantizer.scale))]
 
@@ -143,7 +144,7 @@ def _codes_for_norms(graph: Graph, key: str, levels: Any, scale: float) -> list[
 
 def _norm_behind(graph: Graph, node: Any) -> Any | None:
     """Return the norm that a node is, or that alone reads what the node moves."""
-    while node.op_type in _MOVES and len(readers := graph.readers.get(node.output[0], [])) == 1:
+    while node.op_type in MOVES and len(readers := graph.readers.get(node.output[0], [])) == 1:
         (node,) = readers
     return node if node.op_type in _NORMS else None
 
@@ -170,19 +171,6 @@ def _is_in_kernel(graph: Graph, name: str) -> bool:
     is_function = maker.op_type in _POINTWISE or is_operand(graph, name, "Activation")
     varying = [given for given in maker.input if given not in graph.constants]
     return is_function and bool(varying) and all(_is_in_kernel(graph, given) for given in varying)
-
-
-def _rounded(graph: Graph, key: str, quantizer: StaticQuantizer, source: str, output: str) -> list[Any]:
-    """Return the levels that codes would stand for, computed in floats."""
-    scale, call = graph.constant(f"{key}.scale", "FLOAT", quantizer.scale), f"{key}/{output}"
-    ends = zip(("low", "high"), quantizer.range, strict=True)
-    bounds = [graph.constant(f"{key}.{name}", "FLOAT", torch.tensor(float(code))) for name, code in ends]
-    return [
-        graph.node("Div", [source, scale], f"{call}.steps"),
-        graph.node("Round", [f"{call}.steps"], f"{call}.rounded"),
-        graph.node("Clip", [f"{call}.rounded", *bounds], f"{call}.codes"),
-        graph.node("Mul", [f"{call}.codes", scale], output, f"{call}.levels"),
-    ]
 
 
 OPENVINO: Final = Target(

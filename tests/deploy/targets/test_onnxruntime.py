@@ -13,7 +13,7 @@ import octav_fx
 from octav_fx import Config, calibrate, export_onnx, freeze, quantize
 from octav_fx.deploy.runtimes import run_onnx
 from tests.support.deployable import trained
-from tests.support.deployable_models import frozen, images, levels_of, observed, relative, shortened
+from tests.support.deployable_models import Relative, frozen, images, levels_of, observed, relative, shortened
 from tests.support.given_levels import computed
 from tests.support.onnx_files import optimized_ops, ready, small
 
@@ -184,6 +184,16 @@ def test_a_weight_that_is_computed_has_a_scale_for_each_channel(tmp_path):
     export_onnx(q, inputs, path)
     with torch.no_grad():
         assert relative(only(run_onnx(path, inputs)), q(*inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "exact"])
+def test_a_stack_of_matrices_with_a_scale_for_each_column(target, tmp_path):
+    x = torch.randn(2, 6, 8)
+    q = freeze(calibrate(quantize(Relative().eval(), x, Config(8, 8)), [x]))
+    path = tmp_path / "model.onnx"
+    export_onnx(q, x, path, target=target)
+    with torch.no_grad():
+        assert relative(only(run_onnx(path, x)), q(x)) < 1e-5
 
 
 def test_silu_between_convolutions(tmp_path):

@@ -15,6 +15,7 @@ from octav_fx.compat.tensors import has_vnni
 from tests.support.deployable_models import (
     WHOLE,
     Case,
+    Relative,
     Text,
     frozen,
     images,
@@ -237,3 +238,12 @@ def test_it_reads_the_files_for_others(target, tmp_path):
     with torch.no_grad():
         # Not all roundings are made: some steps of 8 bits.
         assert relative(only(path, inputs), q(*inputs)) < 0.05
+
+
+def test_a_stack_of_matrices_with_a_scale_for_each_column(tmp_path):
+    """Its plugin fails on codes that have one."""
+    x, path = torch.randn(2, 6, 8), tmp_path / "model.onnx"
+    q = octav_fx.freeze(octav_fx.calibrate(octav_fx.quantize(Relative().eval(), x, Config(7, 7)), [x]))
+    export_onnx(q, x, path, target="openvino")
+    with torch.no_grad():
+        assert relative(only(path, (x,)), q(x)) < 1e-5
