@@ -13,7 +13,9 @@ a node of its own where a function follows, which costs more than integers gain,
 follows. A zero point is a node of its own as well.
 The kernel of a layer writes codes where the quantizer follows at once, and a pool or a transpose behind it is one of
 bytes then. That is the same, as codes rise with their levels. Where a sum or a float product reads the levels, moving
-codes costs more than it gains. Attentions are written as OpenVINO fuses them (targets/attention.py).
+codes costs more than it gains; and of what a norm returns, or functions of it, its kernel would write other codes. Of
+signed bytes behind a concatenation the plugin leaves the scale out, so they are levels, computed in floats. Attentions
+are written as OpenVINO fuses them (targets/attention.py).
 It moves a scale behind a layer norm, as if eps did not count. So a norm reads codes in place of levels, with eps over
 scale**2, which is the same.
 Where it writes codes of the largest of some axes in the node that takes it, they are others unless the axes are kept.
@@ -68,7 +70,7 @@ def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
             break
         moves.insert(0, maker)
         source = maker.input[0]
-    if not moves:
+    if not moves or _is_of_norm(graph, source):
         return None
     first, *names = [f"{output}.{i}" for i in range(len(moves))] + [output]
     nodes = [graph.node("Activation", [source], first, domain=DOMAIN, key=key)]
@@ -78,6 +80,14 @@ def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
         copied.name, copied.input[0], copied.output[0] = f"{key}/{first}.{i}", nodes[-1].output[0], name
         nodes.append(copied)
     return nodes
+
+
+def _is_of_norm(graph: Graph, name: str) -> bool:
+    """Tell whether a value is what a norm returns, or functions and sums of it: its kernel writes wrong codes then."""
+    maker = graph.makers.get(name)
+    if maker is None or maker.op_type in _NORMS:
+        return maker is not None
+    return maker.op_type in _POINTWISE | _SUMS and any(_is_of_norm(graph, given) for given in maker.input)
 
 
 def _with_axes(graph: Graph, node: Any) -> list[Any] | None:
@@ -120,10 +130,19 @@ def _weight(graph: Graph, key: str, weight: IntegerWeight, output: str) -> list[
 def _activation(graph: Graph, key: str, quantizer: StaticQuantizer, source: str, output: str) -> list[Any]:
     if quantizer.dim is not None:
         return activation_in_bytes(graph, key, quantizer, source, output)
-    if _is_between(graph, output):
+    if _is_between(graph, output) or (quantizer.signed and quantizer.bits == _BYTE and _is_joined(graph, source)):
         return rounded_levels(graph, key, quantizer, source, output)
     nodes = clipped_activation(graph, key, quantizer, source, output, Grid(_BYTE, quantizer.signed))
     return [*nodes, *_codes_for_norms(graph, key, nodes[-1], float(quantizer.scale))]
+
+
+def _is_joined(graph: Graph, name: str) -> bool:
+    """Tell whether a value is what is concatenated, or moves, the largest or functions of it."""
+    maker = graph.makers.get(name)
+    if maker is None or maker.op_type == "Concat":
+        return maker is not None
+    passed = MOVES | _SELECTS | _POINTWISE
+    return maker.op_type in passed and any(_is_joined(graph, given) for given in maker.input)
 
 
 def _codes_for_norms(graph: Graph, key: str, levels: Any, scale: float) -> list[Any]:

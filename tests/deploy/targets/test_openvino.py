@@ -1,6 +1,7 @@
 """OpenVINO: an independent runtime, with a target of its own and an order of rounding of its own."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import octav_fx
 from octav_fx import Config, export_onnx
@@ -247,3 +249,38 @@ def test_a_stack_of_matrices_with_a_scale_for_each_column(tmp_path):
     export_onnx(q, x, path, target="openvino")
     with torch.no_grad():
         assert relative(only(path, (x,)), q(x)) < 1e-5
+
+
+class Middle(nn.Module):
+    """What lies between two convolutions, of which the second has a third behind it."""
+
+    def __init__(self, middle: Callable[["Middle", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.eight, self.middle = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1), middle
+        self.norm, self.second, self.third = nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.middle(self, self.first(x))))
+
+
+MIDDLES: dict[str, Callable[[Middle, Tensor], Tensor]] = {
+    "norm, pool": lambda m, x: F.max_pool2d(m.norm(x), 2),
+    "norm, function, pool": lambda m, x: F.max_pool2d(F.gelu(m.norm(x)), 2),
+    "norm, sum, pool": lambda m, x: F.max_pool2d(m.norm(x) + x, 2),
+    "concatenation": lambda m, x: torch.cat([m.eight(x), m.eight(F.gelu(x))], 1),
+    "concatenation of parts": lambda m, x: torch.cat([x[:, 8:], x[:, :8]], 1),
+    "concatenation, pool": lambda m, x: F.max_pool2d(torch.cat([x[:, 8:], x[:, :8]], 1), 2),
+    "concatenation, function, pool": lambda m, x: F.max_pool2d(F.gelu(torch.cat([x[:, 8:], x[:, :8]], 1)), 2),
+}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_signed_codes_behind_norms_and_concatenations(name, tmp_path):
+    """Its plugin writes others, tens of percent off, in the kernel of a norm, and behind a concatenation."""
+    x, path = torch.randn(2, 3, 12, 12), tmp_path / "model.onnx"
+    q = octav_fx.quantize(Middle(MIDDLES[name]).eval(), x, Config(8, 8, edge_bits=None))
+    q = octav_fx.freeze(octav_fx.calibrate(q, [x]))
+    export_onnx(q, x, path, target="openvino")
+    with torch.no_grad():
+        # A code at a tie.
+        assert relative(only(path, (x,)), q(x)) < 0.01
