@@ -19,6 +19,7 @@ from typing import Any, Final
 from torch import nn
 
 from octav_fx.capture.contents import is_users_class
+from octav_fx.compat.graphs import compare_classes_by_value
 
 # What a stand-in keeps of its own: the class that it stands for.
 _USERS: Final = "octav_users_class"
@@ -141,7 +142,10 @@ def converted_class(own: Any, kind: Any, names: Mapping[str, Any]) -> type:
     modules do not have. names: what it has of its own.
     """
     names = {**names, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    made = types.new_class(own.__name__, (own, _Torchs, *_as_base(kind)), exec_body=lambda space: space.update(names))
+    # Of that name here: what sets a forward or a call of its own sets it on this class, not on the user's.
+    names = {"forward": own.forward, "__call__": own.__call__, **names, "__hash__": kind.__hash__}
+    metaclass: Any = type(kind)
+    made: Any = _metaclass(metaclass)(own.__name__, (own, _Torchs, *_as_base(kind)), names)
     type.__setattr__(made, _USERS, kind)
     return made
 
@@ -211,6 +215,7 @@ def _metaclass(above: Any) -> Any:
         return other is cls or users_class(cls) is users_class(other) if isinstance(other, type) else False
 
     def hashed(cls: Any) -> int:
+        compare_classes_by_value()
         return above.__hash__(users_class(cls))
 
     def order(cls: Any) -> Any:

@@ -1,6 +1,7 @@
 """fx graphs, the graphs of Dynamo, and the calls that regions of autocast make."""
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,24 @@ def call_of_class(kind: Any) -> dict[str, Any]:
     It would get one of its own where code is generated, which calls the one above, which calls that of the object.
     """
     return {"_wrapped_call": kind._wrapped_call}
+
+
+def compare_classes_by_value() -> None:
+    """Let Dynamo find classes in dicts and sets by ==, as Python does; it looks for the very class."""
+    kind = getattr(sys.modules.get("torch._dynamo.variables"), "UserDefinedClassVariable", None)
+    if kind is None or kind in _BY_VALUE or not hasattr(kind, "is_python_equal"):
+        return
+    by_identity = kind.is_python_equal
+
+    def is_equal(self: Any, other: Any) -> bool:
+        return bool(by_identity(self, other) or (isinstance(other, kind) and self.value == other.value))
+
+    kind.is_python_equal = is_equal
+    _BY_VALUE.add(kind)
+
+
+# What compare_classes_by_value() has changed.
+_BY_VALUE: Final = set[type]()
 
 
 def set_graph_without_code(module: fx.GraphModule, graph: fx.Graph) -> None:

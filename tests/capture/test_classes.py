@@ -265,6 +265,35 @@ def test_a_class_is_the_users_where_a_method_asks_for_it(in_parts: bool, is_comp
         assert torch.equal(q(x), model(x))
 
 
+class LooksUpClasses(nn.Module):
+    """In a dict, a set, or by ==, once something was computed: a compiler leaves to Python what computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Scaled(), Counts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        for layer in (self.a, self.b):
+            x = 2 * x + {Scaled: 1, Counts: 2}.get(type(layer), 100)
+            x = x if type(layer) in {Scaled, Counts} else x + 100
+            x = x if type(layer) == Scaled or {type(layer): 1}.get(Counts) else x + 100  # noqa: E721
+        return self.a(x)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_a_class_is_found_where_code_around_looks_it_up(is_compiled: bool, is_converted: bool) -> None:
+    model = LooksUpClasses().eval()
+    expected = octav_fx.freeze(octav_fx.calibrate(octav_fx.quantize(model, x), [x]))
+    assert isinstance(expected, PartialModule) and isinstance(expected.a, WholeModule)
+    q = octav_fx.convert(expected) if is_converted else expected
+    torch.compiler.reset()
+    call = torch.compile(q, backend="eager") if is_compiled else q
+    torch.testing.assert_close(call(x), expected(x), rtol=0, atol=4 * 2**-24 * float(expected(x).abs().max()))
+
+
 def test_a_forward_that_is_set_on_the_class_is_followed_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
     before = octav_fx.quantize(AsksForClasses(in_parts=True).eval(), x)
     monkeypatch.setattr(AsksForClasses, "forward", lambda self, x: -self.scaled(self.a(x)) if x.sum() < 1e9 else x)

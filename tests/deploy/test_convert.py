@@ -236,10 +236,14 @@ class Asking(nn.Module):
         assert float(x.abs().max()) > 0
         if self.ask == "isinstance":
             return self.layer(x) if isinstance(self.layer, self.kind) else x[:, :4]
+        if self.ask == "==":
+            return self.layer(x) if type(self.layer) == self.kind else x[:, :4]  # noqa: E721
+        if self.ask == "in":
+            return self.layer(x) if type(self.layer) in {self.kind: 0} else x[:, :4]
         return self.layer(x) if type(self.layer) is self.kind else x[:, :4]
 
 
-@pytest.mark.parametrize("ask", ["isinstance", "is"])
+@pytest.mark.parametrize("ask", ["isinstance", "is", "==", "in"])
 @pytest.mark.parametrize("how", ["as it is", "pickle", "deepcopy"])
 @pytest.mark.parametrize("integers", [False, True])
 def test_code_around_finds_the_class_that_it_asks_for(ask, how, integers):
@@ -296,7 +300,7 @@ def test_a_class_that_nothing_else_can_be_of():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("ask", ["isinstance", "is"])
+@pytest.mark.parametrize("ask", ["isinstance", "is", "==", "in"])
 def test_compiled_code_around_finds_the_class_that_it_asks_for(ask):
     x = torch.randn(3, 8)
     c = convert(freeze(calibrate(quantize(Asking(ask), x).eval(), [x])))
