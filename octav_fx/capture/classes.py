@@ -19,6 +19,7 @@ from typing import Any, Final
 from torch import nn
 
 from octav_fx.capture.contents import is_users_class
+from octav_fx.capture.products import telling_methods
 from octav_fx.compat.graphs import compare_classes_by_value
 
 # What a stand-in keeps of its own: the class that it stands for.
@@ -66,7 +67,9 @@ def stand_in(
     forward.__code__ = forward.__code__.replace()
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
     # A copy would stand before the marker's method of that name, which calls the user's.
-    methods = {name: method for name, method in _methods(kind).items() if name not in vars(marker)}
+    methods = _methods(kind)
+    methods |= telling_methods(kind, methods)
+    methods = {name: method for name, method in methods.items() if name not in vars(marker)}
     # A class with an __eq__ of its own inherits no hash.
     names = {"__hash__": kind.__hash__, **methods, **own, **names, "__class__": property(type, _set_class)}
     metaclass: Any = type(kind)

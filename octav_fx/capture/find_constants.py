@@ -76,6 +76,13 @@ def constants_of(root: nn.Module) -> Constants:
     return Constants(attributes, items, objects, answers, tuple(found.variables.items()), tuple(found.caches), forwards)
 
 
+def functions_of(root: nn.Module) -> list[types.FunctionType]:
+    """Return the functions of the user's that the forwards of a module name, and those that these name."""
+    found = _Found()
+    found.add_named(root)
+    return list(dict.fromkeys(function for function, _ in found.seen))
+
+
 @dataclass(eq=False)
 class _Found:
     """What was found so far. Holders are told apart by identity."""

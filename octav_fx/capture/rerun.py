@@ -16,6 +16,7 @@ from octav_fx.capture.module_state import own_copy, preserved_attributes
 from octav_fx.capture.modules import graphs_of
 from octav_fx.capture.permits import permitted
 from octav_fx.clips.distributed import no_sync
+from octav_fx.compat.graphs import replaced_while_loop
 from octav_fx.compat.tensors import is_functorch_wrapped, pytree, transforms, without_transforms
 from octav_fx.ir.macs import MacCounter
 from octav_fx.nn import FakeQuantizer
@@ -188,7 +189,7 @@ def macs_by_module(root: nn.Module, call: Inputs) -> list[tuple[str, int]]:
 
     with (
         MacCounter() as counter,
-        _plain_cond(),
+        _plain_control(),
         _hooked(dict(root.named_modules()), lambda path, _: enter(path), lambda path, failed: leave()),
     ):
         run_once(root, *call)
@@ -202,8 +203,8 @@ def record_calls(
     """Record how a module calls its children: the first Inputs of each kind that its own calls lead to.
 
     A call that fails is none that a child could be captured with, nor is any of one that a branch of torch.cond calls,
-    or a transform of torch.func; but of what vmap calls, with parameters that all samples share, it is that of the
-    first sample. transformed: gets the names of what is called inside of a transform.
+    a while_loop, or a transform of torch.func; but of what vmap calls, with parameters that all samples share, it is
+    that of the first sample. transformed: gets the names of what is called inside of a transform.
     """
     found: dict[str, list[Inputs]] = {name: [] for name in children}
     unfit: set[str] = set()
@@ -227,17 +228,17 @@ def record_calls(
         if made is not None and not failed:
             found[name].append(made)
 
-    with _plain_cond() as branches, _hooked(children, enter, leave):
+    with _plain_control() as branches, _hooked(children, enter, leave):
         for call in calls:
             run_once(module, *call)
     return {name: [] if name in unfit else calls for name, calls in found.items()}
 
 
 @contextmanager
-def _plain_cond() -> Iterator[list[Any]]:
-    """Let torch.cond choose in Python inside: it compiles its branches, past hooks and counters.
+def _plain_control() -> Iterator[list[Any]]:
+    """Let torch.cond and while_loop go on in Python inside: they compile what they are given, past hooks and counters.
 
-    Yields the predicates of the branches that are being run.
+    Yields the predicates of the branches, and the conditions of the loops, that are being run.
     """
     original, running = torch.cond, list[Any]()
 
@@ -248,9 +249,19 @@ def _plain_cond() -> Iterator[list[Any]]:
         finally:
             running.pop()
 
+    def loop(cond_fn: Callable[..., Any], body_fn: Callable[..., Any], carried: Any) -> Any:
+        running.append(cond_fn)
+        try:
+            while cond_fn(*carried):
+                carried = body_fn(*carried)
+        finally:
+            running.pop()
+        return carried
+
     torch.cond = choose
     try:
-        yield running
+        with replaced_while_loop(loop):
+            yield running
     finally:
         torch.cond = original
 

@@ -46,6 +46,14 @@ class WholeModule:
         if own is not None and getattr(own, "__self__", None) is graphs:
             # In as_float, and its own Python calls type(self).forward(self, x).
             return own(*args, **kwargs)
+        owner: Any = graphs.owner
+        if owner is not self:
+            raise OctavError(
+                f"this {type(self).__name__} was made of what another one holds (as accelerate's regional compilation "
+                "and nn.DataParallel do), and the graph would run the parts of that one. Compile the whole model "
+                '(q.compile(backend="octav")), or quantize(..., blocks="auto"), whose blocks are compiled one by one; '
+                "on several GPUs, DistributedDataParallel"
+            )
         if is_changed(graphs.owner):
             graphs._run_look(args, kwargs)
             if GRAPHS not in vars(self):

@@ -135,6 +135,28 @@ def locals_of_traced_frame() -> list[Any]:
     return list(InstructionTranslator.current_tx().output.root_tx.f_locals.values())
 
 
+@contextmanager
+def replaced_while_loop(function: Callable[..., Any]) -> Iterator[None]:
+    """Let a function of cond_fn, body_fn and the carried inputs run for torch's while_loop inside, however imported."""
+    file = sys.modules.get("torch._higher_order_ops.while_loop")
+    if file is None:
+        yield
+        return
+    original: Any = file.while_loop
+
+    def replaced(cond_fn: Any, body_fn: Any, carried_inputs: Any) -> Any:
+        return octav_while_loop(cond_fn, body_fn, carried_inputs)  # type: ignore[name-defined]  # noqa: F821
+
+    code = original.__code__
+    names = original.__globals__
+    names["octav_while_loop"], original.__code__ = function, replaced.__code__
+    try:
+        yield
+    finally:
+        original.__code__ = code
+        del names["octav_while_loop"]
+
+
 def forget_compiled_callers() -> None:
     """Have Dynamo compile the functions anew, at their next call, whose compiled code is running now."""
     from torch._C._dynamo.eval_frame import reset_code

@@ -43,6 +43,7 @@ from octav_fx.training.self_check import check_in_turn
 _Tree = list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]]
 
 
+_HIDDEN: Final = "no call of it succeeds outside of torch.cond, while_loop or a transform of torch.func"
 _KEPT: Final = (*ATTRIBUTES, *RUNNING_HOOKS)
 
 
@@ -156,7 +157,7 @@ class PartsQuantizer:
             below = _join(path, name)
             try:
                 if not its_calls:
-                    raise NotCaptured("no call of it succeeds outside of torch.cond or a transform of torch.func")
+                    raise NotCaptured(_HIDDEN)
                 self.quantize(child, its_calls, below)
             except NotCaptured as why:
                 float_records.append(self._float(below, child, str(why)))
@@ -176,7 +177,7 @@ class PartsQuantizer:
                 raise NotCaptured(f"{reason}; with its children quantized it does not run as before: {fault}")
         if not any(isinstance(m, FakeQuantizer) for m in module.modules()):
             restore(tree)
-            raise NotCaptured(reason)
+            raise NotCaptured("; ".join([reason, *(f"{r.site}: {r.reason}" for r in float_records[:1] if r.reason)]))
         if own := sum(macs for at, macs in self.macs_by_module if at == path):
             float_records.insert(0, Record(path or "forward", type(module).__name__, None, (), own, None, reason))
         recipe = Recipe(self.config, Position(path), self.user)

@@ -1002,7 +1002,7 @@ def test_what_transforms_call(name: str, is_compiled: bool) -> None:
     reasons = {site: reason for site, reason, _ in octav_fx.coverage(q).skipped}
     assert octav_fx.coverage(q).quantized_macs == macs
     if macs == 128:
-        assert reasons["a"] == "no call of it succeeds outside of torch.cond or a transform of torch.func"
+        assert reasons["a"] == "no call of it succeeds outside of torch.cond, while_loop or a transform of torch.func"
     if is_compiled:
         expected = q(x)
         q.compile(backend="eager")
@@ -1049,6 +1049,34 @@ def looping(s: Any, x: Tensor) -> Tensor:
     state = (torch.zeros(()), s.a(x)[..., :16].contiguous())
     _, y = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, (y @ y.transpose(1, 2) @ y).tanh()), state)
     return s.b(y)  # type: ignore[no-any-return]
+
+
+class Inherits(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def looping_over_a(s: Any, x: Tensor) -> Tensor:
+    state = (torch.zeros(()), s.b(x))
+    _, y = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, s.a(y).tanh()), state)
+    return s.b(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Inherits])
+def test_what_a_while_loop_calls_stays_float_with_a_row(kind: type) -> None:
+    # On a CPU it has no gradient.
+    model = made(looping_over_a, a=kind(8, 8), b=nn.Linear(8, 8)).eval().requires_grad_(False)
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(model, x)
+    covered = octav_fx.coverage(q)
+    ((site, reason, macs),) = covered.skipped
+    assert site.startswith("a") and "outside of torch.cond, while_loop" in reason
+    assert (covered.quantized_macs, macs) == (2 * 4 * 64, 3 * 4 * 64)
+    with silent_quantizers():
+        for given in (x, torch.randn(6, 8)):
+            torch.testing.assert_close(q(given), model(given))
+    with pytest.raises(OctavError, match=r"a: no call .* outside of torch\.cond, while_loop"):
+        octav_fx.quantize(made(looping_over_a, a=kind(8, 8), b=nn.Tanh()).eval().requires_grad_(False), x)
 
 
 @pytest.mark.parametrize(("forward", "macs"), [(attending, 2 * 2 * 16 * 16 * 16), (looping, 3 * 2 * 2 * 16 * 16 * 16)])

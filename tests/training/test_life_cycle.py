@@ -396,7 +396,19 @@ class ByIdentity(ByDtype):
         return x * 2 if dtype is torch.bfloat16 else x.to(dtype)
 
 
-@pytest.mark.parametrize("kind", [ByDtype, ByIdentity])
+def twice_if_half(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x * 2 if dtype is torch.bfloat16 else x
+
+
+class ByIdentityElsewhere(ByDtype):
+    """In a function that is given the dtype, which forward itself uses, too."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.fc(self.embed(index))
+        return twice_if_half(x.to(x.dtype), x.dtype)
+
+
+@pytest.mark.parametrize("kind", [ByDtype, ByIdentity, ByIdentityElsewhere])
 @pytest.mark.parametrize("first", ["float32", "autocast"])
 def test_autocast_decides_a_branch_for_arguments_alike(first, kind):
     model, index = kind(), torch.randint(8, (3, 2))
@@ -410,7 +422,7 @@ def test_autocast_decides_a_branch_for_arguments_alike(first, kind):
                 assert torch.equal(q(index), model(index))
 
 
-@pytest.mark.parametrize("kind", [ByDtype, ByIdentity])
+@pytest.mark.parametrize("kind", [ByDtype, ByIdentity, ByIdentityElsewhere])
 def test_a_graph_is_for_the_dtype_that_a_model_was_given(kind):
     model, index = kind(), torch.randint(8, (3, 2))
     q = quantize(model, index)

@@ -406,3 +406,16 @@ def test_a_part_that_is_compiled_says_what_to_compile() -> None:
     q.body = torch.compile(q.body, backend="eager")
     with pytest.raises(OctavError, match=r"body was given to torch\.compile, and is a part of a graph: compile the"):
         q(torch.randn(2, 8))
+
+
+def test_a_module_made_of_what_another_one_holds_is_refused() -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(Net(), x)
+    # As accelerate compiles regions: new parts, which the graph of the first module does not know.
+    made = type(q).__new__(type(q))
+    made.__dict__.update(vars(q))
+    made._modules = {**q._modules, "body": nn.Linear(8, 16)}
+    for other in (made, q._replicate_for_data_parallel()):
+        with pytest.raises(OctavError, match=r"this Net was made of what another one holds.*blocks=\"auto\""):
+            other(x)
+    assert copy.copy(q)(x).equal(q(x))

@@ -8,10 +8,11 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
-from types import CodeType, FrameType
+from collections.abc import Iterator, Mapping
+from types import CodeType, FrameType, FunctionType
 from typing import Any, Final
 
+import torch
 from torch import fx, nn
 
 from octav_fx.capture.user_stack import is_users_code
@@ -28,6 +29,8 @@ _TRACE: Final = inspect.unwrap(fx.Tracer.trace).__code__
 # Two local variables at once: of Python 3.13, and of 3.14.
 _TWO: Final = ("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW")
 _MATCH_CLASS: Final = dis.opmap["MATCH_CLASS"]
+_IS: Final = dis.opmap["IS_OP"]
+_DTYPES: Final = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _LOCAL: Final = ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", *_TWO)
 
 
@@ -49,6 +52,29 @@ def line_that_compares() -> str | None:
 def compares_objects() -> bool:
     """Tell whether the user's code that is traced asks by `is` for another object than None: for a dtype, it may be."""
     return any(map(_compares_objects, _users_codes()))
+
+
+def compares_dtypes(function: FunctionType) -> bool:
+    """Tell whether a function, or one that stands in it, asks by `is` for what may be a dtype: for one by its name."""
+    pending = [function.__code__]
+    for code in pending:
+        pending += (constant for constant in code.co_consts if isinstance(constant, CodeType))
+        if _IS in code.co_code[::2] and any(_is_of_dtype(name, function.__globals__) for name in _compared(code)):
+            return True
+    return False
+
+
+def _is_of_dtype(name: str, space: Mapping[str, Any]) -> bool:
+    return name in _DTYPES or "dtype" in name or isinstance(space.get(name), torch.dtype)
+
+
+@functools.cache
+def _compared(code: CodeType) -> tuple[str, ...]:
+    """Return the names of variables and attributes that a function compares by `is` with anything but None."""
+    steps = _steps(code)
+    of = [steps[at - 2 : at] for at, step in enumerate(steps) if step.opname == "IS_OP"]
+    named = [step for pair in of if pair[-1].opname != "LOAD_CONST" for step in pair if step.opname.startswith("LOAD_")]
+    return tuple(name for s in named for name in (s.argval if isinstance(s.argval, tuple) else (str(s.argval),)))
 
 
 def is_at_class_pattern(frame: FrameType) -> bool:

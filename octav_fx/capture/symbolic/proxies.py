@@ -96,7 +96,8 @@ class ValueProxy(_Matched, fx.Proxy):
             # torch's own modules ask only to choose a fast path.
             is_torchs = caller().startswith(TORCH)
             return getattr(value, name) if is_torchs else self.tracer.decide(AttributeProxy(self, name), bool)
-        if isinstance(value, Tensor) and name == "dtype" and compares_objects():
+        is_asked = isinstance(value, Tensor) and name == "dtype" and is_users(sys._getframe(1))
+        if is_asked and (compares_objects() or self.tracer.compares_dtypes):
             # x.dtype is torch.bfloat16: what stands for a dtype is none.
             return self.tracer.decide(AttributeProxy(self, name), torch.dtype)
         if isinstance(value, Tensor) and name in _OF_AUTOGRAD:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 import inspect
 import itertools
 import operator
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from octav_fx.capture.find_constants import functions_of
 from octav_fx.capture.hooks import as_hooks_leave, needs_calls, set_aside
 from octav_fx.capture.symbolic.attention import inlined_attention
 from octav_fx.capture.symbolic.clocks import Moment
 from octav_fx.capture.symbolic.guards import guard_equal
-from octav_fx.capture.symbolic.identity import line_that_compares, may_be_its_input
+from octav_fx.capture.symbolic.identity import compares_dtypes, line_that_compares, may_be_its_input
 from octav_fx.capture.symbolic.marks import Mark
 from octav_fx.capture.symbolic.objects import (
     is_built_around_proxies,
@@ -119,6 +121,11 @@ class ValueTracer(fx.Tracer):
         self.read_first: set[tuple[nn.Module, str]] = set()
         # Attributes that it set before it read them, if it did.
         self.set_first: set[tuple[nn.Module, str]] = set()
+
+    @functools.cached_property
+    def compares_dtypes(self) -> bool:
+        """Tell whether a function that forward may call asks by `is` for a dtype, which it may be given."""
+        return any(map(compares_dtypes, functions_of(self.root)))
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Learn first where the tensors of the modules are; readers of a tied one read one node."""
