@@ -15,9 +15,10 @@ train() and eval(), freeze and unfreeze; a tensor that is written into in eval m
 only.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +30,9 @@ from octav_fx.capture.symbolic.side_effects import flags_in, stored_in
 from octav_fx.compat.modules import has_own_forward
 from octav_fx.compat.tensors import pytree, storage_id, version_of
 from octav_fx.nn.fake_quantizer import QUANTIZERS, FakeQuantizer
+
+# Whose functions of numbers alone give numbers.
+_OF_NUMBERS: Final = ("_operator", "builtins", "math")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +71,20 @@ def uses_of(graph: fx.Graph) -> Uses:
 class Derived:
     """A module that was made from the state of another one, and that state."""
 
-    def __init__(self, source: nn.Module, uses: Uses, module: Any) -> None:
+    def __init__(self, source: nn.Module, owner: nn.Module, uses: Uses, module: Any) -> None:
         self.module, self._plain = module, tuple(uses.plain(source))
+        # Numbers that the graph reads in each call, with the paths of their modules and their names.
+        self._numbers = tuple(numbers_of(owner, uses.read))
         self._seen = [_Seen(tensor) for tensor in self._state(source)]
 
     def is_of(self, source: nn.Module) -> bool:
         """Tell whether the state is the one that the module was made from."""
         tensors = self._state(source)
         return len(tensors) == len(self._seen) and all(map(_Seen.is_same, self._seen, tensors))
+
+    def has_numbers_of(self, owner: nn.Module) -> bool:
+        """Tell whether numbers are those that the module was made from, which a compiler can follow."""
+        return all(getattr(owner.get_submodule(path), name) == value for path, name, value in self._numbers)
 
     def _state(self, source: nn.Module) -> list[Tensor]:
         return [*_tensors(source), *(tensor for path in self._plain for tensor in _held(source, path))]
@@ -103,6 +113,38 @@ def _held(module: nn.Module, path: str) -> list[Tensor]:
     for name in path.split("."):
         held = getattr(held, name, None)
     return tensors_of(held)
+
+
+def numbers_of(module: nn.Module, read: Iterable[str]) -> Iterator[tuple[str, str, float]]:
+    """Return the floats among the attributes that a graph reads, each with the path of its module and its name."""
+    for path, _, name in (each.rpartition(".") for each in read):
+        value = vars(module.get_submodule(path)).get(name)
+        if type(value) is float:
+            yield path, name, value
+
+
+def fix_numbers(graph: fx.Graph, module: nn.Module) -> None:
+    """Let a graph have the present value of each float that it reads, and of what it computes from these alone."""
+    read = (str(node.target) for node in graph.find_nodes(op="get_attr"))
+    present = {f"{path}.{name}".lstrip("."): value for path, name, value in numbers_of(module, read)}
+    known: dict[fx.Node, Any] = {}
+    for node in graph.nodes if present else ():
+        if node.op == "get_attr" and str(node.target) in present:
+            known[node] = present[str(node.target)]
+        elif _is_of(node, known):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            # An error is one of the call.
+            with contextlib.suppress(ArithmeticError, ValueError):
+                known[node] = node.target(*args, **kwargs)
+        node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: known.get(source, source))
+    for node in reversed(known):
+        graph.erase_node(node)
+
+
+def _is_of(node: fx.Node, known: Mapping[fx.Node, Any]) -> bool:
+    """Tell whether a node computes a number of known ones alone."""
+    is_of_numbers = node.op == "call_function" and getattr(node.target, "__module__", None) in _OF_NUMBERS
+    return is_of_numbers and bool(node.all_input_nodes) and known.keys() >= set(node.all_input_nodes)
 
 
 def is_frozen(module: nn.Module, uses: Uses) -> bool:

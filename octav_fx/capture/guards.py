@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from octav_fx.capture.constants import Constants
 from octav_fx.capture.flat import flatten, unflatten
-from octav_fx.capture.kinds import kind_of, kind_of_attribute
+from octav_fx.capture.kinds import kind_of, kind_of_attribute, kind_of_number
 from octav_fx.capture.module_state import own_copy, tensors_within
 from octav_fx.capture.permits import permitted
 from octav_fx.compat.graphs import function_of
@@ -99,6 +99,21 @@ class Facts:
             if name != "training" and kind_of_attribute(_get(module, holder), name) != expected:
                 return path.removeprefix("_float_module.")
         return None
+
+    def numbers(self, module: Any) -> set[str]:
+        """Return the paths of attributes that were another float at capture, or may be any."""
+        (asked,) = next(iter(self.graph.find_nodes(op="output"))).args
+        found = set()
+        for node, expected in zip(asked, self.expected, strict=True):
+            source = node.args[0] if node.target in (kind_of, kind_of_number) else None
+            if not isinstance(source, fx.Node) or source.op != "get_attr":
+                continue
+            holder, _, name = str(source.target).rpartition(".")
+            now = vars(_get(module, holder)).get(name)
+            was_float = isinstance(expected, tuple) and expected[:1] == ("float",)
+            if type(now) is float and was_float and (node.target is kind_of_number or kind_of(now) != expected):
+                found.add(str(source.target).removeprefix("_float_module."))
+        return found
 
     def of_state(self, module: Any) -> "Facts":
         """Return the same facts with the sizes and numbers that the state of a module alone decides in them."""
@@ -218,6 +233,11 @@ class GuardedGraph:
         """Name an attribute that forward read, and that a later call or the user has made another one; or None."""
         facts = None if self.guards is None else self.guards.attributes
         return None if facts is None else facts.changed(module)
+
+    def numbers(self, module: Any) -> set[str]:
+        """Return the paths of floats that forward read, and that are others since, or that the graph reads."""
+        facts = None if self.guards is None else self.guards.attributes
+        return set() if facts is None else facts.numbers(module)
 
     @property
     def asks_for_gradients(self) -> bool:

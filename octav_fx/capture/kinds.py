@@ -24,6 +24,8 @@ _ITSELF: Final = (
     *(nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
     logging.Logger,
 )
+# In place of the kind of an attribute that a graph reads in each call: any number of its class and sign.
+ANY_FLOAT: Final = "any float"
 # So deep in objects of the user's own, whose parts may lead anywhere.
 _DEEP: Final = 3
 
@@ -31,6 +33,12 @@ _DEEP: Final = 3
 def kind_of_attribute(module: nn.Module, name: str) -> Any:
     """Return the kind of an attribute, that of MISSING where there is none."""
     return kind_of(getattr(module, name, MISSING))
+
+
+def kind_of_number(value: Any) -> Any:
+    """Return the class and the sign of a number that a graph reads in each call: grids without a sign rest on it."""
+    # A compiler decides here: a truth that it takes for a symbol is no part of a tuple.
+    return type(value).__name__, "-" if isinstance(value, float) and value < 0 else "+"
 
 
 def kind_of(value: Any, depth: int = _DEEP) -> Any:

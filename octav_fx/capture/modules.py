@@ -327,7 +327,8 @@ class QuantizedModule(GuardedModule):
         asks, derived = not torch.compiler.is_compiling(), guarded.derived
         # Nor does Dynamo go through what is called from here, which it would, function by function, where it leaves
         # this one to Python because it breaks a graph.
-        if derived is None or (asks and not not_compiled(functools.partial(derived.is_of, self))):
+        is_gone = derived is None or not derived.has_numbers_of(self.owner)
+        if is_gone or (asks and not not_compiled(functools.partial(derived.is_of, self))):
             not_compiled(functools.partial(self._derive, guarded))
         rule: IntegerModule = guarded.derived.module
         return rule
@@ -344,7 +345,7 @@ class QuantizedModule(GuardedModule):
         made = type(self).make_rule(self, graphs.index(guarded))
         if guarded is not graphs[0] and (first := graphs[0].derived) is not None:
             first.module.share_equal(made)
-        guarded.derived = Derived(self, guarded.uses, made)
+        guarded.derived = Derived(self, self.owner, guarded.uses, made)
 
     def refresh(self) -> None:
         """Make what a frozen module computes in eval mode from its present state; of any other do nothing."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from octav_fx.capture.frozen import uses_of
+from octav_fx.capture.frozen import fix_numbers, uses_of
 from octav_fx.capture.guards import Guards
 from octav_fx.capture.integer_module import IntegerModule
 from octav_fx.capture.modules import QuantizedModule, graphs_of
@@ -17,6 +17,8 @@ from octav_fx.passes import COMPUTE, CONVERT
 
 def integer_module(working: Any, passes: Iterable[Pass], guards: Guards | None = None) -> IntegerModule:
     """Return what the passes make of the eval graph of a copy of a frozen module, which is used up."""
+    # What is deployed holds for the numbers on its modules as they are.
+    fix_numbers(working.graph, working.owner)
     run(working, passes)
     made = IntegerModule(working, working.graph, working.user_class.__name__, {}, working.plain_attributes, guards)
     known = graph_info(working)

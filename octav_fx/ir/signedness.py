@@ -1,7 +1,9 @@
 """Which values cannot be negative, found on the graph: an unsigned grid has twice the levels for them."""
 
-from typing import Any
+import operator
+from typing import Any, Final
 
+import torch
 from torch import fx
 
 from octav_fx.compat.tensors import pytree
@@ -29,9 +31,27 @@ def nonnegative(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+# Never below zero where no number that they are of is.
+_OF_NUMBERS: Final = (
+    *(operator.add, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow),
+    *(abs, float, int, max, min, round, torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_int),
+)
+
+
 def _is_leaf_nonnegative(leaf: Any, found: set[fx.Node]) -> bool:
     if isinstance(leaf, fx.Node):
-        if leaf in found:
-            return True
-        leaf = fake(leaf)
+        return leaf in found or _is_number_nonnegative(leaf)
     return isinstance(leaf, (int, float)) and leaf >= 0
+
+
+def _is_number_nonnegative(node: fx.Node) -> bool:
+    """Tell whether a number is never below zero: a size or a guarded attribute is not, their difference may be."""
+    value = fake(node)
+    if not isinstance(value, (int, float)) or value < 0:
+        return False
+    numbers = [source for source in node.all_input_nodes if isinstance(fake(source), (int, float))]
+    if not numbers:
+        return True
+    literals = [arg for arg in node.args if isinstance(arg, (int, float))]
+    is_kept = node.target in _OF_NUMBERS and all(literal >= 0 for literal in literals)
+    return is_kept and all(map(_is_number_nonnegative, numbers))

@@ -51,15 +51,20 @@ def graphs_for(
     return graphs, None, notes, captures
 
 
-def captured_in(module: nn.Module, call: Inputs, mode: bool, user: UserRules) -> tuple[Capture, list[str]]:
-    """Capture in one mode, after a first run where forward keeps tables; return what was captured, and notes."""
+def captured_in(
+    module: nn.Module, call: Inputs, mode: bool, user: UserRules, numbers: frozenset[str] = frozenset()
+) -> tuple[Capture, list[str]]:
+    """Capture in one mode, after a first run where forward keeps tables; return what was captured, and notes.
+
+    numbers: paths of plain numbers on modules that the graph is to read in each call.
+    """
     constants = constants_of(module)
     with constants.without_caches():
-        captured = _capture(module, call, mode, user)
+        captured = _capture(module, call, mode, user, numbers)
     if constants.change() is not None:
         # A table of a file that forward fills once.
         constants = constants_of(module)
-        captured = _capture(module, call, mode, user)
+        captured = _capture(module, call, mode, user, numbers)
         if (change := constants.change()) is not None:
             raise NotCaptured(f"forward changes what it reads, and a graph has no memory: {change}")
     if captured.remembered and has_data(module, call):
@@ -115,10 +120,12 @@ def _runs(module: nn.Module, example: Inputs, mode: bool) -> bool:
     return True
 
 
-def _capture(module: nn.Module, example: Inputs, mode: bool, user: UserRules) -> Capture:
+def _capture(
+    module: nn.Module, example: Inputs, mode: bool, user: UserRules, numbers: frozenset[str] = frozenset()
+) -> Capture:
     """Capture in one mode; afterwards each module is in the mode it was in, frozen BatchNorms too."""
     with _in_mode(module, mode):
-        return capture(module, arguments_of(module, example), user)
+        return capture(module, arguments_of(module, example), user, numbers)
 
 
 def arguments_of(module: nn.Module, call: Inputs) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One module as one graph: capture, the passes, the records of what they did."""
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -164,12 +165,22 @@ class Recipe:
     def add_graph(self, quantized: QuantizedModule, call: Inputs) -> None:
         """Capture a graph for a call that no graph of the module holds for, with the quantizers that are there.
 
+        A float on a module that was another one at an earlier capture is read in each call, where that can be done.
         Raises NotCaptured where no graph can hold it.
         """
+        graphs = quantized.graphs_of(quantized.training)
+        numbers = frozenset(path for guarded in graphs for path in guarded.numbers(quantized.owner))
+        if numbers:
+            with contextlib.suppress(NotCaptured):
+                self._add_graph(quantized, call, numbers)
+                return
+        self._add_graph(quantized, call, frozenset())
+
+    def _add_graph(self, quantized: QuantizedModule, call: Inputs, numbers: frozenset[str]) -> None:
         mode = quantized.training
         owner = quantized.owner
         with users_own(owner):
-            captured, notes = captured_in(owner, call, mode, self.user)
+            captured, notes = captured_in(owner, call, mode, self.user, numbers)
             _check_calls(owner, captured, self.position)
         # Some of these belong to other graphs, or to what runs in the place of one.
         before = {name for name, _ in quantized.get_submodule(QUANTIZERS).named_children()}

@@ -306,3 +306,20 @@ def test_claims_hold_for_programs_of_any_ops(steps: list[tuple[int, int, int]]) 
         return values
 
     claims(forward, data=torch.randn(2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (lambda x: x.shape[0], True),
+        (lambda x: x.shape[0] / x.shape[1] + 2, True),
+        (lambda x: max(x.shape[0], 2) * x.size(1) // 3, True),
+        # Of another batch these are below zero.
+        (lambda x: x.shape[0] - 3, False),
+        (lambda x: (x.shape[0] - 3) / 2 + 1, False),
+        (lambda x: x.shape[0] + -3, False),
+        (lambda x: -(2 - x.shape[0]), False),
+    ],
+)
+def test_a_number_that_other_sizes_may_make_negative_is_not_claimed(number: Any, expected: bool) -> None:
+    assert claims(lambda s, x: x.relu() * number(x), data=torch.randn(6, 4))[1] is expected

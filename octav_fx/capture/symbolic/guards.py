@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.guards import DoesNotHold, Facts, Guards, expect, is_expected
-from octav_fx.capture.kinds import MISSING, kind_of, kind_of_attribute, same_tensors
+from octav_fx.capture.kinds import ANY_FLOAT, MISSING, kind_of, kind_of_attribute, kind_of_number, same_tensors
 from octav_fx.capture.symbolic.reads import Reads
 from octav_fx.capture.symbolic.regions import Kept
 from octav_fx.capture.symbolic.sizes import forward_sizes
@@ -167,6 +167,9 @@ def _attributes(graph: fx.Graph, attributes: Sequence[tuple[str, Any]], modes: R
     asked = _with_inputs(graph)
     rows = []
     for path, kind in attributes:
+        if isinstance(kind, tuple) and kind[:1] == (ANY_FLOAT,):
+            rows.append((asked.call_function(kind_of_number, (asked.get_attr(path),)), kind[1], path))
+            continue
         owner, _, name = path.rpartition(".")
         # What forward looked for in vain is nothing that code could name.
         is_missing = kind == kind_of(MISSING)

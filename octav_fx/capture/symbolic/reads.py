@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.capture.chance import without_chance
-from octav_fx.capture.kinds import MISSING, kind_of
+from octav_fx.capture.kinds import ANY_FLOAT, MISSING, kind_of, kind_of_number
 from octav_fx.capture.symbolic.clocks import Moment, opaque_clocks
 from octav_fx.capture.user_stack import caller, is_users
 from octav_fx.compat.modules import PART_ATTRIBUTES
@@ -32,6 +32,8 @@ class Reads:
     """Plain attributes by module and name, each with its kind before the trace; and the gradient mode if asked for."""
 
     attributes: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
+    # Those of them that the graph reads in each call, with what is guarded of them.
+    numbers: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
     # Set before it was read: what was there before does not matter.
     written: set[tuple[nn.Module, str]] = field(default_factory=set)
     gradient_mode: bool | None = None
@@ -86,14 +88,21 @@ def watched_reads(tracer: "ValueTracer", root: nn.Module) -> Iterator[Reads]:
         without_chance(root),
         opaque_clocks(tracer, root),
         _watched_modes(tracer, reads),
-        _watched_attributes(tracer, reads),
+        _watched_attributes(tracer, root, reads),
     ):
         yield reads
 
 
+def _places(root: nn.Module, paths: Iterable[str]) -> dict[tuple[nn.Module, str], str]:
+    """Return paths of attributes by their modules and names."""
+    split = [(path, *path.rpartition(".")[::2]) for path in paths]
+    return {(root.get_submodule(owner), name): path for path, owner, name in split}
+
+
 @contextmanager
-def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
+def _watched_attributes(tracer: "ValueTracer", root: nn.Module, reads: Reads) -> Iterator[None]:
     original: Any = nn.Module.__setattr__
+    numbers = _places(root, tracer.numbers)
     # What was read before: the first read tells all.
     noted = set[tuple[nn.Module, str]]()
 
@@ -101,6 +110,11 @@ def _watched_attributes(tracer: "ValueTracer", reads: Reads) -> Iterator[None]:
         key = (module, name)
         if name in INTERNAL or tracer.evaluating or key in noted:
             return object.__getattribute__(module, name)
+        if key in numbers and key not in reads.written and is_users(sys._getframe(1)):
+            value = object.__getattribute__(module, name)
+            reads.attributes.setdefault(key, kind_of(value))
+            reads.numbers.setdefault(key, (ANY_FLOAT, kind_of_number(value)))
+            return tracer.number(numbers[key])
         tracer.evaluating = True
         try:
             value = _found(module, name)

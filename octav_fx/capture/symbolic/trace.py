@@ -62,14 +62,20 @@ class Capture:
     caches: tuple[str, ...]
 
 
-def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NOTHING) -> Capture:
+def capture(
+    root: nn.Module,
+    arguments: Mapping[str, Any],
+    user: UserRules = _NOTHING,
+    numbers: frozenset[str] = frozenset(),
+) -> Capture:
     """Trace root.forward for these arguments by name; root is in the mode to be captured.
 
+    numbers: paths of plain numbers on its modules that the graph is to read in each call.
     Tensor constants that forward makes on the way become non-persistent buffers of root. Raises NotCaptured with
     the user's file and line where the Python code needs data to go on.
     """
     # Evaluation may write into objects among them.
-    tracer = ValueTracer(own_copy(dict(arguments)), user=user)
+    tracer = ValueTracer(own_copy(dict(arguments)), user=user, numbers=numbers)
     kinds, same = {name: kind_of(value) for name, value in arguments.items()}, same_tensors(*arguments.values())
     try:
         with (
@@ -118,7 +124,7 @@ def capture(root: nn.Module, arguments: Mapping[str, Any], user: UserRules = _NO
     ]
     facts = [(path, kind_of(root.get_submodule(path.rpartition(".")[0]).training)) for path in modes]
     facts += [
-        (f"{paths[module] or FLOAT_MODULE}.{name}", kind)
+        (f"{paths[module] or FLOAT_MODULE}.{name}", reads.numbers.get((module, name), kind))
         for (module, name), kind in reads.attributes.items()
         if module in paths and ((module, name) not in remembered or (module, name) in begun)
     ]

@@ -87,6 +87,8 @@ class ValueTracer(fx.Tracer):
     stored: list[str] = field(default_factory=list)
     # Those of them that it read first, and sets to a tensor of another shape: a table for another length.
     resized: list[str] = field(default_factory=list)
+    # Paths of plain numbers on modules that the graph is to read in each call.
+    numbers: frozenset[str] = frozenset()
     checked: set[tuple[fx.Node, str]] = field(default_factory=set)
     # What has the value of a node since forward wrote into it.
     latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -301,6 +303,13 @@ class ValueTracer(fx.Tracer):
             for key in keys:
                 node = self.create_node("call_function", operator.getitem, (node, key), {})
             self.attribute_nodes[place] = node
+        return self.proxy(self.attribute_nodes[place])
+
+    def number(self, path: str) -> ValueProxy:
+        """Return a proxy for a plain number on a module, which the graph reads from there in each call."""
+        place = (path, ())
+        if place not in self.attribute_nodes:
+            self.attribute_nodes[place] = self.create_node("get_attr", path, (), {})
         return self.proxy(self.attribute_nodes[place])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
