@@ -59,6 +59,7 @@ class PartialModule:
         # The subclass has no name to be pickled by.
         return _restore, (users_class(type(self)), self._state(), replace(self.octav_partial, example=None))
 
+    @torch.compiler.disable(reason="octav_fx copies graphs and quantizers")
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         owner: Any = self
         memo.update(without_history(owner))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -107,6 +108,7 @@ class WholeModule:
         # The subclass has no name to be pickled by.
         return _new, self._classes(), self._state()
 
+    @torch.compiler.disable(reason="octav_fx copies graphs and quantizers")
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         graphs: QuantizedModule = vars(self)[GRAPHS]
         owner: Any = self

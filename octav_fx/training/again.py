@@ -1,7 +1,6 @@
 """A call that no graph holds for: one graph more, the module's own Python, or all anew where modules were replaced."""
 
 import warnings
-from dataclasses import replace
 from typing import Final, cast
 
 from torch import nn
@@ -11,7 +10,7 @@ from octav_fx.capture.counts import kept_counts
 from octav_fx.capture.hooks import set_aside
 from octav_fx.capture.inputs import Inputs, sample_call
 from octav_fx.capture.modules import QuantizedModule, graphs_in, graphs_of
-from octav_fx.capture.partial import PartialModule, mark_partial
+from octav_fx.capture.partial import PartialModule
 from octav_fx.capture.replaced import STRUCTURE, is_changed, replaced
 from octav_fx.capture.rerun import has_data, macs_by_module, record_calls, run_once
 from octav_fx.capture.whole import make_users_own, users_own
@@ -20,7 +19,7 @@ from octav_fx.compat.modules import is_compiled
 from octav_fx.compat.tensors import is_functorch_wrapped, normal_tensors, without_transforms, without_users_modes
 from octav_fx.errors import NotCaptured, OctavError
 from octav_fx.nn import FakeQuantizer
-from octav_fx.training.by_parts import PartsQuantizer, is_at, restore, tree_of
+from octav_fx.training.by_parts import PartsQuantizer, is_at, mark_outermost, restore, tree_of
 from octav_fx.training.known_quantizers import quantizers_by_operand, take_quantizers
 from octav_fx.training.one_graph import NeedsCalls, Recipe, add_records, check_equal, prepare_module
 from octav_fx.training.own_python import own_python
@@ -120,8 +119,8 @@ def _quantize_anew(quantized: QuantizedModule, call: Inputs) -> None:
         take_quantizers(anew, known)
     if (whole := graphs_of(owner)) is not None:
         whole.examples = quantized.examples
-    elif isinstance(owner, PartialModule):
-        mark_partial(owner, replace(owner.octav_partial, example=quantized.examples))
+    elif isinstance(owner, PartialModule) and not recipe.position.path:
+        mark_outermost(owner, quantized.examples, parts)
     _tell_new(owner, before, recipe.position.path or quantized.user_class.__name__)
 
 
@@ -141,8 +140,14 @@ def _parts_of(owner: nn.Module, call: Inputs, recipe: Recipe) -> PartsQuantizer:
 def quantize_replaced(module: PartialModule, call: Inputs) -> None:
     """Quantize what was put in the places of children of a module that runs its own Python.
 
-    Raises OctavError where that cannot be: it would compute in float.
+    No mode of dispatch of the user's sees the runs that this takes. Raises OctavError where it cannot be: it would
+    compute in float.
     """
+    with without_users_modes(), kept_counts(cast(nn.Module, module)):
+        _quantize_replaced(module, call)
+
+
+def _quantize_replaced(module: PartialModule, call: Inputs) -> None:
     info, owner = module.octav_partial, cast(nn.Module, module)
     before = {m for m in owner.modules() if isinstance(m, FakeQuantizer)}
     recipe: Recipe = info.recipe
@@ -156,7 +161,8 @@ def quantize_replaced(module: PartialModule, call: Inputs) -> None:
         except OctavError:
             vars(owner)[STRUCTURE] = structure
             raise
-    mark_partial(owner, replace(module.octav_partial, example=info.example))
+    if not path:
+        mark_outermost(owner, info.example, parts)
     for graphs in graphs_in(owner):
         graphs.capture_again = capture_again
     _tell_new(owner, before, path or type(owner).__name__)
@@ -172,7 +178,7 @@ def _quantize_below(owner: nn.Module, call: Inputs) -> None:
             if (graphs := graphs_of(module)) is not None:
                 _quantize_anew(graphs, made)
             elif is_changed(module) and isinstance(module, PartialModule):
-                quantize_replaced(module, made)
+                _quantize_replaced(module, made)
 
 
 PartialModule.quantize_replaced = staticmethod(quantize_replaced)

@@ -283,9 +283,13 @@ def quantize_by_parts(
     if (graphs := graphs_of(quantized)) is not None:
         graphs.examples = example
         return quantized
+    return mark_outermost(quantized, example, parts)
+
+
+def mark_outermost(quantized: nn.Module, example: Inputs | None, parts: PartsQuantizer) -> nn.Module:
+    """Let a model that runs its own Python have an example, and rows for layers that the calls at hand lead not to."""
     assert isinstance(quantized, PartialModule)
-    descent = quantized.octav_partial
-    ran = {path for path, _ in parts.macs_by_module}
+    descent, ran = quantized.octav_partial, {path for path, _ in parts.macs_by_module}
     idle = [
         Record(path, type(module).__name__, None, (), 0, None, NOT_CALLED)
         for path, module in _outside(quantized)

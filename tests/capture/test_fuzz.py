@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import octav_fx
+from octav_fx.nn import FakeQuantizer
 from tests.support import fuzz_lives
-from tests.support.faults import KINDS, fault_compiled, fault_deployed, fault_exported, fault_quantized
+from tests.support.faults import KINDS, fault_compiled, fault_deployed, fault_exported, fault_operands, fault_quantized
 from tests.support.follow import fault_followed, followed
 from tests.support.fuzz import built, inputs, is_valid
 from tests.support.fuzz_lives import fault_lived
@@ -16,6 +18,7 @@ from tests.support.fuzz_lives import fault_lived
 SEEDS = {
     **{"quantized": range(40), "deployed": range(12), "images": range(24), "exported": (1, 8, 10, 16, 40, 51)},
     **{"exported_images": range(6), "python": range(16), "lives": range(12)},
+    **{"operands": range(12), "python_operands": range(12)},
 }
 COMPILED = {"compiled": range(6), "python_compiled": range(4)}
 
@@ -132,6 +135,13 @@ def test_what_was_found_in_files(name: str, training: bool) -> None:
     assert fault_followed(source, training) is None
 
 
+def without_levels(q: nn.Module) -> nn.Module:
+    for quantizer in q.modules():
+        if isinstance(quantizer, FakeQuantizer):
+            quantizer.__dict__["forward"] = lambda x: x
+    return q
+
+
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program in place of the one that is looked for differs; one that raises has raised."""
     quantize, convert, export, compiled = octav_fx.quantize, octav_fx.convert, octav_fx.export_onnx, torch.compile
@@ -146,8 +156,11 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(fault_exported(source, 0)).startswith("differs: onnxruntime: off by")
     monkeypatch.setattr(octav_fx, "quantize", lambda model, args: quantize(built("return self.b(x)"), args))
     assert str(fault_quantized(source, 0)).startswith("differs: result for inputs 0")
+    # The table says of them that they are quantized, and they are not.
+    monkeypatch.setattr(octav_fx, "quantize", lambda model, *args: without_levels(quantize(model, *args)))
+    assert "multiply-accumulates in float, 0 in the table" in str(fault_operands(source, 0))
     monkeypatch.setattr(octav_fx, "quantize", lambda *args: 1 / 0)
-    for fault in (fault_quantized, fault_deployed, fault_exported, fault_compiled):
+    for fault in (fault_operands, fault_quantized, fault_deployed, fault_exported, fault_compiled):
         assert fault(source, 0) == "raised ZeroDivisionError: division by zero"
 
 

@@ -123,3 +123,21 @@ class Counted(User):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "open"}
+
+
+class CopiesALayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return copy.deepcopy(self.a)(x) + self.b(x)
+
+
+@pytest.mark.compile
+def test_compiled_code_around_copies_a_layer() -> None:
+    x = torch.randn(2, 4)
+    q = octav_fx.quantize(CopiesALayer(), x)
+    assert isinstance(q, PartialModule)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(q, backend="eager")(x), q(x))

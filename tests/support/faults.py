@@ -29,6 +29,7 @@ from tests.support import follow, fuzz, fuzz_images, fuzz_lives
 from tests.support.alike import assert_close, assert_computes, gradients, run, tensors
 from tests.support.faultless import as_words, check_codes
 from tests.support.file_faults import EXACT, ROUNDING, check_file, without_dead, write
+from tests.support.float_work import COARSE, float_work
 from tests.support.fuzz import built, inputs, is_valid
 from tests.support.given_levels import Run
 from tests.support.onnx_files import optimized_ops
@@ -162,6 +163,18 @@ def fault_exported(
     return words.get("fault")
 
 
+def fault_operands(source: str, seed: int) -> str | None:
+    """Say where an operand of a program in eval mode is float of which the table does not say so, or return None."""
+    if not is_valid(source, training=False):
+        return None
+    with as_words() as words:
+        q = octav_fx.quantize(built(source).eval(), inputs()[0], COARSE)
+        for at, args in enumerate(inputs()):
+            with contextlib.suppress(OctavError), torch.no_grad(), float_work(q, is_example=at == 0):
+                run(q, args)
+    return words.get("fault")
+
+
 def fault_compiled(source: str, seed: int) -> str | None:
     """Say where the program that Dynamo has read differs from the one that Python runs, in a mode, or return None."""
     training = bool(seed % 2)
@@ -197,12 +210,14 @@ class Kind(NamedTuple):
 KINDS: Final = {
     "quantized": Kind(fuzz, fault_quantized, True),
     "compiled": Kind(fuzz, fault_compiled, True),
+    "operands": Kind(fuzz, fault_operands, False),
     "deployed": Kind(fuzz, fault_deployed, False),
     "exported": Kind(fuzz, fault_exported, False),
     "images": Kind(fuzz_images, functools.partial(fault_deployed, grammar=fuzz_images), False),
     "exported_images": Kind(fuzz_images, functools.partial(fault_exported, grammar=fuzz_images), False),
     "python": Kind(follow, follow.fault_followed, True),
     "python_compiled": Kind(follow, follow.fault_followed_compiled, True),
+    "python_operands": Kind(follow, follow.fault_operands_followed, False),
     "lives": Kind(fuzz_lives, fuzz_lives.fault_lived, True),
 }
 

@@ -19,6 +19,7 @@ import octav_fx
 from tests.support import fuzz_python
 from tests.support.alike import assert_close, gradients, silent_quantizers, tensors
 from tests.support.faultless import as_words
+from tests.support.float_work import COARSE, float_work
 from tests.support.fuzz_python import program as program
 
 _NUMBERS: Final = itertools.count()
@@ -68,6 +69,11 @@ class Session:
     def use(self, model: nn.Module) -> None:
         self.model = self.scope["m"] = model
 
+    def call(self, at: int) -> None:
+        """Run a step that is a call."""
+        torch.manual_seed(at)
+        exec(self.steps[at], self.scope)
+
     def do(self, at: int) -> dict[str, Any] | None:
         """Run a step; return what a call has given, its gradients, its arguments afterwards and the state."""
         step = self.steps[at]
@@ -78,7 +84,7 @@ class Session:
             exec(step, self.scope)
             return None
         self.scope.update(given)
-        exec(step, self.scope)
+        self.call(at)
         result = leaves(self.scope["r"])
         found = {f"result{name}": value for name, value in result.items()}
         found |= {f"argument {name}": self.scope[name] for name in given}
@@ -162,6 +168,22 @@ def _runs_with_quantizers(session: Session, at: int) -> None:
     session.scope.update(globals_before)
     session.use(kept)
     session.scope["r"] = kept_r
+
+
+def fault_operands_followed(source: str, seed: int) -> str | None:
+    """Say in which step an operand is float of which the table does not say so, in eval mode, or return None."""
+    if followed(source, False) is None:
+        return None
+    with as_words() as words:
+        session = Session(source, False)
+        session.use(octav_fx.quantize(session.model, (session.scope["x"], session.scope["y"]), COARSE))
+        for at, step in enumerate(session.steps):
+            if not step.startswith("r ="):
+                session.do(at)
+                continue
+            with torch.no_grad(), float_work(session.model, is_example=False):
+                session.call(at)
+    return words.get("fault")
 
 
 def fault_followed_compiled(source: str, seed: int) -> str | None:

@@ -16,6 +16,7 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import octav_fx
 from octav_fx import OctavError
@@ -419,3 +420,26 @@ def test_a_module_made_of_what_another_one_holds_is_refused() -> None:
         with pytest.raises(OctavError, match=r"this Net was made of what another one holds.*blocks=\"auto\""):
             other(x)
     assert copy.copy(q)(x).equal(q(x))
+
+
+class ChoosesByData(nn.Module):
+    """By its own Python: a layer that the example leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if x.sum() < 1e9 else self.unused(x)
+
+
+def test_rows_of_what_was_not_called_stay_and_nobody_sees_what_quantizing_takes() -> None:
+    x = torch.randn(4, 8)
+    q = octav_fx.quantize(ChoosesByData(), x)
+    rows = octav_fx.coverage(q).skipped
+    assert [(site, reason) for site, reason, _ in rows] == [("unused", "not called for the example inputs")]
+    q.b = nn.Linear(8, 8)
+    with FlopCounterMode(display=False) as counter:
+        q(x)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 8 * 8
+    assert octav_fx.coverage(q).skipped == rows

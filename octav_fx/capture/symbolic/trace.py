@@ -5,6 +5,7 @@ takes the side that the example inputs take and leaves a check behind. That trac
 attention with shape checks, loops over a list of features, functions hidden behind fx.wrap.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +75,12 @@ def capture(
     Tensor constants that forward makes on the way become non-persistent buffers of root. Raises NotCaptured with
     the user's file and line where the Python code needs data to go on.
     """
+    own = inspect.unwrap(type(root).forward)
+    if inspect.isgeneratorfunction(own) or inspect.iscoroutinefunction(own):
+        raise NotCaptured(
+            f"forward of {type(root).__name__} is a generator or async, and computes nothing when it is called: let it "
+            "return what it yields, in a list"
+        )
     # Evaluation may write into objects among them.
     tracer = ValueTracer(own_copy(dict(arguments)), user=user, numbers=numbers)
     kinds, same = {name: kind_of(value) for name, value in arguments.items()}, same_tensors(*arguments.values())

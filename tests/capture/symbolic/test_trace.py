@@ -808,3 +808,23 @@ def test_modules_of_generated_code_are_traced_through() -> None:
     q = quantized_alike(nn.Sequential(traced, nn.Linear(8, 4)), (torch.randn(2, 8),), (torch.randn(3, 8),))
     assert octav_fx.coverage(q).quantized_macs == 2 * (8 * 8 + 8 * 4)
     quantized_alike(traced, (torch.randn(2, 8),), (torch.randn(3, 8),))
+
+
+class Yields(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        yield self.a(x)
+
+
+class Waits(Yields):
+    async def forward(self, x: Tensor) -> Any:
+        return self.a(x)
+
+
+@pytest.mark.parametrize("kind", [Yields, Waits])
+def test_a_forward_that_computes_later_is_named(kind: type[nn.Module]) -> None:
+    with pytest.raises(OctavError, match=f"forward of {kind.__name__} is a generator or async"):
+        octav_fx.quantize(kind(), torch.randn(2, 4))
