@@ -12,7 +12,6 @@ from octav_fx.ir.movement import quantizer_before
 from octav_fx.ir.ops import is_op, module_of
 from octav_fx.ir.records import graph_info
 from octav_fx.nn import FakeQuantizer, StoredWeight
-from octav_fx.nn.fake_quantizer import QUANTIZERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +34,11 @@ def linear_layers(q: nn.Module) -> list[LinearLayer]:
     a file of the weights of linear layers would compute without that.
     """
     found = dict[str, LinearLayer]()
+    paths = {module: name for name, module in q.named_modules()}
     for module in quantized_modules(q):
         check_frozen(module)
         for guarded in module.graphs_of(False):
-            for layer in _layers_of(module, guarded.graph):
+            for layer in _layers_of(module, paths[module.owner], guarded.graph):
                 _add(found, layer)
     if not found:
         raise OctavError("no weight of a linear layer is quantized: there is nothing that such a file stores")
@@ -47,11 +47,13 @@ def linear_layers(q: nn.Module) -> list[LinearLayer]:
 
 def float_state(q: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict of a quantized model without what belongs to quantizers: the keys of the float model."""
-    return {key: value for key, value in q.state_dict().items() if QUANTIZERS not in key.split(".")}
+    own = tuple(f"{name}." for name, module in q.named_modules() if isinstance(module, FakeQuantizer))
+    return {key: value for key, value in q.state_dict().items() if not key.startswith(own)}
 
 
-def _layers_of(module: QuantizedModule, graph: fx.Graph) -> list[LinearLayer]:
-    path, layers, said = graph_info(module).path, list[LinearLayer](), set[fx.Node]()
+def _layers_of(module: QuantizedModule, path: str, graph: fx.Graph) -> list[LinearLayer]:
+    """Return the layers that a graph of a module calls, and raise for whatever else it rounds; path: of the module."""
+    layers, said = list[LinearLayer](), set[fx.Node]()
     for node in graph.nodes:
         if not is_op(node, "linear"):
             continue

@@ -67,6 +67,27 @@ def test_keys_are_those_of_the_float_model():
     assert list(float_state(q)) == list(Net().state_dict()) != list(q.state_dict())
 
 
+class Codec(nn.Module):
+    """Has quantizers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizers, self.net = nn.ModuleList([nn.Linear(64, 64)]), Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.quantizers[0](x))
+
+
+def test_keys_of_a_model_with_quantizers_of_its_own():
+    q = frozen(Codec(), torch.randn(3, 64), BOTH, blocks=[Block])
+    assert list(float_state(q)) == list(Codec().state_dict())
+
+
+def test_names_are_those_in_the_part_that_is_given():
+    q = frozen(Codec(), torch.randn(3, 64), ALONE, blocks=[Block])
+    assert {layer.name for layer in linear_layers(q.net.blocks)} == {"0.up", "0.down", "1.up", "1.down"}
+
+
 class Product(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -125,6 +125,24 @@ def test_a_head_that_was_tied_to_the_embedding(library: Any, tmp_path: Path) -> 
     assert found.model.embed_tokens.weight.unique().numel() > 2**8
 
 
+def test_a_tied_head_that_stays_float(library: Any, tmp_path: Path) -> None:
+    q = frozen("Llama", Config(4, None, overrides={"lm_head": None}), **LLAMA, tie_word_embeddings=True)
+    export_compressed_tensors(q, tmp_path)
+    found = read(tmp_path)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert torch.equal(logits(found), logits(q))
+
+
+def test_adapters_are_no_model_of_transformers(library: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    q = quantize(adapted.eval(), {"input_ids": TOKENS}, Config(4, None, edge_bits=None))
+    with pytest.raises(OctavError, match="is no model of transformers"):
+        export_compressed_tensors(freeze(q), tmp_path)
+
+
 OPT = {
     **{"vocab_size": 96, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"max_position_embeddings": 64, "word_embed_proj_dim": 64},

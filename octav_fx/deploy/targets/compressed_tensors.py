@@ -43,7 +43,8 @@ def export_compressed_tensors(q: nn.Module, folder: str | os.PathLike[str]) -> N
     format cannot say (a rounded operand of attention, a convolution, another format of numbers), and for a scale that
     the dtype of the model does not hold: scale_format="bfloat16" makes one that bfloat16 does.
     """
-    if not callable(getattr(q, "save_pretrained", None)) or not hasattr(q, "config"):
+    # What PEFT wraps has the same methods, and saves adapters alone.
+    if all(kind.__name__ != "PreTrainedModel" for kind in type(q).__mro__):
         raise OctavError(f"{type(q).__name__} is no model of transformers: this format is a folder that it loads")
     layers = linear_layers(q)
     if any(layer.input is not None and layer.input.by_row for layer in layers):

@@ -104,7 +104,7 @@ def _architecture(q: nn.Module) -> _Architecture:
             f"{type(q).__name__}: GGUF is written of transformers' models for causal language, of the types "
             f"{', '.join(_ARCHITECTURES)}"
         )
-    rotary = getattr(config, "rope_parameters", None) or {}
+    rotary = _rotary(config)
     if rotary.get("rope_type", "default") != "default":
         raise OctavError(f"rotary embeddings that are scaled ({rotary['rope_type']}) are not written into GGUF files")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -128,8 +128,15 @@ def _add_shape_of(writer: Any, config: Any) -> None:
     writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(_rotary(config)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """Return the settings of rotary embeddings, which transformers 4 has in two places."""
+    if (found := getattr(config, "rope_parameters", None)) is not None:
+        return dict(found)
+    return {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
 
 
 def _rows(key: str, config: Any, architecture: _Architecture) -> _Rows:
