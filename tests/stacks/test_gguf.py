@@ -20,7 +20,13 @@ SIZES = {
     **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2},
 }
-KINDS = {"Llama": ("llama-bpe", {}), "Qwen2": ("qwen2", {}), "Qwen3": ("qwen2", {"head_dim": 32})}
+# The name of llama.cpp, the way a text is cut, and settings.
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama": ("llama", "llama-bpe", {}),
+    "Mistral": ("llama", "gpt-2", {"sliding_window": None}),
+    "Qwen2": ("qwen2", "qwen2", {}),
+    "Qwen3": ("qwen3", "qwen2", {"head_dim": 32}),
+}
 HALF = {"lm_head": {"scale_format": "float16"}}
 CONFIGS = {
     "groups": Config(4, None, weight_granularity="group-32", scale_format="float16", overrides=HALF),
@@ -87,8 +93,12 @@ def frozen(kind: str, config: Config, tokens: Tensor, **settings: Any) -> tuple[
     import transformers
 
     torch.manual_seed(0)
-    made = getattr(transformers, f"{kind}Config")(**{**SIZES, **KINDS[kind][1], **settings})
+    made = getattr(transformers, f"{kind}Config")(**{**SIZES, **KINDS[kind][2], **settings})
     model = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+    for name, value in model.named_parameters():
+        # They begin at zero, wherever they are put.
+        if name.endswith("bias"):
+            nn.init.normal_(value)
     q = quantize(model, {"input_ids": tokens}, config)
     return model, freeze(calibrate(q, [{"input_ids": tokens}]))
 
@@ -136,14 +146,14 @@ def test_the_reader_finds_the_weights_to_the_bit(kind: str, name: str, tmp_path:
     model, q = frozen(kind, CONFIGS[name], tokens)
     export_gguf(q, tmp_path / "model.gguf")
     found = written(tmp_path / "model.gguf")
-    names = gguf.get_tensor_name_map({name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[kind.lower()], 2)
+    names = gguf.get_tensor_name_map({name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[KINDS[kind][0]], 2)
     expected = dict(model.state_dict())
     expected |= {f"{layer.name}.weight": layer.weight() for layer in linear_layers(q)}
     assert len(found) == len(expected)
     for key, value in expected.items():
         stored = found[names.get_name(key, try_suffixes=(".weight", ".bias"))]
         heads = {"q_proj": 4, "k_proj": 2}.get(key.split(".")[-2])
-        if kind == "Llama" and heads:
+        if KINDS[kind][0] == "llama" and heads:
             # What is rotated together lies side by side.
             stored = stored.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         assert torch.equal(stored, value), key
@@ -153,10 +163,20 @@ def test_the_reader_finds_the_weights_to_the_bit(kind: str, name: str, tmp_path:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_goes_on_with_a_text_as_the_model_does(kind: str, name: str, tied: bool, tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(KINDS[kind][0])
+    assert_goes_on(tmp_path, kind, CONFIGS[name], tie_word_embeddings=tied)
+
+
+def test_biases_of_all_layers_and_rotations_that_are_slower(tmp_path: Path) -> None:
+    slow = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    assert_goes_on(tmp_path, "Llama", CONFIGS["groups"], attention_bias=True, mlp_bias=True, **slow)
+
+
+def assert_goes_on(tmp_path: Path, kind: str, config: Config, **settings: Any) -> None:
+    """Assert that llama.cpp has the tokens of a text that transformers has, and the next ones that q has."""
+    tokenizer = tokenizer_of(KINDS[kind][1])
     numbers = tokenizer(TEXT)["input_ids"]
     tokens = torch.tensor([numbers])
-    model, q = frozen(kind, CONFIGS[name], tokens, tie_word_embeddings=tied)
+    model, q = frozen(kind, config, tokens, **settings)
     export_gguf(q, tmp_path / "model.gguf", tokenizer=tokenizer)
     lengths = (len(numbers), 50, 44, 37, 30, 20)
     prompts = [TEXT, *(numbers[:length] for length in lengths)]
