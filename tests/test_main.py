@@ -63,6 +63,7 @@ def test_table_is_the_librarys(capsys):
     assert capsys.readouterr().out == table(quantize(model, torch.randn(2, 8))) + "\n"
 
 
+@pytest.mark.slow
 def test_table_of_a_torchvision_name(capsys):
     assert main(["table", "squeezenet1_1", "--input", "1x3x32x32", "--activation-bits", "5"]) == 0
     out = capsys.readouterr().out

@@ -75,6 +75,7 @@ def test_one_line_quantizes_every_operand_of_a_copy() -> None:
     assert len(seen.off_grid) >= seen.checked
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss() -> None:
     x, labels = images(), torch.arange(8) % 5
     q = octav_fx.quantize(Net(), x)

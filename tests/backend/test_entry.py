@@ -285,6 +285,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_a_float_model_is_the_quantized_one(reached):
     model, x = Net(), images()
     q = quantize(model, x, Config(**OPTIONS))
@@ -301,6 +302,7 @@ def test_float_and_quantized_models_compute_the_same_compiled():
     assert_same_step(step(octav(q), q, x), expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_every_operand_gets_one_quantizer(reached):
     model, x = Net(), images()
     q = quantize(model, x)
@@ -309,6 +311,7 @@ def test_every_operand_gets_one_quantizer(reached):
     assert reached.count("dynamic_fake_quantize") == len(q.quantizers._modules) == 2 + 2 + 3 + 2 + 2
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_not_quantized_again(reached):
     x = images()
     q = quantize(Net(), x)
@@ -329,6 +332,7 @@ def test_a_converted_model_is_not_quantized_again():
         assert torch.equal(octav(whole)(x), converted(x))
 
 
+@pytest.mark.slow
 def test_beside_a_quantized_part_the_rest_stays_float(reached):
     x = torch.randn(16, 8)
     model = nn.Sequential(quantize(Mlp(), x), nn.Linear(8, 3))
@@ -336,6 +340,7 @@ def test_beside_a_quantized_part_the_rest_stays_float(reached):
     assert reached.count("dynamic_fake_quantize") == 4
 
 
+@pytest.mark.slow
 def test_the_float_model_is_as_it_was_after_training_compiled(reached):
     model, x = Net(), images()
     other = copy.deepcopy(model)
@@ -385,6 +390,7 @@ def test_a_region_that_no_pass_sees_is_logged_as_a_warning(reached, caplog):
     assert reached.count("dynamic_fake_quantize") == 2
 
 
+@pytest.mark.slow
 def test_the_fused_layer_of_inference_is_logged_as_a_warning(reached, caplog):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     with caplog.at_level(logging.WARNING, "octav_fx"), torch.no_grad():
@@ -407,6 +413,7 @@ def test_numbered_layers_and_weights_of_attention_are_quantized(reached):
     assert reached.count("dynamic_fake_quantize") == 4
 
 
+@pytest.mark.slow
 def test_the_softmax_of_attention_with_weights_is_unsigned_as_in_quantize(reached):
     class WithWeights(Attentive):
         def forward(self, x: Tensor) -> Tensor:
@@ -486,6 +493,7 @@ def with_statistics() -> Net:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_batch_norm_is_folded_in_eval_mode(reached):
     model, x = with_statistics(), images()
     out = octav(model)(x)
@@ -495,11 +503,13 @@ def test_batch_norm_is_folded_in_eval_mode(reached):
     torch.testing.assert_close(out, quantize(model, x)(x), **CLOSE)
 
 
+@pytest.mark.slow
 def test_batch_norm_is_not_folded_in_training(reached):
     octav(Net())(images())
     assert reached.count("batch_norm") == 1
 
 
+@pytest.mark.slow
 def test_train_and_eval_take_turns(reached):
     model, x = with_statistics(), images()
     q, compiled = quantize(model, x), octav(model)
@@ -521,6 +531,7 @@ def test_inference(context):
         torch.testing.assert_close(octav(model)(x), expected.detach(), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_training_after_inference(reached, context):
     model, x = with_statistics(), images()
@@ -768,6 +779,7 @@ def test_clips_under_autocast_are_those_of_eager(kernel_calls, kind):
         assert F.cosine_similarity(p.grad.flatten(), other.grad.flatten(), 0) > 0.9, name
 
 
+@pytest.mark.slow
 def test_autocast_of_convolutions_and_attention(reached):
     model, x = Net(), images()
     q = quantize(model, x)

@@ -88,6 +88,7 @@ def test_every_model_of_torchvision_but_those_of_quantized_kernels():
     assert not any("quantized" in name for name in names)
 
 
+@pytest.mark.slow
 def test_what_is_not_captured_says_why_and_what_the_backend_does_with_it():
     row = measured(entry(lambda _: (Branches(4, 4), torch.ones(2, 4))))
     assert row["captured"].startswith("NotCaptured: ")
@@ -96,6 +97,7 @@ def test_what_is_not_captured_says_why_and_what_the_backend_does_with_it():
     assert "share" not in row
 
 
+@pytest.mark.slow
 def test_contractions_that_octav_fx_does_not_count_are_named():
     row = measured(entry(lambda _: (Recurrent(), torch.ones(2, 3, 4))))
     assert row["captured"] == "yes"
@@ -112,6 +114,7 @@ def endless() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_are_rows(monkeypatch):
     assert measured(entry(lambda _: os._exit(3)))["stopped"] == "exit 3 after the start"
     monkeypatch.setattr(zoo, "MODEL_LIMIT", 1)

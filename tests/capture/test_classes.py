@@ -209,6 +209,7 @@ def test_a_class_whose_subclasses_say_something_is_not_told_of_those_that_stand_
     assert known == [("Layer", "layer")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_a_count_in_a_class_is_one_of_all_its_modules(training: bool) -> None:
     model = Twice().train(training)
@@ -249,6 +250,7 @@ class AsksForClasses(nn.Module):
         return 3 * y if type(self) is AsksForClasses and self.is_one(self, AsksForClasses) else y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_class_is_the_users_where_a_method_asks_for_it(in_parts: bool, is_compiled: bool) -> None:
@@ -294,6 +296,7 @@ def test_a_class_is_found_where_code_around_looks_it_up(is_compiled: bool, is_co
     torch.testing.assert_close(call(x), expected(x), rtol=0, atol=4 * 2**-24 * float(expected(x).abs().max()))
 
 
+@pytest.mark.slow
 def test_a_forward_that_is_set_on_the_class_is_followed_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
     before = octav_fx.quantize(AsksForClasses(in_parts=True).eval(), x)
     monkeypatch.setattr(AsksForClasses, "forward", lambda self, x: -self.scaled(self.a(x)) if x.sum() < 1e9 else x)
@@ -377,6 +380,7 @@ class AsksAbove(ScaledInParts):
         return -super().forward(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_what_is_above_the_users_class_is_found(is_compiled: bool) -> None:
     model = AsksAbove().eval()

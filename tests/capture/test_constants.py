@@ -141,6 +141,7 @@ class Configured(nn.Module):
         return -y if os.environ.get("OCTAV_FX_TEST_SIGN", "0") == "1" else y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("holder", "name", "value"),
     [
@@ -179,6 +180,7 @@ def test_what_lies_below_a_global_is_followed(
     assert torch.equal(compiled(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_what_lies_deep_below_a_module_is_followed(is_compiled: bool) -> None:
     x = torch.randn(4, 8)
@@ -209,6 +211,7 @@ class Remembering(nn.Module):
         return self.layer(x) @ x.t() * doubled(3)
 
 
+@pytest.mark.slow
 def test_a_function_that_remembers_under_another_name_is_no_change() -> None:
     x = torch.randn(4, 8)
     q = octav_fx.quantize(Remembering().eval(), x)
@@ -216,6 +219,7 @@ def test_a_function_that_remembers_under_another_name_is_no_change() -> None:
     assert torch.equal(torch.compile(q, backend="eager", fullgraph=True)(x), q(x))
 
 
+@pytest.mark.slow
 def test_a_setting_of_a_layer_and_a_global_are_followed_where_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 8)
     q = octav_fx.quantize(Net().eval(), x)
@@ -291,6 +295,7 @@ class Counts(nn.Module):
         return self.layer(x) * n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["closure", "default", "class", "iterator"])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_count_outside_of_attributes_goes_on(kind: str, is_compiled: bool) -> None:
@@ -424,6 +429,7 @@ def test_a_logger_that_is_used_is_no_reason_for_another_graph() -> None:
     assert len(q.graphs_of(False)) == 1
 
 
+@pytest.mark.slow
 def test_what_torch_was_built_with_is_asked_in_no_call() -> None:
     class Asks(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -437,6 +443,7 @@ def test_what_torch_was_built_with_is_asked_in_no_call() -> None:
     assert torch.equal(torch.compile(q, backend="eager", fullgraph=True)(x), q(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_forward_that_is_set_on_a_module_below_is_followed(is_compiled: bool) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU())).eval(), torch.randn(4, 8)

@@ -66,6 +66,7 @@ def test_a_float_graph_has_no_quantizers() -> None:
     assert seen(Small(), torch.randn(2, 3, 6, 6), read=has_quantizers) == [False]
 
 
+@pytest.mark.slow
 def test_a_quantized_model_brings_its_quantizers() -> None:
     x = torch.randn(2, 3, 6, 6)
     assert seen(octav_fx.quantize(Small(), x), x, read=has_quantizers) == [True]
@@ -149,6 +150,7 @@ def test_a_module_that_is_called_twice_names_two_sites() -> None:
     assert seen(float_module, torch.randn(2, 3), read=read) == [["fc", "fc:1"]]
 
 
+@pytest.mark.slow
 def test_an_adopted_graph_computes_the_same() -> None:
     float_module, x = Small().eval(), torch.randn(2, 3, 6, 6)
 

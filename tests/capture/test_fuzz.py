@@ -68,6 +68,7 @@ return z""",
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUND)
 @pytest.mark.parametrize("training", [False, True])
 def test_what_was_found(name: str, training: bool) -> None:
@@ -142,6 +143,7 @@ def without_levels(q: nn.Module) -> nn.Module:
     return q
 
 
+@pytest.mark.slow
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program in place of the one that is looked for differs; one that raises has raised."""
     quantize, convert, export, compiled = octav_fx.quantize, octav_fx.convert, octav_fx.export_onnx, torch.compile
@@ -164,6 +166,7 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fault(source, 0) == "raised ZeroDivisionError: division by zero"
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_life_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz_lives, "STEPS", {fuzz_lives._restart: 1})
     source = fuzz_lives.program(0)

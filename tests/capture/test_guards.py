@@ -32,6 +32,7 @@ class AsksForItsClass(nn.Module):
         return y * factor if isinstance(factor, self.kind) else y + factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [nn.Parameter, lambda t: t.as_subclass(Marked)])
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -67,6 +68,7 @@ class AsksForASign(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["argument", "attribute", "global"])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_zeros_of_both_signs_and_nan_are_told_apart(
@@ -112,6 +114,7 @@ class AsksForTheDtypeOfWhatItKeeps(nn.Module):
         return self.second(x) + (scores if keys.dtype == torch.float32 else scores.float() * 2)
 
 
+@pytest.mark.slow
 def test_dtypes_of_what_is_computed_behind_a_cache_are_asked_before_it_is_written() -> None:
     model = AsksForTheDtypeOfWhatItKeeps().eval()
     q = octav_fx.quantize(model, (x, Memory()))
@@ -157,6 +160,7 @@ def test_a_compiler_decides_a_branch_on_a_size_for_all_sizes() -> None:
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_compiled_a_fact_that_fails_ends_what_is_asked_of_a_size(fresh_dynamo):
     """A table of one size is resampled for another one: what the graph of the first computes there does not run."""
 
@@ -176,6 +180,7 @@ def test_compiled_a_fact_that_fails_ends_what_is_asked_of_a_size(fresh_dynamo):
         assert torch.equal(compiled(x), eager(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm])
 def test_compiled_what_is_asked_of_a_size_moves_no_statistics(fresh_dynamo, norm):
     def forward(self, x: Tensor) -> Tensor:
@@ -209,6 +214,7 @@ def _(x: Tensor, calls: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@pytest.mark.slow
 def test_compiled_what_is_asked_of_a_size_runs_no_op_that_writes(fresh_dynamo):
     def forward(self, x: Tensor) -> Tensor:
         first, second = counted(self.fc(x), self.calls).unflatten(-1, (4, 2)).unbind(-1)
@@ -222,6 +228,7 @@ def test_compiled_what_is_asked_of_a_size_runs_no_op_that_writes(fresh_dynamo):
     assert compiled.calls == eager.calls == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drawn",
     [

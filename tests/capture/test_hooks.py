@@ -135,6 +135,7 @@ class Kept(nn.Module):
         return self.b(self.a(x)) + self.features["a"].mean()
 
 
+@pytest.mark.slow
 def test_what_a_hook_keeps_is_that_of_the_call() -> None:
     q = quantized_alike(Kept, (torch.randn(4, 8),), (torch.randn(3, 8),), parts=True)
     assert "what a hook of a layer has kept" in octav_fx.table(q) and octav_fx.coverage(q).share == 1

@@ -249,6 +249,7 @@ def test_one_graph_serves_both_modes_where_no_code_asks_for_the_mode() -> None:
     assert torch.equal(q(X), q(X)) and not torch.equal(q.train()(X), q(X))
 
 
+@pytest.mark.slow
 def test_a_mode_that_was_not_captured_is_captured_when_it_is_called() -> None:
     def forward(self, x):
         return x if self.training or x.sum() > 0 else -x

@@ -88,6 +88,7 @@ def test_vmap_gives_every_sample_its_clips() -> None:
         torch.testing.assert_close(found[at], expected, rtol=0, atol=TOLERANCE * (1 + float(expected.abs().max())))
 
 
+@pytest.mark.slow
 def test_what_has_no_rule_is_refused() -> None:
     x = torch.randn(4, 8)
     q = octav_fx.quantize(Net(), x)

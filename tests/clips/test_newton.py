@@ -86,6 +86,7 @@ def test_octav_finds_the_fixed_point_of_a_few_repeated_values(row, bits, signed,
     assert clip.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4, 6])
 @pytest.mark.parametrize("name", ["gaussian", "laplace"])
 def test_octav_agrees_with_the_integrals_over_exact_densities(name, bits):
@@ -121,6 +122,7 @@ def test_octav_agrees_with_the_integrals_over_exact_densities(name, bits):
     assert tolerance < 0.01 * expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "published"), [("gaussian", 2.57), ("laplace", 5.03)])
 def test_octav_at_four_bits_is_where_the_literature_puts_it(name, published):
     n = 10**6

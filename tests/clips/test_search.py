@@ -54,6 +54,7 @@ def least_of_400(x: Tensor, form: Format) -> Tensor:
     return least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_the_error_is_that_of_four_hundred_tries(form, n):
@@ -85,6 +86,7 @@ def test_candidates_of_groups_of_32(name, most):
     assert len(candidates(form, "float32", 32)) <= most
 
 
+@pytest.mark.slow
 def test_levels_that_double_are_the_same_an_octave_below():
     form = CODEBOOKS["pow2"]
     octave, two = candidates(form, "float32", 4096), candidates(form, "float32", 4097)

@@ -217,6 +217,7 @@ def test_a_quantizer_of_a_pool_of_its_own_levels():
     assert all(row.moved is not None for row in layers if row.operand == "input")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "out.onnx"
     assert main(["export", "tests.deploy.test_deployment:model", "--input", "2x3x8x8", "--onnx", str(path)]) == 0

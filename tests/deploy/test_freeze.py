@@ -253,6 +253,7 @@ def test_a_quantized_part_of_a_larger_module():
     assert all(quantizer.clip is None for quantizer in quantizers(q).values())
 
 
+@pytest.mark.slow
 def test_both_graphs_are_frozen_and_what_eval_mode_lacks_may_stay_dynamic():
     x = torch.randn(4, 8)
     q = quantize(Branches().eval(), x, Config(edge_bits=None))
@@ -366,6 +367,7 @@ def _places() -> tuple[nn.Module, Tensor, Tensor]:
     return freeze(calibrate(q, [high, wide, high])), high, wide
 
 
+@pytest.mark.slow
 def test_a_frozen_model_reads_tensors_that_forward_has_set():
     q, *batches = _places()
     for x in (*batches, *batches):
@@ -397,6 +399,7 @@ def test_a_frozen_model_that_stores_computes_its_definition():
             assert kept.shape == (32,) and q.last.shape == (2, 8, *x.shape[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integers", [False, True])
 def test_what_is_converted_is_the_graph_of_what_forward_has_left(integers):
     q, high, wide = _places()
@@ -457,6 +460,7 @@ def test_a_kind_of_call_whose_clips_nobody_found_is_not_converted():
     torch.testing.assert_close(converted(x, torch.ones(4)), q(x, torch.ones(4)))
 
 
+@pytest.mark.slow
 def test_kinds_of_calls_share_what_they_store():
     x, mask = torch.randn(4, 8), torch.rand(4, 8)
     q = freeze(calibrate(quantize(Optional().eval(), x), [x, (x, mask)]))

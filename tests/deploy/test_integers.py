@@ -72,6 +72,7 @@ def test_every_layer_is_accounted_for(name):
     assert relative(c(*inputs), levels(*inputs)) < 0.1
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_residual_block():
     q, _ = frozen(named("resnet18"))
     names = [getattr(node.target, "__name__", str(node.target)) for node in convert(q).graph.nodes]
@@ -81,6 +82,7 @@ def test_the_graph_of_a_residual_block():
     assert not [name for name in names if "quantizers" in name and not name.endswith((".codes", ".scale", ".step"))]
 
 
+@pytest.mark.slow
 def test_residuals_of_a_block_are_codes():
     q, _ = frozen(named("resnet18"), Config(8, 8, residual_bits=8))
     names = [getattr(node.target, "__name__", str(node.target)) for node in convert(q).graph.nodes]
@@ -129,6 +131,7 @@ def test_no_parameter_asks_for_gradients():
     assert not [value for value in convert(ready()[0]).parameters() if value.requires_grad]
 
 
+@pytest.mark.slow
 def test_any_batch_and_size_of_the_images():
     q, _ = ready(Config(weight_bits=8, activation_bits=8))
     net = nn.Sequential(*list(small())[:6])
@@ -159,6 +162,7 @@ def test_an_encoder_compiles_into_one_graph():
     assert relative(compiled(*inputs), c(*inputs)) < 0.02
 
 
+@pytest.mark.slow
 def test_torch_export():
     q, x = ready()
     c = convert(q)

@@ -153,6 +153,7 @@ class Called(nn.Module):
         return self.last(y if mask is None else y * mask - 1)
 
 
+@pytest.mark.slow
 def test_every_kind_of_call():
     x, mask = torch.randn(4, 8), torch.rand(4, 8)
     q = quantize(Called().eval(), x)
@@ -175,6 +176,7 @@ def test_every_kind_of_call():
                 assert torch.equal(own[2]["y"], its[2]["y"]) and len(its[2]["y"]) == 2 * len(x)
 
 
+@pytest.mark.slow
 def test_training_mode_and_unfreezing_are_as_before():
     q, x = ready()
     q.train()

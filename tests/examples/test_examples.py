@@ -15,6 +15,7 @@ from examples import ddp, deploy_onnx, mixed_bits, own_op, quickstart
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_quickstart(capsys):
     in_float, before, after = quickstart.main(steps=120)
     # A hundred steps are few; what is lost by 4 bits is little, and comes back.
@@ -42,6 +43,7 @@ def test_own_op_has_levels_of_four_bits(capsys, monkeypatch):
     assert all(len(filter_.unique()) <= 16 for filter_ in weight)
 
 
+@pytest.mark.slow
 def test_mixed_bits_gives_few_bits_to_the_layers_that_mind_least(capsys):
     config = mixed_bits.main(steps=120)
     minds = {}

@@ -26,6 +26,7 @@ def whole(data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_from_scratch(data, whole, tmp_path):
     rows = curve(whole)
     assert [row["step"] for row in rows] == [STEPS, 2 * STEPS]
@@ -44,6 +45,7 @@ def test_a_run_from_scratch(data, whole, tmp_path):
 
 
 # Within an epoch, at its end, before the last step. The loop's own tests stop at every step.
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, STEPS, 2 * STEPS - 1])
 def test_stopped_and_resumed(data, whole, tmp_path, step):
     with torchrun.stopped_at(step):
@@ -53,6 +55,7 @@ def test_stopped_and_resumed(data, whole, tmp_path, step):
     assert same(weights(tmp_path), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_whole_or_not_at_all(data, whole, tmp_path, monkeypatch):
     written = []
 
@@ -74,6 +77,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(data, whole, tmp_path, monk
     assert curve(tmp_path) == curve(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["--bf16"], ["--parallel", "fsdp2"], ["--bits", "8"], ["--clip", "lsq"], ["--clip", "pact"]]
 )
@@ -96,6 +100,7 @@ def test_compiled(data, tmp_path):
     GroupNormNet(3).load_state_dict(weights(tmp_path / "fast"), strict=True)
 
 
+@pytest.mark.slow
 def test_retraining_begins_with_the_checkpoint(data, whole, tmp_path):
     trained = {f"module.{name}": value for name, value in weights(whole).items()}
     torch.save({"state_dict": trained}, tmp_path / "float.pt")

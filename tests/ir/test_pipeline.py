@@ -107,6 +107,7 @@ def test_a_dump_has_what_a_failing_pass_was_given(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "000" / "summary.txt").read_text().endswith("failed\n")
 
 
+@pytest.mark.slow
 def test_several_runs_find_numbers_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAV_FX_DUMP", str(tmp_path))
     (tmp_path / "000").mkdir()

@@ -29,6 +29,7 @@ def test_by_hand():
     assert code_mean(x, one, one, 3, True, 8, True, True, 0.0).tolist() == [[[[128]]], [[[128]]]]
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     bits=st.tuples(BITS, BITS),

@@ -159,6 +159,7 @@ def test_out_is_written_in_its_own_layout(dtype, dim, bits):
         assert_same_bits(out, dequantize(stored, clip, integers(bits, True, dim), dtype))
 
 
+@pytest.mark.slow
 @pairwise(
     {
         "dim, channels_last": [(None, False), (0, False), (1, True)],

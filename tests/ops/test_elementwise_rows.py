@@ -22,6 +22,7 @@ from tests.support.strategies import FORMS, NATIVE, every_number, filled_with_na
 ALL = ["int2", "int4", "uint4", "int8", "uint8", "int8-narrow", *CODEBOOKS]
 
 
+@pytest.mark.slow
 @examples(300)
 @given(data=st.data())
 def test_each_pass_is_its_reference_bit_for_bit(kernels, data):

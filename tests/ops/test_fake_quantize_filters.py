@@ -200,6 +200,7 @@ def test_opcheck(dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed"])
 def test_opcheck_of_the_gradient(layout, gradient):

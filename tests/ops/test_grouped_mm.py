@@ -60,6 +60,7 @@ def test_under_autocast_the_result_is_of_the_dtype_of_the_weights(backend: str) 
     assert q.weights.grad is not None
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.octav.grouped_mm.default, operands(9))
     torch.library.opcheck(torch.ops.octav.grouped_mm_weights.default, weight_operands(9))

@@ -25,6 +25,7 @@ def test_codes_by_hand(dtype):
         assert op(x, one, 3, False).tolist() == [0, 2, 2, 0, 0, 0, 7, 7, 0, 0]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(data=st.data())
 def test_the_kernel_is_the_reference_bit_for_bit(kernels, data):

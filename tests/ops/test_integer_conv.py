@@ -94,6 +94,7 @@ def test_ties_go_to_the_even_code():
     assert y.flatten().tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("step", [None, torch.tensor(0.3)])
 def test_opcheck(rank, step):

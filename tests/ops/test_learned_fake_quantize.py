@@ -189,6 +189,7 @@ def test_where_they_begin(bits, signed):
         torch.testing.assert_close(initial_clip(worse, grid, method), initial_clip(x, grid, method), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dim", [None, 1])
 def test_opcheck(method, dim):

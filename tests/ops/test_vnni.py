@@ -71,6 +71,7 @@ def depthwise(draw: st.DrawFn) -> tuple:
     return x, *scales, list(w.shape), bias, stride, padding, dilation, channels, *end
 
 
+@pytest.mark.slow
 @needs_vnni
 @needs_onednn
 @settings(max_examples=150)

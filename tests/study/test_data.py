@@ -32,6 +32,7 @@ def test_a_batch_depends_on_seed_and_step_alone(name):
     assert not same(first, MAKE[name](1).batch(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judged", [TEST, VALIDATION])
 @pytest.mark.parametrize("name", MAKE)
 def test_what_a_net_is_judged_by_is_the_same_for_every_seed(name, judged):
@@ -40,6 +41,7 @@ def test_what_a_net_is_judged_by_is_the_same_for_every_seed(name, judged):
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [fonts, files])
 def test_validation_is_a_part_of_the_training_files(of):
     (train, test), (fewer, validation) = of(), of(VALIDATION)
@@ -73,6 +75,7 @@ def test_glyphs_are_normal_and_their_labels_right():
     assert test_labels.bincount().unique().numel() == 1
 
 
+@pytest.mark.slow
 def test_files_are_apart_and_their_place_is_a_hash():
     train, test = files()
     assert len(train) > 200 and not set(train) & set(test)
@@ -91,6 +94,7 @@ def test_targets_are_the_bytes_that_follow():
         assert bytes(x[1].tolist()) + bytes(y[1, -1:].tolist()) in source
 
 
+@pytest.mark.slow
 def test_digits_are_apart():
     parts = []
     for judged in (TEST, VALIDATION):

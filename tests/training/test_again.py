@@ -174,6 +174,7 @@ def test_a_new_branch_brings_its_quantizers_and_its_rows() -> None:
     assert {name for name, _ in q.quantizers.named_children()} == {"a_input", "a_weight", "b_input", "b_weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
 def test_copies_have_all_graphs_and_make_more(again: Callable[[nn.Module], Any]) -> None:
     q = octav_fx.quantize(nn.Sequential(Steps()), x(2, 6, 8))
@@ -250,6 +251,7 @@ class Experts(nn.Module):
         return rows if rows.size(1) > 16 else rows.relu()
 
 
+@pytest.mark.slow
 def test_sizes_of_grouped_products_are_found_in_float32() -> None:
     float_module, ends = Experts(), torch.tensor([3, 5], dtype=torch.int32)
     q = octav_fx.quantize(float_module, (x(5, 16), ends))

@@ -29,6 +29,7 @@ from tests.support.on_grid import OnGrid
 WAYS: list[Any] = ["auto", [Block], ["blocks.0", "blocks.1", "blocks.2"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", WAYS, ids=["auto", "class", "names"])
 def test_each_block_is_one_graph_inside_the_users_python(blocks: Any) -> None:
     model, x = Net(), batch()
@@ -70,6 +71,7 @@ def test_methods_of_the_model_are_quantized() -> None:
     assert torch.equal(q.tied(q.head(y)), q(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["deepcopy", "pickle"])
 def test_calibrate_freeze_convert_and_copies_go_over_all_blocks(again: Any) -> None:
     q, x = quantize(Net(), batch(), blocks="auto").eval(), batch()
@@ -82,6 +84,7 @@ def test_calibrate_freeze_convert_and_copies_go_over_all_blocks(again: Any) -> N
     assert torch.equal(again(q)(x), q(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after", "blocks by default"])
 def test_blocks_are_recomputed_as_in_float(when: str) -> None:
     # Many blocks and tokens: what quantizers keep outside of the blocks is little beside the inputs of blocks.
@@ -146,6 +149,7 @@ def test_a_part_that_is_recomputed_is_in_no_graph() -> None:
     assert torch.equal(q(x), whole(x))
 
 
+@pytest.mark.slow
 def test_a_single_graph_leaves_recomputation_to_the_models_own_python() -> None:
     q, x = quantize(Net(depth=12), torch.randn(8, 64, WIDTH)), torch.randn(8, 64, WIDTH)
     quantizers = sum(1 for _ in q.get_submodule("quantizers").children())
@@ -265,6 +269,7 @@ class BlockOfLayer(Layer, Block):
         return Block.forward(self, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("is_reentrant", [True, False])
 def test_a_class_that_recomputes_around_its_subclasses_does_so_around_graphs(is_reentrant: bool, before: bool) -> None:
@@ -305,6 +310,7 @@ class Chain(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*run its own Python")
 @pytest.mark.parametrize("is_reentrant", [True, False])
 def test_what_recomputes_itself_and_runs_its_own_python_is_recomputed_once(is_reentrant: bool) -> None:
@@ -337,6 +343,7 @@ def test_checkpointing_around_the_model() -> None:
     assert all(p.grad is not None for p in q.parameters())
 
 
+@pytest.mark.slow
 def test_hooks_on_blocks_fire() -> None:
     q, x = quantize(Net(), batch(), blocks="auto"), batch()
     seen: list[str] = []
@@ -385,6 +392,7 @@ class Hooked(nn.Module):
         return self.head(self.scaled(self.layer(self.stem(x).relu()), scale=0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["layer", "layer.1", "scaled"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_a_module_with_hooks_is_called_in_each_call(kind: str, path: str) -> None:
@@ -412,6 +420,7 @@ def test_a_module_with_hooks_is_called_in_each_call(kind: str, path: str) -> Non
     assert sum(map(operator.ne, *signs)) == (path == "layer" and "backward" not in kind)
 
 
+@pytest.mark.slow
 def test_hooks_change_what_they_see() -> None:
     model, x = Hooked(), batch()
     model.layer.register_forward_pre_hook(lambda m, args: (-args[0],))

@@ -253,6 +253,7 @@ def model() -> Outer:
     return Outer()
 
 
+@pytest.mark.slow
 def test_parts_of_parts(model: Outer) -> None:
     x = images()
     q = quantize(model, x, TWO_BITS)
@@ -328,6 +329,7 @@ def _saved(q: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [copy.deepcopy, _pickled, _saved])
 def test_copies_compute_the_same_and_are_apart(model: Outer, again: Callable[[nn.Module], nn.Module]) -> None:
     x = images()
@@ -347,6 +349,7 @@ def test_copies_compute_the_same_and_are_apart(model: Outer, again: Callable[[nn
     assert same(q(x), expected) and not torch.equal(copied(x)["logits"], expected["logits"])
 
 
+@pytest.mark.slow
 def test_a_copy_that_was_pickled_forgets_the_example_inputs_only(model: Outer) -> None:
     q = quantize(model, images())
     assert {row.clip for row in octav_fx.rows(copy.deepcopy(q)) if row.bits} != {None}
@@ -1079,6 +1082,7 @@ def test_what_a_while_loop_calls_stays_float_with_a_row(kind: type) -> None:
         octav_fx.quantize(made(looping_over_a, a=kind(8, 8), b=nn.Tanh()).eval().requires_grad_(False), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("forward", "macs"), [(attending, 2 * 2 * 16 * 16 * 16), (looping, 3 * 2 * 2 * 16 * 16 * 16)])
 def test_what_compiles_itself_stays_float_and_runs_on(forward: Callable[..., Tensor], macs: int) -> None:
     # On a CPU it has no gradient.
@@ -1168,6 +1172,7 @@ class Reversed(torch.autograd.Function):
         return gradient + x.grad, None
 
 
+@pytest.mark.slow
 def test_layers_that_a_function_with_a_gradient_of_its_own_calls():
     float_model = made(lambda s, x: s.head(Reversed.apply(s.stem(x), s.block)), **layers())
     q = quantized_alike(float_model, (torch.randn(2, 8),), (torch.randn(5, 8),), parts=True)

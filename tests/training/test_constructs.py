@@ -705,6 +705,7 @@ def test_what_is_stored_under_a_private_name_takes_part_in_one_graph() -> None:
     assert q._loss.requires_grad
 
 
+@pytest.mark.slow
 def test_a_table_in_a_buffer_is_made_before_the_graph() -> None:
     quantized_alike(KeepsATableInABuffer(), (x,), (longer[:, :5],))
 

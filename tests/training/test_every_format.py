@@ -64,6 +64,7 @@ def fields_of(name: str) -> dict[str, Any]:
     return {**fields, "weight_granularity": weights, "activation_granularity": activations, "scale_format": scale}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_it_trains_restarts_freezes_and_converts_to_the_same_codes(name: str) -> None:
     lives(Config(**fields_of(name), edge_bits=None), 16, 0)

@@ -672,6 +672,7 @@ def test_export_and_trace():
     assert torch.equal(torch.jit.trace(q, x)(x), q(x))
 
 
+@pytest.mark.slow
 def test_a_frozen_model_is_traced_as_what_it_is_deployed_as():
     _, q, x = quantized(False)
     octav_fx.freeze(octav_fx.calibrate(q.eval(), [x]))

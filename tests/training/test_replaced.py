@@ -357,6 +357,7 @@ class MakesItsHead(nn.Module):
         return (self.heads[0] if self.within_list else self.head)(self.a(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within_list", [False, True])
 @pytest.mark.parametrize("is_below", [False, True])
 def test_what_forward_makes_is_a_row_and_then_quantized(within_list: bool, is_below: bool) -> None:

@@ -144,6 +144,7 @@ def test_a_tensor_takes_no_time() -> None:
             compute(Moment(2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASKED)
 def test_only_the_module_that_asks_runs_its_own_python(name: str) -> None:
     q = octav_fx.quantize(Around(ASKED[name]), x)
@@ -175,6 +176,7 @@ def test_a_decorator_hides_no_file_and_brings_none_of_torchs() -> None:
     assert "test_clocks.py" in reason and "clock" in reason
 
 
+@pytest.mark.slow
 def test_a_time_goes_on() -> None:
     q = octav_fx.quantize(Around(lambda _: time.perf_counter_ns() % 1000003), x)
     assert not torch.equal(q(x), q(x))

@@ -37,6 +37,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name: str) -> None:
     q = quantized_alike(model(CALLS[name], fc=nn.Linear(8, 8)), (torch.randn(2, 5, 8),), (torch.randn(3, 7, 8),))

@@ -103,6 +103,7 @@ class Returned(Net):
         return {x.shape[1]: y, ("next", x.shape[0]): self.b(y)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Got, InSet, InDict, Filled, Returned])
 @pytest.mark.parametrize("training", [False, True])
 def test_what_is_found_is_that_of_the_call(kind: type[nn.Module], training: bool) -> None:

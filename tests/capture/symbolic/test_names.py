@@ -80,6 +80,7 @@ def matched_dict(s: Any, given: dict[str, Tensor]) -> Tensor:
             return s.fc(given["x"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [5, 7])
 def test_what_patterns_ask(length: int) -> None:
     given = [(torch.randn(2, t, 8),) for t in (length, 7, 4)]
@@ -95,11 +96,13 @@ def targets(s: Any, x: Tensor) -> Tensor:
     return scores.reshape(len(x), -1) + torch.arange(len(x)) * math.sqrt(len(x))
 
 
+@pytest.mark.slow
 def test_a_length_is_as_free_as_a_size() -> None:
     q = quantized_alike(model(targets, fc=nn.Linear(8, 8)), (torch.randn(2, 8),), (torch.randn(5, 8),))
     assert len(graphs_of(q).graphs_of(q.training)) == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_loop_over_a_length_holds_for_that_length() -> None:
     def summed(s: Any, x: Tensor) -> Tensor:
         return sum(s.fc(x[i]) for i in range(len(x)))

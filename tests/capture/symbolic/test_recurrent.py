@@ -48,6 +48,7 @@ def test_by_default_they_are_one_float_row(name: str) -> None:
     assert (site, reason, macs) == ("layer", f"no rule for {type(layer).__name__}", work(layer, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_a_state_and_no_batch(kind: type[nn.Module]) -> None:
     h = torch.randn(2, 6)
@@ -89,6 +90,7 @@ def test_packed_sequences_stay_float() -> None:
     assert covered.quantized_macs == 10 * 12
 
 
+@pytest.mark.slow
 def test_a_layer_by_itself_and_in_parts() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         return s.gru(s.fc(x))[0] if x.sum().item() < 1e9 else x

@@ -335,6 +335,7 @@ def test_gradients_through_a_region_are_those_of_the_float_model() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_decorator_with_keywords_keeps_the_signature() -> None:
     def logged(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -377,6 +378,7 @@ class Doubled(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
+@pytest.mark.slow
 def test_a_function_with_a_gradient_of_its_own_keeps_it() -> None:
     float_module, x = (
         model(lambda s, x: s.b(Doubled.apply(s.a(x), 5.0)), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),

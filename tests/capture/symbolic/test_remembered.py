@@ -83,6 +83,7 @@ def described(graph: fx.Graph) -> list[Any]:
     return [(n.name, info(n).macs, [*map(kind, pytree.tree_leaves(fake(n)))]) for n in graph.nodes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [shared, written, of_kinds, of_one_memory, attended, moved, of_inference])
 @pytest.mark.parametrize("training", [False, True])
 def test_what_is_remembered_is_what_is_computed(block: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,7 @@ class Biased(nn.Module):
 class TestACache:
     """A dict that forward fills with what state alone decides."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("is_filled", [False, True])
     def test_is_computed_in_each_call(self, is_filled: bool) -> None:
         x = torch.randn(2, 5, 8)
@@ -285,6 +286,7 @@ class ByLast(nn.Module):
         return self.b(self.a(x)) * factor
 
 
+@pytest.mark.slow
 def test_a_first_run_that_makes_no_table_leaves_the_call_as_it_is() -> None:
     x, longer = torch.randn(2, 4), torch.randn(3, 4)
     assert_follows(ByLast, ((x,), (longer,), (longer,), (x,)), training=False)

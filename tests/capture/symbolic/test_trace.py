@@ -311,6 +311,7 @@ def test_a_module_of_ones_own_that_is_only_on_or_off_stays_a_call() -> None:
     assert called(gm) == ["drop", "fc"]
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_mode_at_run_time() -> None:
     def forward(self, x):
         return F.dropout(x, 0.5, training=self.training) + F.dropout(x, 0.5, self.training) + self.drop(x)
@@ -509,6 +510,7 @@ def test_transformer_encoder_layer(batch_first: bool, norm_first: bool, training
     agrees(model(lambda self, x: self.layer(x), layer=layer), rows(2, 5, 8), rows(3, 5, 8), training=training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_transformer(training: bool) -> None:
     transformer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
@@ -685,6 +687,7 @@ def test_an_ordered_dict_stays_one() -> None:
     assert type(gm(torch.ones(1, 2))) is OrderedDict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [None, True])
 def test_a_transformer_encoder_with_a_mask(is_causal: bool | None) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
@@ -780,6 +783,7 @@ def test_python_around_tensors(name: str) -> None:
     quantized_alike(float_model, (torch.randn(2, 5, 8),), (torch.randn(3, 7, 8),))
 
 
+@pytest.mark.slow
 def test_a_device_as_an_argument_of_a_module_in_parts() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         return s.fc(s.block(x, device=x.device)) if x.sum().item() < 1e9 else x
@@ -802,6 +806,7 @@ def test_a_check_that_fails_later_says_so() -> None:
         gm(torch.full((2, 5, 8), float("nan")))
 
 
+@pytest.mark.slow
 def test_modules_of_generated_code_are_traced_through() -> None:
     float_module = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     traced = fx.symbolic_trace(float_module)

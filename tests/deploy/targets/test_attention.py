@@ -38,6 +38,7 @@ def rows_at_the_front(y: Tensor) -> Tensor:
     return y.unflatten(-1, (3, 8)).unsqueeze(3).permute(3, 1, 2, 0, 4).squeeze(0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of", "products"), [(counted_from_the_end, 2), (in_three_and_in_six, 3), (rows_at_the_front, 1)]
 )

@@ -217,6 +217,7 @@ def test_keyword_inputs_in_another_order_than_that_of_forward(tmp_path):
     torch.testing.assert_close(found, convert(q)(**example), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_op_that_onnx_lacks(tmp_path):
     x = torch.randn(2, 4)
     q = freeze(calibrate(quantize(Unsupported().eval(), x), [x]))
@@ -329,6 +330,7 @@ class Masked(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_a_mask_that_only_an_export_passes_on_is_in_the_file(tmp_path):
     example = torch.randn(2, 4), torch.ones(2, 4)
     q = freeze(calibrate(quantize(Masked().eval(), example, blocks=[Block]), [example]))
@@ -366,6 +368,7 @@ def test_an_object_among_the_outputs_is_told(tmp_path):
         export_onnx(q, x, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_an_example_that_the_model_does_not_hold_for_is_refused(tmp_path):
     class Masked(nn.Module):
         def __init__(self):
@@ -415,6 +418,7 @@ class Twice(nn.Module):
         return self.a(torch.tanh(self.a(x - x) + x)) + x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "exact"])
 def test_a_layer_that_reads_zeros_keeps_its_bias(tmp_path, target):
     torch.manual_seed(0)
@@ -439,6 +443,7 @@ class Axes(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, self.mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "mask"),
     [
@@ -470,6 +475,7 @@ class Negative(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x, scale=-0.3)
 
 
+@pytest.mark.slow
 def test_an_attention_with_a_scale_below_zero_is_told(tmp_path):
     x, path = torch.randn(1, 2, 3, 4), tmp_path / "model.onnx"
     q = freeze(calibrate(quantize(Negative().eval(), x, Config(attention="operands")), [x]))
@@ -483,6 +489,7 @@ def test_an_attention_with_a_scale_below_zero_is_told(tmp_path):
         assert relative(found, q(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_bias_of_a_matrix_product_is_not_rounded(tmp_path):
     """Inside of a Gemm onnxruntime rounds it to steps of both scales, which moves nearly every row of a 4-bit MLP."""
     layers = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
@@ -507,6 +514,7 @@ class Steps(nn.Module):
         return self.last(self.cell(x)[0][:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["exact", "onnxruntime"])
 def test_a_weight_of_eight_bits_that_several_layers_read(tmp_path, target):
     """Without VNNI, with the option that keeps products from saturating, onnxruntime does not load integers of it."""

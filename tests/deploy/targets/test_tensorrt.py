@@ -122,6 +122,7 @@ class Projection(nn.Module):
         return projected(x, self.weight)
 
 
+@pytest.mark.slow
 def test_weights_alone_are_int4(tmp_path):
     x = torch.randn(3, 8)
     rule = Rule("projected", (weight(1, "w", channel=0),), target=projected)

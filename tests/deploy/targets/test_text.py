@@ -20,6 +20,7 @@ def model() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return frozen(Case(Text, rows_of_tokens), Config.preset("tensorrt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [target.name for target in TARGETS])
 def test_runtimes_and_the_standard_agree_with_the_frozen_model(target, model, tmp_path):
     q, inputs = model

@@ -45,6 +45,7 @@ def test_what_layers_read_behind_a_pool():
     assert made(c, quantizers_behind_moves) == []
 
 
+@pytest.mark.slow
 def test_layers_in_integers_have_nothing_more_to_do(tmp_path):
     with torch.no_grad():
         q = frozen(branches)

@@ -235,6 +235,7 @@ def test_what_is_raised_at_a_ceiling_is_lowered() -> None:
     torch.testing.assert_close(results(gm, inputs)[0], before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_operand_of_several_matmuls_is_made_once() -> None:
     def function(x: Tensor, w: Tensor, hint: Tensor, hints: Tensor) -> tuple[Tensor, ...]:
         y = quantized(x.sin(), hint)
@@ -248,6 +249,7 @@ def test_an_operand_of_several_matmuls_is_made_once() -> None:
     assert graph_text(gm.graph).count("amin.default(quantize_default, ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "autocast", "codes up to 255", "convolution"])
 def test_backward_keeps_what_it_kept(name: str) -> None:
     function, inputs = CASES[name]
@@ -501,6 +503,7 @@ WHOLE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", WHOLE)
 @pytest.mark.parametrize("row", ROWS)

@@ -103,6 +103,7 @@ STAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAYS)
 def test_levels_stay_where(name: str) -> None:
     gm = joint(STAYS[name], *arguments())

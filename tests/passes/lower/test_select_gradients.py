@@ -46,6 +46,7 @@ def test_golden() -> None:
     assert lower(gm, on_cpu) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
 def test_numbers(shape: list[int], dtype: torch.dtype, data: st.DataObject) -> None:

@@ -129,6 +129,7 @@ def equations(draw: st.DrawFn) -> tuple[str, list[Tensor]]:
     return equation, [torch.randint(-3, 4, [sizes[c] for c in term]).double() for term in terms]
 
 
+@pytest.mark.slow
 @examples(60)
 @given(equations())
 def test_an_einsum_of_several_operands(drawn: tuple[str, list[Tensor]]) -> None:
