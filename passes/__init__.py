@@ -9,6 +9,7 @@ from typing import Any, Final
 from octav_fx.config import Config
 from octav_fx.ir.pipeline import Pass
 from octav_fx.passes.convert.batchnorm_to_affine import batchnorm_to_affine
+from octav_fx.passes.convert.bounds_as_numbers import bounds_as_numbers
 from octav_fx.passes.convert.check_writes import check_writes
 from octav_fx.passes.convert.clamps_into_layers import clamps_into_layers
 from octav_fx.passes.convert.codes_between_layers import codes_between_layers
@@ -111,6 +112,7 @@ CONVERT: Final[tuple[Any, ...]] = (
     products_as_linear,  # after pack_weights, whose codes it transposes; before all that asks for layers
     make_activations_static,  # the quantizers that are left
     drop_identities,  # before saturate_codes: a clamp is right before its quantizer then
+    bounds_as_numbers,  # before saturate_codes, which asks for numbers
     batchnorm_to_affine,  # any time: no code depends on it
     fold_affine_into_scale,  # after batchnorm_to_affine and pack_weights, whose results it puts together
     saturate_codes,  # after make_activations_static: the quantizers that saturate
@@ -184,6 +186,7 @@ __all__ = [
     "Place",
     "batchnorm_to_affine",
     "bfloat16_backward",
+    "bounds_as_numbers",
     "canonicalize",
     "check_writes",
     "choose_spec",
