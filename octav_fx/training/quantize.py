@@ -169,7 +169,7 @@ def _check_model(model: nn.Module) -> None:
         raise OctavError(f"quantize takes an nn.Module, not {type(model).__name__}")
     if isinstance(model, _WRAPPERS):
         raise OctavError(
-            f"quantize the module first and wrap it in {type(model).__name__} afterwards: pass model.module"
+            "quantize the module first and wrap it in DistributedDataParallel afterwards: pass model.module"
         )
     if is_compiled(model):
         raise OctavError("quantize the module first and compile it afterwards: pass model._orig_mod")

@@ -543,7 +543,7 @@ def test_what_is_quantized_already():
 
 
 def test_wrappers_that_belong_outside():
-    with pytest.raises(OctavError, match=r"wrap it in DataParallel afterwards: pass model\.module"):
+    with pytest.raises(OctavError, match=r"wrap it in DistributedDataParallel afterwards: pass model\.module"):
         quantize(nn.DataParallel(Net()), images())
     with pytest.raises(OctavError, match=r"compile it afterwards: pass model\._orig_mod"):
         quantize(torch.compile(Net()), images())
