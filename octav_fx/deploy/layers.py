@@ -1,7 +1,9 @@
 """The linear layers of a frozen model, as files of weights store them: each a module's name, codes, and a scale."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from octav_fx.capture.modules import QuantizedModule, quantized_modules
@@ -38,7 +40,7 @@ def linear_layers(q: nn.Module) -> list[LinearLayer]:
     for module in quantized_modules(q):
         check_frozen(module)
         for guarded in module.graphs_of(False):
-            for layer in _layers_of(module, paths[module.owner], guarded.graph):
+            for layer in _layers_of(module, paths[module.owner], guarded.graph, found):
                 _add(found, layer)
     if not found:
         raise OctavError("no weight of a linear layer is quantized: there is nothing that such a file stores")
@@ -51,8 +53,25 @@ def float_state(q: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in q.state_dict().items() if not key.startswith(own)}
 
 
-def _layers_of(module: QuantizedModule, path: str, graph: fx.Graph) -> list[LinearLayer]:
-    """Return the layers that a graph of a module calls, and raise for whatever else it rounds; path: of the module."""
+def scales_in(dtype: torch.dtype, name: str, scale: Tensor) -> Tensor:
+    """Return the scales of a layer in a dtype. Raises OctavError where that does not hold them."""
+    stored = scale.to(dtype).contiguous()
+    if not torch.equal(stored.to(scale.dtype), scale):
+        raise OctavError(
+            f"{name}: {dtype} does not hold its scales, and codes are for scales as they are stored: quantize with "
+            f"overrides={{{name!r}: {{'scale_format': {str(dtype).removeprefix('torch.')!r}}}}}, or with that "
+            "scale_format for all"
+        )
+    return stored
+
+
+def _layers_of(
+    module: QuantizedModule, path: str, graph: fx.Graph, found: Mapping[str, LinearLayer]
+) -> list[LinearLayer]:
+    """Return the layers that a graph of a module calls, and raise for whatever else it rounds.
+
+    path: of the module. found: those of other graphs, whose codes are the same.
+    """
     layers, said = list[LinearLayer](), set[fx.Node]()
     for node in graph.nodes:
         if not is_op(node, "linear"):
@@ -71,7 +90,9 @@ def _layers_of(module: QuantizedModule, path: str, graph: fx.Graph) -> list[Line
         value = module.get_parameter(str(source.target))
         if not value.isfinite().all():
             raise OctavError(f"{key} holds inf or NaN, which no code stands for")
-        layers.append(LinearLayer(name, StoredWeight(value, quantizer.clip, quantizer.spec), activation))
+        known = found.get(name)
+        stored = StoredWeight(value, quantizer.clip, quantizer.spec) if known is None else known.weight
+        layers.append(LinearLayer(name, stored, activation))
         said |= {weight, *([] if rounded is None else [rounded])}
     for node in graph.find_nodes(op="call_module"):
         if isinstance(module_of(node), FakeQuantizer) and node not in said:

@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from octav_fx.formats.packing import pack
 from octav_fx.formats.scales import tensor_scale
 from octav_fx.nn import StoredWeight
 
@@ -35,9 +36,9 @@ def exponents(scale: Tensor) -> Tensor:
 
 
 def _pairs(weight: StoredWeight) -> Tensor:
-    """Return two codes to a byte [out, in / 2], the first in the low bits."""
-    low, high = nibbles(weight.integers()).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
-    return low | high << 4
+    """Return two codes to a byte [out, in / 2]; groups are of an even size."""
+    codes = nibbles(weight.integers())
+    return pack(codes).reshape(len(codes), -1)
 
 
 def _nvfp4(weight: StoredWeight, values: Tensor) -> dict[str, Tensor]:

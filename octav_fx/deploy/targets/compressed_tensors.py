@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.deploy.files import replacing
-from octav_fx.deploy.layers import LinearLayer, float_state, linear_layers
+from octav_fx.deploy.layers import LinearLayer, float_state, linear_layers, scales_in
 from octav_fx.deploy.targets.compressed_floats import FLOATS
 from octav_fx.errors import OctavError
 from octav_fx.formats.grid import Grid
@@ -108,14 +108,14 @@ def _stored(layer: LinearLayer, scheme: Mapping[str, Any], values: Tensor) -> di
     codes, scale = weight.integers(), weight.scale
     if scheme["weights"]["strategy"] == "channel":
         scale = scale.reshape(-1, 1).expand(len(codes), 1)
-    stored = {"weight_scale": _held(layer.name, scale, dtype)}
+    stored = {"weight_scale": scales_in(dtype, layer.name, scale)}
     if scheme["format"] == _PACKED:
         stored["weight_packed"] = pack_into_words(codes, weight.spec.format.bits)
         stored["weight_shape"] = torch.tensor(codes.shape)
     else:
         stored["weight"] = codes
     if rounded is not None and rounded.clip is not None:
-        stored["input_scale"] = _held(layer.name, rounded.spec.format.step(rounded.clip).reshape(1), dtype)
+        stored["input_scale"] = scales_in(dtype, layer.name, rounded.spec.format.step(rounded.clip).reshape(1))
         if not rounded.spec.format.signed:
             stored["input_zero_point"] = torch.tensor([_lowest(rounded.spec)], dtype=torch.int8)
     return stored
@@ -124,16 +124,6 @@ def _stored(layer: LinearLayer, scheme: Mapping[str, Any], values: Tensor) -> di
 def _lowest(spec: Spec) -> int:
     """Return the code that stands for zero on an unsigned grid, which is stored as a signed one."""
     return -(2 ** (spec.format.bits - 1))
-
-
-def _held(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = scale.to(dtype).contiguous()
-    if not torch.equal(stored.to(scale.dtype), scale):
-        raise OctavError(
-            f"{name}: {dtype} does not hold its scales, and codes are for scales as they are stored: quantize with "
-            f"overrides={{{name!r}: {{'scale_format': {str(dtype).removeprefix('torch.')!r}}}}}, or export q.float()"
-        )
-    return stored
 
 
 def pack_into_words(codes: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from octav_fx.deploy.files import replacing
-from octav_fx.deploy.layers import LinearLayer, float_state, linear_layers
+from octav_fx.deploy.layers import LinearLayer, float_state, linear_layers, scales_in
 from octav_fx.deploy.runtimes import optional
 from octav_fx.deploy.targets.compressed_floats import exponents, nibbles
 from octav_fx.deploy.targets.gguf_tokenizer import add_tokenizer
@@ -168,7 +168,7 @@ def blocks_of(layer: LinearLayer, rows: _Rows) -> tuple[Any, str]:
     scale = rows(scale).unsqueeze(-1)
     if is_e2m1:
         return _joined(exponents(scale), _halves(nibbles(blocks))), "MXFP4"
-    stored = _float16(layer.name, scale)
+    stored = scales_in(torch.float16, layer.name, scale).view(torch.uint8)
     if spec.format.bits <= 4:
         return _joined(stored, _halves(blocks + 8)), "Q4_0"
     return _joined(stored, blocks.contiguous().view(torch.uint8)), "Q8_0"
@@ -182,13 +182,3 @@ def _halves(codes: Tensor) -> Tensor:
 
 def _joined(scales: Tensor, codes: Tensor) -> Any:
     return torch.cat([scales, codes], -1).flatten(1).numpy()
-
-
-def _float16(name: str, scale: Tensor) -> Tensor:
-    stored = scale.to(torch.float16)
-    if not torch.equal(stored.float(), scale):
-        raise OctavError(
-            f"{name}: float16 does not hold its scales, and codes are for scales as they are stored: quantize with "
-            f"overrides={{{name!r}: {{'scale_format': 'float16'}}}}, or with scale_format='float16' for all"
-        )
-    return stored.view(torch.uint8)

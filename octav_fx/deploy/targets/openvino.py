@@ -22,6 +22,7 @@ Where it writes codes of the largest of some axes in the node that takes it, the
 It scales sums of products in an order of its own, so a code at a tie may differ by one from that of the frozen model.
 """
 
+from collections.abc import Set
 from typing import Any, Final
 
 import torch
@@ -70,7 +71,8 @@ def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
             break
         moves.insert(0, maker)
         source = maker.input[0]
-    if not moves or _is_of_norm(graph, source):
+    # The kernel of a norm, and of functions and sums of it, writes wrong codes then.
+    if not moves or _comes_from(graph, source, _NORMS, _POINTWISE | _SUMS):
         return None
     first, *names = [f"{output}.{i}" for i in range(len(moves))] + [output]
     nodes = [graph.node("Activation", [source], first, domain=DOMAIN, key=key)]
@@ -82,12 +84,12 @@ def _before_moves(graph: Graph, node: Any) -> list[Any] | None:
     return nodes
 
 
-def _is_of_norm(graph: Graph, name: str) -> bool:
-    """Tell whether a value is what a norm returns, or functions and sums of it: its kernel writes wrong codes then."""
+def _comes_from(graph: Graph, name: str, ends: Set[str], passed: Set[str]) -> bool:
+    """Tell whether one of the ops that end the search makes a value, or what ops that are passed make it of."""
     maker = graph.makers.get(name)
-    if maker is None or maker.op_type in _NORMS:
+    if maker is None or maker.op_type in ends:
         return maker is not None
-    return maker.op_type in _POINTWISE | _SUMS and any(_is_of_norm(graph, given) for given in maker.input)
+    return maker.op_type in passed and any(_comes_from(graph, given, ends, passed) for given in maker.input)
 
 
 def _with_axes(graph: Graph, node: Any) -> list[Any] | None:
@@ -130,19 +132,11 @@ def _weight(graph: Graph, key: str, weight: IntegerWeight, output: str) -> list[
 def _activation(graph: Graph, key: str, quantizer: StaticQuantizer, source: str, output: str) -> list[Any]:
     if quantizer.dim is not None:
         return activation_in_bytes(graph, key, quantizer, source, output)
-    if _is_between(graph, output) or (quantizer.signed and quantizer.bits == _BYTE and _is_joined(graph, source)):
+    is_joined = _comes_from(graph, source, {"Concat"}, MOVES | _SELECTS | _POINTWISE)
+    if _is_between(graph, output) or (quantizer.signed and quantizer.bits == _BYTE and is_joined):
         return rounded_levels(graph, key, quantizer, source, output)
     nodes = clipped_activation(graph, key, quantizer, source, output, Grid(_BYTE, quantizer.signed))
     return [*nodes, *_codes_for_norms(graph, key, nodes[-1], float(quantizer.scale))]
-
-
-def _is_joined(graph: Graph, name: str) -> bool:
-    """Tell whether a value is what is concatenated, or moves, the largest or functions of it."""
-    maker = graph.makers.get(name)
-    if maker is None or maker.op_type == "Concat":
-        return maker is not None
-    passed = MOVES | _SELECTS | _POINTWISE
-    return maker.op_type in passed and any(_is_joined(graph, given) for given in maker.input)
 
 
 def _codes_for_norms(graph: Graph, key: str, levels: Any, scale: float) -> list[Any]:
